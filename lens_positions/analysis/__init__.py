@@ -1,0 +1,1 @@
+"""Measurements on increments: one file a question, each a function that returns a table."""

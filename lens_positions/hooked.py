@@ -1,0 +1,425 @@
+"""HookedPositionTransformer: a TransformerBridge whose increments and positions are hook points.
+
+Everything that TransformerLens does with a bridge works here (`run_with_cache`, `run_with_hooks`, `hooks`,
+`generate`); this file builds one, saves it and loads it. A saved model is a plain transformers folder (config,
+safetensors, tokenizer) plus `positions.json` and `positions.safetensors`.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources._bridge_builder import (
+    build_bridge_config_from_hf,
+    configure_tokenizer,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from .attach import PositionStreams, attach_positions
+from .errors import PositionsError
+from .increments import PositionConfig
+from .tokenizer import END_OF_DOCUMENT, byte_labels, byte_tokenizer, is_byte_tokenizer
+
+FORMAT = 1
+"""Version of `positions.json`; a newer one is refused."""
+
+TextOrTokens = str | Sequence[str] | Int[Tensor, "batch pos"] | Int[Tensor, " pos"]
+
+
+@dataclass(frozen=True)
+class PositionModelConfig:
+    """A Llama over bytes with position streams: RMSNorm, SwiGLU, RoPE, tied embeddings.
+
+    The defaults are the post's model, about 6.4M parameters (Long, 2026).
+
+    Args:
+        d_model, n_layers, n_heads: width, depth and attention heads.
+        d_mlp: width of the gated MLP; None is 4 * d_model.
+        n_ctx: tokens of context in training.
+        rope_theta: the rotary base.
+        rope_fraction: the fraction of rotary frequencies kept, the highest first: 1 is RoPE, 0 no encoding
+            (p-RoPE, Barbero et al., arXiv 2410.06205).
+        positions: the increment source.
+
+    Raises:
+        PositionsError: sizes that do not fit together.
+    """
+
+    d_model: int = 256
+    n_layers: int = 6
+    n_heads: int = 8
+    d_mlp: int | None = None
+    n_ctx: int = 512
+    rope_theta: float = 10_000.0
+    rope_fraction: float = 1.0
+    positions: PositionConfig = field(default_factory=PositionConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "n_layers", "n_heads", "n_ctx"):
+            if getattr(self, name) < 1:
+                raise PositionsError(f"{name} is {getattr(self, name)}; expected at least 1.")
+        if self.d_model % self.n_heads or (self.d_model // self.n_heads) % 2:
+            raise PositionsError(
+                f"d_model {self.d_model} over n_heads {self.n_heads} gives no even width per head; expected d_model to "
+                "be an even multiple of n_heads."
+            )
+        if not 0 <= self.rope_fraction <= 1:
+            raise PositionsError(f"rope_fraction is {self.rope_fraction}; expected a number from 0 to 1.")
+
+    def to_transformers(self) -> LlamaConfig:
+        """The Llama that this configuration describes."""
+        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": self.rope_theta}
+        if self.rope_fraction < 1:
+            rope |= {"rope_type": "proportional", "partial_rotary_factor": self.rope_fraction}
+        return LlamaConfig(
+            vocab_size=END_OF_DOCUMENT + 1,
+            hidden_size=self.d_model,
+            intermediate_size=self.d_mlp or 4 * self.d_model,
+            num_hidden_layers=self.n_layers,
+            num_attention_heads=self.n_heads,
+            max_position_embeddings=self.n_ctx,
+            rope_parameters=rope,
+            tie_word_embeddings=True,
+            bos_token_id=END_OF_DOCUMENT,
+            eos_token_id=END_OF_DOCUMENT,
+            pad_token_id=END_OF_DOCUMENT,
+        )
+
+
+def build_model(config: PositionModelConfig, *, seed: int) -> LlamaForCausalLM:
+    """A fresh Llama with its position streams attached, float32, outside any bridge: what training runs.
+
+    The base weights depend on the sizes and the seed alone, so models that differ in their source start alike.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config.to_transformers())
+        torch.manual_seed(seed)
+        attach_positions(model, config.positions)
+    return model
+
+
+class HookedPositionTransformer(TransformerBridge):
+    """A TransformerBridge whose increments and positions are activations.
+
+    Attributes:
+        position_streams: the attached streams; `position_config` is their configuration.
+        name: what it was loaded as.
+    """
+
+    name: str
+
+    @classmethod
+    def from_config(cls, config: PositionModelConfig, seed: int = 0) -> "HookedPositionTransformer":
+        """A model with fresh weights and the byte tokenizer."""
+        return cls._bridge(build_model(config, seed=seed), byte_tokenizer(), "fresh")
+
+    @classmethod
+    def from_transformers(
+        cls,
+        model: Any,
+        tokenizer: Any = None,
+        positions: Literal["static"] | PositionConfig = "static",
+        *,
+        table: Float[Tensor, "vocab *head"] | None = None,
+        name: str | None = None,
+    ) -> "HookedPositionTransformer":
+        """A bridge around a transformers model, with streams attached where it has none yet.
+
+        Args:
+            model: a causal language model with rotary positions; the bridge takes it over.
+            tokenizer: its tokenizer; without one, pass tokens instead of text.
+            positions: the increment source; ignored where the model has streams already.
+            table: increments by token id, for a frozen source.
+            name: what to call it in figures; None takes the model's own.
+
+        Raises:
+            PositionsError: as `attach_positions`, or TransformerLens has no adapter for the architecture.
+        """
+        streams = getattr(model, "position_streams", None)
+        if streams is None:
+            streams = attach_positions(model, positions, table=table)
+        name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
+        return cls._bridge(model, tokenizer, name)
+
+    @classmethod
+    def _bridge(cls, model: Any, tokenizer: Any, name: str) -> "HookedPositionTransformer":
+        streams = model.position_streams
+        config, state = streams.config, streams.state_dict()
+        table = state.get("shared_source.table")
+        streams.detach()
+        architecture = model.config.architectures[0] if model.config.architectures else type(model).__name__
+        cfg = build_bridge_config_from_hf(model.config, architecture, name, model.dtype)
+        try:
+            adapter = ArchitectureAdapterFactory.select_architecture_adapter(cfg)
+        except ValueError as error:
+            raise PositionsError(
+                f"TransformerLens has no adapter for {architecture}; expected a supported one."
+            ) from error
+        adapter.cfg.device = str(model.device)
+        adapter.prepare_model(model)
+        if tokenizer is not None:
+            tokenizer = configure_tokenizer(tokenizer, adapter.cfg)
+        bridge = cls(model, adapter, tokenizer)
+        attach_positions(bridge, config, table=table).load_state_dict(state)
+        bridge.name = name
+        return bridge
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        positions: Literal["static"] | PositionConfig | None = None,
+        **kwargs: Any,
+    ) -> "HookedPositionTransformer":
+        """Load a saved folder, a local transformers folder or a model of the hub.
+
+        Args:
+            name_or_path: a folder or a hub name.
+            positions: the increment source for a model that was saved without one; None is "static".
+            kwargs: passed to `AutoModelForCausalLM.from_pretrained` (dtype, device_map, revision, ...).
+
+        Raises:
+            PositionsError: nothing is there, it is damaged, or it was written by a newer version.
+        """
+        model, tokenizer = load_pretrained(name_or_path, positions, **kwargs)
+        return cls._bridge(model, tokenizer, str(name_or_path))
+
+    @property
+    def position_streams(self) -> PositionStreams:
+        """The attached streams."""
+        return cast(Any, self.original_model).position_streams
+
+    @property
+    def position_config(self) -> PositionConfig:
+        """Where increments come from."""
+        return self.position_streams.config
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write a folder that `from_pretrained` reads; it appears whole or not at all.
+
+        Raises:
+            PositionsError: the folder cannot be written.
+        """
+        save_pretrained(self.original_model, self.tokenizer, path)
+
+    def increments(self, input: TextOrTokens) -> Float[Tensor, "layer batch pos *head"]:
+        """The increments of each token at each layer, in positions (1.0 is one step of standard RoPE).
+
+        Args:
+            input: text, texts of equal length, or tokens. Text gets the beginning-of-sequence token in front, as
+                everywhere in TransformerLens, so entry 0 is that token's.
+
+        Raises:
+            PositionsError: empty, longer than the context, or texts of different lengths.
+        """
+        return self._stream_values(input, "hook_increments")
+
+    def positions(self, input: TextOrTokens) -> Float[Tensor, "layer batch pos *head"]:
+        """The position of each token at each layer; arguments and errors as `increments`."""
+        return self._stream_values(input, "hook_positions")
+
+    def _stream_values(self, input: TextOrTokens, hook: str) -> Float[Tensor, "layer batch pos *head"]:
+        tokens = self._checked_tokens(input)
+        names = [n for n in (f"blocks.{i}.attn.{hook}" for i in range(self.cfg.n_layers)) if n in self.hook_dict]
+        with torch.no_grad():
+            _, cache = self.run_with_cache(tokens, names_filter=names, return_type=None)
+        return torch.stack([cache[name] for name in names])
+
+    def _checked_tokens(self, input: TextOrTokens) -> Int[Tensor, "batch pos"]:
+        if isinstance(input, Tensor):
+            tokens = input.unsqueeze(0) if input.ndim == 1 else input
+            if tokens.ndim != 2 or tokens.shape[1] == 0 or tokens.is_floating_point():
+                raise PositionsError(
+                    f"tokens have shape {tuple(input.shape)} and dtype {input.dtype}; expected integers [batch, pos] "
+                    "with at least one position."
+                )
+            return tokens
+        texts = [input] if isinstance(input, str) else list(input)
+        if not texts or not all(texts):
+            raise PositionsError("the text is empty; expected at least one character.")
+        lengths = [self.to_tokens(text).shape[1] for text in texts]
+        if len(set(lengths)) > 1:
+            raise PositionsError(
+                f"the texts have different lengths ({', '.join(map(str, lengths))} tokens); expected texts of equal "
+                "length, or one at a time."
+            )
+        return self.to_tokens(texts if len(texts) > 1 else texts[0])
+
+    def to_tokens(
+        self, input: str | list[str], *args: Any, truncate: bool | None = None, **kwargs: Any
+    ) -> Int[Tensor, "batch pos"]:
+        """Tokens of a text, as in TransformerLens, except that a text longer than the context is refused.
+
+        Args:
+            input: a text or a list of texts.
+            truncate: True cuts at the context, False never cuts; None refuses what is longer.
+            args, kwargs: as `TransformerBridge.to_tokens`.
+
+        Returns:
+            Int[Tensor, "batch pos"].
+
+        Raises:
+            PositionsError: no tokenizer, or (truncate None) a text longer than the context.
+        """
+        if self.tokenizer is None:
+            raise PositionsError("the model has no tokenizer; expected tokens instead of text.")
+        kwargs["truncate"] = bool(truncate)
+        tokens = super().to_tokens(input, *args, **kwargs)
+        if truncate is None and tokens.shape[1] > self.cfg.n_ctx:
+            raise PositionsError(
+                f"the text has {tokens.shape[1]} tokens with the first one; expected at most {self.cfg.n_ctx}, the "
+                "model's context (truncate=True cuts it)."
+            )
+        return tokens
+
+    def to_str_tokens(self, input: Any, *args: Any, **kwargs: Any) -> Any:
+        """Tokens as text, as in TransformerLens; bytes inside a longer character read as "中₁", "中₂", "中₃"."""
+        if isinstance(input, list) or not is_byte_tokenizer(self.tokenizer):
+            return super().to_str_tokens(input, *args, **kwargs)
+        tokens = self.to_tokens(input, *args, **kwargs)[0] if isinstance(input, str) else torch.as_tensor(input)
+        return byte_labels(tokens.flatten().tolist())
+
+
+def load_pretrained(
+    name_or_path: str | Path, positions: Literal["static"] | PositionConfig | None = None, **kwargs: Any
+) -> tuple[Any, Any]:
+    """A transformers model with its streams attached, and its tokenizer, from a saved folder or the hub.
+
+    Raises:
+        PositionsError: as `HookedPositionTransformer.from_pretrained`.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir() and (folder.exists() or folder.is_absolute() or len(folder.parts) > 2):
+        raise PositionsError(
+            f"there is no model folder at {name_or_path}; expected a folder with a config.json, or a hub name."
+        )
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise PositionsError(f"{name_or_path} has no config.json; expected a folder that save_pretrained wrote.")
+    saved = _read_positions(folder)
+    if saved is not None and positions is not None:
+        raise PositionsError(f"{name_or_path} has position streams of its own; expected no positions argument with it.")
+    with _quiet():
+        try:
+            load: Any = AutoModelForCausalLM.from_pretrained
+            model, info = load(name_or_path, output_loading_info=True, **kwargs)
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise PositionsError(f"{name_or_path} cannot be loaded as a transformers model: {reason[:300]}") from error
+    kinds = {"missing_keys": "has no", "unexpected_keys": "has an unknown", "mismatched_keys": "has a misshapen"}
+    for kind, what in kinds.items():
+        if info.get(kind):
+            tensor = sorted(map(str, info[kind]))[0]
+            raise PositionsError(f"the checkpoint {name_or_path} {what} tensor {tensor}; expected its config's.")
+    if saved is None:
+        attach_positions(model, positions or "static")
+        return model, tokenizer
+    config, state = saved
+    try:
+        streams = attach_positions(model, config, table=state.get("shared_source.table"))
+        streams.load_state_dict(state)
+    except (RuntimeError, PositionsError) as error:
+        reason = " ".join(str(error).split())
+        raise PositionsError(
+            f"{folder / 'positions.safetensors'} does not fit its positions.json: {reason[:300]}"
+        ) from error
+    return model, tokenizer
+
+
+def _read_positions(folder: Path) -> tuple[PositionConfig, dict[str, Tensor]] | None:
+    path = folder / "positions.json"
+    if not path.is_file():
+        return None
+    try:
+        saved = json.loads(path.read_text("utf-8"))
+        version, values = saved["format"], dict(saved["positions"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise PositionsError(f"{path} is damaged ({error}); expected the JSON that save_pretrained wrote.") from error
+    if version != FORMAT:
+        raise PositionsError(f"{path} has format {version}; expected {FORMAT}: it needs a newer lens-positions.")
+    unknown = set(values) - {f.name for f in fields(PositionConfig)}
+    if unknown:
+        raise PositionsError(f"{path} has the unknown field {sorted(unknown)[0]!r}; expected those of PositionConfig.")
+    try:
+        return PositionConfig(**values), load_file(folder / "positions.safetensors")
+    except FileNotFoundError as error:
+        raise PositionsError(f"{folder} has positions.json and no positions.safetensors; expected both.") from error
+    except SafetensorError as error:
+        raise PositionsError(f"{folder / 'positions.safetensors'} is truncated or damaged: {error}") from error
+
+
+def save_pretrained(model: Any, tokenizer: Any, path: str | Path) -> None:
+    """Write a model with streams, in or out of a bridge, as a folder; it appears whole or not at all.
+
+    Raises:
+        PositionsError: the folder cannot be written.
+    """
+    path = Path(path)
+    streams: PositionStreams = model.position_streams
+    plain: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        name = name.replace("._original_component", "")
+        if not name.startswith("position_streams."):
+            plain.setdefault(name, tensor)
+    with replaced_folder(path) as folder:
+        skeleton = type(model)(model.config)
+        skeleton.to(model.dtype).load_state_dict({n: plain[n] for n in skeleton.state_dict()})
+        skeleton.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        save_file({n: t.contiguous() for n, t in streams.state_dict().items()}, folder / "positions.safetensors")
+        described = {"format": FORMAT, "positions": asdict(streams.config)}
+        (folder / "positions.json").write_text(json.dumps(described, indent=2) + "\n", "utf-8")
+
+
+@contextlib.contextmanager
+def replaced_folder(path: Path) -> Iterator[Path]:
+    """A new folder to write in, which takes the place of `path` at the end; until then `path` stays as it is.
+
+    Raises:
+        PositionsError: the place cannot be written.
+    """
+    staging = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        yield staging
+        if path.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+            os.replace(path, old / path.name)
+            os.replace(staging, path)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(staging, path)
+    except (OSError, SafetensorError) as error:
+        raise PositionsError(f"{path} cannot be written: {error}; expected a writable folder with room.") from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        transformers_logging.enable_progress_bar()

@@ -1,0 +1,169 @@
+"""Increment sources: what decides how far each token stands from the one before it.
+
+Every source is a small module that returns increments, Float[Tensor, "batch pos"] (with a trailing "head"
+where per head), in positions: 1.0 is one step of standard RoPE. A fresh source returns exactly 1.0
+everywhere, so that a model with and without it start from the same function. The arithmetic runs in the
+source's own dtype (float32, or float64 in a float64 model) and outside autocast: bf16 cannot tell
+positions apart past 256.
+
+    source       reads                                    one for
+    static       nothing: 1.0                             all layers
+    shared       the token's embedding                    all layers
+    per_layer    the residual stream entering the layer   each layer
+    frozen       the token's id, in a fixed table         all layers
+
+Learned increments: Long, "How Far Apart Does a Model Think Its Tokens Are?" (LessWrong, June 2026).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .errors import PositionsError
+
+SOURCES = ("static", "shared", "per_layer", "frozen")
+
+
+@dataclass(frozen=True)
+class PositionConfig:
+    """Where increments come from and how they become positions.
+
+    Args:
+        source: "static" (all 1.0), "shared" (a network on the token embedding, one for all layers),
+            "per_layer" (a network on the residual stream entering each layer) or "frozen" (a table by token id).
+        per_head: one increment for each key-value head (each head, where there is no grouping).
+        gap: "before": p_t = d_1 + ... + d_t, the increment is the gap before its token (d_0 has no effect);
+            "after": p_t = d_0 + ... + d_{t-1}.
+        activation: "sigmoid" (between 0 and max_increment), "softplus" (positive) or "none" (signed).
+        max_increment: the bound of the sigmoid, in positions.
+        hidden: width of the source's hidden layer; None is a quarter of the model's.
+
+    Raises:
+        PositionsError: a value outside those listed.
+    """
+
+    source: Literal["static", "shared", "per_layer", "frozen"] = "per_layer"
+    per_head: bool = False
+    gap: Literal["before", "after"] = "before"
+    activation: Literal["sigmoid", "softplus", "none"] = "sigmoid"
+    max_increment: float = 10.0
+    hidden: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, given, expected in (
+            ("source", self.source, SOURCES),
+            ("gap", self.gap, ("before", "after")),
+            ("activation", self.activation, ("sigmoid", "softplus", "none")),
+        ):
+            if given not in expected:
+                raise PositionsError(f"{name} is {given!r}; expected one of {', '.join(expected)}.")
+        if not (isinstance(self.max_increment, (int, float)) and 1 < self.max_increment < math.inf):
+            raise PositionsError(
+                f"max_increment is {self.max_increment!r}; expected a finite number above 1, a fresh increment."
+            )
+        if self.hidden is not None and self.hidden < 1:
+            raise PositionsError(f"hidden is {self.hidden!r}; expected a width of at least 1, or None.")
+
+    @property
+    def learned(self) -> bool:
+        """Whether the source has weights to train."""
+        return self.source in ("shared", "per_layer")
+
+
+class LearnedIncrements(nn.Module):
+    """Increments from a two-layer network: Linear, GELU, Linear, activation.
+
+    The last layer starts at zero and the activation f is taken as f(x + b) / f(b), with b such that
+    f(b) = 1 / max_increment (sigmoid) or f(b) = 1 (softplus): max_increment * sigmoid or plain softplus, and
+    exactly 1.0 at the start. `normalize` puts an RMSNorm in front, which the residual stream needs.
+    """
+
+    def __init__(self, config: PositionConfig, d_model: int, n_heads: int | None, normalize: bool) -> None:
+        super().__init__()
+        hidden = config.hidden or max(1, d_model // 4)
+        self.norm = nn.RMSNorm(d_model, eps=1e-6) if normalize else nn.Identity()
+        self.hidden = nn.Linear(d_model, hidden)
+        self.out = nn.Linear(hidden, n_heads or 1)
+        self.per_head = n_heads is not None
+        self.activation = config.activation
+        offset = {
+            "sigmoid": -math.log(config.max_increment - 1),
+            "softplus": math.log(math.e - 1),
+            "none": 0.0,
+        }
+        self.register_buffer("offset", torch.tensor(offset[config.activation]), persistent=False)
+        self.offset: Tensor
+        nn.init.normal_(self.hidden.weight, std=1 / math.sqrt(d_model))
+        nn.init.zeros_(self.hidden.bias)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, states: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos *head"]:
+        """Increments of each token, from its embedding or its residual stream."""
+        x = self.out(functional.gelu(self.hidden(self.norm(states.to(self.out.weight.dtype)))))
+        if not self.per_head:
+            x = x.squeeze(-1)
+        if self.activation == "none":
+            return 1 + x
+        f = torch.sigmoid if self.activation == "sigmoid" else functional.softplus
+        return f(x + self.offset) / f(self.offset)
+
+
+class FrozenIncrements(nn.Module):
+    """Increments looked up by token id in a table that does not train."""
+
+    def __init__(self, table: Float[Tensor, "vocab *head"]) -> None:
+        super().__init__()
+        self.register_buffer("table", table)
+        self.table: Tensor
+
+    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos *head"]:
+        """Increments of each token, from its id."""
+        return self.table[tokens]
+
+
+def build_sources(
+    config: PositionConfig,
+    *,
+    n_layers: int,
+    d_model: int,
+    n_heads: int,
+    vocab: int,
+    dtype: torch.dtype,
+    table: Float[Tensor, "vocab *head"] | None = None,
+) -> nn.ModuleList:
+    """The modules a configuration asks for: none when static, one when shared or frozen, else one a layer.
+
+    Args:
+        config: what to build.
+        n_layers: layers with rotary attention.
+        d_model: width of the residual stream.
+        n_heads: key-value heads, used where config.per_head.
+        vocab: number of token ids, the length of a frozen table.
+        dtype: float32 or float64.
+        table: increments by token id for a frozen source; None gives all ones.
+
+    Raises:
+        PositionsError: a table for a source that has none, of the wrong shape, or with NaN or infinite values.
+    """
+    heads = n_heads if config.per_head else None
+    if table is not None and config.source != "frozen":
+        raise PositionsError(f"a table was given for the source {config.source!r}; expected source='frozen' with it.")
+    if config.source == "static":
+        return nn.ModuleList()
+    if config.source == "frozen":
+        shape = (vocab, n_heads) if config.per_head else (vocab,)
+        table = torch.ones(shape) if table is None else table.detach()
+        if table.shape != shape:
+            raise PositionsError(f"the frozen table has shape {tuple(table.shape)}; expected {shape}.")
+        if not torch.isfinite(table).all():
+            raise PositionsError("the frozen table has NaN or infinite increments; expected finite numbers.")
+        return nn.ModuleList([FrozenIncrements(table.to(dtype).clone())])
+    if config.source == "shared":
+        return nn.ModuleList([LearnedIncrements(config, d_model, heads, normalize=False)]).to(dtype)
+    return nn.ModuleList([LearnedIncrements(config, d_model, heads, normalize=True) for _ in range(n_layers)]).to(dtype)

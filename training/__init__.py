@@ -1,0 +1,1 @@
+"""Train increments from scratch: `python -m training train --preset quick`."""
