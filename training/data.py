@@ -1,0 +1,234 @@
+"""Corpora as memory-mapped byte tokens, and the windows that training and evaluation read from them.
+
+A batch is a function of the seed and the number of the step alone, so that a resumed run reads what an
+uninterrupted one would have read, without the state of any loader.
+"""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from jaxtyping import Int, Int64, UInt16
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from lens_positions import corpora
+from lens_positions.errors import PositionsError
+from lens_positions.tokenizer import END_OF_DOCUMENT
+
+FORMAT = 1
+ARRAYS = ("heldout", "heldout_starts", "train", "train_starts")
+
+Splits = DatasetDict | IterableDatasetDict
+
+
+@dataclass(frozen=True)
+class TokenizedCorpus:
+    """A corpus as two streams of byte tokens, each document followed by END_OF_DOCUMENT.
+
+    The arrays are memory maps; `*_starts` holds the offset at which each document begins. `fingerprint`
+    changes with the name, the text and the format.
+    """
+
+    name: str
+    fingerprint: str
+    train: UInt16[np.ndarray, " train_pos"]
+    train_starts: Int64[np.ndarray, " train_document"]
+    heldout: UInt16[np.ndarray, " heldout_pos"]
+    heldout_starts: Int64[np.ndarray, " heldout_document"]
+
+
+def tokenize_corpus(
+    corpus: str, cache_dir: Path, *, text_column: str = "text", max_bytes: int | None = None
+) -> TokenizedCorpus:
+    """The tokens of the corpus that `corpora.load` finds under this name, written once and then reused.
+
+    `max_bytes` caps the text, 19/20 of it for training and 1/20 held out, at the end of a document; each
+    split keeps at least one. It is required for a hub dataset, which is known by its name alone: delete its
+    folder in `cache_dir` to read a newer version. Every other corpus is found again by its content. Files
+    appear whole or not at all, and are checked when they are reused.
+
+    Raises PositionsError for whatever `corpora.load` refuses, a stream without `max_bytes`, and an unwritable
+    folder.
+    """
+    if max_bytes is not None and max_bytes < 1:
+        raise PositionsError(f"max_bytes is {max_bytes}: expected at least 1 byte")
+    if corpora.is_hub_dataset(corpus):
+        if max_bytes is None:
+            raise PositionsError(f"{corpus!r} is streamed from the hub without end: expected max_bytes to cap it")
+        splits = None
+        fingerprint = _fingerprint(corpus, text_column, max_bytes)
+    else:
+        splits = corpora.load(corpus, text_column=text_column)
+        fingerprint = _fingerprint(corpus, text_column, max_bytes, splits)
+    folder = Path(cache_dir) / f"{re.sub(r'[^A-Za-z0-9]+', '-', corpus).strip('-')[-40:]}-{fingerprint}"
+    try:
+        arrays = _read(folder)
+        if arrays is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write(folder, splits or corpora.load(corpus, text_column=text_column), max_bytes)
+            arrays = _read(folder)
+    except OSError as error:
+        raise PositionsError(f"the tokens of {corpus!r} could not be written to {folder}: {error}") from error
+    if arrays is None:
+        raise PositionsError(f"the token cache {folder} changed while it was written: expected no other writer")
+    return TokenizedCorpus(name=corpus, fingerprint=fingerprint, **arrays)
+
+
+def batch(
+    tokens: UInt16[np.ndarray, " stream"], *, seed: int, n: int, batch_size: int, n_ctx: int
+) -> Int[Tensor, "batch pos"]:
+    """Batch `n`: `batch_size` windows of n_ctx + 1 tokens at random offsets, a function of (seed, n) alone.
+
+    Raises PositionsError for a corpus shorter than a window, a negative seed or n, and sizes below 1.
+    """
+    _check_window(tokens, n_ctx)
+    if min(seed, n) < 0 or batch_size < 1:
+        raise PositionsError(
+            f"batch got seed {seed}, n {n}, batch_size {batch_size}: expected seed >= 0, n >= 0 and batch_size >= 1"
+        )
+    starts = np.random.default_rng([seed, n]).integers(len(tokens) - n_ctx, size=batch_size)
+    return _windows(tokens, starts, n_ctx)
+
+
+def heldout_windows(tokens: UInt16[np.ndarray, " stream"], n_ctx: int, max_windows: int) -> Int[Tensor, "window pos"]:
+    """Windows of n_ctx + 1 tokens that share at most an end token, so that no token is predicted twice.
+
+    Where there are more than `max_windows`, those kept are spread evenly over the stream, so that every part
+    of a mixed corpus is measured. A remainder shorter than a window is left out. Raises PositionsError for a
+    stream shorter than a window and sizes below 1.
+    """
+    _check_window(tokens, n_ctx)
+    if max_windows < 1:
+        raise PositionsError(f"max_windows is {max_windows}: expected at least 1")
+    available = (len(tokens) - 1) // n_ctx
+    kept = min(available, max_windows)
+    return _windows(tokens, np.arange(kept) * available // kept * n_ctx, n_ctx)
+
+
+def _check_window(tokens: UInt16[np.ndarray, " stream"], n_ctx: int) -> None:
+    if n_ctx < 1:
+        raise PositionsError(f"n_ctx is {n_ctx}: expected at least 1")
+    if len(tokens) < n_ctx + 1:
+        raise PositionsError(f"the corpus has {len(tokens)} tokens: expected at least {n_ctx + 1}, one more than n_ctx")
+
+
+def _windows(
+    tokens: UInt16[np.ndarray, " stream"], starts: Int64[np.ndarray, " batch"], n_ctx: int
+) -> Int[Tensor, "batch pos"]:
+    return torch.from_numpy(tokens[starts[:, None] + np.arange(n_ctx + 1)].astype(np.int64))
+
+
+def _fingerprint(corpus: str, text_column: str, max_bytes: int | None, splits: Splits | None = None) -> str:
+    digest = hashlib.sha256(repr((FORMAT, corpus, text_column, max_bytes)).encode())
+    if splits is not None:
+        for split in ("train", "heldout"):
+            digest.update(split.encode())
+            for document in _documents(splits[split]):
+                digest.update(len(document).to_bytes(8, "little") + document)
+    return digest.hexdigest()[:16]
+
+
+def _documents(split: Dataset | IterableDataset) -> Iterator[bytes]:
+    for rows in split.iter(batch_size=1000):
+        yield from (text.encode() for text in rows["text"] if text)
+
+
+def _read(folder: Path) -> dict[str, np.ndarray] | None:
+    """The arrays in `folder` as memory maps, or None where one is missing, cut short or altered."""
+    try:
+        digests = json.loads((folder / "digests.json").read_text())
+        if digests != {name: _digest(folder / f"{name}.npy") for name in ARRAYS}:
+            return None
+    except (FileNotFoundError, ValueError):
+        return None
+    return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write(folder: Path, splits: Splits, max_bytes: int | None) -> None:
+    """Tokenise both splits into `folder`; the digests, which make the arrays valid, are written last."""
+    heldout_bytes = max_bytes and max_bytes // corpora.HELDOUT_EVERY
+    train_bytes = max_bytes and max_bytes - max_bytes // corpora.HELDOUT_EVERY
+    heldout_texts: set[bytes] = set()
+
+    def heldout() -> Iterator[bytes]:
+        for document in _capped(_documents(splits["heldout"]), heldout_bytes):
+            heldout_texts.add(hashlib.blake2b(document, digest_size=16).digest())
+            yield document
+
+    def train() -> Iterator[bytes]:
+        for document in _documents(splits["train"]):
+            if hashlib.blake2b(document, digest_size=16).digest() not in heldout_texts:
+                yield document
+
+    _write_stream(folder, "heldout", heldout())
+    _write_stream(folder, "train", _capped(train(), train_bytes))
+    digests = json.dumps({name: _digest(folder / f"{name}.npy") for name in ARRAYS})
+    _write_whole(folder / "digests.json", lambda file: file.write(digests.encode()))
+
+
+def _capped(documents: Iterable[bytes], max_bytes: int | None) -> Iterator[bytes]:
+    """The documents up to `max_bytes` in all, and at least one."""
+    total = 0
+    for document in documents:
+        if max_bytes is not None and total and total + len(document) > max_bytes:
+            return
+        total += len(document)
+        yield document
+
+
+def _write_stream(folder: Path, split: str, documents: Iterator[bytes]) -> None:
+    starts: list[int] = []
+    length = 0
+
+    def write_tokens(file: IO[bytes]) -> None:
+        nonlocal length
+        _write_header(file, 0)
+        console = Console(stderr=True)
+        for document in track(
+            documents, f"tokenising {split}", console=console, transient=True, disable=not console.is_terminal
+        ):
+            starts.append(length)
+            tokens = np.frombuffer(document, np.uint8).astype("<u2")
+            file.write(tokens.tobytes() + END_OF_DOCUMENT.to_bytes(2, "little"))
+            length += len(document) + 1
+        file.seek(0)
+        _write_header(file, length)
+
+    _write_whole(folder / f"{split}.npy", write_tokens)
+    if not starts:
+        raise PositionsError(f"the {split} split of the corpus has no text: expected at least one document")
+    _write_whole(folder / f"{split}_starts.npy", lambda file: np.save(file, np.array(starts, np.int64)))
+
+
+def _write_header(file: IO[bytes], length: int) -> None:
+    """The header of a one-dimensional uint16 .npy file, which numpy pads to one size for any length."""
+    header = {"descr": "<u2", "fortran_order": False, "shape": (length,)}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+def _write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write under a temporary name in the same folder and rename, so that `path` never holds half a file."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
