@@ -1,0 +1,365 @@
+"""The training loop: AdamW, warm-up and cosine, checkpoints that resume to the bit, held-out evaluation.
+
+A run is a folder:
+
+    training.json        the configuration
+    log.jsonl            a line a step and a line an evaluation
+    checkpoints/step-N   the newest checkpoint: model, optimizer, step (each appears whole, by a rename)
+    model                the finished model, for `HookedPositionTransformer.from_pretrained`
+
+Batch n is a function of (seed, n) alone, so a resumed run reads what an uninterrupted one would have read.
+"""
+
+import json
+import math
+import re
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float, Int
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional
+from transformers import get_cosine_schedule_with_warmup
+
+from lens_positions.attach import PositionStreams, increment_table
+from lens_positions.errors import PositionsError
+from lens_positions.hooked import build_model, load_pretrained, replaced_folder, save_pretrained
+from lens_positions.tokenizer import END_OF_DOCUMENT, byte_tokenizer
+
+from .config import TrainConfig, to_json
+from .data import TokenizedCorpus, batch, heldout_windows, tokenize_corpus
+
+LOG_EVERY = 10
+"""Steps between readings of the loss, which makes a GPU wait."""
+
+
+def train(config: TrainConfig, run: Path, *, resume: bool = False, cache_dir: Path = Path(".cache")) -> dict[str, Any]:
+    """Train a model into the folder `run` and return its last evaluation.
+
+    Args:
+        config: the run; with `resume` it must be the one that the folder was started with.
+        run: the folder; a new run needs an empty one.
+        resume: go on from the newest checkpoint in it.
+        cache_dir: where the tokens of corpora are kept.
+
+    Raises:
+        PositionsError: the folder is in use or has nothing to resume, the corpus cannot be had, or the loss
+            stopped being a number.
+        KeyboardInterrupt: after an interrupt, when the checkpoint has been written.
+    """
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        log_with=list(config.trackers) or None,
+        project_dir=run,
+    )
+    return Run(config, run, accelerator, tokenize_corpus_once(config, cache_dir, accelerator)).go(resume)
+
+
+def tokenize_corpus_once(config: TrainConfig, cache_dir: Path, accelerator: Accelerator) -> TokenizedCorpus:
+    """The corpus as tokens; with several processes the first one writes the cache and the others read it."""
+    with accelerator.main_process_first():
+        return tokenize_corpus(config.corpus, cache_dir, text_column=config.text_column, max_bytes=config.max_bytes)
+
+
+class Run:
+    """One training run, in this process's memory."""
+
+    def __init__(self, config: TrainConfig, folder: Path, accelerator: Accelerator, corpus: TokenizedCorpus) -> None:
+        parts = config.accumulate * accelerator.num_processes
+        if config.batch_size % parts:
+            raise PositionsError(
+                f"batch_size {config.batch_size} is no multiple of {accelerator.num_processes} processes times "
+                f"accumulate {config.accumulate}; expected equal parts."
+            )
+        self.config, self.folder, self.accelerator, self.corpus = config, folder, accelerator, corpus
+        self.console = Console(stderr=True)
+        n_ctx = config.model.n_ctx
+        self.windows = heldout_windows(corpus.heldout, n_ctx, config.eval_windows)
+        table = None
+        if config.frozen_from is not None:
+            table = increment_table(load_pretrained(config.frozen_from)[0])
+        self.model = build_model(config.model, seed=config.seed, table=table)
+        matrices = [p for p in self.model.parameters() if p.ndim >= 2]
+        vectors = [p for p in self.model.parameters() if p.ndim < 2]
+        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+        self.schedule = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
+        self.prepared, self.optimizer = accelerator.prepare(self.model, optimizer)
+        self.stepped = torch.compile(self.prepared) if config.compile else self.prepared
+        self.step = 0
+
+    def go(self, resume: bool) -> dict[str, Any]:
+        """Train to the end and return the last evaluation."""
+        self._open(resume)
+        config, accelerator = self.config, self.accelerator
+        pending: list[Tensor] = []
+        evaluation: dict[str, Any] = {}
+        began, began_at = time.monotonic(), self.step
+        with self._progress() as show, interrupts() as interrupted:
+            while self.step < config.steps:
+                pending.append(self._train_step())
+                self.step += 1
+                stop = self._any(interrupted) if accelerator.num_processes > 1 else bool(interrupted)
+                last = stop or self.step == config.steps
+                if last or self.step % LOG_EVERY == 0 or self.step % config.save_every == 0:
+                    speed = (self.step - began_at) * config.batch_size * config.model.n_ctx / (time.monotonic() - began)
+                    show(self._log_losses(pending, speed))
+                if self.step % config.eval_every == 0 or self.step == config.steps:
+                    evaluation = self.evaluate()
+                    self._log(evaluation)
+                    show(evaluation)
+                if last or self.step % config.save_every == 0:
+                    self._save()
+                if stop:
+                    break
+        if self.step < config.steps:
+            self._say(f"interrupted at step {self.step} of {config.steps}; --resume {self.folder} goes on from there")
+            raise KeyboardInterrupt
+        if accelerator.is_main_process:
+            save_pretrained(self.model, byte_tokenizer(), self.folder / "model")
+        accelerator.wait_for_everyone()
+        if config.trackers:
+            accelerator.end_training()
+        return evaluation or self._last_evaluation()
+
+    def _train_step(self) -> Float[Tensor, ""]:
+        config, accelerator = self.config, self.accelerator
+        size, n_ctx = config.batch_size, config.model.n_ctx
+        rows = batch(self.corpus.train, seed=config.seed, n=self.step, batch_size=size, n_ctx=n_ctx)
+        share = size // accelerator.num_processes
+        rows = rows[accelerator.process_index * share :][:share].to(accelerator.device, non_blocking=True)
+        total = torch.zeros((), device=accelerator.device)
+        parts = rows.chunk(config.accumulate)
+        for i, part in enumerate(parts):
+            more = i + 1 < len(parts)
+            with accelerator.no_sync(self.prepared) if more else nullcontext():
+                loss = self._nats(self.stepped, part).mean() / len(parts)
+                accelerator.backward(loss)
+            total += loss.detach()
+        accelerator.clip_grad_norm_(self.prepared.parameters(), config.clip)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        return accelerator.reduce(total, "mean") if accelerator.num_processes > 1 else total
+
+    def _nats(self, model: Any, rows: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos_less_one"]:
+        bf16 = self.config.precision == "bf16"
+        with torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16, enabled=bf16):
+            return token_nats(model, rows)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, Any]:
+        """Loss on the held-out windows and the increments that they get, layer by layer."""
+        streams = cast(PositionStreams, self.model.position_streams)
+        cap = streams.config.max_increment if streams.config.activation == "sigmoid" else math.inf
+        nats, count = 0.0, 0
+        with streams.recorded() as seen:
+            for rows in self.windows.split(self.config.batch_size):
+                rows = rows.to(self.accelerator.device)
+                nats += self._nats(self.prepared, rows).double().sum().item()
+                count += int((rows[:, 1:] != END_OF_DOCUMENT).sum())
+        return {
+            "step": self.step,
+            "heldout_nats_per_byte": nats / count,
+            "heldout_bits_per_byte": nats / count / math.log(2),
+            "heldout_bytes": count,
+            "increments": [spread(layer, cap) for layer in seen],
+        }
+
+    def _open(self, resume: bool) -> None:
+        description = self.folder / "training.json"
+        described = {"config": to_json(self.config), "corpus_fingerprint": self.corpus.fingerprint}
+        if resume:
+            checkpoint = newest_checkpoint(self.folder)
+            if json.loads(description.read_text("utf-8")) != json.loads(json.dumps(described)):
+                raise PositionsError(
+                    f"{self.folder} was started with another configuration or text; expected its training.json."
+                )
+            self._load(checkpoint)
+        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise PositionsError(f"{self.folder} exists already; expected a new or empty folder, or --resume with it.")
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            if not resume:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                description.write_text(json.dumps(described, indent=2) + "\n", "utf-8")
+            self._trim_log()
+        if self.config.trackers:
+            self.accelerator.init_trackers("lens-positions", config={"run": str(self.folder)})
+
+    def _trim_log(self) -> None:
+        """Drop what the log says of steps after the checkpoint: they are run again."""
+        log = self.folder / "log.jsonl"
+        lines = log.read_text("utf-8").splitlines() if log.exists() else []
+        kept = []
+        for line in lines:
+            try:
+                if json.loads(line)["step"] <= self.step:
+                    kept.append(line)
+            except ValueError:  # the line that a killed run was writing
+                break
+        trimmed = log.with_suffix(".tmp")
+        trimmed.write_text("".join(line + "\n" for line in kept), "utf-8")
+        trimmed.replace(log)
+
+    def _log(self, record: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            with (self.folder / "log.jsonl").open("a", encoding="utf-8") as log:
+                log.write(json.dumps(record) + "\n")
+        if self.config.trackers:
+            flat = {k: v for k, v in record.items() if isinstance(v, float)}
+            self.accelerator.log(flat, step=record["step"])
+
+    def _log_losses(self, pending: list[Tensor], speed: float) -> dict[str, Any]:
+        losses = torch.stack(pending).tolist()
+        first = self.step - len(losses) + 1
+        newest: dict[str, Any] = {}
+        pending.clear()
+        for step, loss in enumerate(losses, first):
+            if not math.isfinite(loss):
+                raise PositionsError(
+                    f"the loss is {loss} at step {step}; expected a number. Try a lower learning_rate; the last "
+                    f"checkpoint in {self.folder} is from before."
+                )
+            newest = {"step": step, "loss": loss}
+            if step == self.step:
+                newest |= {"learning_rate": self.schedule.get_last_lr()[0], "tokens_per_second": round(speed)}
+            self._log(newest)
+        return newest
+
+    def _save(self) -> None:
+        if self.accelerator.is_main_process:
+            checkpoints = self.folder / "checkpoints"
+            checkpoint = checkpoints / f"step-{self.step:08d}"
+            with replaced_folder(checkpoint) as folder:
+                save_pretrained(self.model, byte_tokenizer(), folder / "model")
+                state = self.optimizer.state_dict()
+                tensors = {f"{i}.{k}": v.contiguous() for i, s in state["state"].items() for k, v in s.items()}
+                save_file(tensors, folder / "optimizer.safetensors")
+                described = {
+                    "step": self.step,
+                    "schedule": self.schedule.state_dict(),
+                    "param_groups": state["param_groups"],
+                }
+                (folder / "state.json").write_text(json.dumps(described), "utf-8")
+            for other in checkpoints.iterdir():
+                if other != checkpoint:
+                    shutil.rmtree(other, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def _load(self, checkpoint: Path) -> None:
+        try:
+            described = json.loads((checkpoint / "state.json").read_text("utf-8"))
+            tensors = load_file(checkpoint / "optimizer.safetensors")
+            saved, _ = load_pretrained(checkpoint / "model")
+            state: dict[int, dict[str, Tensor]] = {}
+            for name, tensor in tensors.items():
+                index, key = name.split(".")
+                state.setdefault(int(index), {})[key] = tensor
+            self.model.load_state_dict(saved.state_dict())
+            self.optimizer.load_state_dict({"state": state, "param_groups": described["param_groups"]})
+            self.schedule.load_state_dict(described["schedule"])
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise PositionsError(f"the checkpoint {checkpoint} is damaged: {' '.join(str(error).split())}") from error
+        self.step = described["step"]
+
+    def _last_evaluation(self) -> dict[str, Any]:
+        records = [json.loads(line) for line in (self.folder / "log.jsonl").read_text("utf-8").splitlines()]
+        return [r for r in records if "heldout_nats_per_byte" in r][-1]
+
+    def _any(self, interrupted: list[int]) -> bool:
+        return bool(self.accelerator.reduce(torch.tensor(len(interrupted), device=self.accelerator.device)).item())
+
+    def _say(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def _progress(self) -> Iterator[Any]:
+        """A function that shows what was logged: a bar on a terminal, now and then a line elsewhere."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+        )
+        live = self.console.is_terminal and self.accelerator.is_main_process
+        with Progress(*columns, console=self.console, disable=not live, transient=False) as bar:
+            task = bar.add_task("training", total=self.config.steps, completed=self.step, status="")
+            began, began_at, printed = time.monotonic(), self.step, 0.0
+
+            def show(record: dict[str, Any]) -> None:
+                nonlocal printed
+                if "heldout_nats_per_byte" in record:
+                    nats, bits = record["heldout_nats_per_byte"], record["heldout_bits_per_byte"]
+                    text = f"step {self.step}: held-out loss {nats:.4f} nats per byte ({bits:.4f} bits)"
+                    (bar.console.print if live else self._say)(text)
+                    return
+                status = f"loss {record['loss']:.3f}  {record['tokens_per_second']:,} tokens/s"
+                bar.update(task, completed=self.step, status=status)
+                if not live and time.monotonic() - printed > 15:
+                    printed = time.monotonic()
+                    left = (printed - began) / max(1, self.step - began_at) * (self.config.steps - self.step)
+                    self._say(f"step {self.step} of {self.config.steps}  {status}  {left / 60:.1f} min left")
+
+            yield show
+
+
+def token_nats(model: Any, rows: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos_less_one"]:
+    """The loss of each token after the first of its row, in nats."""
+    logits = model(input_ids=rows[:, :-1], use_cache=False).logits
+    return functional.cross_entropy(logits.float().transpose(1, 2), rows[:, 1:], reduction="none")
+
+
+def spread(increments: Float[Tensor, "batch pos *head"], cap: float) -> dict[str, float]:
+    """Mean, spread and extremes of increments that have an effect, and the share within 1% of the cap."""
+    values = increments[:, 1:].double()
+    return {
+        "mean": values.mean().item(),
+        "std": values.std().item(),
+        "min": values.min().item(),
+        "max": values.max().item(),
+        "share_at_cap": (values >= 0.99 * cap).double().mean().item(),
+    }
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """The newest whole checkpoint of a run.
+
+    Raises:
+        PositionsError: there is none.
+    """
+    found = [p for p in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{8}", p.name)]
+    if not found or not (run / "training.json").is_file():
+        raise PositionsError(f"{run} has no checkpoint to resume; expected a folder that a training run wrote.")
+    return max(found)
+
+
+@contextmanager
+def interrupts() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in a list instead of stopping at once; a second one stops."""
+    caught: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
