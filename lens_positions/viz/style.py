@@ -1,0 +1,193 @@
+"""One look for every figure: colours, type, and the fonts that can draw a given text.
+
+Colours are from the Okabe-Ito palette, which stays distinct in colour-blind vision. Latin text is set in DejaVu Sans,
+which matplotlib ships; Chinese needs a font of the system's, found by name or among the files of its font folders.
+"""
+
+import unicodedata
+from contextlib import suppress
+from functools import cache
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from matplotlib import font_manager, rc_context
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+
+from ..analysis.categories import is_chinese_punctuation, is_han
+from ..errors import PositionsError
+
+INK = "#1d2129"
+FAINT = "#c9ced6"
+QUIET = "#646c7a"
+ORANGE = "#d55e00"
+BLUE = "#0072b2"
+SKY = "#56b4e9"
+FARTHER = ("#fbe3cf", "#f8c49a", "#f2a15f", "#e67f2e")
+"""Tints for increments above the mean, from near to far."""
+NEARER = ("#d9e8f5", "#acd0eb", "#79b3de", "#4794cc")
+
+RC: Any = {
+    "font.family": ["DejaVu Sans"],
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": QUIET,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "xtick.labelsize": 8,
+    "axes.labelsize": 8,
+    "figure.facecolor": "white",
+    "savefig.dpi": 200,
+    "svg.hashsalt": "lens-positions",
+}
+CHINESE_FAMILIES = (
+    "Noto Sans CJK SC",
+    "Noto Sans SC",
+    "Noto Sans CJK",
+    "Source Han Sans SC",
+    "Source Han Sans",
+    "WenQuanYi Zen Hei",
+    "WenQuanYi Micro Hei",
+    "PingFang",
+    "Hiragino Sans GB",
+    "Heiti",
+    "Microsoft YaHei",
+    "SimHei",
+    "Droid Sans Fallback",
+    "Noto Serif CJK",
+    "SimSun",
+)
+CHINESE_FILES = (
+    "cjk",
+    "notosanssc",
+    "sourcehan",
+    "wqy",
+    "pingfang",
+    "heiti",
+    "hiragino",
+    "msyh",
+    "simhei",
+    "droidsansfallback",
+)
+SUBSTITUTE = "·"
+
+
+class MissingFontError(PositionsError):
+    """No installed font can draw the Chinese characters of a text."""
+
+
+def context() -> Any:
+    """A context manager in which matplotlib draws in this project's style."""
+    return rc_context(RC)
+
+
+def visible(character: str) -> str:
+    """A character as it is shown: whitespace gets a mark, what cannot stand alone or be printed a substitute."""
+    marks = {"\n": "⏎", "\r": "␍", "\t": "⇥"}
+    if character in marks:
+        return marks[character]
+    if unicodedata.category(character) == "Zs":
+        return "␣"
+    if unicodedata.combining(character):
+        return "◌" + character
+    return character if character.isprintable() else SUBSTITUTE
+
+
+def fonts_for(text: str) -> list[FontProperties]:
+    """The fonts that may draw a text, in order of preference.
+
+    Raises:
+        MissingFontError: the text has Chinese characters and no font for them is installed.
+    """
+    chinese = _chinese_font()
+    if chinese is None and any(is_han(c) or is_chinese_punctuation(c) for c in text):
+        raise MissingFontError(
+            "the text has Chinese characters and no font that can draw them was found; "
+            "install the Debian package fonts-wqy-zenhei or fonts-noto-cjk."
+        )
+    latin = FontProperties(family=["DejaVu Sans"])
+    return [latin, chinese] if chinese else [latin]
+
+
+def drawn(text: str, fonts: list[FontProperties]) -> tuple[str, FontProperties]:
+    """A text as it is drawn, and the font that draws most of it; what that font lacks becomes a substitute."""
+    shown = "".join(map(visible, text))
+    font = max(fonts, key=lambda candidate: sum(ord(c) in _code_points(candidate) for c in shown))
+    return "".join(c if ord(c) in _code_points(font) else SUBSTITUTE for c in shown), font
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Write a figure as PNG, SVG or PDF, by the suffix of the path; what was there stays until the new one is whole.
+
+    Raises:
+        PositionsError: another suffix, or a place that cannot be written.
+    """
+    path = Path(path)
+    check_path(path)
+    kind = path.suffix[1:].lower()
+    undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": None}
+    rendered = BytesIO()
+    with context():
+        figure.savefig(rendered, format=kind, metadata=undated[kind])
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(rendered.getvalue())
+        partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise PositionsError(
+            f"the figure cannot be written to {path} ({error.strerror}); expected a writable folder with room."
+        ) from error
+
+
+def check_path(path: str | Path) -> None:
+    """Refuse a path at which no figure can be written.
+
+    Raises:
+        PositionsError: an unknown suffix, or a folder that does not exist.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise PositionsError(f"the figure's path is {path}; expected a name that ends in .png, .svg or .pdf.")
+    if not path.parent.is_dir():
+        raise PositionsError(f"the figure's path is {path}; expected a folder that exists, and {path.parent} does not.")
+
+
+def _chinese_font() -> FontProperties | None:
+    """The best installed font for Chinese; one installed since matplotlib made its list is found too."""
+    font = _listed_chinese_font()
+    if font is None:
+        for file in _unlisted_chinese_files():
+            font_manager.fontManager.addfont(file)
+        font = _listed_chinese_font()
+    return font
+
+
+def _listed_chinese_font() -> FontProperties | None:
+    fonts = sorted(font_manager.fontManager.ttflist, key=lambda f: (f.name, f.style != "normal", abs(_weight(f) - 400)))
+    font = next((f for family in CHINESE_FAMILIES for f in fonts if f.name.startswith(family)), None)
+    # The weight is asked for as it is: matplotlib warns where a family lacks the normal one.
+    return FontProperties(family=[font.name], weight=_weight(font)) if font else None
+
+
+def _weight(font: font_manager.FontEntry) -> int:
+    return font.weight if isinstance(font.weight, int) else font_manager.weight_dict[font.weight]
+
+
+def _unlisted_chinese_files() -> list[str]:
+    listed = {font.fname for font in font_manager.fontManager.ttflist}
+    return [
+        file
+        for file in font_manager.findSystemFonts()
+        if file not in listed and any(part in Path(file).name.lower().replace("-", "") for part in CHINESE_FILES)
+    ]
+
+
+@cache
+def _code_points(font: FontProperties) -> frozenset[int]:
+    return frozenset(font_manager.get_font(font_manager.findfont(font)).get_charmap())
