@@ -1,0 +1,46 @@
+# make demo    train a small model on English and Chinese, and look at its increments
+# make test    the tests
+# make lint    style and types
+# Each does its own set-up, in .venv.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := HF_HUB_OFFLINE=1 $(VENV)/bin
+
+.PHONY: demo test lint bench fonts clean
+
+demo: $(VENV)/demo fonts
+	$(RUN)/python demos/demo.py
+
+test: $(VENV)/dev
+	$(RUN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/dev
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+bench: $(VENV)/dev
+	$(RUN)/python benchmarks/training_step.py
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# A CJK font, so that figures can show Chinese; where there is none to be had the figures say so.
+fonts:
+	@if ls /usr/share/fonts/*/*/*wqy* /usr/share/fonts/*/*/*CJK* >/dev/null 2>&1; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		(apt-get install -y -q fonts-wqy-zenhei || (apt-get update -q && apt-get install -y -q fonts-wqy-zenhei)) \
+			>/dev/null 2>&1 || echo "no CJK font could be installed; Chinese figures are left out"; \
+	else echo "no CJK font found; install fonts-wqy-zenhei or fonts-noto-cjk for Chinese figures"; fi
+
+$(VENV)/demo: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(VENV)/bin/pip install -q -c constraints.txt -e ".[corpora]"
+	@touch $@
+
+$(VENV)/dev: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(VENV)/bin/pip install -q -c constraints.txt -e ".[corpora,dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) demo-output runs .cache

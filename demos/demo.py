@@ -1,0 +1,49 @@
+"""Train the `quick` preset, show its increments on an English and a Chinese sentence, and draw them.
+
+Run by `make demo`. An interrupted training goes on where it stopped; a finished one is not run again.
+"""
+
+import sys
+from pathlib import Path
+
+from lens_positions import PositionsError
+from lens_positions.cli import main as lens_positions
+from training.__main__ import main as training
+
+OUTPUT = Path("demo-output")
+RUN = OUTPUT / "quick"
+MODEL = RUN / "model"
+SENTENCES = {
+    "english": "The President of the United States spoke to Congress on Monday.",
+    "chinese": "中国政府今天在北京举行新闻发布会。",
+}
+
+
+def main() -> int:
+    """Train if need be, then show and draw both sentences."""
+    if MODEL.is_dir():
+        print(f"{MODEL} is there already: not training again")
+    else:
+        where = ["--resume", str(RUN)] if any(RUN.glob("checkpoints/step-*")) else ["--output", str(RUN)]
+        status = training(["train", *where])
+        if status:
+            return status
+    figures = []
+    for name, sentence in SENTENCES.items():
+        figure = OUTPUT / f"{name}.png"
+        print(f"\n{sentence}")
+        try:
+            status = lens_positions(["show", str(MODEL), sentence, "--figure", str(figure)])
+        except PositionsError as error:
+            print(error)
+        figures += [str(figure)] if figure.is_file() else []
+    drawn = " and ".join(figures) or "no file"
+    print(
+        f"\nThe model is in {MODEL}, its log in {RUN / 'log.jsonl'}, the figures in {drawn}. "
+        f'Next: .venv/bin/lens-positions show {MODEL} "your own sentence", or --preset tiny for a better model.'
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""What the README says can be run, can be run."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from training.__main__ import parse
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+COMMANDS = [
+    line.strip().split("  #")[0].strip()
+    for line in README.splitlines()
+    if re.match(r"    (make|python|lens-pos)", line)
+]
+
+
+def test_python_snippets_run_in_order(tmp_path, monkeypatch):
+    snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(snippets) >= 2
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), names)
+    increments, logits, stretched = names["increments"], names["logits"], names["stretched"]
+    assert increments.shape[:2] == (2, 1)
+    assert (logits[:, :3] == stretched[:, :3]).all()
+    assert (logits[:, 3:] != stretched[:, 3:]).any()
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])
+def test_make_targets_exist(command):
+    assert re.search(rf"^{command.split()[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "-m training train" in c and "--resume" not in c])
+def test_training_commands_parse(command):
+    config, own = parse(shlex.split(command)[4:])
+    assert config.steps > 0
+    assert own.output is not None
+
+
+def test_linked_files_are_there():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).is_file(), target
