@@ -17,9 +17,10 @@ attention module is handed the identity rotation. Where that is not exact, attac
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -29,7 +30,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from .errors import PositionsError
 from .increments import PositionConfig, build_sources
-from .streams import ForwardPass, PositionStream, RotaryCall, rotate_heads, run_hook
+from .rotary import RotaryCall, rotate_heads
+from .streams import ForwardPass, PositionStream, run_hook
 
 
 class PositionStreams(nn.Module):
@@ -60,7 +62,27 @@ class PositionStreams(nn.Module):
             self._undo.pop()()
         self._step = ForwardPass()
 
-    def _start(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PositionStreams":
+        def keep_wide(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            half = moved.dtype in (torch.bfloat16, torch.float16)
+            return tensor.to(moved.device, torch.float32) if half else moved
+
+        return super()._apply(keep_wide, recurse)
+
+    def _start(
+        self,
+        layers: list[nn.Module],
+        first_block: nn.Module,
+        _module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        if self.config.source == "shared" and getattr(first_block, "_start_at_layer_idx", None):
+            raise PositionsError(
+                "start_at_layer leaves out the token embeddings, which the shared source reads; expected a forward "
+                "pass from tokens."
+            )
         tokens = kwargs.get("input_ids", args[0] if args else None)
         mask = kwargs.get("attention_mask")
         self._step = ForwardPass(
@@ -68,7 +90,14 @@ class PositionStreams(nn.Module):
             mask=mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None,
             cache=kwargs.get("past_key_values"),
             embeddings=kwargs.get("inputs_embeds"),
+            checkpointed=any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in layers),
+            with_grad=torch.is_grad_enabled(),
         )
+
+    def _finish(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+        # Checkpointed layers run again in the backward pass and need what they shared.
+        if not self._step.checkpointed:
+            self._step = ForwardPass()
 
     def _note_embeddings(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
         if self._step.embeddings is None:
@@ -89,17 +118,21 @@ class PositionStreams(nn.Module):
             with torch.autocast(states.device.type, enabled=False):
                 self._step.increments = run_hook(self.hook_increments, self.shared_source(reads))
 
-    def _note_residual(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._step.residual = args[0] if args else kwargs["hidden_states"]
+    def _note_residual(self, layer: int, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._step.checkpointed:
+            self._step.residuals.clear()
+        self._step.residuals[layer] = args[0] if args else kwargs["hidden_states"]
 
-    def _call_behind(self, cos_sin: tuple[Tensor, Tensor]) -> RotaryCall:
+    def _call_behind(self, cos_sin: tuple[Tensor, Tensor]) -> RotaryCall | None:
         calls = self._step.rotary_calls
-        return next((call for call in calls if call.cos_sin[0] is cos_sin[0]), calls[0])
+        for call in calls:
+            if call.cos_sin[0] is cos_sin[0] or call.cos_sin[1] is cos_sin[1]:
+                return call
+        return calls[0] if len(calls) == 1 and not self._step.checkpointed else None
 
     def _enter_attention(
         self,
         layer: int,
-        heads: list[Tensor],
         _module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -107,15 +140,48 @@ class PositionStreams(nn.Module):
         if kwargs.get("position_embeddings") is None:
             return None
         states = args[0] if args else kwargs["hidden_states"]
-        call = self._call_behind(kwargs["position_embeddings"])
-        cos_sin = self.layers[layer](states, call, self._step)
-        heads.clear()
+        cos, sin = kwargs["position_embeddings"]
+        if self._step.cache is None:  # one that the decoder stack made itself
+            self._step.cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+        cos_sin = self.layers[layer](states, self._call_behind((cos, sin)), self._step)
         if cos_sin is None:
             return None
         if self.config.per_head:
-            heads.extend(cos_sin)
-            cos_sin = torch.ones_like(call.cos_sin[0]), torch.zeros_like(call.cos_sin[1])
+            bridge_config = getattr(_module, "config", None)
+            for switch in ("use_split_qkv_input", "use_attn_in"):
+                if getattr(bridge_config, switch, False) is True:
+                    raise PositionsError(
+                        f"set_{switch}(True) goes around the projections, whose outputs per-head increments rotate; "
+                        f"expected set_{switch}(False) or per_head=False."
+                    )
+            self._step.heads[layer] = cos_sin
+            cos_sin = torch.ones_like(cos), torch.zeros_like(sin)
         return args, {**kwargs, "position_embeddings": cos_sin}
+
+    def _rotate_output(
+        self, layer: int, d_head: int, _module: nn.Module, _args: tuple[Any, ...], output: Tensor
+    ) -> Tensor | None:
+        cos_sin = self._step.heads.get(layer)
+        return None if cos_sin is None else rotate_heads(output, cos_sin, d_head)
+
+    @contextmanager
+    def recorded(self) -> Iterator[list[Float[Tensor, "rows pos *head"]]]:
+        """Collect the increments of every forward pass in the block: a list of one tensor a layer, on its end.
+
+        For models outside a bridge; passes of equal length are stacked along the batch.
+        """
+        kept: list[list[Tensor]] = [[] for _ in self.layers]
+        collected: list[Tensor] = []
+        hooks = []
+        for stream, values in zip(self.layers, kept, strict=True):
+            keep = partial(_keep, values)
+            hooks.append(cast(HookPoint, stream.hook_increments).register_forward_hook(keep))
+        try:
+            yield collected
+            collected.extend(torch.cat(values) for values in kept)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def extra_repr(self) -> str:
         """The configuration, for printing a model."""
@@ -151,15 +217,14 @@ def attach_positions(
         raise PositionsError(f'positions is {positions!r}; expected "static" or a PositionConfig.')
     bridge = model if isinstance(model, TransformerBridge) else None
     base: Any = bridge.original_model if bridge is not None else model
-    if "position_streams" in base._modules:
-        raise PositionsError("position streams are attached to this model already; expected detach() on them first.")
-
     found = find_rotary_attention(base)
+    if _has_streams(base):
+        raise PositionsError("position streams are attached to this model already; expected detach() on them first.")
     text = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
     n_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     if config.per_head:
         for attention in found.attention:
-            _refuse_inexact_heads(attention)
+            _refuse_inexact_heads(attention, found.rotary[0], text.hidden_size)
     first = next(base.parameters())
     sources = build_sources(
         config,
@@ -172,24 +237,27 @@ def attach_positions(
     ).to(first.device)
 
     streams = PositionStreams(config, sources, len(found.attention), n_heads)
+    start = partial(streams._start, found.decoder_layers, found.wrapper(found.decoder_layers[0]))
     handles = [
-        found.stack.register_forward_pre_hook(streams._start, with_kwargs=True),
+        found.stack.register_forward_pre_hook(start, with_kwargs=True),
+        found.stack.register_forward_hook(streams._finish, always_call=True),
         base.get_input_embeddings().register_forward_hook(streams._note_embeddings),
         *(r.register_forward_hook(streams._note_rotary, with_kwargs=True) for r in found.rotary),
     ]
     for layer, attention in enumerate(found.attention):
-        heads: list[Tensor] = []
-        handles.append(found.decoder_layers[layer].register_forward_pre_hook(streams._note_residual, with_kwargs=True))
-        enter = partial(streams._enter_attention, layer, heads)
+        note = partial(streams._note_residual, layer)
+        handles.append(found.decoder_layers[layer].register_forward_pre_hook(note, with_kwargs=True))
+        enter = partial(streams._enter_attention, layer)
         handles.append(found.wrapper(attention).register_forward_pre_hook(enter, with_kwargs=True))
         if config.per_head:
             for projection in (attention.q_proj, attention.k_proj):
-                handles.append(projection.register_forward_hook(partial(_rotate_output, heads, attention.head_dim)))
+                turn = partial(streams._rotate_output, layer, attention.head_dim)
+                handles.append(projection.register_forward_hook(turn))
         stream: Any = streams.layers[layer]
         stream.cache_layer = getattr(attention, "layer_idx", layer)
     streams._undo.extend(handle.remove for handle in handles)
     base.add_module("position_streams", streams)
-    streams._undo.append(partial(base._modules.pop, "position_streams"))
+    streams._undo.append(partial(_remove_module, base, "position_streams"))
     if bridge is not None:
         _add_hook_points(bridge, streams, found)
     return streams
@@ -235,7 +303,7 @@ def find_rotary_attention(base: Any) -> RotaryAttention:
         PositionsError: there are none, or the model is not a causal decoder.
     """
     name = type(base).__name__
-    if not hasattr(base, "get_input_embeddings") or not hasattr(base, "config"):
+    if not (isinstance(base, nn.Module) and hasattr(base, "get_input_embeddings") and hasattr(base, "config")):
         raise PositionsError(f"the model is a {name}; expected a transformers model or a TransformerBridge.")
     found = RotaryAttention(base)
     if not found.rotary or not found.attention:
@@ -243,7 +311,40 @@ def find_rotary_attention(base: Any) -> RotaryAttention:
             f"{name} has no attention that takes rotary position_embeddings; expected a RoPE model such as Llama, "
             "Qwen, Gemma or GPT-NeoX."
         )
+    if not all(getattr(attention, "is_causal", True) for attention in found.attention):
+        raise PositionsError(f"{name} has attention that is not causal; expected a decoder such as Llama.")
     return found
+
+
+def increment_table(model: Any) -> Float[Tensor, "vocab *head"]:
+    """The increment of every token id, from a shared or frozen source: what a frozen source looks up.
+
+    Args:
+        model: a transformers model or a bridge with streams attached.
+
+    Raises:
+        PositionsError: its increments are no function of the token alone.
+    """
+    base: Any = model.original_model if isinstance(model, TransformerBridge) else model
+    streams: PositionStreams = base.position_streams
+    if streams.shared_source is None:
+        raise PositionsError(
+            f"the source is {streams.config.source!r}, whose increments are no function of the token; expected a model "
+            "with a shared or frozen source."
+        )
+    embedding = base.get_input_embeddings()
+    ids = torch.arange(embedding.weight.shape[0], device=embedding.weight.device)[None]
+    with torch.no_grad():
+        return streams.shared_source(ids if streams.config.source == "frozen" else embedding(ids))[0]
+
+
+def _keep(values: list[Tensor], _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+    values.append(output.detach())
+
+
+def _has_streams(base: nn.Module) -> bool:
+    hooks = (hook for module in base.modules() for hook in module._forward_pre_hooks.values())
+    return any(isinstance(getattr(getattr(h, "func", h), "__self__", None), PositionStreams) for h in hooks)
 
 
 def _is_wrapper(module: nn.Module) -> bool:
@@ -252,10 +353,20 @@ def _is_wrapper(module: nn.Module) -> bool:
 
 def _ancestor(own: list[tuple[str, nn.Module]], name: str, parameter: str) -> nn.Module:
     above = [m for n, m in own if (name.startswith(n + ".") or n == "") and n != name]
-    return next(m for m in reversed(above) if parameter in inspect.signature(m.forward).parameters)
+    for module in reversed(above):
+        if parameter in inspect.signature(module.forward).parameters:
+            return module
+    raise PositionsError(
+        f"{type(own[0][1]).__name__} has no module around {name} whose forward takes {parameter}; expected a decoder "
+        "such as Llama."
+    )
 
 
-def _refuse_inexact_heads(attention: nn.Module) -> None:
+def _remove_module(owner: nn.Module, name: str) -> None:
+    del owner._modules[name]
+
+
+def _refuse_inexact_heads(attention: Any, rotary: nn.Module, d_model: int) -> None:
     kind = type(attention).__name__
     normed = [n for n, _ in attention.named_children() if "norm" in n]
     if not (hasattr(attention, "q_proj") and hasattr(attention, "k_proj") and hasattr(attention, "head_dim")):
@@ -268,12 +379,43 @@ def _refuse_inexact_heads(attention: nn.Module) -> None:
             f"per-head increments are not exact in {kind}, which has {normed[0]} between projection and rotation; "
             "expected a model without it, or per_head=False."
         )
+    clipped = getattr(getattr(attention, "config", None), "clip_qkv", None) is not None
+    if clipped or not _heads_rotate_like_halves(attention, rotary, d_model):
+        raise PositionsError(
+            f"per-head increments are not exact in {kind}, which does not rotate the two halves of each whole head "
+            "straight after the projection; expected a model such as Llama, or per_head=False."
+        )
 
 
-def _rotate_output(
-    heads: list[Tensor], d_head: int, _module: nn.Module, _args: tuple[Any, ...], output: Tensor
-) -> Tensor | None:
-    return rotate_heads(output, (heads[0], heads[1]), d_head) if heads else None
+def _heads_rotate_like_halves(attention: Any, rotary: nn.Module, d_model: int) -> bool:
+    """Try it: the attention with its own rotation against rotated projections and the identity rotation."""
+    weight, training = next(attention.parameters()), attention.training
+    states = torch.randn(1, 8, d_model, generator=torch.Generator().manual_seed(0)).to(weight)
+    hooks = []
+    try:
+        attention.eval()
+        with torch.no_grad():
+            # Large enough for scores of a few units, which turning makes a difference to.
+            states *= 2 / (attention.q_proj(states).std() * attention.k_proj(states).std()).sqrt()
+            cos, sin = rotary(states, 7 * torch.arange(8, device=weight.device)[None])
+            own = attention(states, position_embeddings=(cos, sin), attention_mask=None)[0]
+            turn = partial(_rotate_projection, (cos[:, :, None], sin[:, :, None]), attention.head_dim)
+            hooks = [p.register_forward_hook(turn) for p in (attention.q_proj, attention.k_proj)]
+            identity = torch.ones_like(cos), torch.zeros_like(sin)
+            ours = attention(states, position_embeddings=identity, attention_mask=None)[0]
+        return bool((ours - own).abs().max() <= 0.02 * own.abs().max())
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    finally:
+        attention.train(training)
+        for hook in hooks:
+            hook.remove()
+
+
+def _rotate_projection(
+    cos_sin: tuple[Tensor, Tensor], d_head: int, _module: nn.Module, _args: tuple[Any, ...], output: Tensor
+) -> Tensor:
+    return rotate_heads(output, cos_sin, d_head)
 
 
 def _add_hook_points(bridge: Any, streams: PositionStreams, found: RotaryAttention) -> None:
@@ -287,10 +429,10 @@ def _add_hook_points(bridge: Any, streams: PositionStreams, found: RotaryAttenti
             attention.add_module(name, getattr(stream, name))
             added.append((attention, name))
     bridge._scan_existing_hooks(bridge, "")
+    streams._undo.append(partial(_remove_hook_points, bridge, added))
 
-    def remove() -> None:
-        hooks = {id(owner._modules.pop(name)) for owner, name in added}
-        for name in [name for name, hook in bridge._hook_registry.items() if id(hook) in hooks]:
-            del bridge._hook_registry[name]
 
-    streams._undo.append(remove)
+def _remove_hook_points(bridge: Any, added: list[tuple[nn.Module, str]]) -> None:
+    hooks = {id(owner._modules.pop(name)) for owner, name in added}
+    for name in [name for name, hook in bridge._hook_registry.items() if id(hook) in hooks]:
+        del bridge._hook_registry[name]

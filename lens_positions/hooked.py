@@ -7,6 +7,7 @@ safetensors, tokenizer) plus `positions.json` and `positions.safetensors`.
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -69,14 +70,17 @@ class PositionModelConfig:
     positions: PositionConfig = field(default_factory=PositionConfig)
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "n_layers", "n_heads", "n_ctx"):
-            if getattr(self, name) < 1:
-                raise PositionsError(f"{name} is {getattr(self, name)}; expected at least 1.")
+        for name in ("d_model", "n_layers", "n_heads", "n_ctx", "d_mlp"):
+            size = getattr(self, name)
+            if not (isinstance(size, int) and size >= 1) and not (name == "d_mlp" and size is None):
+                raise PositionsError(f"{name} is {size}; expected a whole number of at least 1.")
         if self.d_model % self.n_heads or (self.d_model // self.n_heads) % 2:
             raise PositionsError(
                 f"d_model {self.d_model} over n_heads {self.n_heads} gives no even width per head; expected d_model to "
                 "be an even multiple of n_heads."
             )
+        if not 0 < self.rope_theta < math.inf:
+            raise PositionsError(f"rope_theta is {self.rope_theta}; expected a positive number.")
         if not 0 <= self.rope_fraction <= 1:
             raise PositionsError(f"rope_fraction is {self.rope_fraction}; expected a number from 0 to 1.")
 
@@ -100,7 +104,9 @@ class PositionModelConfig:
         )
 
 
-def build_model(config: PositionModelConfig, *, seed: int) -> LlamaForCausalLM:
+def build_model(
+    config: PositionModelConfig, *, seed: int, table: Float[Tensor, "vocab *head"] | None = None
+) -> LlamaForCausalLM:
     """A fresh Llama with its position streams attached, float32, outside any bridge: what training runs.
 
     The base weights depend on the sizes and the seed alone, so models that differ in their source start alike.
@@ -109,7 +115,7 @@ def build_model(config: PositionModelConfig, *, seed: int) -> LlamaForCausalLM:
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config.to_transformers())
         torch.manual_seed(seed)
-        attach_positions(model, config.positions)
+        attach_positions(model, config.positions, table=table)
     return model
 
 
@@ -159,9 +165,6 @@ class HookedPositionTransformer(TransformerBridge):
     @classmethod
     def _bridge(cls, model: Any, tokenizer: Any, name: str) -> "HookedPositionTransformer":
         streams = model.position_streams
-        config, state = streams.config, streams.state_dict()
-        table = state.get("shared_source.table")
-        streams.detach()
         architecture = model.config.architectures[0] if model.config.architectures else type(model).__name__
         cfg = build_bridge_config_from_hf(model.config, architecture, name, model.dtype)
         try:
@@ -170,6 +173,9 @@ class HookedPositionTransformer(TransformerBridge):
             raise PositionsError(
                 f"TransformerLens has no adapter for {architecture}; expected a supported one."
             ) from error
+        config, state = streams.config, streams.state_dict()
+        table = state.get("shared_source.table")
+        streams.detach()
         adapter.cfg.device = str(model.device)
         adapter.prepare_model(model)
         if tokenizer is not None:
@@ -213,8 +219,13 @@ class HookedPositionTransformer(TransformerBridge):
         """Write a folder that `from_pretrained` reads; it appears whole or not at all.
 
         Raises:
-            PositionsError: the folder cannot be written.
+            PositionsError: the folder cannot be written, or the weights were folded and centred.
         """
+        if self._weights_processed:
+            raise PositionsError(
+                "the weights were folded by enable_compatibility_mode(); expected the model as it was loaded "
+                "(enable_compatibility_mode(no_processing=True) keeps them)."
+            )
         save_pretrained(self.original_model, self.tokenizer, path)
 
     def increments(self, input: TextOrTokens) -> Float[Tensor, "layer batch pos *head"]:
@@ -225,7 +236,7 @@ class HookedPositionTransformer(TransformerBridge):
                 everywhere in TransformerLens, so entry 0 is that token's.
 
         Raises:
-            PositionsError: empty, longer than the context, or texts of different lengths.
+            PositionsError: empty, longer than the context, texts of different lengths, or no such tokens.
         """
         return self._stream_values(input, "hook_increments")
 
@@ -243,10 +254,18 @@ class HookedPositionTransformer(TransformerBridge):
     def _checked_tokens(self, input: TextOrTokens) -> Int[Tensor, "batch pos"]:
         if isinstance(input, Tensor):
             tokens = input.unsqueeze(0) if input.ndim == 1 else input
-            if tokens.ndim != 2 or tokens.shape[1] == 0 or tokens.is_floating_point():
+            if tokens.ndim != 2 or tokens.numel() == 0 or tokens.dtype not in (torch.int64, torch.int32):
                 raise PositionsError(
                     f"tokens have shape {tuple(input.shape)} and dtype {input.dtype}; expected integers [batch, pos] "
                     "with at least one position."
+                )
+            if tokens.shape[1] > self.cfg.n_ctx:
+                raise PositionsError(
+                    f"there are {tokens.shape[1]} tokens; expected at most {self.cfg.n_ctx}, the model's context."
+                )
+            if tokens.min() < 0 or tokens.max() >= self.cfg.d_vocab:
+                raise PositionsError(
+                    f"tokens go from {tokens.min()} to {tokens.max()}; expected ids from 0 to {self.cfg.d_vocab - 1}."
                 )
             return tokens
         texts = [input] if isinstance(input, str) else list(input)
@@ -370,13 +389,15 @@ def save_pretrained(model: Any, tokenizer: Any, path: str | Path) -> None:
         PositionsError: the folder cannot be written.
     """
     path = Path(path)
+    if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
+        raise PositionsError(f"{path} holds other files; expected a saved model to replace, or a new folder.")
     streams: PositionStreams = model.position_streams
     plain: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         name = name.replace("._original_component", "")
         if not name.startswith("position_streams."):
             plain.setdefault(name, tensor)
-    with replaced_folder(path) as folder:
+    with _quiet(), replaced_folder(path) as folder:
         skeleton = type(model)(model.config)
         skeleton.to(model.dtype).load_state_dict({n: plain[n] for n in skeleton.state_dict()})
         skeleton.save_pretrained(folder)
@@ -395,6 +416,8 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         PositionsError: the place cannot be written.
     """
     staging = None
+    if path.exists() and not path.is_dir():
+        raise PositionsError(f"{path} is a file; expected a folder.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))

@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from .errors import PositionsError
 
+EPS = 1e-6
 SOURCES = ("static", "shared", "per_layer", "frozen")
 
 
@@ -66,7 +67,9 @@ class PositionConfig:
             raise PositionsError(
                 f"max_increment is {self.max_increment!r}; expected a finite number above 1, a fresh increment."
             )
-        if self.hidden is not None and self.hidden < 1:
+        if not isinstance(self.per_head, bool):
+            raise PositionsError(f"per_head is {self.per_head!r}; expected True or False.")
+        if self.hidden is not None and not (isinstance(self.hidden, int) and self.hidden >= 1):
             raise PositionsError(f"hidden is {self.hidden!r}; expected a width of at least 1, or None.")
 
     @property
@@ -86,7 +89,7 @@ class LearnedIncrements(nn.Module):
     def __init__(self, config: PositionConfig, d_model: int, n_heads: int | None, normalize: bool) -> None:
         super().__init__()
         hidden = config.hidden or max(1, d_model // 4)
-        self.norm = nn.RMSNorm(d_model, eps=1e-6) if normalize else nn.Identity()
+        self.norm = nn.RMSNorm(d_model, eps=EPS) if normalize else nn.Identity()
         self.hidden = nn.Linear(d_model, hidden)
         self.out = nn.Linear(hidden, n_heads or 1)
         self.per_head = n_heads is not None
@@ -105,13 +108,21 @@ class LearnedIncrements(nn.Module):
 
     def forward(self, states: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos *head"]:
         """Increments of each token, from its embedding or its residual stream."""
-        x = self.out(functional.gelu(self.hidden(self.norm(states.to(self.out.weight.dtype)))))
+        x = states.to(self.out.weight.dtype)
+        if isinstance(self.norm, nn.RMSNorm):
+            # Its scale is applied after the projection, to a quarter of the width.
+            scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
+            x = functional.linear(x, self.hidden.weight * self.norm.weight) * scale + self.hidden.bias
+        else:
+            x = self.hidden(x)
+        x = self.out(functional.gelu(x))
         if not self.per_head:
             x = x.squeeze(-1)
         if self.activation == "none":
             return 1 + x
         f = torch.sigmoid if self.activation == "sigmoid" else functional.softplus
-        return f(x + self.offset) / f(self.offset)
+        # One shape on both sides: vectorised and scalar f may differ in the last bit, and fresh is exactly 1.
+        return f(x + self.offset) / f(torch.zeros_like(x) + self.offset)
 
 
 class FrozenIncrements(nn.Module):

@@ -1,0 +1,108 @@
+"""Fixtures that every test may use: tiny models on the CPU, nothing from the network, shapes checked at every call."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import beartype
+import jaxtyping
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+# Before the packages are first imported: in the tests every annotated shape is checked at every call.
+checked = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
+jaxtyping.install_import_hook(["lens_positions", "training"], f"{__name__}.checked")
+
+import lens_positions as lp  # noqa: E402
+
+torch.set_num_threads(1)  # tiny tensors: threads cost more than they bring
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """What a person meets who runs without shape checks: the library's own refusals."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def tiny_config() -> Callable[..., lp.PositionModelConfig]:
+    """tiny_config(source=..., ...): a byte model of two layers and four heads."""
+
+    def config(**positions: Any) -> lp.PositionModelConfig:
+        return lp.PositionModelConfig(
+            d_model=32, n_layers=2, n_heads=4, d_mlp=48, n_ctx=64, positions=lp.PositionConfig(**positions)
+        )
+
+    return config
+
+
+@pytest.fixture
+def tiny_llama() -> Callable[..., LlamaForCausalLM]:
+    """tiny_llama(...): a Llama with grouped attention (four heads on two) and weights that make positions matter."""
+
+    def llama(*, dtype: torch.dtype = torch.float32, attention: str = "eager", **config: Any) -> LlamaForCausalLM:
+        values: dict[str, Any] = {
+            "vocab_size": 61,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+            "initializer_range": 0.25,
+            "pad_token_id": 0,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        }
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**values | config))
+        model.config._attn_implementation = attention
+        return model.to(dtype).eval()
+
+    return llama
+
+
+@pytest.fixture
+def randomize() -> Callable[..., Any]:
+    """randomize(model): non-trivial weights everywhere, those of the increment sources included."""
+
+    def draw(model: Any, seed: int = 0) -> Any:
+        base = getattr(model, "original_model", model)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in base.named_parameters():
+                if "position_streams" in name:
+                    if ".out." in name:
+                        parameter.normal_(generator=generator)
+                elif parameter.ndim == 1:
+                    parameter.uniform_(0.5, 1.5, generator=generator)
+                else:
+                    parameter.normal_(std=0.25, generator=generator)
+            for name, buffer in base.position_streams.named_buffers():
+                if name.endswith("table"):
+                    buffer.uniform_(0.25, 3, generator=generator)
+        return model.eval()
+
+    return draw
+
+
+@pytest.fixture
+def tiny_model(tiny_config: Any, randomize: Any) -> Callable[..., lp.HookedPositionTransformer]:
+    """tiny_model(source=..., ...): a HookedPositionTransformer whose increments are far from one."""
+
+    def model(**positions: Any) -> lp.HookedPositionTransformer:
+        return randomize(lp.HookedPositionTransformer.from_config(tiny_config(**positions)))
+
+    return model

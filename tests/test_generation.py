@@ -1,0 +1,259 @@
+"""With a key-value cache the increments go on where the cache stopped, whatever happens to the cache in between."""
+
+import copy
+import gc
+import itertools
+import weakref
+
+import pytest
+import torch
+from transformers import MistralConfig, MistralForCausalLM, StaticCache
+
+import lens_positions as lp
+
+EVERY_SOURCE = list(itertools.product(("static", "shared", "per_layer", "frozen"), (False, True), ("before", "after")))
+every_source = pytest.mark.parametrize(("source", "per_head", "gap"), EVERY_SOURCE)
+TOKENS = torch.randint(1, 61, (3, 12), generator=torch.Generator().manual_seed(4))
+MASK = torch.ones_like(TOKENS)
+MASK[0, :4] = 0
+MASK[2, :1] = 0
+
+
+@pytest.fixture
+def tiny_stream(tiny_llama, randomize):
+    def build(source, per_head=False, gap="before", **llama):
+        model = tiny_llama(**llama)
+        lp.attach_positions(model, lp.PositionConfig(source=source, per_head=per_head, gap=gap))
+        return randomize(model)
+
+    return build
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def ids_of(mask):
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+@every_source
+def test_cached_logits_equal_uncached_ones(tiny_stream, source, per_head, gap):
+    """In pieces of different lengths, with rows padded on the left, handing the cache over by hand."""
+    model = tiny_stream(source, per_head, gap)
+    for mask in (None, MASK):
+        given = {} if mask is None else {"attention_mask": mask, "position_ids": ids_of(mask)}
+        whole = model(TOKENS, **given).logits
+        cache, pieces = None, []
+        for start, stop in ((0, 5), (5, 6), (6, 10), (10, 12)):
+            if mask is not None:
+                given = {"attention_mask": mask[:, :stop], "position_ids": ids_of(mask)[:, start:stop]}
+            out = model(TOKENS[:, start:stop], past_key_values=cache, use_cache=True, **given)
+            cache = out.past_key_values
+            pieces.append(out.logits)
+        error = (torch.cat(pieces, 1) - whole)[MASK.bool()].abs().max()
+        assert error < 1e-5 * whole[MASK.bool()].abs().max()
+
+
+@every_source
+def test_cached_generation_equals_uncached(tiny_stream, source, per_head, gap):
+    model = tiny_stream(source, per_head, gap)
+    for how in ({}, {"do_sample": True, "temperature": 1.5}, {"num_beams": 3, "num_return_sequences": 2}):
+        for given in ({}, {"attention_mask": MASK}):
+            texts = []
+            for cached in (True, False):
+                torch.manual_seed(5)
+                how = {"do_sample": False, "max_new_tokens": 6, **how, "use_cache": cached}
+                texts.append(model.generate(TOKENS, **given, **how))
+            assert texts[0].shape[1] == 18
+            assert torch.equal(*texts)
+
+
+@every_source
+def test_generation_depends_on_the_increments(tiny_stream, source, per_head, gap):
+    if source == "static":
+        return
+    model = tiny_stream(source, per_head, gap)
+    learned = model.generate(TOKENS, max_new_tokens=10, do_sample=False)
+    model.position_streams.detach()
+    assert not torch.equal(learned, model.generate(TOKENS, max_new_tokens=10, do_sample=False))
+
+
+@pytest.mark.parametrize(("source", "per_head"), sorted({entry[:2] for entry in EVERY_SOURCE}))
+def test_bridge_generates_alike_with_and_without_cache(tiny_model, source, per_head):
+    model = tiny_model(source=source, per_head=per_head)
+    how = {"max_new_tokens": 8, "do_sample": False, "verbose": False, "stop_at_eos": False, "return_type": "tokens"}
+    for prompt in (TOKENS, "The distance", ["a", "Two words"]):
+        cached, uncached = (model.generate(prompt, use_past_kv_cache=cached, **how) for cached in (True, False))
+        assert torch.equal(cached, uncached)
+    assert isinstance(model.generate("The", max_new_tokens=3, verbose=False), str)
+
+
+def test_bridge_hands_the_cache_out_and_takes_it_back(tiny_model):
+    model = tiny_model(source="per_layer")
+    whole = model(TOKENS)
+    first, cache = model(TOKENS[:, :7], return_type="logits_and_cache")
+    rest = model(TOKENS[:, 7:], past_key_values=cache)
+    assert (torch.cat([first, rest], 1) - whole).abs().max() < 1e-5
+
+
+def continued(model, cache, tokens):
+    return model(tokens, past_key_values=cache).logits
+
+
+@every_source
+def test_changes_of_the_cache_are_followed(tiny_stream, source, per_head, gap):
+    model = tiny_stream(source, per_head, gap)
+    prompt, rest = TOKENS[:, :7], TOKENS[:, 7:]
+
+    def filled(tokens=prompt):
+        return model(tokens, use_cache=True).past_key_values
+
+    def check(cache, before, after):
+        expected = model(torch.cat([before, after], 1)).logits[:, before.shape[1] :]
+        assert (continued(model, cache, after) - expected).abs().max() < 5e-5
+
+    cache = filled()
+    cache.crop(-3)
+    check(cache, prompt[:, :4], rest)
+
+    order = torch.tensor([2, 0, 0])
+    cache = filled()
+    cache.reorder_cache(order)
+    check(cache, prompt[order], rest)
+
+    cache = filled()
+    cache.batch_select_indices(torch.tensor([2, 0]))
+    check(cache, prompt[[2, 0]], rest[[2, 0]])
+
+    cache = filled()
+    cache.batch_repeat_interleave(2)
+    check(cache, prompt.repeat_interleave(2, 0), rest.repeat_interleave(2, 0))
+
+    cache = filled()
+    twin = copy.deepcopy(cache)
+    continued(model, cache, rest.flip(1))
+    check(twin, prompt, rest)
+
+    cache.reset()
+    check(cache, prompt[:, :0], rest)
+
+
+@pytest.mark.parametrize("source", ["static", "shared", "per_layer"])
+def test_preallocated_cache(tiny_stream, source):
+    model = tiny_stream(source)
+    plain = model.generate(TOKENS, max_new_tokens=6, do_sample=False)
+    assert torch.equal(model.generate(TOKENS, max_new_tokens=6, do_sample=False, cache_implementation="static"), plain)
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    first = model(TOKENS[:, :7], past_key_values=cache).logits
+    rest = model(TOKENS[:, 7:], past_key_values=cache).logits
+    assert (torch.cat([first, rest], 1) - model(TOKENS).logits).abs().max() < 1e-5
+
+
+def test_assisted_generation_equals_plain(tiny_stream):
+    """Prompt look-up proposes several tokens at once and crops what is refused."""
+    model = tiny_stream("per_layer")
+    how = {"max_new_tokens": 20, "do_sample": False}
+    prompt = TOKENS[:1, [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]]
+    assert torch.equal(model.generate(prompt, prompt_lookup_num_tokens=3, **how), model.generate(prompt, **how))
+
+
+@pytest.mark.parametrize("source", ["shared", "per_layer", "frozen"])
+def test_cache_filled_without_streams_is_refused(tiny_stream, source):
+    model = tiny_stream(source)
+    streams = model.position_streams
+    config, state = streams.config, streams.state_dict()
+    streams.detach()
+    cache = model(TOKENS[:, :7], use_cache=True).past_key_values
+    lp.attach_positions(model, config, table=state.get("shared_source.table"))
+    with pytest.raises(lp.PositionsError, match="7 tokens at layer 0 and positions for 0"):
+        continued(model, cache, TOKENS[:, 7:])
+
+
+def test_cache_changed_behind_its_back_is_refused(tiny_stream):
+    model = tiny_stream("per_layer")
+    cache = model(TOKENS[:, :7], use_cache=True).past_key_values
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[:, :, :-2], layer.values[:, :, :-2]
+    with pytest.raises(lp.PositionsError, match="5 tokens at layer 0 and positions for 7"):
+        continued(model, cache, TOKENS[:, 7:])
+
+
+@pytest.mark.parametrize("gap", ["before", "after"])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_intervention_in_some_steps_stays_in_the_positions_after_it(tiny_stream, per_head, gap):
+    """Static streams remember nothing until somebody edits, and go on from there."""
+    model = tiny_stream("static", per_head, gap)
+    hooks = [stream.hook_increments for stream in model.position_streams.layers]
+    shape = (3, 12, 2) if per_head else (3, 12)
+    for edited in ({0}, {1}, {0, 2}, {3}):
+        factors = torch.ones(shape)
+        cache, pieces = None, []
+        for number, (start, stop) in enumerate(((0, 5), (5, 6), (6, 10), (10, 12))):
+            if number in edited:
+                factors[:, start:stop] = 2.5
+                hooks[1].add_hook(lambda d, hook: 2.5 * d)
+            out = model(TOKENS[:, start:stop], past_key_values=cache, use_cache=True)
+            hooks[1].remove_hooks()
+            cache = out.past_key_values
+            pieces.append(out.logits)
+        hooks[1].add_hook(lambda d, hook, factors=factors: factors * d)
+        whole = model(TOKENS).logits
+        hooks[1].remove_hooks()
+        assert (torch.cat(pieces, 1) - whole).abs().max() < 1e-5
+        assert (whole - model(TOKENS).logits).abs().max() > 1e-3
+
+
+def test_looking_on_while_generating_changes_nothing(tiny_stream):
+    for source in ("static", "per_layer"):
+        model = tiny_stream(source)
+        plain = model.generate(TOKENS, max_new_tokens=8, do_sample=False, attention_mask=MASK)
+        for stream in model.position_streams.layers:
+            stream.hook_positions.add_hook(lambda p, hook: None)
+            stream.hook_increments.add_hook(lambda d, hook: None)
+        assert torch.equal(model.generate(TOKENS, max_new_tokens=8, do_sample=False, attention_mask=MASK), plain)
+
+
+def test_memory_of_positions_ends_with_the_cache(tiny_stream):
+    model = tiny_stream("per_layer")
+    cache = model(TOKENS, use_cache=True).past_key_values
+    sums = [weakref.ref(s) for s in cache.position_sums.values()]
+    watched = weakref.ref(cache)
+    assert len(sums) == 2
+    del cache
+    gc.collect()
+    assert watched() is None
+    assert [s() for s in sums] == [None, None]
+
+
+def test_two_caches_do_not_meet(tiny_stream):
+    model = tiny_stream("per_layer")
+    first, second = (model(t[:, :7], use_cache=True).past_key_values for t in (TOKENS, TOKENS.flip(1)))
+    expected = model(TOKENS).logits[:, 7:], model(TOKENS.flip(1)).logits[:, 7:]
+    for t in range(7, 12):  # turn by turn
+        a = continued(model, first, TOKENS[:, t : t + 1])
+        b = continued(model, second, TOKENS.flip(1)[:, t : t + 1])
+        assert (a - expected[0][:, t - 7 : t - 6]).abs().max() < 1e-5
+        assert (b - expected[1][:, t - 7 : t - 6]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("source", ["static", "per_layer"])
+def test_sliding_window_cache(source, randomize):
+    config = MistralConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=5,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = MistralForCausalLM(config)
+    lp.attach_positions(model, lp.PositionConfig(source=source))
+    randomize(model)
+    texts = [model.generate(TOKENS, max_new_tokens=10, do_sample=False, use_cache=cached) for cached in (True, False)]
+    assert torch.equal(*texts)
