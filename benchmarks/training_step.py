@@ -4,7 +4,7 @@ Each model takes turns with the untouched one, first one ahead and then the othe
 so a machine that slows down slows both. Among them is a minimal hand-written transformer of the same size: what a
 library's model costs.
 
-    python benchmarks/training_step.py [--compile] [--turns 24] [--output benchmarks/training_step.json]
+    python benchmarks/training_step.py [--compile] [--turns 24] [--models NAME ...] [--output FILE]
 """
 
 import json
@@ -43,11 +43,14 @@ class Options:
     Args:
         compile: run every model through torch.compile.
         turns: counted turns of each pair, after three that are not.
+        models: the models to time, of static, shared, per_layer, "per_layer, per head" and "minimal transformer"; all
+            of them if none is named.
         output: where the table is written as JSON.
     """
 
     compile: bool = False
     turns: int = 24
+    models: tuple[str, ...] = ()
     output: Path = Path("benchmarks/training_step.json")
 
 
@@ -108,9 +111,11 @@ def main(options: Options) -> None:
     """Time every model at both sizes, print the table and write it."""
     table = []
     for size, (config, batch) in SIZES.items():
-        untouched = LlamaForCausalLM(config.to_transformers())
+        untouched = compiled(LlamaForCausalLM(config.to_transformers()), options)
         for name, model in models(config).items():
-            pairs = take_turns(model, untouched, batch, config.n_ctx, options)
+            if options.models and name not in options.models:
+                continue
+            pairs = take_turns(compiled(model, options), untouched, batch, config.n_ctx, options)
             ratios = [ours / theirs for ours, theirs in pairs]
             row = {
                 "size": size,
@@ -143,18 +148,22 @@ def models(config: PositionModelConfig) -> dict[str, Any]:
     return built | {"minimal transformer": MinimalTransformer(config)}
 
 
+def compiled(model: Any, options: Options) -> Any:
+    """The model, through torch.compile where that is asked for."""
+    return torch.compile(model) if options.compile else model
+
+
 def take_turns(model: Any, untouched: Any, batch: int, n_ctx: int, options: Options) -> list[tuple[float, float]]:
     """Seconds of one training step of a model and of the untouched one, side by side, `turns` times over."""
     rows = torch.randint(0, 257, (batch, n_ctx + 1), generator=torch.Generator().manual_seed(0))
     pair = (model, untouched)
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-4, fused=True) for m in pair]
-    run = [torch.compile(m) if options.compile else m for m in pair]
     seconds = []
     for turn in range(options.turns + 3):
         taken = [0.0, 0.0]
         for i in (0, 1) if turn % 2 else (1, 0):
             start = time.perf_counter()
-            token_nats(run[i], rows).mean().backward()
+            token_nats(pair[i], rows).mean().backward()
             optimizers[i].step()
             optimizers[i].zero_grad()
             taken[i] = time.perf_counter() - start

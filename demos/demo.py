@@ -6,7 +6,6 @@ Run by `make demo`. An interrupted training goes on where it stopped; a finished
 import sys
 from pathlib import Path
 
-from lens_positions import PositionsError
 from lens_positions.cli import main as lens_positions
 from training.__main__ import main as training
 
@@ -24,18 +23,17 @@ def main() -> int:
     if MODEL.is_dir():
         print(f"{MODEL} is there already: not training again")
     else:
-        where = ["--resume", str(RUN)] if any(RUN.glob("checkpoints/step-*")) else ["--output", str(RUN)]
-        status = training(["train", *where])
+        how = "--resume" if (RUN / "training.json").is_file() else "--output"
+        status = training(["train", how, str(RUN)])
         if status:
             return status
     figures = []
     for name, sentence in SENTENCES.items():
         figure = OUTPUT / f"{name}.png"
         print(f"\n{sentence}")
-        try:
-            status = lens_positions(["show", str(MODEL), sentence, "--figure", str(figure)])
-        except PositionsError as error:
-            print(error)
+        status = lens_positions(["show", str(MODEL), sentence, "--figure", str(figure)])
+        if status:
+            return status
         figures += [str(figure)] if figure.is_file() else []
     drawn = " and ".join(figures) or "no file"
     print(

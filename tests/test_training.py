@@ -193,7 +193,7 @@ def test_every_preset_loads_and_its_configuration_survives_json():
         (["fly"], "'fly' is no command"),
         (["train", "--preset", "huge"], "expected one of base, paper, quick, tiny"),
         (["train", "--corpus", "klingon"], "klingon"),
-        (["train", "--resume", "/nowhere"], "no checkpoint to resume"),
+        (["train", "--resume", "/nowhere"], "no run to resume"),
     ],
 )
 def test_bad_requests_end_in_one_sentence(arguments, says, capsys, tmp_path, monkeypatch):
@@ -264,6 +264,17 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(config, tmp_path, monkeypa
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
     train(config, tmp_path / "run", resume=True, cache_dir=tmp_path / "cache")
     assert losses(tmp_path / "run")[-1][0] == 12
+
+
+def test_a_run_that_stopped_before_its_first_checkpoint_starts_over(config, tmp_path, monkeypatch):
+    with monkeypatch.context() as broken:
+        broken.setattr("training.loop.Run._save", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "stopped", cache_dir=tmp_path / "cache")
+    assert losses(tmp_path / "stopped")
+    train(config, tmp_path / "stopped", resume=True, cache_dir=tmp_path / "cache")
+    train(config, tmp_path / "whole", cache_dir=tmp_path / "cache")
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
 
 
 def test_resuming_another_configuration_is_refused(config, tmp_path):

@@ -186,7 +186,8 @@ class Run:
                 raise PositionsError(
                     f"{self.folder} was started with another configuration or text; expected its training.json."
                 )
-            self._load(checkpoint)
+            if checkpoint is not None:
+                self._load(checkpoint)
         elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise PositionsError(f"{self.folder} exists already; expected a new or empty folder, or --resume with it.")
         self.accelerator.wait_for_everyone()
@@ -335,16 +336,16 @@ def spread(increments: Float[Tensor, "batch pos *head"], cap: float) -> dict[str
     }
 
 
-def newest_checkpoint(run: Path) -> Path:
-    """The newest whole checkpoint of a run.
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest whole checkpoint of a run, or None where it stopped before the first.
 
     Raises:
-        PositionsError: there is none.
+        PositionsError: the folder is no run.
     """
+    if not (run / "training.json").is_file():
+        raise PositionsError(f"{run} has no run to resume; expected a folder that training wrote.")
     found = [p for p in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{8}", p.name)]
-    if not found or not (run / "training.json").is_file():
-        raise PositionsError(f"{run} has no checkpoint to resume; expected a folder that a training run wrote.")
-    return max(found)
+    return max(found, default=None)
 
 
 @contextmanager
