@@ -57,7 +57,7 @@ def show(
         increments = increments.mean(dim=-1)
     rows = layers_to_show(loaded, layers or None, increments)
     # Entry 0 stands before the text; with gap "after", it is the last increment that moves no token of the text.
-    used = slice(1, None) if loaded.position_config.gap == "before" else slice(None, -1)
+    used = loaded.position_config.effective
     means = {layer: float(increments[layer, used].mean()) for layer in rows}
     console = Console(highlight=False)
     _print_tokens(console, loaded, text, increments, rows, means)

@@ -77,6 +77,11 @@ class PositionConfig:
         """Whether the source has weights to train."""
         return self.source in ("shared", "per_layer")
 
+    @property
+    def effective(self) -> slice:
+        """The tokens of a sequence whose increments a position depends on: all but the first, or the last."""
+        return slice(1, None) if self.gap == "before" else slice(None, -1)
+
 
 class LearnedIncrements(nn.Module):
     """Increments from a two-layer network: Linear, GELU, Linear, activation.

@@ -174,7 +174,7 @@ class Run:
             "heldout_nats_per_byte": nats / count,
             "heldout_bits_per_byte": nats / count / math.log(2),
             "heldout_bytes": count,
-            "increments": [spread(layer, cap) for layer in seen],
+            "increments": [spread(layer[:, streams.config.effective], cap) for layer in seen],
         }
 
     def _open(self, resume: bool) -> None:
@@ -325,8 +325,8 @@ def token_nats(model: Any, rows: Int[Tensor, "batch pos"]) -> Float[Tensor, "bat
 
 
 def spread(increments: Float[Tensor, "batch pos *head"], cap: float) -> dict[str, float]:
-    """Mean, spread and extremes of increments that have an effect, and the share within 1% of the cap."""
-    values = increments[:, 1:].double()
+    """Mean, spread and extremes of increments, and the share within 1% of the cap."""
+    values = increments.double()
     return {
         "mean": values.mean().item(),
         "std": values.std().item(),

@@ -119,7 +119,7 @@ def increments_by_category(
         raise PositionsError('heads is "all"; expected "mean", as the increments of this model are not per head.')
 
     documents = _documents(model, texts)
-    kept = slice(1, None) if model.position_config.gap == "before" else slice(None, -1)
+    kept = model.position_config.effective
     values, names, owners = [], [], []
     for batch in _batches(documents, model):
         with torch.no_grad():
