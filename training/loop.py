@@ -34,7 +34,8 @@ from transformers import get_cosine_schedule_with_warmup
 
 from lens_positions.attach import PositionStreams, increment_table
 from lens_positions.errors import PositionsError
-from lens_positions.hooked import build_model, load_pretrained, replaced_folder, save_pretrained
+from lens_positions.hooked import build_model
+from lens_positions.pretrained import load_pretrained, replaced_folder, save_pretrained
 from lens_positions.tokenizer import END_OF_DOCUMENT, byte_tokenizer
 
 from .config import TrainConfig, to_json
