@@ -1,4 +1,4 @@
-"""The command line of training: `python -m training train --preset quick --output runs/quick`."""
+"""The command line of training: `python -m training train --preset quick --output runs/quick`, or `graft`."""
 
 import argparse
 import json
@@ -10,13 +10,20 @@ from accelerate import PartialState
 
 from lens_positions.errors import PositionsError
 
-from .config import TrainConfig, load_preset, preset_names, updated
+from .config import GraftConfig, TrainConfig, load_preset, preset_names, updated
+from .graft import PARTS, graft
 from .loop import newest_checkpoint, train
 
-DESCRIPTION = """Train a model with position streams from fresh weights.
+TRAIN = """Train a model with position streams from fresh weights.
 
 --preset NAME (%s) sets the fields below; every one can be given on top of it.
 --output DIR is the folder of the run (default: runs/NAME); --resume DIR goes on with an interrupted one.
+--cache DIR keeps tokenised corpora (default: .cache).
+"""
+
+GRAFT = """Learn position streams on a pretrained model, and compare it with the same model without them.
+
+--output DIR is the folder (default: runs/graft); --resume DIR goes on with an interrupted one.
 --cache DIR keeps tokenised corpora (default: .cache).
 """
 
@@ -24,11 +31,12 @@ DESCRIPTION = """Train a model with position streams from fresh weights.
 def main(argv: list[str] | None = None) -> int:
     """Run a command; 0 when done, 2 for what a person can mend, 130 when interrupted."""
     argv = sys.argv[1:] if argv is None else argv
+    commands = {"train": train_command, "graft": graft_command}
     try:
-        if argv[:1] != ["train"]:
+        if not argv or argv[0] not in commands:
             given = f"{argv[0]!r} is no command" if argv else "no command was given"
-            raise PositionsError(f"{given}; expected: python -m training train [--preset NAME] [--help]")
-        return train_command(argv[1:])
+            raise PositionsError(f"{given}; expected: python -m training train or graft [--help]")
+        return commands[argv[0]](argv[1:])
     except (PositionsError, OSError) as error:
         print(f"training: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -46,6 +54,24 @@ def train_command(argv: list[str]) -> int:
     return 0
 
 
+def graft_command(argv: list[str]) -> int:
+    """Graft a source onto a pretrained model beside its baseline, or resume it."""
+    config, own = parse_graft(argv)
+    folder = own.resume or own.output or Path("runs/graft")
+    found = graft(config, folder, resume=own.resume is not None, cache_dir=own.cache)
+    if PartialState().is_main_process:
+        (graft_name, ours), (_, theirs), (_, difference), *_ = found.items()
+        low, high = difference["low"], difference["high"]
+        interval = "" if low is None else f" ({low:+.4f} to {high:+.4f})"
+        unit = graft_name.removeprefix("graft_").replace("_", " ")
+        print(
+            f"held-out loss {ours:.4f} {unit} against {theirs:.4f} of the baseline, difference "
+            f"{difference['mean']:+.4f}{interval}, the mean of {difference['documents']} documents (95% t interval); "
+            f"the graft is in {folder / 'graft' / 'model'}"
+        )
+    return 0
+
+
 def parse(argv: list[str]) -> tuple[TrainConfig, argparse.Namespace]:
     """The configuration that the words of a command line ask for, and the folders they name.
 
@@ -53,26 +79,49 @@ def parse(argv: list[str]) -> tuple[TrainConfig, argparse.Namespace]:
         PositionsError: an unknown preset, or a folder without a run to resume.
         SystemExit: an unknown field or a value of the wrong kind.
     """
-    parser = argparse.ArgumentParser(prog="python -m training train", add_help=False, allow_abbrev=False)
+    parser = _folders("train")
     parser.add_argument("--preset", default="quick")
+    own, rest = parser.parse_known_args(argv)
+    if own.resume is None:
+        description = TRAIN % ", ".join(preset_names())
+        preset = load_preset(own.preset)
+        return tyro.cli(TrainConfig, prog=parser.prog, description=description, default=preset, args=rest), own
+    _refuse_more(own, rest)
+    return updated(TrainConfig(), _saved_config(own.resume), str(own.resume)), own
+
+
+def parse_graft(argv: list[str]) -> tuple[GraftConfig, argparse.Namespace]:
+    """As `parse`, for a graft."""
+    parser = _folders("graft")
+    own, rest = parser.parse_known_args(argv)
+    if own.resume is None:
+        return tyro.cli(GraftConfig, prog=parser.prog, description=GRAFT, args=rest), own
+    _refuse_more(own, rest)
+    part = own.resume / PARTS[0]
+    return updated(GraftConfig(), _saved_config(part), str(part)), own
+
+
+def _folders(command: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m training {command}", add_help=False, allow_abbrev=False)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--resume", type=Path)
     parser.add_argument("--cache", type=Path, default=Path(".cache"))
-    own, rest = parser.parse_known_args(argv)
-    if own.resume is None:
-        prog, description = parser.prog, DESCRIPTION % ", ".join(preset_names())
-        preset = load_preset(own.preset)
-        return tyro.cli(TrainConfig, prog=prog, description=description, default=preset, args=rest), own
+    return parser
+
+
+def _refuse_more(own: argparse.Namespace, rest: list[str]) -> None:
     if rest or own.output is not None:
         given = " ".join(rest) or "--output"
         raise PositionsError(f"--resume was given with {given}; expected the run's folder alone.")
-    newest_checkpoint(own.resume)
-    described = own.resume / "training.json"
+
+
+def _saved_config(run: Path) -> dict[str, object]:
+    newest_checkpoint(run)
+    described = run / "training.json"
     try:
-        saved = json.loads(described.read_text("utf-8"))["config"]
+        return dict(json.loads(described.read_text("utf-8"))["config"])
     except (ValueError, KeyError, TypeError) as error:
         raise PositionsError(f"{described} is damaged ({error}); expected what the run wrote.") from error
-    return updated(TrainConfig(), saved, str(described)), own
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a training run is: one dataclass, and presets of it in `training/presets/*.toml`."""
+"""What a run is: a dataclass for training from fresh weights, with presets in presets/*.toml, and one for grafts."""
 
 import tomllib
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -7,23 +7,22 @@ from typing import Any, Literal, TypeVar
 
 from lens_positions.errors import PositionsError
 from lens_positions.hooked import PositionModelConfig
+from lens_positions.increments import PositionConfig
 
 PRESETS = Path(__file__).parent / "presets"
 Config = TypeVar("Config")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """A training run from fresh weights.
+class RunConfig:
+    """What every training run has.
 
     Args:
-        model: the model and its increment source.
         corpus: english, chinese, bilingual, code, a file, a folder or a hub dataset (owner/name[:config][:split]).
         text_column: the column of a table or a hub dataset that holds the text.
         max_bytes: a cap on the corpus; needed for a hub dataset.
-        frozen_from: a saved model whose shared source gives the table of a frozen one.
         steps: optimizer steps.
-        batch_size: sequences of model.n_ctx tokens a step, over all processes.
+        batch_size: sequences a step, over all processes.
         accumulate: forward passes that a step's batch is cut into.
         learning_rate: the peak, reached after warmup_steps, then a cosine to zero.
         warmup_steps: steps of linear warm-up.
@@ -33,7 +32,7 @@ class TrainConfig:
         compile: run the training step through torch.compile.
         seed: of the weights and of the order of the data.
         eval_every: steps between evaluations on the held-out windows.
-        eval_windows: held-out windows of model.n_ctx tokens, spread over the held-out text.
+        eval_windows: held-out windows as long as the context, spread over the held-out text.
         save_every: steps between checkpoints.
         trackers: what accelerate should log to besides log.jsonl (tensorboard, wandb, ...).
 
@@ -41,11 +40,9 @@ class TrainConfig:
         PositionsError: a number out of range, or sizes that do not divide.
     """
 
-    model: PositionModelConfig = field(default_factory=PositionModelConfig)
     corpus: str = "bilingual"
     text_column: str = "text"
     max_bytes: int | None = None
-    frozen_from: Path | None = None
     steps: int = 1000
     batch_size: int = 64
     accumulate: int = 1
@@ -74,10 +71,82 @@ class TrainConfig:
             raise PositionsError(
                 f"batch_size {self.batch_size} is no multiple of accumulate {self.accumulate}; expected equal parts."
             )
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """A training run from fresh weights.
+
+    Args:
+        model: the model and its increment source.
+        frozen_from: a saved model whose shared source gives the table of a frozen one.
+
+    Raises:
+        PositionsError: as RunConfig, and a table for a source that has none.
+    """
+
+    model: PositionModelConfig = field(default_factory=PositionModelConfig)
+    frozen_from: Path | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.frozen_from is not None and self.model.positions.source != "frozen":
             raise PositionsError(
                 f"frozen_from is given for the source {self.model.positions.source!r}; expected source 'frozen'."
             )
+
+
+@dataclass(frozen=True)
+class GraftConfig(RunConfig):
+    """Position streams learned on a pretrained model, beside the baseline without them.
+
+    Args:
+        base: the pretrained model: a packaged name, a folder or a hub name.
+        adapt: what learns besides the source: nothing ("frozen"), LoRA weights on the attention projections
+            ("lora"), or every weight ("full"). The baseline has the same, without the source.
+        positions: the increment source.
+        n_ctx: tokens of a sequence.
+        dtype: the dtype of a base that does not learn, "float32" or "bf16"; what learns is float32 always, since
+            a bf16 weight is not moved by steps below a 256th of its size.
+        adapt_learning_rate: the peak for LoRA weights or the base; learning_rate is the source's.
+        lora_rank: rank of the LoRA weights; their scale is 2 (lora_alpha is twice the rank).
+        gradient_checkpointing: recompute activations in the backward pass, for memory.
+
+    Raises:
+        PositionsError: as RunConfig, a source without weights to learn, or a bf16 base that should learn.
+    """
+
+    base: str = "smollm2-135m-instruct"
+    adapt: Literal["frozen", "lora", "full"] = "frozen"
+    positions: PositionConfig = field(default_factory=lambda: PositionConfig(source="per_layer", hidden=32))
+    n_ctx: int = 256
+    dtype: Literal["float32", "bf16"] = "float32"
+    adapt_learning_rate: float = 1e-4
+    lora_rank: int = 8
+    gradient_checkpointing: bool = False
+    corpus: str = "english"
+    steps: int = 300
+    batch_size: int = 2
+    warmup_steps: int = 20
+    eval_every: int = 100
+    save_every: int = 50
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.positions.learned:
+            raise PositionsError(
+                f"the source {self.positions.source!r} has nothing to learn; expected 'shared' or 'per_layer'."
+            )
+        if self.adapt == "full" and self.dtype == "bf16":
+            raise PositionsError(
+                "dtype is bf16 with adapt full; expected float32, since bf16 weights do not move at small learning "
+                "rates (precision bf16 runs float32 weights through bf16 autocast)."
+            )
+        for name in ("n_ctx", "lora_rank"):
+            if getattr(self, name) < 1:
+                raise PositionsError(f"{name} is {getattr(self, name)}; expected at least 1.")
+        if not 0 < self.adapt_learning_rate < float("inf"):
+            raise PositionsError(f"adapt_learning_rate is {self.adapt_learning_rate}; expected a positive number.")
 
 
 def preset_names() -> list[str]:
@@ -119,8 +188,6 @@ def updated(config: Config, values: dict[str, Any], where: str) -> Config:
     return replace(config, **changes)  # type: ignore[type-var]
 
 
-def to_json(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as plain values; `updated(TrainConfig(), ...)` reads it back."""
-    values = asdict(config)
-    values["frozen_from"] = None if config.frozen_from is None else str(config.frozen_from)
-    return values
+def to_json(config: RunConfig) -> dict[str, Any]:
+    """The configuration as plain values, which `updated` reads back."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}

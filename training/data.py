@@ -1,4 +1,4 @@
-"""Corpora as memory-mapped byte tokens, and the windows that training and evaluation read from them.
+"""Corpora as memory-mapped tokens, and the windows that training and evaluation read from them.
 
 A batch is a function of the seed and the number of the step alone, so that a resumed run reads what an
 uninterrupted one would have read, without the state of any loader.
@@ -17,14 +17,15 @@ from typing import IO
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
-from jaxtyping import Int, Int64, UInt16
+from jaxtyping import Int, Int64, UInt
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from lens_positions import corpora
 from lens_positions.errors import PositionsError
-from lens_positions.tokenizer import END_OF_DOCUMENT
+from lens_positions.tokenizer import END_OF_DOCUMENT, is_byte_tokenizer
 
 FORMAT = 1
 ARRAYS = ("heldout", "heldout_starts", "train", "train_starts")
@@ -34,49 +35,88 @@ Splits = DatasetDict | IterableDatasetDict
 
 @dataclass(frozen=True)
 class TokenizedCorpus:
-    """A corpus as two streams of byte tokens, each document followed by END_OF_DOCUMENT.
+    """A corpus as two streams of tokens, each document followed by the token that ends it.
 
     The arrays are memory maps; `*_starts` holds the offset at which each document begins. `fingerprint`
-    changes with the name, the text and the format.
+    changes with the name, the text, the tokenizer and the format.
     """
 
     name: str
     fingerprint: str
-    train: UInt16[np.ndarray, " train_pos"]
+    train: UInt[np.ndarray, " train_pos"]
     train_starts: Int64[np.ndarray, " train_document"]
-    heldout: UInt16[np.ndarray, " heldout_pos"]
+    heldout: UInt[np.ndarray, " heldout_pos"]
     heldout_starts: Int64[np.ndarray, " heldout_document"]
 
 
+@dataclass(frozen=True)
+class _Encoding:
+    """How documents become tokens: `end` follows each of them, and `name` tells tokenizers apart."""
+
+    encode: Callable[[bytes], np.ndarray]
+    end: int
+    dtype: str
+    name: str | None
+
+
+def _encoding(tokenizer: PreTrainedTokenizerBase | None) -> _Encoding:
+    if tokenizer is None or is_byte_tokenizer(tokenizer):
+        return _Encoding(lambda document: np.frombuffer(document, np.uint8), END_OF_DOCUMENT, "<u2", None)
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id
+    if end is None:
+        raise PositionsError(
+            f"{type(tokenizer).__name__} has no end-of-sequence token, which separates documents; expected one."
+        )
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str().encode() if backend is not None else type(tokenizer).__name__.encode()
+    return _Encoding(
+        lambda document: np.array(tokenizer(document.decode(), verbose=False)["input_ids"]),
+        end,
+        "<u2" if len(tokenizer) <= 1 << 16 else "<u4",
+        hashlib.sha256(vocabulary + rules).hexdigest(),
+    )
+
+
 def tokenize_corpus(
-    corpus: str, cache_dir: Path, *, text_column: str = "text", max_bytes: int | None = None
+    corpus: str,
+    cache_dir: Path,
+    *,
+    text_column: str = "text",
+    max_bytes: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> TokenizedCorpus:
     """The tokens of the corpus that `corpora.load` finds under this name, written once and then reused.
 
-    `max_bytes` caps the text, 19/20 of it for training and 1/20 held out, at the end of a document; each
-    split keeps at least one. It is required for a hub dataset, which is known by its name alone: delete its
-    folder in `cache_dir` to read a newer version. Every other corpus is found again by its content. Files
-    appear whole or not at all, and are checked when they are reused.
+    `tokenizer` None is bytes; another one encodes each document as it encodes any text. `max_bytes` caps the
+    text, 19/20 of it for training and 1/20 held out, at the end of a document; each split keeps at least one.
+    It is required for a hub dataset, which is known by its name alone: delete its folder in `cache_dir` to read
+    a newer version. Every other corpus is found again by its content. Files appear whole or not at all, and are
+    checked when they are reused.
 
-    Raises PositionsError for whatever `corpora.load` refuses, a stream without `max_bytes`, and an unwritable
-    folder.
+    Raises PositionsError for whatever `corpora.load` refuses, a stream without `max_bytes`, a tokenizer without
+    an end-of-sequence token, and an unwritable folder.
     """
+    encoding = _encoding(tokenizer)
+    known = (
+        (corpus, text_column, max_bytes) if encoding.name is None else (corpus, text_column, max_bytes, encoding.name)
+    )
     if max_bytes is not None and max_bytes < 1:
         raise PositionsError(f"max_bytes is {max_bytes}: expected at least 1 byte")
     if corpora.is_hub_dataset(corpus):
         if max_bytes is None:
             raise PositionsError(f"{corpus!r} is streamed from the hub without end: expected max_bytes to cap it")
         splits = None
-        fingerprint = _fingerprint(corpus, text_column, max_bytes)
+        fingerprint = _fingerprint(known)
     else:
         splits = corpora.load(corpus, text_column=text_column)
-        fingerprint = _fingerprint(corpus, text_column, max_bytes, splits)
+        fingerprint = _fingerprint(known, splits)
     folder = Path(cache_dir) / f"{re.sub(r'[^A-Za-z0-9]+', '-', corpus).strip('-')[-40:]}-{fingerprint}"
     try:
         arrays = _read(folder)
         if arrays is None:
             folder.mkdir(parents=True, exist_ok=True)
-            _write(folder, splits or corpora.load(corpus, text_column=text_column), max_bytes)
+            _write(folder, splits or corpora.load(corpus, text_column=text_column), max_bytes, encoding)
             arrays = _read(folder)
     except OSError as error:
         raise PositionsError(f"the tokens of {corpus!r} could not be written to {folder}: {error}") from error
@@ -86,7 +126,7 @@ def tokenize_corpus(
 
 
 def batch(
-    tokens: UInt16[np.ndarray, " stream"], *, seed: int, n: int, batch_size: int, n_ctx: int
+    tokens: UInt[np.ndarray, " stream"], *, seed: int, n: int, batch_size: int, n_ctx: int
 ) -> Int[Tensor, "batch pos"]:
     """Batch `n`: `batch_size` windows of n_ctx + 1 tokens at random offsets, a function of (seed, n) alone.
 
@@ -101,22 +141,33 @@ def batch(
     return _windows(tokens, starts, n_ctx)
 
 
-def heldout_windows(tokens: UInt16[np.ndarray, " stream"], n_ctx: int, max_windows: int) -> Int[Tensor, "window pos"]:
+def heldout_windows(tokens: UInt[np.ndarray, " stream"], n_ctx: int, max_windows: int) -> Int[Tensor, "window pos"]:
     """Windows of n_ctx + 1 tokens that share at most an end token, so that no token is predicted twice.
 
     Where there are more than `max_windows`, those kept are spread evenly over the stream, so that every part
     of a mixed corpus is measured. A remainder shorter than a window is left out. Raises PositionsError for a
     stream shorter than a window and sizes below 1.
     """
+    return _windows(tokens, _heldout_offsets(tokens, n_ctx, max_windows), n_ctx)
+
+
+def heldout_documents(corpus: TokenizedCorpus, n_ctx: int, max_windows: int) -> Int[Tensor, "window pos_less_one"]:
+    """The number of the document that each predicted token of `heldout_windows` belongs to."""
+    offsets = _heldout_offsets(corpus.heldout, n_ctx, max_windows)
+    predicted = offsets[:, None] + np.arange(1, n_ctx + 1)
+    return torch.from_numpy(np.searchsorted(corpus.heldout_starts, predicted, side="right") - 1)
+
+
+def _heldout_offsets(tokens: UInt[np.ndarray, " stream"], n_ctx: int, max_windows: int) -> Int64[np.ndarray, " window"]:
     _check_window(tokens, n_ctx)
     if max_windows < 1:
         raise PositionsError(f"max_windows is {max_windows}: expected at least 1")
     available = (len(tokens) - 1) // n_ctx
     kept = min(available, max_windows)
-    return _windows(tokens, np.arange(kept) * available // kept * n_ctx, n_ctx)
+    return np.arange(kept) * available // kept * n_ctx
 
 
-def _check_window(tokens: UInt16[np.ndarray, " stream"], n_ctx: int) -> None:
+def _check_window(tokens: UInt[np.ndarray, " stream"], n_ctx: int) -> None:
     if n_ctx < 1:
         raise PositionsError(f"n_ctx is {n_ctx}: expected at least 1")
     if len(tokens) < n_ctx + 1:
@@ -124,13 +175,13 @@ def _check_window(tokens: UInt16[np.ndarray, " stream"], n_ctx: int) -> None:
 
 
 def _windows(
-    tokens: UInt16[np.ndarray, " stream"], starts: Int64[np.ndarray, " batch"], n_ctx: int
+    tokens: UInt[np.ndarray, " stream"], starts: Int64[np.ndarray, " batch"], n_ctx: int
 ) -> Int[Tensor, "batch pos"]:
     return torch.from_numpy(tokens[starts[:, None] + np.arange(n_ctx + 1)].astype(np.int64))
 
 
-def _fingerprint(corpus: str, text_column: str, max_bytes: int | None, splits: Splits | None = None) -> str:
-    digest = hashlib.sha256(repr((FORMAT, corpus, text_column, max_bytes)).encode())
+def _fingerprint(known: tuple[object, ...], splits: Splits | None = None) -> str:
+    digest = hashlib.sha256(repr((FORMAT, *known)).encode())
     if splits is not None:
         for split in ("train", "heldout"):
             digest.update(split.encode())
@@ -160,7 +211,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write(folder: Path, splits: Splits, max_bytes: int | None) -> None:
+def _write(folder: Path, splits: Splits, max_bytes: int | None, encoding: _Encoding) -> None:
     """Tokenise both splits into `folder`; the digests, which make the arrays valid, are written last."""
     heldout_bytes = max_bytes and max_bytes // corpora.HELDOUT_EVERY
     train_bytes = max_bytes and max_bytes - max_bytes // corpora.HELDOUT_EVERY
@@ -176,8 +227,8 @@ def _write(folder: Path, splits: Splits, max_bytes: int | None) -> None:
             if hashlib.blake2b(document, digest_size=16).digest() not in heldout_texts:
                 yield document
 
-    _write_stream(folder, "heldout", heldout())
-    _write_stream(folder, "train", _capped(train(), train_bytes))
+    _write_stream(folder, "heldout", heldout(), encoding)
+    _write_stream(folder, "train", _capped(train(), train_bytes), encoding)
     digests = json.dumps({name: _digest(folder / f"{name}.npy") for name in ARRAYS})
     _write_whole(folder / "digests.json", lambda file: file.write(digests.encode()))
 
@@ -192,23 +243,23 @@ def _capped(documents: Iterable[bytes], max_bytes: int | None) -> Iterator[bytes
         yield document
 
 
-def _write_stream(folder: Path, split: str, documents: Iterator[bytes]) -> None:
+def _write_stream(folder: Path, split: str, documents: Iterator[bytes], encoding: _Encoding) -> None:
     starts: list[int] = []
     length = 0
 
     def write_tokens(file: IO[bytes]) -> None:
         nonlocal length
-        _write_header(file, 0)
+        _write_header(file, 0, encoding.dtype)
         console = Console(stderr=True)
         for document in track(
             documents, f"tokenising {split}", console=console, transient=True, disable=not console.is_terminal
         ):
             starts.append(length)
-            tokens = np.frombuffer(document, np.uint8).astype("<u2")
-            file.write(tokens.tobytes() + END_OF_DOCUMENT.to_bytes(2, "little"))
-            length += len(document) + 1
+            tokens = np.append(encoding.encode(document), encoding.end).astype(encoding.dtype)
+            file.write(tokens.tobytes())
+            length += len(tokens)
         file.seek(0)
-        _write_header(file, length)
+        _write_header(file, length, encoding.dtype)
 
     _write_whole(folder / f"{split}.npy", write_tokens)
     if not starts:
@@ -216,9 +267,9 @@ def _write_stream(folder: Path, split: str, documents: Iterator[bytes]) -> None:
     _write_whole(folder / f"{split}_starts.npy", lambda file: np.save(file, np.array(starts, np.int64)))
 
 
-def _write_header(file: IO[bytes], length: int) -> None:
-    """The header of a one-dimensional uint16 .npy file, which numpy pads to one size for any length."""
-    header = {"descr": "<u2", "fortran_order": False, "shape": (length,)}
+def _write_header(file: IO[bytes], length: int, dtype: str) -> None:
+    """The header of a one-dimensional .npy file, which numpy pads to one size for any length."""
+    header = {"descr": dtype, "fortran_order": False, "shape": (length,)}
     np.lib.format.write_array_header_1_0(file, header)
 
 

@@ -6,6 +6,7 @@ A run is a folder:
     log.jsonl            a line a step and a line an evaluation
     checkpoints/step-N   the newest checkpoint: model, optimizer, step (each appears whole, by a rename)
     model                the finished model, for `HookedPositionTransformer.from_pretrained`
+    heldout.csv          its loss on each held-out document; written last
 
 Batch n is a function of (seed, n) alone, so a resumed run reads what an uninterrupted one would have read.
 """
@@ -16,19 +17,21 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
+import pandas as pd
 import torch
 from accelerate import Accelerator
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import get_cosine_schedule_with_warmup
 
@@ -38,8 +41,8 @@ from lens_positions.hooked import build_model
 from lens_positions.pretrained import load_pretrained, replaced_folder, save_pretrained
 from lens_positions.tokenizer import END_OF_DOCUMENT, byte_tokenizer
 
-from .config import TrainConfig, to_json
-from .data import TokenizedCorpus, batch, heldout_windows, tokenize_corpus
+from .config import RunConfig, TrainConfig, to_json
+from .data import TokenizedCorpus, batch, heldout_documents, heldout_windows, tokenize_corpus
 
 LOG_EVERY = 10
 """Steps between readings of the loss, which makes a GPU wait."""
@@ -59,24 +62,90 @@ def train(config: TrainConfig, run: Path, *, resume: bool = False, cache_dir: Pa
             stopped being a number.
         KeyboardInterrupt: after an interrupt, when the checkpoint has been written.
     """
-    accelerator = Accelerator(
+    accelerator = new_accelerator(config, run)
+    corpus = tokenize_corpus_once(config, cache_dir, accelerator)
+    return Run(config, run, accelerator, corpus, FreshModel(config)).go(resume)
+
+
+def new_accelerator(config: RunConfig, run: Path) -> Accelerator:
+    """The devices and processes that this program was started on."""
+    return Accelerator(
         cpu=not torch.accelerator.is_available(),
         log_with=list(config.trackers) or None,
         project_dir=run,
     )
-    return Run(config, run, accelerator, tokenize_corpus_once(config, cache_dir, accelerator)).go(resume)
 
 
-def tokenize_corpus_once(config: TrainConfig, cache_dir: Path, accelerator: Accelerator) -> TokenizedCorpus:
+def tokenize_corpus_once(
+    config: RunConfig, cache_dir: Path, accelerator: Accelerator, tokenizer: Any = None
+) -> TokenizedCorpus:
     """The corpus as tokens; with several processes the first one writes the cache and the others read it."""
     with accelerator.main_process_first():
-        return tokenize_corpus(config.corpus, cache_dir, text_column=config.text_column, max_bytes=config.max_bytes)
+        return tokenize_corpus(
+            config.corpus, cache_dir, text_column=config.text_column, max_bytes=config.max_bytes, tokenizer=tokenizer
+        )
+
+
+class Subject(ABC):
+    """What a run trains, and how that is written and read."""
+
+    model: Any  # a transformers model with streams attached
+    n_ctx: int
+    byte_tokens: bool = True  # losses are per byte, and else per token
+    bos: int | None = None  # what every sequence starts with, where the tokenizer puts it in front of texts
+
+    @abstractmethod
+    def groups(self) -> list[tuple[list[nn.Parameter], float]]:
+        """The parameters that learn, with the learning rate of each group."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write what was learned, as a folder that `from_pretrained` loads."""
+
+    @abstractmethod
+    def restore(self, folder: Path) -> None:
+        """Take over what `save` wrote."""
+
+    def identity(self) -> dict[str, str]:
+        """What a run must be resumed with, besides its configuration and its text."""
+        return {}
+
+
+class FreshModel(Subject):
+    """A model of bytes from fresh weights, all of which learn."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        table = None
+        if config.frozen_from is not None:
+            table = increment_table(load_pretrained(config.frozen_from)[0])
+        self.model = build_model(config.model, seed=config.seed, table=table)
+        self.n_ctx, self.learning_rate = config.model.n_ctx, config.learning_rate
+
+    def groups(self) -> list[tuple[list[nn.Parameter], float]]:
+        """Everything, at one rate."""
+        return [(list(self.model.parameters()), self.learning_rate)]
+
+    def save(self, folder: Path) -> None:
+        """Write the whole model."""
+        save_pretrained(self.model, byte_tokenizer(), folder)
+
+    def restore(self, folder: Path) -> None:
+        """Take over a whole model."""
+        self.model.load_state_dict(load_pretrained(folder)[0].state_dict())
 
 
 class Run:
     """One training run, in this process's memory."""
 
-    def __init__(self, config: TrainConfig, folder: Path, accelerator: Accelerator, corpus: TokenizedCorpus) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        accelerator: Accelerator,
+        corpus: TokenizedCorpus,
+        subject: Subject,
+        name: str = "training",
+    ) -> None:
         parts = config.accumulate * accelerator.num_processes
         if config.batch_size % parts:
             raise PositionsError(
@@ -84,21 +153,26 @@ class Run:
                 f"accumulate {config.accumulate}; expected equal parts."
             )
         self.config, self.folder, self.accelerator, self.corpus = config, folder, accelerator, corpus
+        self.subject, self.model, self.n_ctx = subject, subject.model, subject.n_ctx
+        self.name = name
+        self.unit = "byte" if subject.byte_tokens else "token"
         self.console = Console(stderr=True)
-        n_ctx = config.model.n_ctx
-        self.windows = heldout_windows(corpus.heldout, n_ctx, config.eval_windows)
-        table = None
-        if config.frozen_from is not None:
-            table = increment_table(load_pretrained(config.frozen_from)[0])
-        self.model = build_model(config.model, seed=config.seed, table=table)
-        matrices = [p for p in self.model.parameters() if p.ndim >= 2]
-        vectors = [p for p in self.model.parameters() if p.ndim < 2]
-        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
-        self.schedule = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
-        self.prepared, self.optimizer = accelerator.prepare(self.model, optimizer)
+        self.windows = heldout_windows(corpus.heldout, self.n_ctx, config.eval_windows)
+        groups: list[dict[str, Any]] = []
+        for parameters, rate in subject.groups():
+            matrices = [p for p in parameters if p.ndim >= 2]
+            vectors = [p for p in parameters if p.ndim < 2]
+            groups += [{"params": matrices, "lr": rate}, {"params": vectors, "lr": rate, "weight_decay": 0.0}]
+        self.prepared = accelerator.prepare(self.model)
+        self.learns = any(group["params"] for group in groups)
+        if self.learns:
+            groups = [group for group in groups if group["params"]]
+            optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
+            self.schedule = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
+            self.optimizer = accelerator.prepare(optimizer)
         self.stepped = torch.compile(self.prepared) if config.compile else self.prepared
         self.step = 0
+        self.heldout_nats: Float[Tensor, "window pos_less_one"] | None = None  # of the newest evaluation
 
     def go(self, resume: bool) -> dict[str, Any]:
         """Train to the end and return the last evaluation."""
@@ -106,38 +180,45 @@ class Run:
         config, accelerator = self.config, self.accelerator
         pending: list[Tensor] = []
         evaluation: dict[str, Any] = {}
+        self.model.train()
         began, began_at = time.monotonic(), self.step
         with self._progress() as show, interrupts() as interrupted:
-            while self.step < config.steps:
+            while self.learns and self.step < config.steps:
                 pending.append(self._train_step())
                 self.step += 1
                 stop = self._any(interrupted) if accelerator.num_processes > 1 else bool(interrupted)
                 last = stop or self.step == config.steps
                 if last or self.step % LOG_EVERY == 0 or self.step % config.save_every == 0:
-                    speed = (self.step - began_at) * config.batch_size * config.model.n_ctx / (time.monotonic() - began)
+                    speed = (self.step - began_at) * config.batch_size * self.n_ctx / (time.monotonic() - began)
                     show(self._log_losses(pending, speed))
                 if self.step % config.eval_every == 0 or self.step == config.steps:
-                    evaluation = self.evaluate()
+                    evaluation = self.evaluate(show)
                     self._log(evaluation)
                     show(evaluation)
                 if last or self.step % config.save_every == 0:
                     self._save()
                 if stop:
                     break
-        if self.step < config.steps:
+            if not evaluation and (self.step == config.steps or not self.learns):  # nothing was left to train
+                evaluation = self.evaluate(show)
+                if not self.learns:
+                    self._log(evaluation)
+                    show(evaluation)
+        if not evaluation:
             self._say(f"interrupted at step {self.step} of {config.steps}; --resume {self.folder} goes on from there")
             raise KeyboardInterrupt
         if accelerator.is_main_process:
-            save_pretrained(self.model, byte_tokenizer(), self.folder / "model")
+            self.subject.save(self.folder / "model")
+            self._write_heldout()
         accelerator.wait_for_everyone()
         if config.trackers:
             accelerator.end_training()
-        return evaluation or self._last_evaluation()
+        return evaluation
 
     def _train_step(self) -> Float[Tensor, ""]:
         config, accelerator = self.config, self.accelerator
-        size, n_ctx = config.batch_size, config.model.n_ctx
-        rows = batch(self.corpus.train, seed=config.seed, n=self.step, batch_size=size, n_ctx=n_ctx)
+        size = config.batch_size
+        rows = batch(self.corpus.train, seed=config.seed, n=self.step, batch_size=size, n_ctx=self.n_ctx)
         share = size // accelerator.num_processes
         rows = rows[accelerator.process_index * share :][:share].to(accelerator.device, non_blocking=True)
         total = torch.zeros((), device=accelerator.device)
@@ -156,31 +237,59 @@ class Run:
 
     def _nats(self, model: Any, rows: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos_less_one"]:
         bf16 = self.config.precision == "bf16"
+        if self.subject.bos is not None:
+            rows = torch.cat([torch.full_like(rows[:, :1], self.subject.bos), rows[:, 1:]], dim=1)
         with torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16, enabled=bf16):
             return token_nats(model, rows)
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, Any]:
+    def evaluate(self, show: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
         """Loss on the held-out windows and the increments that they get, layer by layer."""
         streams = cast(PositionStreams, self.model.position_streams)
         cap = streams.config.max_increment if streams.config.activation == "sigmoid" else math.inf
-        nats, count = 0.0, 0
+        training, found = self.model.training, []
+        self.model.eval()
         with streams.recorded() as seen:
             for rows in self.windows.split(self.config.batch_size):
-                rows = rows.to(self.accelerator.device)
-                nats += self._nats(self.prepared, rows).double().sum().item()
-                count += int((rows[:, 1:] != END_OF_DOCUMENT).sum())
+                found.append(self._nats(self.prepared, rows.to(self.accelerator.device)).double().cpu())
+                if show:
+                    show({"windows": sum(map(len, found))})
+        self.model.train(training)
+        self.heldout_nats = torch.cat(found)
+        count = int(self._counted().sum())
+        nats = self.heldout_nats.sum().item() / count
         return {
             "step": self.step,
-            "heldout_nats_per_byte": nats / count,
-            "heldout_bits_per_byte": nats / count / math.log(2),
-            "heldout_bytes": count,
+            f"heldout_nats_per_{self.unit}": nats,
+            f"heldout_bits_per_{self.unit}": nats / math.log(2),
+            f"heldout_{self.unit}s": count,
             "increments": [spread(layer[:, streams.config.effective], cap) for layer in seen],
         }
 
+    def _counted(self) -> Bool[Tensor, "window pos_less_one"]:
+        """Predicted tokens that a loss is divided by: those that end a document are no bytes."""
+        predicted = self.windows[:, 1:]
+        return (
+            predicted != END_OF_DOCUMENT if self.subject.byte_tokens else torch.ones_like(predicted, dtype=torch.bool)
+        )
+
+    def _write_heldout(self) -> None:
+        """The newest evaluation by document: a row each with its predicted tokens and their nats."""
+        assert self.heldout_nats is not None
+        documents = heldout_documents(self.corpus, self.n_ctx, self.config.eval_windows)
+        columns = {"document": documents, self.unit + "s": self._counted().int(), "nats": self.heldout_nats}
+        table = pd.DataFrame({name: values.flatten().numpy() for name, values in columns.items()})
+        written = self.folder / "heldout.tmp"
+        table.groupby("document").sum().to_csv(written)
+        written.replace(self.folder / "heldout.csv")
+
     def _open(self, resume: bool) -> None:
         description = self.folder / "training.json"
-        described = {"config": to_json(self.config), "corpus_fingerprint": self.corpus.fingerprint}
+        described = {
+            "config": to_json(self.config),
+            "corpus_fingerprint": self.corpus.fingerprint,
+            **self.subject.identity(),
+        }
         if resume:
             checkpoint = newest_checkpoint(self.folder)
             if json.loads(description.read_text("utf-8")) != json.loads(json.dumps(described)):
@@ -245,7 +354,7 @@ class Run:
             checkpoints = self.folder / "checkpoints"
             checkpoint = checkpoints / f"step-{self.step:08d}"
             with replaced_folder(checkpoint) as folder:
-                save_pretrained(self.model, byte_tokenizer(), folder / "model")
+                self.subject.save(folder / "model")
                 state = self.optimizer.state_dict()
                 tensors = {f"{i}.{k}": v.contiguous() for i, s in state["state"].items() for k, v in s.items()}
                 save_file(tensors, folder / "optimizer.safetensors")
@@ -264,21 +373,16 @@ class Run:
         try:
             described = json.loads((checkpoint / "state.json").read_text("utf-8"))
             tensors = load_file(checkpoint / "optimizer.safetensors")
-            saved, _ = load_pretrained(checkpoint / "model")
+            self.subject.restore(checkpoint / "model")
             state: dict[int, dict[str, Tensor]] = {}
             for name, tensor in tensors.items():
                 index, key = name.split(".")
                 state.setdefault(int(index), {})[key] = tensor
-            self.model.load_state_dict(saved.state_dict())
             self.optimizer.load_state_dict({"state": state, "param_groups": described["param_groups"]})
             self.schedule.load_state_dict(described["schedule"])
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise PositionsError(f"the checkpoint {checkpoint} is damaged: {' '.join(str(error).split())}") from error
         self.step = described["step"]
-
-    def _last_evaluation(self) -> dict[str, Any]:
-        records = [json.loads(line) for line in (self.folder / "log.jsonl").read_text("utf-8").splitlines()]
-        return [r for r in records if "heldout_nats_per_byte" in r][-1]
 
     def _any(self, interrupted: list[int]) -> bool:
         return bool(self.accelerator.reduce(torch.tensor(len(interrupted), device=self.accelerator.device)).item())
@@ -299,14 +403,22 @@ class Run:
         )
         live = self.console.is_terminal and self.accelerator.is_main_process
         with Progress(*columns, console=self.console, disable=not live, transient=False) as bar:
-            task = bar.add_task("training", total=self.config.steps, completed=self.step, status="")
+            task = bar.add_task(self.name, total=self.config.steps, completed=self.step, status="")
             began, began_at, printed = time.monotonic(), self.step, 0.0
 
             def show(record: dict[str, Any]) -> None:
                 nonlocal printed
-                if "heldout_nats_per_byte" in record:
-                    nats, bits = record["heldout_nats_per_byte"], record["heldout_bits_per_byte"]
-                    text = f"step {self.step}: held-out loss {nats:.4f} nats per byte ({bits:.4f} bits)"
+                if "windows" in record:
+                    status = f"evaluating {record['windows']} of {len(self.windows)} windows"
+                    bar.update(task, status=status)
+                    if not live and time.monotonic() - printed > 15:
+                        printed = time.monotonic()
+                        self._say(f"{self.name}: step {self.step} of {self.config.steps}  {status}")
+                    return
+                if "increments" in record:
+                    nats, bits = (record[f"heldout_{kind}_per_{self.unit}"] for kind in ("nats", "bits"))
+                    text = f"held-out loss {nats:.4f} nats per {self.unit} ({bits:.4f} bits)"
+                    text = f"{self.name}: step {self.step}: {text}"
                     (bar.console.print if live else self._say)(text)
                     return
                 status = f"loss {record['loss']:.3f}  {record['tokens_per_second']:,} tokens/s"
@@ -314,7 +426,9 @@ class Run:
                 if not live and time.monotonic() - printed > 15:
                     printed = time.monotonic()
                     left = (printed - began) / max(1, self.step - began_at) * (self.config.steps - self.step)
-                    self._say(f"step {self.step} of {self.config.steps}  {status}  {left / 60:.1f} min left")
+                    self._say(
+                        f"{self.name}: step {self.step} of {self.config.steps}  {status}  {left / 60:.1f} min left"
+                    )
 
             yield show
 
