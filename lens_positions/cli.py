@@ -19,7 +19,10 @@ from rich.text import Text
 from torch import Tensor
 from tyro.conf import Positional, arg
 
+from . import corpora
 from .analysis.categories import increments_by_category
+from .analysis.moved import vocabulary, what_moved
+from .analysis.reading import read
 from .errors import PositionsError
 from .hooked import HookedPositionTransformer
 from .viz import style
@@ -70,6 +73,71 @@ def show(
             _complain(f"no figure was drawn: {error}")
         else:
             _print_line(console, f"figure: {figure}")
+
+
+@app.command
+def moved(
+    model: Annotated[Positional[str], arg(metavar="MODEL")],
+    corpus: str | None = None,
+    characters: int = 60_000,
+    layers: Annotated[tuple[int, ...], arg(metavar="LAYER ...")] = (),
+    top: int = 8,
+    csv: Annotated[Path | None, arg(metavar="FILE")] = None,
+) -> None:
+    """Show which tokens a graft or a trained model puts nearest and farthest, and which kinds of token.
+
+    Args:
+        model: a folder, an adapter, the name of a packaged model, or a model of the hub.
+        corpus: held-out text to read: english, chinese, bilingual, code, a file or a folder. A shared or frozen
+            source needs none: its whole vocabulary is ranked.
+        characters: at most so much text, taken evenly from the held-out documents.
+        layers: the layers to show; all of them if none is named.
+        top: tokens at each end.
+        csv: write the tokens shown to this file as well, with all columns.
+    """
+    if csv is not None and not csv.parent.is_dir():
+        raise PositionsError(f"there is no folder {csv.parent} for {csv.name}; expected an existing folder.")
+    loaded = HookedPositionTransformer.from_pretrained(model)
+    texts = None if corpus is None else corpora.heldout_excerpts(corpus, characters)
+    reading = None if texts is None else read(loaded, texts)
+    found = what_moved(loaded, reading, top)
+    if texts is None or reading is None:
+        of_vocabulary = vocabulary(loaded)
+        by_kind = of_vocabulary.groupby("kind", as_index=False).agg(n=("id", "size"), relative=("relative", "mean"))
+        by_kind = by_kind.assign(layer=0, relative_low=math.nan, relative_high=math.nan)
+        what, mean = f"{len(of_vocabulary):,} token ids, each once", of_vocabulary["increment"].mean()
+    else:
+        by_kind = increments_by_category(loaded, reading)
+        what = f"{sum(map(len, texts)):,} characters of {len(texts)} held-out documents of {corpus}"
+        mean = math.nan
+    shown = layers or tuple(dict.fromkeys(found["layer"]))
+    if missing := set(shown) - set(found["layer"]):
+        raise PositionsError(f"layer {min(missing)} is not there; expected some of 0 to {found['layer'].max()}.")
+    console = Console(highlight=False)
+    config = loaded.position_config
+    _print_line(console, f"{loaded.name}: {config.source} increments, the gap {config.gap} each token; {what}")
+    if texts is None:
+        _print_line(console, f"mean increment {mean:.3f}; × is an increment divided by that mean\n")
+    else:
+        _print_line(console, "× is an increment divided by the mean of its layer; by kind with a 95% interval\n")
+    for layer in shown:
+        if texts is not None or len(shown) > 1:
+            _print_line(console, Text(f"layer {layer}", "bold"))
+        for end, rows in found[found["layer"] == layer].groupby("end"):
+            _print_line(console, f"  {end}")
+            for row in rows.to_dict("records"):
+                place = row["context"] if "context" in row else f"⟦{row['token']}⟧  {row['kind']}"
+                place = "".join(c if c == " " else style.visible(c) for c in place).replace("⟦ ⟧", "⟦␣⟧")
+                often = f"  n={row['n']}" if "n" in row else ""
+                _print_line(console, f"    ×{row['relative']:.2f}  {row['increment']:.3f}{often}  {place}")
+        for row in by_kind[by_kind["layer"] == layer].sort_values("relative").to_dict("records"):
+            low, high = row["relative_low"], row["relative_high"]
+            interval = "" if math.isnan(low) else f" ({low:.3f} to {high:.3f})"
+            _print_line(console, f"  {row['kind']} (n={row['n']:,}): ×{row['relative']:.3f}{interval}")
+        console.print()
+    if csv is not None:
+        found[found["layer"].isin(shown)].to_csv(csv, index=False)
+        _print_line(console, f"tokens: {csv}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -79,6 +79,25 @@ def load(name_or_path: str, *, text_column: str = "text") -> DatasetDict | Itera
     return _stream(name_or_path, text_column)
 
 
+def heldout_excerpts(name_or_path: str, characters: int, *, text_column: str = "text") -> list[str]:
+    """Held-out text of a corpus, at most so many characters of it: the beginnings of documents spread over the split.
+
+    Of long documents a piece each, of many short ones every so many; each piece has 1,000 characters on average
+    where the documents have them. Raises PositionsError as `load`, for a hub dataset (which has no end to spread
+    over) and for fewer than 1 character.
+    """
+    if characters < 1:
+        raise PositionsError(f"characters is {characters}: expected at least 1")
+    if is_hub_dataset(name_or_path):
+        raise PositionsError(f"{name_or_path!r} is streamed from the hub: expected a named corpus, a file or a folder")
+    documents: list[str] = list(load(name_or_path, text_column=text_column)["heldout"]["text"])
+    if sum(map(len, documents)) <= characters:
+        return documents
+    typical = min(1000, max(1, sum(map(len, documents)) // len(documents)))
+    kept = documents[:: math.ceil(len(documents) * typical / characters)]
+    return [document[: max(1, characters // len(kept))] for document in kept]
+
+
 def is_hub_dataset(name_or_path: str) -> bool:
     """Whether `load` would look for this name on the hub: `owner/name`, and no file or folder here."""
     looks_like_a_file = Path(name_or_path).suffix.lower() in _FILE_SUFFIXES

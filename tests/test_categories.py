@@ -199,7 +199,7 @@ def test_all_heads_average_to_their_mean():
     model = random_model(source="per_layer", per_head=True)
     texts = ["The cat.", "A 中 b"]
     mean, every = increments_by_category(model, texts), increments_by_category(model, texts, heads="all")
-    assert list(every.columns) == ["layer", "head", "kind", "n", "mean", "std", "min", "max", "low", "high"]
+    assert list(every.columns[:10]) == ["layer", "head", "kind", "n", "mean", "std", "min", "max", "low", "high"]
     assert len(every) == 2 * len(mean)
     assert every["mean"].nunique() > len(mean)
     averaged = every.groupby(["layer", "kind"], sort=False)["mean"].mean().to_numpy()

@@ -3,27 +3,22 @@
 A kind depends on what a token is, never on what a model does with it. Byte models are classified byte by byte, with
 the bytes of a Chinese character recognised from the bytes around them; subword models by the text of each token.
 
-- A document is the unit of sampling: tokens of one document are not independent, so intervals resample documents.
-- A document longer than the context is read in windows that overlap by one token. The one increment of a window that
-  no rotation depends on (the first with gap "before", the last with gap "after") is left out, so that every other
-  token of a document is counted exactly once.
-- An increment of a token early in a window was computed from less context than one later on. Layer 0 does not care.
+A document is the unit of sampling: tokens of one document are not independent, so intervals resample documents.
+What is read of them, and how, is said in `reading.py`.
 """
 
 import string
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-import torch
-from jaxtyping import Int
+from jaxtyping import Float64, Int, Int64
 from torch import Tensor
 
 from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
 from ..tokenizer import END_OF_DOCUMENT, is_byte_tokenizer
+from .reading import Reading, Texts, read
 
 BYTE_KINDS = (
     "letter",
@@ -54,7 +49,6 @@ SUBWORD_KINDS = (
     "special",
 )
 BOOTSTRAP_DRAWS = 1000
-WINDOWS_A_BATCH = 16
 
 _HAN = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF))
 _CHINESE_PUNCTUATION = ((0x3000, 0x303F), (0xFE30, 0xFE4F), (0xFF00, 0xFF65))
@@ -91,7 +85,7 @@ def kinds(model_or_tokenizer: Any, tokens: Int[Tensor, " pos"]) -> list[str]:
 
 def increments_by_category(
     model: HookedPositionTransformer,
-    texts: str | Sequence[str] | Int[Tensor, "..."] | Sequence[Int[Tensor, " _pos"]],
+    texts: Texts | Reading,
     heads: Literal["mean", "all"] = "mean",
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -100,15 +94,17 @@ def increments_by_category(
     Args:
         model: the model.
         texts: documents, as text or as tokens (a tensor, its rows, or a list of tensors). A byte model's texts are
-            closed with the end-of-document token, as in training; tokens are used as they are, less padding.
+            closed with the end-of-document token, as in training; tokens are used as they are, less padding. Or what
+            `reading.read` made of them.
         heads: with increments per head, "mean" averages the heads of a token first, "all" gives each head its rows.
         seed: of the bootstrap.
 
     Returns:
         One row for each layer (and head, where all are asked for) and kind that occurs: `layer`, `head`, `kind`,
         `n` (tokens), and in steps of standard RoPE `mean`, `std` (of these very tokens), `min`, `max`, and `low` to
-        `high`, where the mean lies in 95% of 1,000 bootstrap resamples of whole documents. These two are NaN for a
-        kind found in fewer than two documents.
+        `high`, where the mean lies in 95% of 1,000 bootstrap resamples of whole documents; `relative`, the mean
+        divided by that of all tokens of the layer, and its interval. Intervals are NaN for a kind found in fewer
+        than two documents.
 
     Raises:
         PositionsError: no documents, one of fewer than two tokens, or all heads of a model that has one for all.
@@ -118,31 +114,27 @@ def increments_by_category(
     if heads == "all" and not model.position_config.per_head:
         raise PositionsError('heads is "all"; expected "mean", as the increments of this model are not per head.')
 
-    documents = _documents(model, texts)
-    kept = model.position_config.effective
-    values, names, owners = [], [], []
-    for batch in _batches(documents, model):
-        with torch.no_grad():
-            increments = model.increments(torch.stack([window.tokens for window in batch]))
-        if increments.ndim == 4 and heads == "mean":
-            increments = increments.mean(dim=-1)
-        values.append(increments[:, :, kept].flatten(1, 2).double().cpu().numpy())
-        for window in batch:
-            names += window.kinds[kept]
-            owners += [window.document] * len(window.kinds[kept])
-
-    value = np.concatenate(values, axis=1)
-    kind, document_of = np.array(names), np.array(owners)
-    value = value.transpose(0, 2, 1) if value.ndim == 3 else value[:, None]  # [layer head token]
+    reading = read(model, texts)
+    kinds_of = [kinds(model, document) for document in reading.documents]
+    kind = np.array([kinds_of[number][place] for number, place in zip(reading.document, reading.index, strict=True)])
+    value, documents = reading.increments, reading.documents
+    if heads == "mean":
+        value = value.mean(axis=1, keepdims=True)
     chances = np.full(len(documents), 1 / len(documents))
     draws = np.random.default_rng(seed).multinomial(len(documents), chances, size=BOOTSTRAP_DRAWS)
+    sums, counts = _by_document(value, reading.document, len(documents))
+    overall = _drawn_means(sums, counts, draws)
     rows = []
     for name in _kind_order(model):
         of_kind = kind == name
         if not of_kind.any():
             continue
-        found, owner_of = value[..., of_kind], document_of[of_kind]
-        low, high = _interval_of_mean(found, owner_of, draws)
+        found = value[..., of_kind]
+        sums, counts = _by_document(found, reading.document[of_kind], len(documents))
+        means = _drawn_means(sums, counts, draws)
+        several = np.count_nonzero(counts) > 1
+        low, high = _interval(means) if several else (np.full(found.shape[:2], np.nan),) * 2
+        relative_low, relative_high = _interval(means / overall) if several else (low, high)
         for layer, head in np.ndindex(found.shape[:2]):
             one = found[layer, head]
             rows.append(
@@ -157,86 +149,38 @@ def increments_by_category(
                     "max": one.max(),
                     "low": low[layer, head],
                     "high": high[layer, head],
+                    "relative": one.mean() / value[layer, head].mean(),
+                    "relative_low": relative_low[layer, head],
+                    "relative_high": relative_high[layer, head],
                 }
             )
     table = pd.DataFrame(rows).sort_values(["layer", "head"], kind="stable", ignore_index=True)
     return table if heads == "all" else table.drop(columns="head")
 
 
-def _interval_of_mean(values: np.ndarray, owners: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """95% bootstrap interval [layer head] of the mean of values [layer head token], by document."""
-    counts = np.bincount(owners, minlength=draws.shape[1])
-    if np.count_nonzero(counts) < 2:
-        return np.full(values.shape[:2], np.nan), np.full(values.shape[:2], np.nan)
-    sums = np.zeros((draws.shape[1], *values.shape[:2]))
+def _by_document(
+    values: Float64[np.ndarray, "layer head token"], owners: Int64[np.ndarray, " token"], documents: int
+) -> tuple[Float64[np.ndarray, "document layer head"], Int64[np.ndarray, " document"]]:
+    """Sums and numbers of values by the document that they stand in."""
+    sums = np.zeros((documents, *values.shape[:2]))
     np.add.at(sums, owners, values.transpose(2, 0, 1))
-    drawn = draws @ counts
-    means = np.tensordot(draws, sums, axes=1)[drawn > 0] / drawn[drawn > 0, None, None]
-    low, high = np.percentile(means, [2.5, 97.5], axis=0)
+    return sums, np.bincount(owners, minlength=documents)
+
+
+def _drawn_means(sums: np.ndarray, counts: np.ndarray, draws: np.ndarray) -> Float64[np.ndarray, "draw layer head"]:
+    """The mean of all values in each resample of documents; NaN in one that holds none."""
+    drawn = (draws @ counts).astype(float)
+    drawn[drawn == 0] = np.nan
+    return np.tensordot(draws, sums, axes=1) / drawn[:, None, None]
+
+
+def _interval(means: Float64[np.ndarray, "draw layer head"]) -> tuple[np.ndarray, np.ndarray]:
+    low, high = np.nanpercentile(means, [2.5, 97.5], axis=0)
     return low, high
 
 
 def _kind_order(model: HookedPositionTransformer) -> tuple[str, ...]:
     return BYTE_KINDS if is_byte_tokenizer(model.tokenizer) else SUBWORD_KINDS
-
-
-def _documents(model: HookedPositionTransformer, texts: Any) -> list[Int[Tensor, " _pos"]]:
-    """Each document as tokens, at least two of them."""
-    if isinstance(texts, str):
-        texts = [texts]
-    elif isinstance(texts, Tensor):
-        texts = [texts] if texts.ndim == 1 else list(texts)
-    if not len(texts):
-        raise PositionsError("no texts were given; expected at least one.")
-    documents = []
-    for number, text in enumerate(texts):
-        if isinstance(text, str):
-            if not text:
-                raise PositionsError(f"text {number} is empty; expected at least one character.")
-            tokens = model.to_tokens(text, truncate=False)[0]
-            if is_byte_tokenizer(model.tokenizer):
-                tokens = torch.cat([tokens, tokens.new_tensor([END_OF_DOCUMENT])])
-        elif isinstance(text, Tensor) and text.ndim == 1:
-            tokens = _without_padding(text, model.tokenizer)
-        else:
-            raise PositionsError(f"text {number} is {text!r:.40}; expected a text, or a tensor of tokens [pos].")
-        if len(tokens) < 2:
-            raise PositionsError(f"text {number} has {len(tokens)} tokens; expected at least two.")
-        documents.append(tokens)
-    return documents
-
-
-@dataclass
-class _Window:
-    """A part of a document, at most as long as the context."""
-
-    document: int
-    tokens: Int[Tensor, " _pos"]
-    kinds: list[str]
-
-
-def _batches(documents: list[Int[Tensor, " _pos"]], model: HookedPositionTransformer) -> Iterator[list[_Window]]:
-    """All windows of the documents, in batches of equal length, so that none is padded."""
-    by_length: dict[int, list[_Window]] = {}
-    for number, document in enumerate(documents):
-        document_kinds = kinds(model, document)
-        for start in range(0, len(document) - 1, model.cfg.n_ctx - 1):
-            part = slice(start, start + model.cfg.n_ctx)
-            window = _Window(number, document[part], document_kinds[part])
-            by_length.setdefault(len(window.tokens), []).append(window)
-    for windows in by_length.values():
-        for start in range(0, len(windows), WINDOWS_A_BATCH):
-            yield windows[start : start + WINDOWS_A_BATCH]
-
-
-def _without_padding(tokens: Int[Tensor, " _pos"], tokenizer: Any) -> Int[Tensor, " _pos"]:
-    """Tokens less the padding at either end; where the padding token is also BOS or EOS, one of them stays."""
-    pad = tokenizer.pad_token_id
-    content = (tokens != pad).nonzero() if pad is not None else torch.arange(len(tokens))
-    if not len(content):
-        return tokens[:0]
-    margin = 1 if pad in (tokenizer.bos_token_id, tokenizer.eos_token_id) else 0
-    return tokens[max(int(content[0]) - margin, 0) : int(content[-1]) + 1 + margin]
 
 
 def _byte_kinds(ids: list[int]) -> list[str]:

@@ -1,0 +1,128 @@
+"""A corpus read through a model: the increment of each of its tokens, and where that token stands.
+
+- A document longer than a window is read in windows that overlap by one token. The one increment of a window that
+  no rotation depends on (the first with gap "before", the last with gap "after") is left out, so that every other
+  token of a document is counted exactly once.
+- An increment of a token early in a window was computed from less context than one later on. Layer 0 does not care.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float64, Int, Int64
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from ..errors import PositionsError
+from ..hooked import HookedPositionTransformer
+from ..tokenizer import END_OF_DOCUMENT, is_byte_tokenizer
+
+WINDOW = 512
+"""Tokens of a window at most, where the model's context is longer: attention costs their square."""
+
+TOKENS_A_BATCH = 2048
+
+Texts = str | Sequence[str] | Int[Tensor, "..."] | Sequence[Int[Tensor, " _pos"]]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a model makes of documents.
+
+    Attributes:
+        documents: the tokens of each document.
+        document: for each token measured, the document that it stands in.
+        index: its place in that document.
+        increments: in positions; one head where the source has one for all.
+    """
+
+    documents: list[Int[Tensor, " _pos"]]
+    document: Int64[np.ndarray, " token"]
+    index: Int64[np.ndarray, " token"]
+    increments: Float64[np.ndarray, "layer head token"]
+
+
+def read(model: HookedPositionTransformer, texts: "Texts | Reading") -> Reading:
+    """The increment of every token of some documents, at every layer and head; a reading is returned as it is.
+
+    Args:
+        model: the model.
+        texts: documents, as text or as tokens (a tensor, its rows, or a list of tensors). A byte model's texts are
+            closed with the end-of-document token, as in training; tokens are used as they are, less padding.
+
+    Raises:
+        PositionsError: no documents, or one of fewer than two tokens.
+    """
+    if isinstance(texts, Reading):
+        return texts
+    documents = _documents(model, texts)
+    kept = model.position_config.effective
+    values, owners, places = [], [], []
+    batches = list(_batches(documents, min(model.cfg.n_ctx, WINDOW)))
+    console = Console(stderr=True)
+    quick = sum(map(len, documents)) < 2 * TOKENS_A_BATCH or not console.is_terminal
+    for batch in track(batches, "reading", console=console, transient=True, disable=quick):
+        rows = torch.stack([documents[number][start:stop] for number, start, stop in batch])
+        with torch.no_grad():
+            increments = model.increments(rows)[:, :, kept]
+        values.append(increments.flatten(1, 2).double().cpu().numpy())
+        for number, start, stop in batch:
+            place = np.arange(start, stop)[kept]
+            places.append(place)
+            owners.append(np.full(len(place), number))
+    value = np.concatenate(values, axis=1)
+    value = value.transpose(0, 2, 1) if value.ndim == 3 else value[:, None]
+    return Reading(documents, np.concatenate(owners), np.concatenate(places), value)
+
+
+def _documents(model: HookedPositionTransformer, texts: Any) -> list[Int[Tensor, " _pos"]]:
+    """Each document as tokens, at least two of them."""
+    if isinstance(texts, str):
+        texts = [texts]
+    elif isinstance(texts, Tensor):
+        texts = [texts] if texts.ndim == 1 else list(texts)
+    if not len(texts):
+        raise PositionsError("no texts were given; expected at least one.")
+    documents = []
+    for number, text in enumerate(texts):
+        if isinstance(text, str):
+            if not text:
+                raise PositionsError(f"text {number} is empty; expected at least one character.")
+            tokens = model.to_tokens(text, truncate=False)[0]
+            if is_byte_tokenizer(model.tokenizer):
+                tokens = torch.cat([tokens, tokens.new_tensor([END_OF_DOCUMENT])])
+        elif isinstance(text, Tensor) and text.ndim == 1:
+            tokens = _without_padding(text, model.tokenizer)
+        else:
+            raise PositionsError(f"text {number} is {text!r:.40}; expected a text, or a tensor of tokens [pos].")
+        if len(tokens) < 2:
+            raise PositionsError(f"text {number} has {len(tokens)} tokens; expected at least two.")
+        documents.append(tokens)
+    return documents
+
+
+def _batches(documents: list[Int[Tensor, " _pos"]], length: int) -> Iterator[list[tuple[int, int, int]]]:
+    """All windows of the documents (document, start, stop), in batches of equal length, so that none is padded."""
+    by_length: dict[int, list[tuple[int, int, int]]] = {}
+    for number, document in enumerate(documents):
+        for start in range(0, len(document) - 1, length - 1):
+            stop = min(start + length, len(document))
+            by_length.setdefault(stop - start, []).append((number, start, stop))
+    for size, windows in by_length.items():
+        together = max(1, TOKENS_A_BATCH // size)
+        for first in range(0, len(windows), together):
+            yield windows[first : first + together]
+
+
+def _without_padding(tokens: Int[Tensor, " _pos"], tokenizer: Any) -> Int[Tensor, " _pos"]:
+    """Tokens less the padding at either end; where the padding token is also BOS or EOS, one of them stays."""
+    pad = tokenizer.pad_token_id
+    content = (tokens != pad).nonzero() if pad is not None else torch.arange(len(tokens))
+    if not len(content):
+        return tokens[:0]
+    margin = 1 if pad in (tokenizer.bos_token_id, tokenizer.eos_token_id) else 0
+    return tokens[max(int(content[0]) - margin, 0) : int(content[-1]) + 1 + margin]
