@@ -4,19 +4,17 @@ Every RoPE model of transformers computes (cos, sin) once and hands it to each a
 `position_embeddings`; TransformerLens' attention bridges stand in the same places and take the same keyword. So
 forward pre-hooks are enough, in a bare model and in a bridge alike:
 
-    decoder stack     note the tokens, the padding mask and the cache of this forward pass
-    embedding         note what a shared source reads
+    model, stack      note the tokens, the padding mask and the cache of this forward pass
+    embedding         compute a shared source's increments
     rotary module     note the model's own position ids, cos and sin
     decoder layer     note what a per-layer source reads
     attention         replace `position_embeddings` by the stream's
 
-Modules are found by what they are: attention is the innermost module whose forward takes `position_embeddings`,
-a rotary module has inverse frequencies and takes `position_ids`. Per-head increments cannot pass through that
-keyword, which all heads share: there the outputs of the query and key projections are rotated head by head and the
-attention module is handed the identity rotation. Where that is not exact, attaching refuses.
+Where these modules are, and the few models that do it in another way, is in `sites.py`. Per-head increments cannot
+pass through that keyword, which all heads share: there the outputs of the query and key projections are rotated head
+by head and the attention module is handed the identity rotation. Where that is not exact, attaching refuses.
 """
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -30,8 +28,9 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from .errors import PositionsError
 from .increments import PositionConfig, build_sources
-from .rotary import RotaryCall, rotate_heads
-from .streams import ForwardPass, PositionStream, run_hook
+from .rotary import RotaryCall, Rotation, rotate_heads
+from .sites import RotaryAttention, Site, argument, parameters
+from .streams import ForwardPass, PositionStream, follow, run_hook
 
 
 class PositionStreams(nn.Module):
@@ -40,15 +39,16 @@ class PositionStreams(nn.Module):
     Registered in the model as `position_streams`, so that the sources' weights train, move and count with it.
     """
 
-    def __init__(self, config: PositionConfig, sources: nn.ModuleList, n_layers: int, n_heads: int) -> None:
+    def __init__(self, config: PositionConfig, sources: nn.ModuleList, numbers: list[int], n_heads: int) -> None:
         super().__init__()
         self.config = config
         self.shared_source = sources[0] if len(sources) == 1 and config.source != "per_layer" else None
-        own: list[nn.Module | None] = list(sources) if config.source == "per_layer" else [None] * n_layers
-        self.layers = nn.ModuleList(PositionStream(config, i, own[i], n_heads) for i in range(n_layers))
+        own: list[nn.Module | None] = list(sources) if config.source == "per_layer" else [None] * len(numbers)
+        self.layers = nn.ModuleList(PositionStream(config, i, n, own[i], n_heads) for i, n in enumerate(numbers))
         self.hook_increments = HookPoint()
         self.hook_increments.name = "hook_increments"
         self._step = ForwardPass()
+        self._given: tuple[Any, Any] = (None, None)
         self._undo: list[Callable[[], object]] = []
 
     @property
@@ -70,10 +70,15 @@ class PositionStreams(nn.Module):
 
         return super()._apply(keep_wide, recurse)
 
+    def _note_model(self, names: list[str], _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What the model was given: a model of images and text embeds the tokens before it calls its decoder."""
+        self._given = argument(names, args, kwargs, "input_ids"), argument(names, args, kwargs, "attention_mask")
+
     def _start(
         self,
         layers: list[nn.Module],
         first_block: nn.Module,
+        names: list[str],
         _module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -83,16 +88,22 @@ class PositionStreams(nn.Module):
                 "start_at_layer leaves out the token embeddings, which the shared source reads; expected a forward "
                 "pass from tokens."
             )
-        tokens = kwargs.get("input_ids", args[0] if args else None)
-        mask = kwargs.get("attention_mask")
+        tokens, mask = (argument(names, args, kwargs, name) for name in ("input_ids", "attention_mask"))
+        tokens = self._given[0] if tokens is None else tokens
+        mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else self._given[1]
+        cache = argument(names, args, kwargs, "past_key_values")
+        self._given = None, None
         self._step = ForwardPass(
             tokens=tokens,
             mask=mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None,
-            cache=kwargs.get("past_key_values"),
-            embeddings=kwargs.get("inputs_embeds"),
+            cache=cache,
+            past_length=0 if cache is None else int(cache.get_seq_length()),
+            embeddings=argument(names, args, kwargs, "inputs_embeds"),
             checkpointed=any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in layers),
             with_grad=torch.is_grad_enabled(),
         )
+        if self.config.source == "frozen" or self._step.embeddings is not None:
+            self._share_increments()
 
     def _finish(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
         # Checkpointed layers run again in the backward pass and need what they shared.
@@ -100,68 +111,75 @@ class PositionStreams(nn.Module):
             self._step = ForwardPass()
 
     def _note_embeddings(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-        if self._step.embeddings is None:
+        if self._step.tokens is not None and self._step.embeddings is None:
             self._step.embeddings = output
+            self._share_increments()
 
     def _note_rotary(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        given = dict(kwargs)
-        states = given.pop("x") if "x" in given else args[0]
-        ids = given.pop("position_ids") if "position_ids" in given else args[1]
-        self._step.rotary_calls.append(RotaryCall(module, tuple(args[2:]), given, states, ids, output))
-        if self.shared_source is not None and self._step.increments is None:
-            reads = self._step.tokens if self.config.source == "frozen" else self._step.embeddings
-            if reads is None:
-                raise PositionsError(
-                    "the frozen source was given embeddings without token ids; expected input_ids, since it looks "
-                    "increments up by token."
-                )
-            with torch.autocast(states.device.type, enabled=False):
-                self._step.increments = run_hook(self.hook_increments, self.shared_source(reads))
+        self._step.rotary_calls.append(RotaryCall.of(module, args, kwargs, output))
 
-    def _note_residual(self, layer: int, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _share_increments(self) -> None:
+        """The increments of a source that all layers share, once a forward pass and outside checkpointed layers."""
+        if self.shared_source is None or self._step.increments is not None:
+            return
+        reads = self._step.tokens if self.config.source == "frozen" else self._step.embeddings
+        if reads is None:
+            raise PositionsError(
+                "the frozen source was given embeddings without token ids; expected input_ids, since it looks "
+                "increments up by token."
+            )
+        with torch.autocast(reads.device.type, enabled=False):
+            self._step.increments = run_hook(self.hook_increments, self.shared_source(reads))
+
+    def _note_residual(
+        self, stream: int, names: list[str], _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         if not self._step.checkpointed:
             self._step.residuals.clear()
-        self._step.residuals[layer] = args[0] if args else kwargs["hidden_states"]
+        self._step.residuals[stream] = argument(names, args, kwargs, "hidden_states")
 
-    def _call_behind(self, cos_sin: tuple[Tensor, Tensor]) -> RotaryCall | None:
+    def _call_behind(self, rotation: Any) -> RotaryCall | None:
         calls = self._step.rotary_calls
-        for call in calls:
-            if call.cos_sin[0] is cos_sin[0] or call.cos_sin[1] is cos_sin[1]:
-                return call
+        for same in (_is_same, _is_part):  # part of it where the model computes its last tokens alone
+            for call in calls:
+                if any(same(own, given) for own in _tensors(call.rotation) for given in _tensors(rotation)):
+                    return call
         return calls[0] if len(calls) == 1 and not self._step.checkpointed else None
 
-    def _enter_attention(
-        self,
-        layer: int,
-        _module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if kwargs.get("position_embeddings") is None:
-            return None
-        states = args[0] if args else kwargs["hidden_states"]
-        cos, sin = kwargs["position_embeddings"]
-        if self._step.cache is None:  # one that the decoder stack made itself
-            self._step.cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
-        cos_sin = self.layers[layer](states, self._call_behind((cos, sin)), self._step)
-        if cos_sin is None:
-            return None
+    def _turn(self, stream: int, states: Tensor, rotation: Any, call: RotaryCall | None) -> Rotation | None:
+        """The rotation of one attention in this forward pass; None where it is the model's own."""
+        if rotation is not None and call is None:
+            call = self._call_behind(rotation)
+        turned = self.layers[stream](states, call, self._step)
+        if turned is None or not self.config.per_head:
+            return turned
+        self._step.heads[stream] = turned
+        cos, sin = rotation
+        return torch.ones_like(cos), torch.zeros_like(sin)
+
+    def _follow(self, leader: int, states: Tensor, rotation: Any, call: RotaryCall | None) -> Rotation | None:
+        if rotation is not None and call is None:
+            call = self._call_behind(rotation)
+        return follow(leader, states, call, self._step)
+
+    def _note_cache(self, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._step.cache is None:  # one that the decoder stack made itself, empty
+            self._step.cache = argument(site.parameters, args, kwargs, "past_key_values")
+            if self._step.cache is None:
+                self._step.cache = argument(site.parameters, args, kwargs, "layer_past")
         if self.config.per_head:
-            bridge_config = getattr(_module, "config", None)
+            bridge_config = getattr(module, "config", None)
             for switch in ("use_split_qkv_input", "use_attn_in"):
                 if getattr(bridge_config, switch, False) is True:
                     raise PositionsError(
                         f"set_{switch}(True) goes around the projections, whose outputs per-head increments rotate; "
                         f"expected set_{switch}(False) or per_head=False."
                     )
-            self._step.heads[layer] = cos_sin
-            cos_sin = torch.ones_like(cos), torch.zeros_like(sin)
-        return args, {**kwargs, "position_embeddings": cos_sin}
 
     def _rotate_output(
-        self, layer: int, d_head: int, _module: nn.Module, _args: tuple[Any, ...], output: Tensor
+        self, stream: int, d_head: int, _module: nn.Module, _args: tuple[Any, ...], output: Tensor
     ) -> Tensor | None:
-        cos_sin = self._step.heads.get(layer)
+        cos_sin = self._step.heads.get(stream)
         return None if cos_sin is None else rotate_heads(output, cos_sin, d_head)
 
     @contextmanager
@@ -217,18 +235,19 @@ def attach_positions(
         raise PositionsError(f'positions is {positions!r}; expected "static" or a PositionConfig.')
     bridge = model if isinstance(model, TransformerBridge) else None
     base: Any = bridge.original_model if bridge is not None else model
-    found = find_rotary_attention(base)
-    if _has_streams(base):
+    if isinstance(base, nn.Module) and _has_streams(base):
         raise PositionsError("position streams are attached to this model already; expected detach() on them first.")
+    found = RotaryAttention(base)
+    own = [site for site in found.sites if site.leader is None]
     text = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
     n_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     if config.per_head:
-        for attention in found.attention:
-            _refuse_inexact_heads(attention, found.rotary[0], text.hidden_size)
+        for site in found.sites:
+            _refuse_inexact_heads(site, found, text.hidden_size)
     first = next(base.parameters())
     sources = build_sources(
         config,
-        n_layers=len(found.attention),
+        n_layers=len(own),
         d_model=text.hidden_size,
         n_heads=n_heads,
         vocab=base.get_input_embeddings().weight.shape[0],
@@ -236,84 +255,36 @@ def attach_positions(
         table=table,
     ).to(first.device)
 
-    streams = PositionStreams(config, sources, len(found.attention), n_heads)
-    start = partial(streams._start, found.decoder_layers, found.wrapper(found.decoder_layers[0]))
+    streams = PositionStreams(config, sources, [site.number for site in own], n_heads)
+    layers = [site.layer for site in found.sites]
+    start = partial(streams._start, layers, found.wrapper(layers[0]), parameters(found.stack))
     handles = [
+        base.register_forward_pre_hook(partial(streams._note_model, parameters(base)), with_kwargs=True),
         found.stack.register_forward_pre_hook(start, with_kwargs=True),
         found.stack.register_forward_hook(streams._finish, always_call=True),
         base.get_input_embeddings().register_forward_hook(streams._note_embeddings),
         *(r.register_forward_hook(streams._note_rotary, with_kwargs=True) for r in found.rotary),
     ]
-    for layer, attention in enumerate(found.attention):
-        note = partial(streams._note_residual, layer)
-        handles.append(found.decoder_layers[layer].register_forward_pre_hook(note, with_kwargs=True))
-        enter = partial(streams._enter_attention, layer)
-        handles.append(found.wrapper(attention).register_forward_pre_hook(enter, with_kwargs=True))
+    for i, site in enumerate(own):
+        note = partial(streams._note_residual, i, parameters(site.layer))
+        layer = site.wrapper if site.layer is site.attention else site.layer
+        handles.append(layer.register_forward_pre_hook(note, with_kwargs=True))
+        handles.append(site.wrapper.register_forward_pre_hook(partial(streams._note_cache, site), with_kwargs=True))
+        handles += site.hook(partial(streams._turn, i))
         if config.per_head:
-            for projection in (attention.q_proj, attention.k_proj):
-                turn = partial(streams._rotate_output, layer, attention.head_dim)
+            for projection in (site.attention.q_proj, site.attention.k_proj):
+                turn = partial(streams._rotate_output, i, site.attention.head_dim)
                 handles.append(projection.register_forward_hook(turn))
-        stream: Any = streams.layers[layer]
-        stream.cache_layer = getattr(attention, "layer_idx", layer)
+    for site in found.sites:
+        if site.leader is not None:
+            handles += site.hook(partial(streams._follow, site.leader))
+            cast(PositionStream, streams.layers[site.leader]).followed = True
     streams._undo.extend(handle.remove for handle in handles)
     base.add_module("position_streams", streams)
     streams._undo.append(partial(_remove_module, base, "position_streams"))
     if bridge is not None:
         _add_hook_points(bridge, streams, found)
     return streams
-
-
-class RotaryAttention:
-    """Where a model's rotary attention is.
-
-    Attributes:
-        attention: the attention modules, in order.
-        decoder_layers: the decoder layer around each of them.
-        rotary: the modules that turn position ids into cos and sin.
-        stack: the module that calls them all (`model.model` in a Llama).
-    """
-
-    def __init__(self, base: nn.Module) -> None:
-        wrappers = {id(m.original_component): m for m in base.modules() if _is_wrapper(m)}
-        own = [(name, m) for name, m in base.named_modules() if not _is_wrapper(m)]
-        takes = [(name, m) for name, m in own if "position_embeddings" in inspect.signature(m.forward).parameters]
-        self._wrappers = wrappers
-        self.attention: list[Any] = [
-            m for name, m in takes if not any(other.startswith(name + ".") for other, _ in takes if other != name)
-        ]
-        self.rotary = [
-            m
-            for _, m in own
-            if "position_ids" in inspect.signature(m.forward).parameters
-            and any(n.endswith("inv_freq") for n, _ in m.named_buffers(recurse=False))
-        ]
-        names = {id(m): name for name, m in own}
-        self.decoder_layers = [_ancestor(own, names[id(m)], "hidden_states") for m in self.attention]
-        self.stack = _ancestor(own, names[id(self.rotary[0])], "input_ids") if self.rotary else base
-
-    def wrapper(self, module: nn.Module) -> nn.Module:
-        """The bridge component that stands in for a module, or the module itself where there is none."""
-        return self._wrappers.get(id(module), module)
-
-
-def find_rotary_attention(base: Any) -> RotaryAttention:
-    """Find the attention and rotary modules of a `transformers` model, bridged or not.
-
-    Raises:
-        PositionsError: there are none, or the model is not a causal decoder.
-    """
-    name = type(base).__name__
-    if not (isinstance(base, nn.Module) and hasattr(base, "get_input_embeddings") and hasattr(base, "config")):
-        raise PositionsError(f"the model is a {name}; expected a transformers model or a TransformerBridge.")
-    found = RotaryAttention(base)
-    if not found.rotary or not found.attention:
-        raise PositionsError(
-            f"{name} has no attention that takes rotary position_embeddings; expected a RoPE model such as Llama, "
-            "Qwen, Gemma or GPT-NeoX."
-        )
-    if not all(getattr(attention, "is_causal", True) for attention in found.attention):
-        raise PositionsError(f"{name} has attention that is not causal; expected a decoder such as Llama.")
-    return found
 
 
 def increment_table(model: Any) -> Float[Tensor, "vocab *head"]:
@@ -347,26 +318,24 @@ def _has_streams(base: nn.Module) -> bool:
     return any(isinstance(getattr(getattr(h, "func", h), "__self__", None), PositionStreams) for h in hooks)
 
 
-def _is_wrapper(module: nn.Module) -> bool:
-    return getattr(module, "original_component", None) is not None
+def _is_same(own: Tensor, given: Tensor) -> bool:
+    return own is given
 
 
-def _ancestor(own: list[tuple[str, nn.Module]], name: str, parameter: str) -> nn.Module:
-    above = [m for n, m in own if (name.startswith(n + ".") or n == "") and n != name]
-    for module in reversed(above):
-        if parameter in inspect.signature(module.forward).parameters:
-            return module
-    raise PositionsError(
-        f"{type(own[0][1]).__name__} has no module around {name} whose forward takes {parameter}; expected a decoder "
-        "such as Llama."
-    )
+def _is_part(own: Tensor, given: Tensor) -> bool:
+    return not own.is_meta and own.untyped_storage().data_ptr() == given.untyped_storage().data_ptr()
+
+
+def _tensors(rotation: Any) -> tuple[Tensor, ...]:
+    return (rotation,) if isinstance(rotation, Tensor) else tuple(rotation or ())
 
 
 def _remove_module(owner: nn.Module, name: str) -> None:
     del owner._modules[name]
 
 
-def _refuse_inexact_heads(attention: Any, rotary: nn.Module, d_model: int) -> None:
+def _refuse_inexact_heads(site: Site, found: RotaryAttention, d_model: int) -> None:
+    attention: Any = site.attention
     kind = type(attention).__name__
     normed = [n for n, _ in attention.named_children() if "norm" in n]
     if not (hasattr(attention, "q_proj") and hasattr(attention, "k_proj") and hasattr(attention, "head_dim")):
@@ -380,7 +349,7 @@ def _refuse_inexact_heads(attention: Any, rotary: nn.Module, d_model: int) -> No
             "expected a model without it, or per_head=False."
         )
     clipped = getattr(getattr(attention, "config", None), "clip_qkv", None) is not None
-    if clipped or not _heads_rotate_like_halves(attention, rotary, d_model):
+    if clipped or not found.rotary or not _heads_rotate_like_halves(attention, found.rotary[0], d_model):
         raise PositionsError(
             f"per-head increments are not exact in {kind}, which does not rotate the two halves of each whole head "
             "straight after the projection; expected a model such as Llama, or per_head=False."
@@ -423,11 +392,16 @@ def _add_hook_points(bridge: Any, streams: PositionStreams, found: RotaryAttenti
     if streams.shared_source is not None:
         bridge.add_module("hook_increments", streams.hook_increments)
         added.append((bridge, "hook_increments"))
-    wrapped = [found.wrapper(m) for m in found.attention]
-    for stream, attention in zip(streams.layers, wrapped, strict=True):
+    for stream, site in zip(streams.layers, (site for site in found.sites if site.leader is None), strict=True):
+        component = site.wrapper
+        if component is site.attention:  # inside a block that the bridge leaves whole
+            block = found.component_around(site)
+            component = nn.Module()
+            block._modules["attn"] = component
+            added.append((block, "attn"))
         for name in ("hook_increments", "hook_positions"):
-            attention.add_module(name, getattr(stream, name))
-            added.append((attention, name))
+            component.add_module(name, getattr(stream, name))
+            added.append((component, name))
     bridge._scan_existing_hooks(bridge, "")
     streams._undo.append(partial(_remove_hook_points, bridge, added))
 

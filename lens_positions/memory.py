@@ -11,11 +11,11 @@ from torch import Tensor
 class PositionMemory:
     """Mixed into the class of a key-value cache: the running sums of its tokens, which follow what happens to them."""
 
-    position_sums: dict[int, Float[Tensor, "batch past *head"]]
+    position_sums: dict[tuple[int, int], Float[Tensor, "batch past *head"]]
 
     def _each(self, change: Any) -> None:
-        changed = {id(sums): change(layer, sums) for layer, sums in self.position_sums.items()}
-        self.position_sums = {layer: changed[id(sums)] for layer, sums in self.position_sums.items()}
+        changed = {id(sums): change(sums) for sums in self.position_sums.values()}
+        self.position_sums = {key: changed[id(sums)] for key, sums in self.position_sums.items()}
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -25,22 +25,22 @@ class PositionMemory:
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow a beam search."""
         super().reorder_cache(beam_idx)  # type: ignore[misc]
-        self._each(lambda _, sums: sums[beam_idx.to(sums.device)])
+        self._each(lambda sums: sums[beam_idx.to(sums.device)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows of the batch."""
         super().batch_select_indices(indices)  # type: ignore[misc]
-        self._each(lambda _, sums: sums[indices.to(sums.device)])
+        self._each(lambda sums: sums[indices.to(sums.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch."""
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        self._each(lambda _, sums: sums.repeat_interleave(repeats, dim=0))
+        self._each(lambda sums: sums.repeat_interleave(repeats, dim=0))
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Drop the last tokens."""
         super().crop(*args, **kwargs)  # type: ignore[misc]
-        self._each(lambda layer, sums: sums[:, : self.get_seq_length(layer)])  # type: ignore[attr-defined]
+        self._each(lambda sums: sums[:, : self.get_seq_length()])  # type: ignore[attr-defined]
 
 
 @cache
@@ -57,9 +57,12 @@ def with_past(
     return carry if past is None else torch.cat([past, carry], dim=1)
 
 
-def remember(kv_cache: Any, layer: int, sums: Float[Tensor, "batch total *head"]) -> None:
-    """Keep the running sums of all tokens in the cache that holds their keys."""
+def remember(kv_cache: Any, key: tuple[int, int], sums: Float[Tensor, "batch total *head"]) -> None:
+    """Keep the running sums of all tokens in the cache that holds their keys.
+
+    The key is the stream and the number of its call in a forward pass, of which a looped model makes several.
+    """
     if not isinstance(kv_cache, PositionMemory):
         kv_cache.__class__ = _with_memory(kv_cache.__class__)
         kv_cache.position_sums = {}
-    kv_cache.position_sums[layer] = sums
+    kv_cache.position_sums[key] = sums

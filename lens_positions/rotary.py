@@ -7,27 +7,49 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from jaxtyping import Complex, Float, Int
+from torch import Tensor
 
 CosSin = tuple[Float[Tensor, "batch pos *head d_rotary"], Float[Tensor, "batch pos *head d_rotary"]]
+Rotation = CosSin | Complex[Tensor, "batch pos *head d_rotary"]
+"""What a rotary module returns: cos and sin, or cos + i sin in one tensor."""
 
 
 @dataclass(eq=False)
 class RotaryCall:
     """One call of a model's rotary module in this forward pass: what it was given and what it returned."""
 
-    module: nn.Module
+    module: Any
     args: tuple[Any, ...]  # after hidden states and position ids (a layer type, in some families)
     kwargs: dict[str, Any]
     states: Tensor  # carries the dtype and the device of the result
     position_ids: Int[Tensor, "#batch pos"]
-    cos_sin: CosSin
+    rotation: Any = None  # None: the module was not called, its arithmetic is part of the attention
+    axes: Int[Tensor, "axis #batch pos"] | None = None  # ids along time, height and width, less those along time
     _frequencies: Tensor | None = None
 
+    @classmethod
+    def of(cls, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], rotation: Any) -> "RotaryCall":
+        """The call of `module.forward(x, position_ids, ...)` that returned this rotation."""
+        given = dict(kwargs)
+        states = given.pop("x") if "x" in given else args[0]
+        ids = given.pop("position_ids") if "position_ids" in given else args[1]
+        axes = ids - ids[:1] if ids.ndim == 3 else None
+        return cls(module, tuple(args[2:]), given, states, ids if axes is None else ids[0], rotation, axes)
+
     def at(self, positions: Float[Tensor, "batch pos"], states: Tensor | None = None) -> CosSin:
-        """cos and sin of fractional positions, in the dtype of the states."""
-        return self.module.forward(self.states if states is None else states, positions, *self.args, **self.kwargs)
+        """cos and sin of fractional positions, in the dtype of the states; all axes move together."""
+        if self.axes is not None:  # one for each token: several positions in a row are those of its heads
+            positions = positions + self.axes.repeat_interleave(positions.shape[-1] // self.axes.shape[-1], dim=-1)
+        return self._turn(positions, self.states if states is None else states)
+
+    def _turn(self, positions: Tensor, states: Tensor) -> CosSin:
+        rotation = self.module.forward(states, positions, *self.args, **self.kwargs)
+        return (rotation.real, rotation.imag) if isinstance(rotation, Tensor) else rotation
+
+    def like_the_module(self, cos_sin: CosSin) -> Rotation:
+        """cos and sin in the form in which the module returns them."""
+        return torch.complex(*cos_sin) if isinstance(self.rotation, Tensor) else cos_sin
 
     def frequencies(self, positions: Float[Tensor, "batch pos"]) -> Float[Tensor, " d_rotary"]:
         """The rotary frequency of each component of cos and sin at these positions, in radians per position.
@@ -43,9 +65,27 @@ class RotaryCall:
                 probe = positions.new_full((1, 1), p)
                 if follows_length:
                     probe = torch.cat([probe, positions.max().view(1, 1)], dim=1)
-                cos, sin = self.at(probe, positions)
+                cos, sin = self._turn(probe if self.axes is None else probe.expand(len(self.axes), -1, -1), positions)
                 self._frequencies = torch.atan2(sin, cos)[0, 0] / p
         return self._frequencies
+
+
+class SinusoidTable:
+    """A table of sines and cosines by whole position, as GPT-J has it, in the form of a rotary module.
+
+    A whole position is its row, to the bit; the fraction above it is one more rotation, by the frequencies of row 1.
+    """
+
+    def __init__(self, table: Float[Tensor, "n_ctx d_rotary"]) -> None:
+        self.table = table
+
+    def forward(self, states: Tensor, positions: Float[Tensor, "batch pos"]) -> CosSin:
+        """cos and sin, each of half the table's width."""
+        whole = positions.floor().clamp(0, len(self.table) - 1).long()
+        (sin, cos), (sin_1, cos_1) = self.table[whole].chunk(2, dim=-1), self.table[1].chunk(2)
+        angle = (positions - whole).unsqueeze(-1) * torch.atan2(sin_1, cos_1)
+        turned = cos * angle.cos() - sin * angle.sin(), sin * angle.cos() + cos * angle.sin()
+        return turned[0].to(states.dtype), turned[1].to(states.dtype)
 
 
 class Rotate(torch.autograd.Function):
@@ -72,10 +112,10 @@ class Rotate(torch.autograd.Function):
         return (angle * w).sum(-1), None
 
 
-def rotate(positions: Float[Tensor, "batch pos *head"], call: RotaryCall) -> CosSin:
-    """cos and sin of positions, with a "head" axis before the last one where the positions have it."""
+def rotate(positions: Float[Tensor, "batch pos *head"], call: RotaryCall) -> Rotation:
+    """The rotation by positions as the module returns it, with a "head" axis before the last one where they have it."""
     if positions.ndim == 2:
-        return cast(CosSin, Rotate.apply(positions, call))
+        return call.like_the_module(cast(CosSin, Rotate.apply(positions, call)))
     cos, sin = Rotate.apply(positions.flatten(1), call)
     return cos.unflatten(1, positions.shape[1:]), sin.unflatten(1, positions.shape[1:])
 

@@ -25,7 +25,7 @@ from transformer_lens.hook_points import HookPoint
 from .errors import PositionsError
 from .increments import PositionConfig
 from .memory import remember, with_past
-from .rotary import CosSin, RotaryCall, rotate
+from .rotary import CosSin, RotaryCall, Rotation, rotate
 
 
 @dataclass(eq=False)
@@ -35,11 +35,14 @@ class ForwardPass:
     tokens: Int[Tensor, "batch pos"] | None = None
     mask: Bool[Tensor, "batch total"] | None = None  # real tokens, those of the cache included
     cache: Any = None
+    past_length: int = 0  # tokens in that cache before this pass
+    calls: dict[int, int] = field(default_factory=dict)  # of each stream so far: a looped model runs a layer again
     embeddings: Float[Tensor, "batch pos d_model"] | None = None
     residuals: dict[int, Float[Tensor, "batch pos d_model"]] = field(default_factory=dict)  # entering a layer
     increments: Float[Tensor, "batch pos *head"] | None = None  # of a source that all layers share
     rotary_calls: list[RotaryCall] = field(default_factory=list)
     shared_work: dict[tuple[int, ...], Any] = field(default_factory=dict)
+    turned: dict[int, tuple[Tensor, RotaryCall, Rotation]] = field(default_factory=dict)  # what others follow
     heads: dict[int, CosSin] = field(default_factory=dict)  # cos and sin of a layer, where per head
     checkpointed: bool = False  # layers run a second time in the backward pass
     with_grad: bool = False
@@ -52,18 +55,19 @@ class ForwardPass:
 class PositionStream(nn.Module):
     """Increments to positions to cos and sin at one layer, with a hook point at each of the first two."""
 
-    def __init__(self, config: PositionConfig, layer: int, source: nn.Module | None, n_heads: int) -> None:
+    def __init__(self, config: PositionConfig, index: int, layer: int, source: nn.Module | None, n_heads: int) -> None:
         super().__init__()
         self.config = config
-        self.layer = layer  # its place among the layers with rotary attention
-        self.cache_layer = layer  # its place in a key-value cache
+        self.index = index  # its place among the streams
+        self.layer = layer  # the model's own number of its layer
+        self.followed = False  # by layers that attend to this layer's keys
         self.n_heads = n_heads
         self.source = source  # of this layer alone; None where static, shared or frozen
         self.hook_increments = HookPoint()
         self.hook_positions = HookPoint()
 
-    def forward(self, states: Tensor, call: RotaryCall | None, step: ForwardPass) -> CosSin | None:
-        """cos and sin for the attention of this layer, or None where they are the model's own.
+    def forward(self, states: Tensor, call: RotaryCall | None, step: ForwardPass) -> Rotation | None:
+        """The rotation for the attention of this layer, or None where it is the model's own.
 
         Args:
             states: hidden states entering the attention, for their shape and dtype.
@@ -71,11 +75,13 @@ class PositionStream(nn.Module):
             step: what this forward pass shares.
 
         Returns:
-            cos and sin [batch pos d_rotary], with a "head" axis before d_rotary where per head.
+            cos and sin [batch pos d_rotary], in the form that the rotary module gives them, with a "head" axis
+            before d_rotary where per head.
 
         Raises:
             PositionsError: the layer runs outside a forward pass of its model, or gradients would be lost.
         """
+        step.calls[self.index] = step.calls.get(self.index, -1) + 1
         past = self._past(states, step)
         static = self.config.source == "static"
         if static and past is None and not (_hooked(self.hook_increments) or _hooked(self.hook_positions)):
@@ -85,7 +91,7 @@ class PositionStream(nn.Module):
                 f"layer {self.layer} has cos and sin from no rotary call of this forward pass; expected the model's "
                 "own (with gradient checkpointing: gradient_checkpointing_enable() and one backward pass for each)."
             )
-        if self.config.learned and step.with_grad and not torch.is_grad_enabled():
+        if self.config.learned and step.checkpointed and step.with_grad and not torch.is_grad_enabled():
             raise PositionsError(
                 "reentrant gradient checkpointing loses the gradients of learned increments; expected "
                 'gradient_checkpointing_enable({"use_reentrant": False}).'
@@ -94,7 +100,7 @@ class PositionStream(nn.Module):
             given = self._given_increments(states, step)
             increments = run_hook(self.hook_increments, given)
             edited = increments is not given
-            key = (id(given), id(past), id(call))
+            key = (id(given), id(past), id(call), torch.is_grad_enabled())
             work = {} if self.source is not None or edited or step.checkpointed else step.shared_work
             if key not in work:
                 carry = running_sum(increments, past, step.mask, self.config.gap)
@@ -102,19 +108,25 @@ class PositionStream(nn.Module):
                 work[key] = base, with_past(carry.detach(), past, step.cache), past  # past keeps its id taken
             base, sums, _ = work[key]
             if step.cache is not None and not (static and past is None and not edited):
-                remember(step.cache, self.cache_layer, sums)
+                remember(step.cache, (self.index, step.calls[self.index]), sums)
             positions = run_hook(self.hook_positions, base)
             if positions is base and not edited and static and past is None:
                 return None
             if positions is not base:
-                return rotate(positions, call)
-            if (*key, 1) not in work:
-                work[*key, 1] = rotate(base, call)
-            return work[*key, 1]
+                rotation = rotate(positions, call)
+            else:
+                if (*key, 1) not in work:
+                    work[*key, 1] = rotate(base, call)
+                rotation = work[*key, 1]
+            if self.followed:
+                step.turned[self.index] = positions, call, rotation
+            return rotation
 
     def _given_increments(self, states: Tensor, step: ForwardPass) -> Float[Tensor, "batch pos *head"]:
         if self.source is not None:
-            return self.source(step.residuals[self.layer])
+            residual = step.residuals[self.index]
+            # A model with several residual streams mixes them into one for its attention: that one is read.
+            return self.source(residual if residual.shape == states.shape else states)
         if step.increments is None:
             dtype = torch.float64 if states.dtype == torch.float64 else torch.float32
             shape = (*states.shape[:2], self.n_heads) if self.config.per_head else states.shape[:2]
@@ -123,12 +135,10 @@ class PositionStream(nn.Module):
 
     def _past(self, states: Tensor, step: ForwardPass) -> Float[Tensor, "batch past *head"] | None:
         """The running sum at each token of the cache; None where there is no cache or it is all standard steps."""
-        if step.cache is None:
+        length = step.past_length
+        if step.cache is None or length == 0:
             return None
-        length = step.cache.get_seq_length(self.cache_layer)
-        past = getattr(step.cache, "position_sums", {}).get(self.cache_layer)
-        if length == 0:
-            return None
+        past = getattr(step.cache, "position_sums", {}).get((self.index, step.calls[self.index]))
         if past is None and self.config.source == "static":
             if not (_hooked(self.hook_increments) or _hooked(self.hook_positions)):
                 return None
@@ -143,6 +153,25 @@ class PositionStream(nn.Module):
                 "its own methods."
             )
         return past
+
+
+def follow(leader: int, states: Tensor, call: RotaryCall | None, step: ForwardPass) -> Rotation | None:
+    """The rotation of a layer that attends to another layer's keys: by the positions of that layer.
+
+    Where the layer sees the last tokens only, theirs; None where the positions are the model's own.
+
+    Raises:
+        PositionsError: the layer has cos and sin from no rotary call of this forward pass.
+    """
+    if leader not in step.turned:
+        return None
+    positions, its_call, rotation = step.turned[leader]
+    if call is None:
+        raise PositionsError("a layer has cos and sin from no rotary call of this forward pass; expected the model's.")
+    if its_call is not call:
+        rotation = rotate(positions, call)
+    last = slice(-states.shape[1], None)
+    return rotation[:, last] if isinstance(rotation, Tensor) else (rotation[0][:, last], rotation[1][:, last])
 
 
 def run_hook(hook: HookPoint, activation: Float[Tensor, "batch pos *head"]) -> Float[Tensor, "batch pos *head"]:
