@@ -241,7 +241,7 @@ class HookedPositionTransformer(TransformerBridge):
 
     def _stream_values(self, input: TextOrTokens, hook: str) -> Float[Tensor, "layer batch pos *head"]:
         tokens = self._checked_tokens(input)
-        names = [n for n in (f"blocks.{i}.attn.{hook}" for i in range(self.cfg.n_layers)) if n in self.hook_dict]
+        names = [getattr(stream, hook).name for stream in self.position_streams.layers]
         with torch.no_grad():
             _, cache = self.run_with_cache(tokens, names_filter=names, return_type=None)
         return torch.stack([cache[name] for name in names])
