@@ -1,5 +1,6 @@
 # make demo    train a small model on English and Chinese, and look at its increments
 # make test    the tests
+# make families  check every model family and write docs/families.md
 # make lint    style and types
 # Each does its own set-up, in .venv.
 
@@ -7,13 +8,16 @@ PYTHON ?= python3
 VENV := .venv
 RUN := HF_HUB_OFFLINE=1 $(VENV)/bin
 
-.PHONY: demo test lint bench fonts clean
+.PHONY: demo test families lint bench fonts clean
 
 demo: $(VENV)/demo fonts
 	$(RUN)/python demos/demo.py
 
 test: $(VENV)/dev
 	$(RUN)/python -m pytest -n 2 --dist loadfile
+
+families: $(VENV)/dev
+	$(RUN)/python tests/families.py
 
 lint: $(VENV)/dev
 	$(RUN)/ruff check .

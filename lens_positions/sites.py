@@ -12,7 +12,7 @@ of that layer too, and follows its positions.
 
 import inspect
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -204,7 +204,12 @@ class RotaryAttention:
 
 def parameters(module: nn.Module) -> list[str]:
     """The names of what a module's forward takes, in order; read off its class, since a bridge may patch the module."""
-    return list(inspect.signature(type(module).forward).parameters)[1:]
+    return _parameters(type(module))
+
+
+@cache
+def _parameters(kind: Any) -> list[str]:
+    return list(inspect.signature(kind.forward).parameters)[1:]
 
 
 def argument(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:

@@ -284,7 +284,7 @@ FAMILIES: dict[str, Family | str] = {
     "GPT2LMHeadCustomModel": LEARNED,
     "GPTJForCausalLM": Family({"rotary_dim": 4}, without=("num_key_value_heads",)),
     "HrmTextForCausalLM": Family(
-        {"H_cycles": 2, "L_cycles": 2, "num_hidden_layers": 12, "num_layers_per_stack": 2},
+        {"H_cycles": 2, "L_cycles": 2, "num_hidden_layers": 6, "num_layers_per_stack": 1},
         without=("num_key_value_heads",),
     ),
     "HubertForCTC": "an encoder of sound",
@@ -518,27 +518,35 @@ def apart(one: torch.Tensor, other: torch.Tensor) -> float:
 def identity(model: Any) -> tuple[float, bool]:
     """Largest change of a logit through static and fresh streams, and whether detaching restored the model."""
     largest, restored, before = 0.0, True, fingerprint(model)
-    for given in ({}, {"attention_mask": MASK}):
-        untouched = logits_of(model, **given)
-        for config in SOURCES.values():
-            streams = lp.attach_positions(model, config)
-            # Watched, so that static streams compute positions too, which they do for nobody otherwise.
+    inputs: list[dict[str, Any]] = [{}, {"attention_mask": MASK}]
+    untouched = [logits_of(model, **given) for given in inputs]
+    # DeepseekV2's bridge rounds by the number of rows of its position ids: its logits, given one for each text.
+    ids = torch.arange(TOKENS.shape[1]).repeat(len(TOKENS), 1)
+    rows = untouched
+    if isinstance(model, TransformerBridge) and model.cfg.architecture == "DeepseekV2ForCausalLM":
+        rows = [logits_of(model, position_ids=ids, **given) for given in inputs]
+    for config in SOURCES.values():
+        streams = lp.attach_positions(model, config)
+        for given, unwatched, watched in zip(inputs, untouched, rows, strict=True):
+            # Watched, static streams compute positions too, which they do for nobody otherwise.
             with streams.recorded() as increments:
                 logits = logits_of(model, **given)
             assert all((recorded == 1).all() for recorded in increments)
-            change = apart(logits, untouched)
-            if change and isinstance(model, TransformerBridge):  # the bridge rounds by the number of rows of its ids
-                rows = torch.arange(TOKENS.shape[1]).repeat(len(TOKENS), 1)
-                streams.detach()
-                change = apart(logits, logits_of(model, position_ids=rows, **given))
-            largest = max(largest, change, apart(logits_of(model, **given), untouched) if not change else 0.0)
-            streams.detach()
-            restored &= fingerprint(model) == before and torch.equal(logits_of(model, **given), untouched)
-    return largest, restored
+            largest = max(largest, min(apart(logits, watched), apart(logits, unwatched)))
+            logits = logits_of(model, **given)
+            largest = max(largest, min(apart(logits, watched), apart(logits, unwatched)))
+        streams.detach()
+        restored &= fingerprint(model) == before
+    return largest, restored & all(
+        torch.equal(logits_of(model, **given), logits) for given, logits in zip(inputs, untouched, strict=True)
+    )
 
 
-def edit(model: Any) -> tuple[float, float]:
-    """An increment made longer at token 4, one layer at a time: smallest change after it, largest before it."""
+def edit(model: Any) -> tuple[float, float, list[int]]:
+    """An increment made longer at token 4, one layer at a time: smallest change after it, largest before it.
+
+    Also the model's numbers of those layers.
+    """
 
     def stretch(increments: torch.Tensor, hook: Any) -> torch.Tensor:
         increments[:, 4] = 2.75
@@ -559,7 +567,7 @@ def edit(model: Any) -> tuple[float, float]:
     if isinstance(model, lp.HookedPositionTransformer):
         assert model.increments(TOKENS).shape == (len(streams.layers), *TOKENS.shape)
     streams.detach()
-    return after, before
+    return after, before, [stream.layer for stream in streams.layers]
 
 
 def constant(model: Any, relative: bool) -> float:
@@ -632,17 +640,14 @@ def report(name: str) -> Report:
         model = build(name)
         untouched = logits_of(model)
         bare, restored = identity(model)
-        after, before = edit(model)
-        streams = lp.attach_positions(model)
-        layers = [stream.layer for stream in streams.layers]
-        streams.detach()
+        after, before, layers = edit(model)
         moved = constant(model, family.relative)
         texts, difference = cached(model, "per_layer")
         slope, heads = gradient(model), per_head(model)
         bridge = plain_bridge(model)
         bridge_alone = apart(logits_of(bridge), untouched)
         bridged, restored_too = identity(bridge)
-        after_too, before_too = edit(bridge)
+        after_too, before_too, _ = edit(bridge)
     return Report(
         layers=layers,
         n_layers=model.config.get_text_config().num_hidden_layers,
