@@ -132,11 +132,17 @@ class PositionStreams(nn.Module):
             self._step.increments = run_hook(self.hook_increments, self.shared_source(reads))
 
     def _note_residual(
-        self, stream: int, names: list[str], _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        stream: int,
+        names: list[str],
+        reads: str,
+        _module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> None:
         if not self._step.checkpointed:
             self._step.residuals.clear()
-        self._step.residuals[stream] = argument(names, args, kwargs, "hidden_states")
+        self._step.residuals[stream] = argument(names, args, kwargs, reads)
 
     def _call_behind(self, rotation: Any) -> RotaryCall | None:
         calls = self._step.rotary_calls
@@ -216,7 +222,8 @@ def attach_positions(
 
     A fresh source gives increments of exactly 1.0, so the model computes what it computed before, to the bit
     (per_head: to rounding). In a bridge the hook points are `blocks.{l}.attn.hook_increments` and
-    `blocks.{l}.attn.hook_positions`, and `hook_increments` at the root for a shared or frozen source.
+    `blocks.{l}.attn.hook_positions`, and `hook_increments` at the root for a shared or frozen source. Layers without
+    RoPE have none; a forward pass over three tokens, in eval mode, shows which those are.
 
     Args:
         model: a `transformers` causal language model with rotary positions, or a TransformerBridge on one.
@@ -266,7 +273,8 @@ def attach_positions(
         *(r.register_forward_hook(streams._note_rotary, with_kwargs=True) for r in found.rotary),
     ]
     for i, site in enumerate(own):
-        note = partial(streams._note_residual, i, parameters(site.layer))
+        names = parameters(site.layer)
+        note = partial(streams._note_residual, i, names, "hidden_states" if "hidden_states" in names else names[0])
         layer = site.wrapper if site.layer is site.attention else site.layer
         handles.append(layer.register_forward_pre_hook(note, with_kwargs=True))
         handles.append(site.wrapper.register_forward_pre_hook(partial(streams._note_cache, site), with_kwargs=True))

@@ -176,7 +176,8 @@ class RotaryAttention:
 
     def _site(self, kind: Any, name: str, *first: Any) -> Site:
         attention = self._own[name]
-        layer = self._ancestor(name, "hidden_states", attention)
+        around = self._ancestor(name, "")
+        layer = self._ancestor(name, "hidden_states", attention if isinstance(around, nn.ModuleList) else around)
         return kind(*first, name, attention, self.wrapper(attention), layer)
 
     def _caller(self, base: nn.Module, rotary: nn.Module) -> nn.Module:
@@ -204,7 +205,8 @@ class RotaryAttention:
 
 def parameters(module: nn.Module) -> list[str]:
     """The names of what a module's forward takes, in order; read off its class, since a bridge may patch the module."""
-    return _parameters(type(module))
+    kind: Any = type(module)
+    return _parameters(kind)
 
 
 @cache

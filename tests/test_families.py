@@ -172,6 +172,59 @@ def test_fractional_positions_of_a_table_are_those_of_its_frequencies():
     assert families.apart(sin, (positions[..., None] * w).sin()) < 1e-5
 
 
+KINDS_OF_ROTATION = {
+    "Llama4ForCausalLM": "one complex tensor",
+    "GptOssForCausalLM": "half the width",
+    "Qwen2_5_VLForConditionalGeneration": "several axes",
+    "RecurrentGemmaForCausalLM": "a rotary module in the attention",
+    "GPTJForCausalLM": "a table",
+    "Gemma4ForCausalLM": "layers that follow others",
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", KINDS_OF_ROTATION)
+def test_gradient_of_positions_is_that_of_small_steps(name):
+    model = families.build(name)
+    streams = lp.attach_positions(model)
+    step = torch.zeros((), requires_grad=True)
+    direction = torch.linspace(-1, 1, families.TOKENS.shape[1])
+    streams.layers[-1].hook_positions.add_hook(lambda p, hook: p + step * direction)
+    weights = torch.randn(61, generator=torch.Generator().manual_seed(0))
+
+    def value():
+        return (families.logits_of(model).double() * weights).mean()
+
+    value().backward()
+    with torch.no_grad():
+        values = []
+        for h in (1e-2, -1e-2):
+            step.fill_(h)
+            values.append(value())
+    expected = (values[0] - values[1]) / 2e-2
+    assert abs(expected) > 1e-4
+    assert abs(step.grad - expected) < 0.02 * abs(expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("source", ["shared", "per_layer"])
+@pytest.mark.parametrize("name", KINDS_OF_ROTATION)
+def test_gradient_checkpointing_gives_the_same_gradients(name, source):
+    model = families.build(name)
+    families.randomize(lp.attach_positions(model, lp.PositionConfig(source=source)))
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.train()
+        families.logits_of(model).square().mean().backward()
+        gradients.append([p.grad.clone() for p in model.position_streams.parameters() if p.grad is not None])
+        model.zero_grad()
+    assert len(gradients[0]) == len(gradients[1]) > 0
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert families.apart(plain, checkpointed) <= 1e-5 * max(1e-3, plain.abs().max().item())
+
+
 def test_a_model_that_cannot_run_on_three_tokens_is_taken_at_its_word():
     """Without the trial every candidate counts, and is still exact."""
     model = families.build("SmolLM3ForCausalLM")
