@@ -27,10 +27,11 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from .errors import PositionsError
+from .hooks import run_hook
 from .increments import PositionConfig, build_sources
 from .rotary import RotaryCall, Rotation, rotate_heads
 from .sites import RotaryAttention, Site, argument, parameters
-from .streams import ForwardPass, PositionStream, follow, run_hook
+from .streams import ForwardPass, PositionStream, follow
 
 
 class PositionStreams(nn.Module):

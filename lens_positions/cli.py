@@ -112,7 +112,8 @@ def moved(
         mean = math.nan
     shown = layers or tuple(dict.fromkeys(found["layer"]))
     if missing := set(shown) - set(found["layer"]):
-        raise PositionsError(f"layer {min(missing)} is not there; expected some of 0 to {found['layer'].max()}.")
+        known = ", ".join(map(str, dict.fromkeys(found["layer"])))
+        raise PositionsError(f"layer {min(missing)} is not there; expected some of {known}.")
     console = Console(highlight=False)
     config = loaded.position_config
     _print_line(console, f"{loaded.name}: {config.source} increments, the gap {config.gap} each token; {what}")
@@ -197,11 +198,12 @@ def _print_kinds(
     """The mean and standard deviation of the increments by kind of token, a column a layer."""
     table = increments_by_category(model, model.to_tokens(text))
     _print_line(console, "by kind of token (how many): mean ± standard deviation\n")
-    by_kind = table[table["layer"].isin(list(rows))].groupby("kind", sort=False)
+    entry_of = {model.position_layers[entry]: entry for entry in rows}
+    by_kind = table[table["layer"].isin(list(entry_of))].groupby("kind", sort=False)
     names = [f"{kind} ({of_kind['n'].iloc[0]})" for kind, of_kind in by_kind]
     cells = [
         [
-            _number(mean, means[layer]).append(f" ±{std:.2f}", "dim")
+            _number(mean, means[entry_of[layer]]).append(f" ±{std:.2f}", "dim")
             for layer, mean, std in zip(of_kind["layer"], of_kind["mean"], of_kind["std"], strict=True)
         ]
         for _, of_kind in by_kind

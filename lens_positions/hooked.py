@@ -25,6 +25,7 @@ from .attach import PositionStreams, attach_positions
 from .errors import PositionsError
 from .increments import PositionConfig
 from .pretrained import load_pretrained, save_pretrained
+from .streams import PositionStream
 from .tokenizer import END_OF_DOCUMENT, byte_labels, byte_tokenizer, is_byte_tokenizer
 
 TextOrTokens = str | Sequence[str] | Int[Tensor, "batch pos"] | Int[Tensor, " pos"]
@@ -210,6 +211,14 @@ class HookedPositionTransformer(TransformerBridge):
         """Where increments come from."""
         return self.position_streams.config
 
+    @property
+    def position_layers(self) -> list[int]:
+        """The model's own number of each layer that has a stream: those that rotate, in order.
+
+        Entry i of `increments` and `positions` belongs to layer `position_layers[i]`.
+        """
+        return [cast(PositionStream, stream).layer for stream in self.position_streams.layers]
+
     def save_pretrained(self, path: str | Path) -> None:
         """Write a folder that `from_pretrained` reads; it appears whole or not at all.
 
@@ -224,7 +233,7 @@ class HookedPositionTransformer(TransformerBridge):
         save_pretrained(self.original_model, self.tokenizer, path)
 
     def increments(self, input: TextOrTokens) -> Float[Tensor, "layer batch pos *head"]:
-        """The increments of each token at each layer, in positions (1.0 is one step of standard RoPE).
+        """The increments of each token at each layer with a stream, in positions (1.0 is one step of standard RoPE).
 
         Args:
             input: text, texts of equal length, or tokens. Text gets the beginning-of-sequence token in front, as

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from .errors import PositionsError
+from .hooks import hooked_at, run_hook
 from .increments import PositionConfig
 from .memory import remember, with_past
 from .rotary import CosSin, RotaryCall, Rotation, rotate
@@ -61,7 +62,7 @@ class PositionStream(nn.Module):
         self.index = index  # its place among the streams
         self.layer = layer  # the model's own number of its layer
         self.followed = False  # by layers that attend to this layer's keys
-        self.n_heads = n_heads
+        self.heads = (n_heads,) if config.per_head else ()
         self.source = source  # of this layer alone; None where static, shared or frozen
         self.hook_increments = HookPoint()
         self.hook_positions = HookPoint()
@@ -84,7 +85,7 @@ class PositionStream(nn.Module):
         step.calls[self.index] = step.calls.get(self.index, -1) + 1
         past = self._past(states, step)
         static = self.config.source == "static"
-        if static and past is None and not (_hooked(self.hook_increments) or _hooked(self.hook_positions)):
+        if static and past is None and not (hooked_at(self.hook_increments) or hooked_at(self.hook_positions)):
             return None
         if call is None:
             raise PositionsError(
@@ -129,8 +130,7 @@ class PositionStream(nn.Module):
             return self.source(residual if residual.shape == states.shape else states)
         if step.increments is None:
             dtype = torch.float64 if states.dtype == torch.float64 else torch.float32
-            shape = (*states.shape[:2], self.n_heads) if self.config.per_head else states.shape[:2]
-            step.increments = torch.ones(shape, dtype=dtype, device=states.device)
+            step.increments = torch.ones(*states.shape[:2], *self.heads, dtype=dtype, device=states.device)
         return step.increments
 
     def _past(self, states: Tensor, step: ForwardPass) -> Float[Tensor, "batch past *head"] | None:
@@ -140,11 +140,9 @@ class PositionStream(nn.Module):
             return None
         past = getattr(step.cache, "position_sums", {}).get((self.index, step.calls[self.index]))
         if past is None and self.config.source == "static":
-            if not (_hooked(self.hook_increments) or _hooked(self.hook_positions)):
+            if not (hooked_at(self.hook_increments) or hooked_at(self.hook_positions)):
                 return None
-            dtype = _wide(states)
-            shape = (states.shape[0], length, self.n_heads) if self.config.per_head else (states.shape[0], length)
-            return torch.zeros(shape, dtype=dtype, device=states.device)
+            return torch.zeros(states.shape[0], length, *self.heads, dtype=_wide(states), device=states.device)
         if past is None or past.shape[1] != length:
             known = 0 if past is None else past.shape[1]
             raise PositionsError(
@@ -172,37 +170,6 @@ def follow(leader: int, states: Tensor, call: RotaryCall | None, step: ForwardPa
         rotation = rotate(positions, call)
     last = slice(-states.shape[1], None)
     return rotation[:, last] if isinstance(rotation, Tensor) else (rotation[0][:, last], rotation[1][:, last])
-
-
-def run_hook(hook: HookPoint, activation: Float[Tensor, "batch pos *head"]) -> Float[Tensor, "batch pos *head"]:
-    """Pass an activation through its hook point; the same object comes back where nothing changed it.
-
-    Hook functions get a copy, so that one that edits in place does not reach other layers.
-
-    Raises:
-        PositionsError: a hook function returned another shape, or NaN or infinite values.
-    """
-    if not _hooked(hook):
-        return activation
-    given = activation.clone()
-    if hook.bwd_hooks and torch.is_grad_enabled() and not given.requires_grad:
-        given.requires_grad_()
-    version = None if given.is_inference() else given._version  # inference tensors do not count their changes
-    returned = hook(given)
-    if returned is given and version is not None and given._version == version:
-        return given if given.requires_grad else activation
-    if not isinstance(returned, Tensor) or returned.shape != activation.shape:
-        shape = tuple(returned.shape) if isinstance(returned, Tensor) else type(returned).__name__
-        raise PositionsError(
-            f"a hook function at {hook.name} returned {shape}; expected a tensor of shape {tuple(activation.shape)}."
-        )
-    if not torch.isfinite(returned).all():
-        raise PositionsError(f"a hook function at {hook.name} returned NaN or infinite values; expected finite ones.")
-    return returned.to(activation.dtype)
-
-
-def _hooked(hook: HookPoint) -> bool:
-    return bool(hook._forward_hooks or hook._backward_hooks)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -653,3 +653,27 @@ def test_what_is_in_the_way_stays(tiny_model, tmp_path):
     model.save_pretrained(tmp_path / "empty")
     model.save_pretrained(tmp_path / "empty")
     assert torch.equal(lp.HookedPositionTransformer.from_pretrained(tmp_path / "empty")(TOKENS), model(TOKENS))
+
+
+def test_layers_go_by_their_number_in_the_model():
+    """In a model of which only some layers rotate, values are those of the others, and say of which."""
+    from transformers import SmolLM3Config, SmolLM3ForCausalLM
+
+    from lens_positions.analysis.categories import increments_by_category
+    from lens_positions.tokenizer import byte_tokenizer
+    from lens_positions.viz.spacing import layers_to_show
+
+    sizes = {"vocab_size": 257, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    ids = {"bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256}
+    config = SmolLM3Config(**sizes, **ids, num_attention_heads=4, num_key_value_heads=2, no_rope_layers=[1, 0, 1])
+    positions = lp.PositionConfig(source="per_layer")
+    model = lp.HookedPositionTransformer.from_transformers(SmolLM3ForCausalLM(config), byte_tokenizer(), positions)
+    assert model.position_layers == [0, 2]
+    assert "blocks.2.attn.hook_increments" in model.hook_dict
+    assert "blocks.1.attn.hook_increments" not in model.hook_dict
+    increments = model.increments("The cat.")
+    assert increments.shape == (2, 1, 8)
+    assert set(increments_by_category(model, ["The cat.", "A dog."])["layer"]) == {0, 2}
+    assert layers_to_show(model, [2], increments) == {1: "layer 2"}
+    with pytest.raises(lp.PositionsError, match="layer 1 was asked for; expected one of the layers 0, 2"):
+        layers_to_show(model, [1], increments)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from scipy import stats
 from torch import nn
 
-from lens_positions.attach import attach_positions, find_rotary_attention
+from lens_positions.attach import attach_positions
 from lens_positions.errors import PositionsError
 from lens_positions.increments import PositionConfig
 from lens_positions.pretrained import (
@@ -32,6 +32,7 @@ from lens_positions.pretrained import (
     save_adapter,
     save_pretrained,
 )
+from lens_positions.sites import RotaryAttention
 from lens_positions.tokenizer import is_byte_tokenizer
 
 from .config import GraftConfig
@@ -71,8 +72,8 @@ class GraftedModel(Subject):
 
     def _add_lora(self) -> None:
         names = {id(module): name for name, module in self.model.named_modules()}
-        attention = find_rotary_attention(self.model).attention
-        projections = [m for module in attention for m in module.modules() if isinstance(m, nn.Linear)]
+        sites = RotaryAttention(self.model).sites
+        projections = [m for site in sites for m in site.attention.modules() if isinstance(m, nn.Linear)]
         if not projections:
             raise PositionsError(f"{self.config.base} has no linear projections in its attention; expected some.")
         rank = self.config.lora_rank

@@ -139,7 +139,7 @@ def increments_by_category(
             one = found[layer, head]
             rows.append(
                 {
-                    "layer": layer,
+                    "layer": reading.layers[layer],
                     "head": head,
                     "kind": name,
                     "n": one.size,

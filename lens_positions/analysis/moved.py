@@ -82,7 +82,7 @@ def _of_texts(model: HookedPositionTransformer, reading: Reading, top: int) -> p
     tokens["id"] = ids[starts[reading.document] + reading.index]
     kinds_of = [kinds(model, document) for document in reading.documents]
     tables = []
-    for layer, values in enumerate(reading.increments.mean(axis=1)):
+    for layer, values in zip(reading.layers, reading.increments.mean(axis=1), strict=True):
         tokens["increment"] = values
         by_id = tokens.groupby("id")["increment"]
         for end, found in (("largest", by_id.idxmax()), ("smallest", by_id.idxmin())):

@@ -37,12 +37,14 @@ class Reading:
         documents: the tokens of each document.
         document: for each token measured, the document that it stands in.
         index: its place in that document.
+        layers: the model's own number of each layer measured.
         increments: in positions; one head where the source has one for all.
     """
 
     documents: list[Int[Tensor, " _pos"]]
     document: Int64[np.ndarray, " token"]
     index: Int64[np.ndarray, " token"]
+    layers: list[int]
     increments: Float64[np.ndarray, "layer head token"]
 
 
@@ -76,7 +78,7 @@ def read(model: HookedPositionTransformer, texts: "Texts | Reading") -> Reading:
             owners.append(np.full(len(place), number))
     value = np.concatenate(values, axis=1)
     value = value.transpose(0, 2, 1) if value.ndim == 3 else value[:, None]
-    return Reading(documents, np.concatenate(owners), np.concatenate(places), value)
+    return Reading(documents, np.concatenate(owners), np.concatenate(places), model.position_layers, value)
 
 
 def _documents(model: HookedPositionTransformer, texts: Any) -> list[Int[Tensor, " _pos"]]:

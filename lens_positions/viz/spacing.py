@@ -88,20 +88,26 @@ def spacing(
 def layers_to_show(
     model: HookedPositionTransformer, layers: Sequence[int] | None, values: Float[Tensor, "layer ..."]
 ) -> dict[int, str]:
-    """The layers to give a row each, with the row's name: a single one where one source serves all of them.
+    """The layers to give a row each, as entries of `values`, with the row's name; one row where all are the same.
+
+    Args:
+        model: the model, whose `position_layers` are those of `values`.
+        layers: their numbers in the model; None is all of them.
+        values: what would be shown of each layer.
 
     Raises:
-        PositionsError: a layer that the model does not have.
+        PositionsError: a layer that the model does not have, or that does not rotate.
     """
-    n_layers = model.cfg.n_layers
+    numbers = model.position_layers
     for layer in layers or ():
-        if not 0 <= layer < n_layers:
-            raise PositionsError(f"layer {layer} was asked for; expected one of the layers 0 to {n_layers - 1}.")
-    chosen = sorted(set(layers)) if layers else list(range(n_layers))
+        if layer not in numbers:
+            known = f"0 to {len(numbers) - 1}" if numbers == list(range(len(numbers))) else ", ".join(map(str, numbers))
+            raise PositionsError(f"layer {layer} was asked for; expected one of the layers {known}.")
+    chosen = sorted({numbers.index(layer) for layer in layers}) if layers else list(range(len(numbers)))
     source = model.position_config.source
-    if source != "per_layer" and all(torch.equal(values[layer], values[chosen[0]]) for layer in chosen):
+    if source != "per_layer" and all(torch.equal(values[entry], values[chosen[0]]) for entry in chosen):
         return {chosen[0]: "static" if source == "static" else "all layers"}
-    return {layer: f"layer {layer}" for layer in chosen}
+    return {entry: f"layer {numbers[entry]}" for entry in chosen}
 
 
 @dataclass
