@@ -1,7 +1,8 @@
 # make demo    train a small model on English and Chinese, and look at its increments
 # make test    the tests
-# make families  check every model family and write docs/families.md
+# make families  check every model family of TransformerLens, and write docs/families.md
 # make lint    style and types
+# make bench   what position streams cost in a training step
 # Each does its own set-up, in .venv.
 
 PYTHON ?= python3

@@ -96,6 +96,8 @@ def test_a_constant_factor_moves_nothing_relatively(table_model):
 def test_what_cannot_be_ranked_is_refused(tiny_model, table_model):
     with pytest.raises(lp.PositionsError, match=r"'per_layer'.*expected texts to read"):
         what_moved(tiny_model(source="per_layer"))
+    with pytest.raises(lp.PositionsError, match="every increment is 1"):
+        what_moved(tiny_model(source="static"), "some text")
     with pytest.raises(lp.PositionsError, match="top is 0"):
         what_moved(table_model, top=0)
     table_model.tokenizer = None

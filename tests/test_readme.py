@@ -1,12 +1,14 @@
 """What the README says can be run, can be run."""
 
+import inspect
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-from training.__main__ import parse
+from lens_positions.cli import moved, show
+from training.__main__ import parse, parse_graft
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -40,6 +42,26 @@ def test_training_commands_parse(command):
     config, own = parse(shlex.split(command)[4:])
     assert config.steps > 0
     assert own.output is not None
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "-m training graft" in c])
+def test_graft_commands_parse(command):
+    config, own = parse_graft(shlex.split(command)[4:])
+    assert config.steps > 0
+    assert own.output is not None
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("lens-positions ")])
+def test_lens_positions_commands_have_the_options_they_use(command):
+    name, *words = shlex.split(command)[1:]
+    known = inspect.signature({"show": show, "moved": moved}[name]).parameters
+    assert all(word.removeprefix("--").replace("-", "_") in known for word in words if word.startswith("--"))
+
+
+def test_benchmarks_are_there():
+    scripts = re.findall(r"benchmarks/\w+\.(?:py|json)", README)
+    assert len(set(scripts)) >= 8
+    assert all((ROOT / script).is_file() for script in scripts)
 
 
 def test_linked_files_are_there():

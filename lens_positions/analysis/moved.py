@@ -36,12 +36,14 @@ def what_moved(model: HookedPositionTransformer, texts: Texts | Reading | None =
         and of the texts `context` (the token in ⟦ ⟧), `n` (occurrences of the token) and `mean_of_token` over them.
 
     Raises:
-        PositionsError: a source that needs texts and none given, no tokenizer, or a top below 1.
+        PositionsError: a static source, one that needs texts and none given, no tokenizer, or a top below 1.
     """
     if top < 1:
         raise PositionsError(f"top is {top}; expected at least 1.")
     if model.tokenizer is None:
         raise PositionsError("the model has no tokenizer; expected one, to name its tokens.")
+    if model.position_config.source == "static":
+        raise PositionsError("the source is static, so every increment is 1; expected a learned or frozen one.")
     if texts is not None:
         return _of_texts(model, read(model, texts), top)
     if model.position_streams.shared_source is None:
