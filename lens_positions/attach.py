@@ -29,9 +29,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from .errors import PositionsError
 from .hooks import run_hook
 from .increments import PositionConfig, build_sources
-from .rotary import RotaryCall, Rotation, rotate_heads
+from .rotary import RotaryCall, Rotation, rotate, rotate_heads
 from .sites import RotaryAttention, Site, argument, parameters
-from .streams import ForwardPass, PositionStream, follow
+from .streams import ForwardPass, PositionStream
 
 
 class PositionStreams(nn.Module):
@@ -165,9 +165,22 @@ class PositionStreams(nn.Module):
         return torch.ones_like(cos), torch.zeros_like(sin)
 
     def _follow(self, leader: int, states: Tensor, rotation: Any, call: RotaryCall | None) -> Rotation | None:
-        if rotation is not None and call is None:
-            call = self._call_behind(rotation)
-        return follow(leader, states, call, self._step)
+        """The rotation of a layer that attends to another layer's keys: by the positions of that layer.
+
+        Where the layer sees the last tokens only, theirs; None where the positions are the model's own.
+        """
+        if leader not in self._step.turned:
+            return None
+        positions, its_call, turned = self._step.turned[leader]
+        call = self._call_behind(rotation) if call is None else call
+        if call is None:
+            raise PositionsError(
+                "a layer has cos and sin from no rotary call of this forward pass; expected the model's."
+            )
+        if its_call is not call:
+            turned = rotate(positions, call)
+        last = slice(-states.shape[1], None)
+        return turned[:, last] if isinstance(turned, Tensor) else (turned[0][:, last], turned[1][:, last])
 
     def _note_cache(self, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._step.cache is None:  # one that the decoder stack made itself, empty
@@ -224,7 +237,9 @@ def attach_positions(
     A fresh source gives increments of exactly 1.0, so the model computes what it computed before, to the bit
     (per_head: to rounding). In a bridge the hook points are `blocks.{l}.attn.hook_increments` and
     `blocks.{l}.attn.hook_positions`, and `hook_increments` at the root for a shared or frozen source. Layers without
-    RoPE have none; a forward pass over three tokens, in eval mode, shows which those are.
+    RoPE have none; a forward pass over three tokens, in eval mode, shows which those are (hooks that are registered
+    already run then). Outside a bridge, a hook that edits embeddings or the residual stream is seen by a source if it
+    was registered before attaching; a bridge's hook points are always seen.
 
     Args:
         model: a `transformers` causal language model with rotary positions, or a TransformerBridge on one.

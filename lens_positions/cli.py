@@ -95,8 +95,9 @@ def moved(
         top: tokens at each end.
         csv: write the tokens shown to this file as well, with all columns.
     """
-    if csv is not None and not csv.parent.is_dir():
-        raise PositionsError(f"there is no folder {csv.parent} for {csv.name}; expected an existing folder.")
+    if csv is not None and (csv.is_dir() or not csv.parent.is_dir()):
+        wrong = f"{csv} is a folder" if csv.is_dir() else f"there is no folder {csv.parent} for {csv.name}"
+        raise PositionsError(f"{wrong}; expected the name of a file in an existing folder.")
     loaded = HookedPositionTransformer.from_pretrained(model)
     texts = None if corpus is None else corpora.heldout_excerpts(corpus, characters)
     reading = None if texts is None else read(loaded, texts)

@@ -169,6 +169,7 @@ class HookedPositionTransformer(TransformerBridge):
         adapter.cfg.device = str(model.device)
         adapter.prepare_model(model)
         if tokenizer is not None:
+            tokenizer.init_kwargs.setdefault("name_or_path", "")  # TransformerLens asks for it
             tokenizer = configure_tokenizer(tokenizer, adapter.cfg)
         bridge = cls(model, adapter, tokenizer)
         attach_positions(bridge, config, table=table).load_state_dict(state)

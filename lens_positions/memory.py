@@ -13,6 +13,10 @@ class PositionMemory:
 
     position_sums: dict[tuple[int, int], Float[Tensor, "batch past *head"]]
 
+    def __reduce__(self) -> Any:
+        """Pickle and copy by the class that the cache had."""
+        return _restored, (type(self).__mro__[2], self.__dict__)
+
     def _each(self, change: Any) -> None:
         changed = {id(sums): change(sums) for sums in self.position_sums.values()}
         self.position_sums = {key: changed[id(sums)] for key, sums in self.position_sums.items()}
@@ -46,6 +50,12 @@ class PositionMemory:
 @cache
 def _with_memory(cache_class: type) -> type:
     return type(cache_class.__name__, (PositionMemory, cache_class), {"__module__": cache_class.__module__})
+
+
+def _restored(cache_class: type, state: dict[str, Any]) -> Any:
+    kv_cache: Any = object.__new__(_with_memory(cache_class))
+    kv_cache.__dict__.update(state)
+    return kv_cache
 
 
 def with_past(

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft import PeftConfig, PeftModel, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -32,6 +33,9 @@ from .increments import PositionConfig
 
 FORMAT = 1
 """Version of `positions.json`; a newer one is refused."""
+
+TO_FIND_A_MODEL = ("revision", "token", "subfolder", "cache_dir", "trust_remote_code", "local_files_only")
+"""What of `from_pretrained`'s arguments its tokenizer needs as well."""
 
 PACKAGED = {
     "smollm2-135m-instruct": (
@@ -67,6 +71,7 @@ def load_pretrained(
     if saved is not None and positions is not None:
         raise PositionsError(f"{name_or_path} has position streams of its own; expected no positions argument with it.")
     if saved is not None and saved.base is not None:
+        kwargs.setdefault("dtype", getattr(torch, saved.base["dtype"]))
         model, tokenizer = load_base(base or saved.base["name"], **kwargs)
         load_adapter(model, folder)
         return model, tokenizer
@@ -110,14 +115,17 @@ def load_base(name_or_path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
             if options:
                 kwargs = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)} | kwargs
             model, info = load(where, output_loading_info=True, **options, **kwargs)
-            revision = {"revision": kwargs["revision"]} if "revision" in kwargs else {}
-            tokenizer = AutoTokenizer.from_pretrained(where, **options, **revision)
-        except (SafetensorError, OSError, ValueError, RuntimeError, ImportError) as error:
+            found = {name: kwargs[name] for name in TO_FIND_A_MODEL if name in kwargs}
+            tokenizer = AutoTokenizer.from_pretrained(where, **options, **found)
+        except Exception as error:  # the files are not ours, and transformers has many words for what is wrong in them
             reason = " ".join(str(error).split())
             raise PositionsError(
                 f"{name_or_path} cannot be loaded as a transformers model{hint}: {reason[:300]}"
             ) from error
     kinds = {"missing_keys": "has no", "unexpected_keys": "has an unknown", "mismatched_keys": "has a misshapen"}
+    if not (folder / "positions.json").is_file():  # others may hold what transformers no longer reads
+        unexpected = [key for key in map(str, info["unexpected_keys"]) if key.startswith("position_streams.")]
+        info["unexpected_keys"] = unexpected
     for kind, what in kinds.items():
         if info.get(kind):
             tensor = sorted(map(str, info[kind]))[0]
@@ -130,7 +138,7 @@ def load_base(name_or_path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
 
 @dataclass(frozen=True)
 class SavedPositions:
-    """What positions.json says: the configuration and, for an adapter, the name and fingerprint of its base."""
+    """What positions.json says: the configuration and, for an adapter, the name, fingerprint and dtype of its base."""
 
     config: PositionConfig
     base: dict[str, str] | None
@@ -149,7 +157,9 @@ def read_positions(folder: Path) -> SavedPositions | None:
         saved = json.loads(path.read_text("utf-8"))
         version, values, base = saved["format"], dict(saved["positions"]), saved.get("base")
         if base is not None:
-            base = {"name": str(base["name"]), "sha256": str(base["sha256"])}
+            base = {name: str(base[name]) for name in ("name", "sha256", "dtype")}
+            if base["dtype"] not in ("float32", "bfloat16", "float16", "float64"):
+                raise ValueError(f"dtype {base['dtype']}")
     except (ValueError, KeyError, TypeError) as error:
         raise PositionsError(f"{path} is damaged ({error}); expected the JSON that save_pretrained wrote.") from error
     if version != FORMAT:
@@ -229,12 +239,16 @@ def save_adapter(model: Any, path: str | Path, *, base: str | Path) -> None:
             "the weights were folded by enable_compatibility_mode(); expected the model as it was loaded."
         )
     model = model.original_model if isinstance(model, TransformerBridge) else model
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
     path = Path(path)
-    if path.is_dir() and any(path.iterdir()) and not (path / "positions.json").is_file():
+    saved = read_positions(path)
+    if path.is_dir() and any(path.iterdir()) and (saved is None or saved.base is None):
         raise PositionsError(f"{path} holds other files; expected an adapter to replace, or a new folder.")
     if getattr(model, "position_streams", None) is None:
         raise PositionsError("the model has no position streams; expected attach_positions(model, ...) first.")
-    known = {"name": str(base), "sha256": fingerprint(model)}
+    name = str(Path(base).resolve() if Path(base).exists() else base)
+    dtype = str(model.dtype).removeprefix("torch.")
+    known = {"name": name, "sha256": fingerprint(model), "dtype": dtype}
     with _quiet(), replaced_folder(path) as folder:
         if getattr(model, "peft_config", None):
             model.save_pretrained(folder)  # LoRA weights alone, in peft's format
@@ -258,6 +272,9 @@ def load_adapter(model: Any, path: str | Path) -> PositionStreams:
     saved = read_positions(path)
     if saved is None or saved.base is None:
         raise PositionsError(f"there is no adapter at {path}; expected a folder that save_adapter wrote.")
+    base = model.original_model if isinstance(model, TransformerBridge) else model
+    if getattr(base, "position_streams", None) is not None:
+        raise PositionsError("position streams are attached to this model already; expected detach() on them first.")
     found = fingerprint(model)
     if found != saved.base["sha256"]:
         raise PositionsError(
@@ -280,8 +297,7 @@ def load_adapter(model: Any, path: str | Path) -> PositionStreams:
 
 
 def _merge_lora(model: Any, path: Path) -> None:
-    from peft import PeftConfig, PeftModel, set_peft_model_state_dict
-
+    learns = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     lora = None
     try:
         state = load_file(path / "adapter_model.safetensors")
@@ -292,9 +308,16 @@ def _merge_lora(model: Any, path: Path) -> None:
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
         if lora is not None:
             lora.unload()
+            _let_learn(model, learns)
         reason = " ".join(str(error).split())
         raise PositionsError(f"the LoRA weights in {path} are damaged or do not fit: {reason[:300]}") from error
     lora.merge_and_unload()
+    _let_learn(model, learns)
+
+
+def _let_learn(model: Any, learns: dict[str, bool]) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(learns[name])
 
 
 def _write_positions(streams: PositionStreams, folder: Path, base: dict[str, str] | None) -> None:
@@ -318,8 +341,9 @@ def save_pretrained(model: Any, tokenizer: Any, path: str | Path) -> None:
         raise PositionsError(f"{path} holds other files; expected a saved model to replace, or a new folder.")
     streams: PositionStreams = model.position_streams
     plain = _own_weights(model)
-    with _quiet(), replaced_folder(path) as folder:
+    with _quiet(), replaced_folder(path) as folder, torch.random.fork_rng(devices=[]):
         skeleton = type(model)(model.config)
+        skeleton.generation_config = model.generation_config
         skeleton.to(model.dtype).load_state_dict({n: plain[n] for n in skeleton.state_dict()})
         skeleton.save_pretrained(folder)
         if tokenizer is not None:

@@ -11,8 +11,10 @@ of that layer too, and follows its positions.
 """
 
 import inspect
+import warnings
 from collections.abc import Callable
 from functools import cache, partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -97,10 +99,12 @@ class TableSite(Site):
 
     def hook(self, turn: Turn) -> list[Any]:
         """As `Site.hook`."""
-        return [*super().hook(turn), self.wrapper.register_forward_hook(self._restore, always_call=True)]
+        restore = self.wrapper.register_forward_hook(self._restore, always_call=True)
+        return [*super().hook(turn), restore, SimpleNamespace(remove=self._restore)]
 
     def _enter(self, turn: Turn, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         states = argument(self.parameters, args, kwargs, "hidden_states")
+        self._restore()  # an interrupt passes by hooks, and would leave the table of its batch
         ids, own = argument(self.parameters, args, kwargs, "position_ids"), getattr(self.attention, self.table)
         turned = turn(states, None, RotaryCall(SinusoidTable(own), (), {}, states, ids))
         if turned is None:
@@ -111,7 +115,7 @@ class TableSite(Site):
         rows = torch.arange(cos.shape[0] * cos.shape[1], device=ids.device).view(cos.shape[:2])
         return with_argument(self.parameters, args, kwargs, "position_ids", rows)
 
-    def _restore(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+    def _restore(self, *_: Any) -> None:
         if self._own:
             setattr(self.attention, self.table, self._own.pop())
 
@@ -294,7 +298,12 @@ def _take_part(base: Any, sites: list[Site]) -> list[Site]:
         with torch.inference_mode(False), torch.enable_grad():
             tokens = torch.arange(3, device=embedding.device)[None] % len(embedding)
             base(input_ids=tokens, use_cache=False)
-    except Exception:  # it is the model's own code that runs here, on input that it need not be made for
+    except Exception as error:  # it is the model's own code that runs here, on input that it need not be made for
+        warnings.warn(
+            f"{type(base).__name__} does not run on three tokens ({' '.join(str(error).split())[:200]}): every "
+            "attention that could rotate gets a stream, even where it does not.",
+            stacklevel=4,
+        )
         reached = {i: {i} for i in range(len(sites))}
     finally:
         for hook in hooks:
@@ -318,7 +327,7 @@ def _cut(site: Site, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
 def _plant(
     leaves: dict[int, tuple[int, Tensor]], i: int, _states: Tensor, rotation: Any, call: RotaryCall | None
 ) -> Any:
-    given = call.at(call.position_ids) if rotation is None and call is not None else rotation
+    given = call.at(call.position_ids.float()) if rotation is None and call is not None else rotation
     fresh = [t.detach().clone().requires_grad_() for t in ((given,) if isinstance(given, Tensor) else given)]
     leaves.update({id(leaf): (i, leaf) for leaf in fresh})
     return fresh[0] if isinstance(given, Tensor) else tuple(fresh)

@@ -129,6 +129,11 @@ class PositionStream(nn.Module):
             # A model with several residual streams mixes them into one for its attention: that one is read.
             return self.source(residual if residual.shape == states.shape else states)
         if step.increments is None:
+            if self.config.source != "static":
+                raise PositionsError(
+                    f"the {self.config.source} source saw no tokens in this forward pass; expected the embeddings that "
+                    "the model had when streams were attached (detach and attach again after a change)."
+                )
             dtype = torch.float64 if states.dtype == torch.float64 else torch.float32
             step.increments = torch.ones(*states.shape[:2], *self.heads, dtype=dtype, device=states.device)
         return step.increments
@@ -151,25 +156,6 @@ class PositionStream(nn.Module):
                 "its own methods."
             )
         return past
-
-
-def follow(leader: int, states: Tensor, call: RotaryCall | None, step: ForwardPass) -> Rotation | None:
-    """The rotation of a layer that attends to another layer's keys: by the positions of that layer.
-
-    Where the layer sees the last tokens only, theirs; None where the positions are the model's own.
-
-    Raises:
-        PositionsError: the layer has cos and sin from no rotary call of this forward pass.
-    """
-    if leader not in step.turned:
-        return None
-    positions, its_call, rotation = step.turned[leader]
-    if call is None:
-        raise PositionsError("a layer has cos and sin from no rotary call of this forward pass; expected the model's.")
-    if its_call is not call:
-        rotation = rotate(positions, call)
-    last = slice(-states.shape[1], None)
-    return rotation[:, last] if isinstance(rotation, Tensor) else (rotation[0][:, last], rotation[1][:, last])
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

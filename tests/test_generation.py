@@ -3,6 +3,7 @@
 import copy
 import gc
 import itertools
+import pickle
 import weakref
 
 import pytest
@@ -226,6 +227,12 @@ def test_memory_of_positions_ends_with_the_cache(tiny_stream):
     gc.collect()
     assert watched() is None
     assert [s() for s in sums] == [None, None]
+
+
+def test_a_pickled_cache_goes_on(tiny_stream):
+    model = tiny_stream("per_layer")
+    cache = pickle.loads(pickle.dumps(model(TOKENS[:, :7], use_cache=True).past_key_values))
+    assert (continued(model, cache, TOKENS[:, 7:]) - model(TOKENS).logits[:, 7:]).abs().max() < 1e-5
 
 
 def test_two_caches_do_not_meet(tiny_stream):

@@ -234,6 +234,7 @@ def test_the_configuration_survives_json(config):
         ({"base": "nowhere/at/all"}, "no model folder at nowhere/at/all"),
         ({"n_ctx": 65}, "n_ctx is 65; expected at most 64"),
         ({"corpus": "klingon"}, "klingon"),
+        ({"trackers": ("carrier pigeon",)}, "carrier pigeon"),
     ],
 )
 def test_bad_grafts_are_one_sentence_and_leave_nothing(config, change, says, tmp_path, monkeypatch):
@@ -250,6 +251,8 @@ def test_bad_grafts_are_one_sentence_and_leave_nothing(config, change, says, tmp
         ({"adapt": "full", "dtype": "bf16"}, "bf16 weights do not move"),
         ({"adapt_learning_rate": 0.0}, "adapt_learning_rate is 0.0"),
         ({"lora_rank": 0}, "lora_rank is 0"),
+        ({"n_ctx": 1}, "n_ctx is 1; expected at least 2"),
+        ({"seed": 1 << 31}, "seed is 2147483648"),
         ({"steps": 0}, "steps is 0"),
     ],
 )
@@ -299,6 +302,51 @@ def test_another_base_is_not_resumed(config, base, tmp_path):
     with pytest.raises(lp.PositionsError, match="another configuration or text"):
         graft(config, tmp_path / "run", resume=True, cache_dir=tmp_path / "cache")
     assert newest_checkpoint(tmp_path / "run" / "graft") is not None
+
+
+def test_dropout_is_the_same_in_a_resumed_run_and_however_often_it_is_saved(config, base, tmp_path, monkeypatch):
+    model, tokenizer = load_base(base)
+    model.config.attention_dropout = 0.3
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    config = replace(config, base=str(tmp_path / "base"), adapt="full", adapt_learning_rate=1e-3)
+    graft(config, tmp_path / "often", cache_dir=tmp_path / "cache")
+    with monkeypatch.context() as broken:
+        broken.setattr("training.loop.Run.evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            graft(config, tmp_path / "stopped", cache_dir=tmp_path / "cache")
+    graft(config, tmp_path / "stopped", resume=True, cache_dir=tmp_path / "cache")
+    for part in ("graft", "baseline"):
+        assert losses(tmp_path / "stopped" / part) == losses(tmp_path / "often" / part)
+    assert losses(tmp_path / "often" / "graft")[0] == losses(tmp_path / "often" / "baseline")[0]
+
+
+def test_an_interrupt_in_the_last_evaluation_stops_before_the_baseline(config, tmp_path, monkeypatch):
+    from training import loop
+
+    evaluate = loop.Run.evaluate
+
+    def interrupted(run, *given):
+        if run.step == config.steps:
+            os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(run, *given)
+
+    monkeypatch.setattr(loop.Run, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        graft(config, tmp_path / "run", cache_dir=tmp_path / "cache")
+    assert (tmp_path / "run" / "graft" / "heldout.csv").exists()
+    assert not (tmp_path / "run" / "baseline").exists()
+    monkeypatch.undo()
+    assert "difference_of_documents" in graft(config, tmp_path / "run", resume=True, cache_dir=tmp_path / "cache")
+
+
+def test_a_tokenizer_of_another_model_is_refused(config, base, tmp_path):
+    sizes = {"vocab_size": 20, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4)).save_pretrained(tmp_path / "base")
+    PreTrainedTokenizerFast.from_pretrained(base).save_pretrained(tmp_path / "base")
+    with pytest.raises(lp.PositionsError, match="the model has embeddings of 20;"):
+        graft(replace(config, base=str(tmp_path / "base")), tmp_path / "run", cache_dir=tmp_path / "cache")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_in_use_is_left_as_it_is(config, tmp_path):

@@ -227,15 +227,15 @@ def test_what_is_no_configuration_is_refused(tiny_llama, wrong):
 
 
 INEXACT = {
-    "Qwen3": {"head_dim": 8},  # a norm between projection and rotation
+    "Qwen3": {"head_dim": 8, "num_key_value_heads": 2},  # a norm between projection and rotation
     "Olmo2": {},
     "GPTNeoX": {},  # one projection for all
     "Phi3": {},
     "Cohere": {},  # adjacent pairs
-    "Helium": {"head_dim": 8},
+    "Helium": {"head_dim": 8, "num_key_value_heads": 2},
     "Ernie4_5": {},
     "Phi": {},  # part of each head
-    "StableLm": {},
+    "StableLm": {"num_key_value_heads": 2},
     "Glm": {"head_dim": 8},
     "Olmo": {"clip_qkv": 8.0},  # clipped after the projection
 }
@@ -306,3 +306,42 @@ def test_streams_attach_to_a_bridge_that_transformer_lens_built(tiny_llama):
     logits, cache = bridge.run_with_cache(TOKENS)
     assert torch.equal(logits, untouched)
     assert (cache["hook_increments"] == 1).all()
+
+
+def test_an_interrupted_forward_pass_leaves_the_models_own_table():
+    config = transformers.GPTJConfig(vocab_size=61, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=64)
+    torch.manual_seed(0)
+    model = transformers.GPTJForCausalLM(config).eval()
+    untouched, table = logits_of(model), model.transformer.h[0].attn.embed_positions
+    streams = lp.attach_positions(model, lp.PositionConfig(source="shared"))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for end in ("next pass", "detach"):
+        hook = model.transformer.h[0].attn.out_proj.register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            logits_of(model)
+        hook.remove()
+        if end == "detach":
+            streams.detach()
+            assert model.transformer.h[0].attn.embed_positions is table
+        assert torch.equal(logits_of(model), untouched)
+
+
+def test_embeddings_that_were_exchanged_are_not_ignored(tiny_llama):
+    model = tiny_llama()
+    lp.attach_positions(model, lp.PositionConfig(source="shared"))
+    model.set_input_embeddings(copy.deepcopy(model.get_input_embeddings()))
+    model.get_input_embeddings()._forward_hooks.clear()
+    with pytest.raises(lp.PositionsError, match=r"saw no tokens.*detach and attach again"):
+        logits_of(model)
+
+
+def test_a_model_that_cannot_be_tried_gets_streams_everywhere_and_says_so(tiny_llama):
+    model = tiny_llama()
+    hook = model.model.layers[0].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.warns(UserWarning, match=r"does not run on three tokens .division by zero"):
+        streams = lp.attach_positions(model)
+    hook.remove()
+    assert len(streams.layers) == 2

@@ -101,8 +101,9 @@ def test_what_cannot_be_ranked_is_refused(tiny_model, table_model):
     with pytest.raises(lp.PositionsError, match="top is 0"):
         what_moved(table_model, top=0)
     table_model.tokenizer = None
-    with pytest.raises(lp.PositionsError, match="no tokenizer"):
-        what_moved(table_model)
+    for measure in (what_moved, lambda model: increments_by_category(model, torch.tensor([97, 98]))):
+        with pytest.raises(lp.PositionsError, match="no tokenizer"):
+            measure(table_model)
 
 
 def test_excerpts_are_spread_over_the_held_out_documents(tmp_path):
@@ -158,6 +159,7 @@ def test_moved_reads_a_corpus_and_writes_a_table(saved, capsys):
         (["{saved}/per_layer", "--corpus", "klingon"], "'klingon' is no corpus"),
         (["{saved}/per_layer", "--corpus", "{saved}/text.txt", "--layers", "7"], "layer 7 is not there; expected some"),
         (["{saved}/frozen", "--csv", "{saved}/nowhere/x.csv"], "there is no folder"),
+        (["{saved}/frozen", "--csv", "{saved}"], "is a folder"),
         (["{saved}/frozen", "--top", "0"], "top is 0"),
         (["{saved}/nothing"], "no model folder at"),
     ],

@@ -146,6 +146,7 @@ def test_an_adapter_attaches_to_a_bridge_and_comes_off(grafted, base, tmp_path):
 def test_lora_in_a_bridge_is_refused(grafted, base, tmp_path):
     lp.save_adapter(grafted(source="shared", lora=True), tmp_path / "adapter", base=base)
     bridge = lp.HookedPositionTransformer.from_pretrained(base)
+    bridge.position_streams.detach()
     with pytest.raises(lp.PositionsError, match="LoRA weights to merge; expected a transformers model outside"):
         lp.load_adapter(bridge, tmp_path / "adapter")
 
@@ -227,7 +228,78 @@ def test_what_cannot_be_an_adapter_is_refused(grafted, base, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "mine"]
 
 
+def test_a_saved_model_is_not_replaced_by_an_adapter(grafted, base, tmp_path):
+    model = grafted(source="shared")
+    save_pretrained(model, byte_tokenizer(), tmp_path / "whole")
+    kept = {file.name: file.read_bytes() for file in (tmp_path / "whole").iterdir()}
+    with pytest.raises(lp.PositionsError, match="holds other files; expected an adapter"):
+        lp.save_adapter(model, tmp_path / "whole", base=base)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "whole").iterdir()} == kept
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_loaded_adapter_learns_as_before(grafted, base, tmp_path, lora):
+    lp.save_adapter(grafted(source="per_layer", lora=lora), tmp_path / "adapter", base=base)
+    loaded, _ = load_pretrained(tmp_path / "adapter")
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    loaded(TOKENS, labels=TOKENS).loss.backward()
+    assert all(parameter.grad is not None for parameter in loaded.position_streams.layers[0].parameters())
+
+
+def test_an_adapter_loads_its_base_in_the_dtype_it_was_made_in(grafted, base, tmp_path):
+    model, _ = load_base(base, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "bf16")
+    byte_tokenizer().save_pretrained(tmp_path / "bf16")
+    wide, _ = load_base(tmp_path / "bf16", dtype=torch.float32)
+    lp.attach_positions(wide, lp.PositionConfig(source="shared"))
+    lp.save_adapter(wide, tmp_path / "adapter", base=tmp_path / "bf16")
+    assert load_base(tmp_path / "bf16")[0].dtype == torch.bfloat16
+    assert load_pretrained(tmp_path / "adapter")[0].dtype == torch.float32
+    assert load_pretrained(tmp_path / "adapter", dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+
+
+def test_saving_draws_no_random_numbers_and_keeps_how_the_model_generates(grafted, tmp_path):
+    model = grafted(source="shared")
+    model.generation_config.eos_token_id = [1, 7]
+    model.generation_config.max_new_tokens = 77
+    before = torch.get_rng_state()
+    save_pretrained(model, byte_tokenizer(), tmp_path / "whole")
+    assert torch.equal(torch.get_rng_state(), before)
+    loaded, _ = load_pretrained(tmp_path / "whole")
+    assert (loaded.generation_config.eos_token_id, loaded.generation_config.max_new_tokens) == ([1, 7], 77)
+
+
+def test_tensors_that_transformers_no_longer_reads_are_no_obstacle(base):
+    weights = load_file(base / "model.safetensors")
+    save_file({**weights, "model.layers.0.self_attn.bias": torch.ones(1)}, base / "model.safetensors", {"format": "pt"})
+    assert load_base(base)[0] is not None
+    save_file({**weights, "position_streams.x": torch.ones(1)}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(lp.PositionsError, match=r"an unknown tensor position_streams\.x"):
+        load_base(base)
+
+
+def test_any_config_that_transformers_cannot_read_is_one_sentence(base):
+    described = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(described | {"hidden_size": "wide"}))
+    with pytest.raises(lp.PositionsError, match="cannot be loaded as a transformers model") as refusal:
+        load_base(base)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_relative_base_is_found_from_anywhere(grafted, base, tmp_path, monkeypatch):
+    model = grafted(source="shared")
+    monkeypatch.chdir(tmp_path)
+    lp.save_adapter(model, "adapter", base="base")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert torch.equal(logits_of(load_pretrained(tmp_path / "adapter")[0]), logits_of(model))
+
+
 def test_the_description_names_the_base(grafted, base, tmp_path):
     lp.save_adapter(grafted(source="shared"), tmp_path / "adapter", base="owner/name")
     described = json.loads((tmp_path / "adapter" / "positions.json").read_text())
-    assert described["base"] == {"name": "owner/name", "sha256": fingerprint(load_base(base)[0])}
+    assert described["base"] == {
+        "name": "owner/name",
+        "sha256": fingerprint(load_base(base)[0]),
+        "dtype": "float32",
+    }

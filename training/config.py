@@ -65,8 +65,10 @@ class RunConfig:
         for name in ("learning_rate", "clip"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise PositionsError(f"{name} is {getattr(self, name)}; expected a positive number.")
-        if min(self.seed, self.warmup_steps, self.weight_decay) < 0:
-            raise PositionsError("seed, warmup_steps and weight_decay must not be negative.")
+        if min(self.warmup_steps, self.weight_decay) < 0:
+            raise PositionsError("warmup_steps and weight_decay must not be negative.")
+        if not 0 <= self.seed < 1 << 31:
+            raise PositionsError(f"seed is {self.seed}; expected a whole number from 0 to {(1 << 31) - 1}.")
         if self.batch_size % self.accumulate:
             raise PositionsError(
                 f"batch_size {self.batch_size} is no multiple of accumulate {self.accumulate}; expected equal parts."
@@ -90,6 +92,8 @@ class TrainConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.model.n_ctx < 2:
+            raise PositionsError("model.n_ctx is 1; expected at least 2, so that there is a gap between tokens.")
         if self.frozen_from is not None and self.model.positions.source != "frozen":
             raise PositionsError(
                 f"frozen_from is given for the source {self.model.positions.source!r}; expected source 'frozen'."
@@ -142,9 +146,9 @@ class GraftConfig(RunConfig):
                 "dtype is bf16 with adapt full; expected float32, since bf16 weights do not move at small learning "
                 "rates (precision bf16 runs float32 weights through bf16 autocast)."
             )
-        for name in ("n_ctx", "lora_rank"):
-            if getattr(self, name) < 1:
-                raise PositionsError(f"{name} is {getattr(self, name)}; expected at least 1.")
+        for name, least in (("n_ctx", 2), ("lora_rank", 1)):
+            if getattr(self, name) < least:
+                raise PositionsError(f"{name} is {getattr(self, name)}; expected at least {least}.")
         if not 0 < self.adapt_learning_rate < float("inf"):
             raise PositionsError(f"adapt_learning_rate is {self.adapt_learning_rate}; expected a positive number.")
 

@@ -100,8 +100,7 @@ class GraftedModel(Subject):
         if self.config.adapt == "full":
             save_pretrained(self.model, self.tokenizer, folder)
         else:
-            base = Path(self.config.base)
-            save_adapter(self.model, folder, base=base.resolve() if base.exists() else self.config.base)
+            save_adapter(self.model, folder, base=self.config.base)
 
     def restore(self, folder: Path) -> None:
         """Take over an adapter or a whole model."""
@@ -150,9 +149,18 @@ def _run_part(config: GraftConfig, part: str, folder: Path, cache_dir: Path) -> 
     accelerator = new_accelerator(config, folder)
     subject = GraftedModel(config, positions)
     corpus = tokenize_corpus_once(config, cache_dir, accelerator, subject.tokenizer)
+    rows = len(subject.model.get_input_embeddings().weight)
+    largest = max(int(corpus.train.max()), int(corpus.heldout.max()))
+    if largest >= rows:
+        raise PositionsError(
+            f"the tokenizer of {config.base} gives token {largest}, and the model has embeddings of {rows}; expected a "
+            "tokenizer made for it."
+        )
     run = Run(config, folder, accelerator, corpus, subject, name=part)
     run.go(resume=(folder / "training.json").exists())
     accelerator.free_memory()
+    if run.interrupted:  # when all was done
+        raise KeyboardInterrupt
 
 
 def compare(folder: Path) -> dict[str, Any]:

@@ -68,12 +68,19 @@ def train(config: TrainConfig, run: Path, *, resume: bool = False, cache_dir: Pa
 
 
 def new_accelerator(config: RunConfig, run: Path) -> Accelerator:
-    """The devices and processes that this program was started on."""
-    return Accelerator(
-        cpu=not torch.accelerator.is_available(),
-        log_with=list(config.trackers) or None,
-        project_dir=run,
-    )
+    """The devices and processes that this program was started on.
+
+    Raises:
+        PositionsError: a tracker that accelerate does not have.
+    """
+    try:
+        return Accelerator(
+            cpu=not torch.accelerator.is_available(),
+            log_with=list(config.trackers) or None,
+            project_dir=run,
+        )
+    except ValueError as error:
+        raise PositionsError(f"trackers is {config.trackers}; {error}") from error
 
 
 def tokenize_corpus_once(
@@ -172,6 +179,7 @@ class Run:
             self.optimizer = accelerator.prepare(optimizer)
         self.stepped = torch.compile(self.prepared) if config.compile else self.prepared
         self.step = 0
+        self.interrupted = False
         self.heldout_nats: Float[Tensor, "window pos_less_one"] | None = None  # of the newest evaluation
 
     def go(self, resume: bool) -> dict[str, Any]:
@@ -204,6 +212,7 @@ class Run:
                 if not self.learns:
                     self._log(evaluation)
                     show(evaluation)
+        self.interrupted = bool(interrupted)
         if not evaluation:
             self._say(f"interrupted at step {self.step} of {config.steps}; --resume {self.folder} goes on from there")
             raise KeyboardInterrupt
@@ -218,6 +227,8 @@ class Run:
     def _train_step(self) -> Float[Tensor, ""]:
         config, accelerator = self.config, self.accelerator
         size = config.batch_size
+        # Dropout, where a base has it, draws the same in a run that is resumed.
+        torch.manual_seed((config.seed << 32) + (self.step << 8) + accelerator.process_index)
         rows = batch(self.corpus.train, seed=config.seed, n=self.step, batch_size=size, n_ctx=self.n_ctx)
         share = size // accelerator.num_processes
         rows = rows[accelerator.process_index * share :][:share].to(accelerator.device, non_blocking=True)

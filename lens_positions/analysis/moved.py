@@ -70,8 +70,9 @@ def vocabulary(model: HookedPositionTransformer) -> pd.DataFrame:
     """
     increments = increment_table(model).double()
     increments = increments.mean(-1) if increments.ndim == 2 else increments
-    ids = torch.arange(min(len(increments), len(model.tokenizer)))
-    values = increments[: len(ids)].cpu().numpy()
+    pieces = model.tokenizer.convert_ids_to_tokens(range(len(increments)))
+    ids = torch.tensor([i for i, piece in enumerate(pieces) if piece is not None])
+    values = increments.cpu()[ids].numpy()
     names = [_label(model, i) for i in ids.tolist()]
     columns = {"id": ids.numpy(), "token": names, "kind": kinds(model, ids), "increment": values}
     return pd.DataFrame(columns).assign(relative=values / values.mean())

@@ -57,10 +57,12 @@ def read(model: HookedPositionTransformer, texts: "Texts | Reading") -> Reading:
             closed with the end-of-document token, as in training; tokens are used as they are, less padding.
 
     Raises:
-        PositionsError: no documents, or one of fewer than two tokens.
+        PositionsError: no documents, one of fewer than two tokens, or a model without a tokenizer.
     """
     if isinstance(texts, Reading):
         return texts
+    if model.tokenizer is None:
+        raise PositionsError("the model has no tokenizer; expected one, to tell what its tokens are.")
     documents = _documents(model, texts)
     kept = model.position_config.effective
     values, owners, places = [], [], []
