@@ -52,7 +52,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def is_byte_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the ids of `tokenizer` are byte values and 256 the end of a document, built here or loaded."""
-    return tokenizer.get_vocab() == _VOCABULARY
+    return len(tokenizer) == len(_VOCABULARY) and tokenizer.get_vocab() == _VOCABULARY
 
 
 def byte_labels(
