@@ -3,7 +3,7 @@
 The bridge with streams and without takes turns with itself, first one ahead and then the other, and a ratio is taken
 within a turn, so a machine that slows down slows both.
 
-    python benchmarks/smollm2.py [--model NAME] [--turns 16] [--tokens 256] [--output FILE]
+    python benchmarks/smollm2.py [--model NAME] [--turns 20] [--tokens 256] [--output FILE]
 """
 
 import json
@@ -36,7 +36,7 @@ class Options:
     """
 
     model: str = "smollm2-135m-instruct"
-    turns: int = 16
+    turns: int = 20
     tokens: int = 256
     output: Path = Path("benchmarks/smollm2.json")
 

@@ -257,9 +257,8 @@ def attach_positions(
     if not isinstance(config, PositionConfig):
         raise PositionsError(f'positions is {positions!r}; expected "static" or a PositionConfig.')
     bridge = model if isinstance(model, TransformerBridge) else None
-    base: Any = bridge.original_model if bridge is not None else model
-    if isinstance(base, nn.Module) and _has_streams(base):
-        raise PositionsError("position streams are attached to this model already; expected detach() on them first.")
+    base = unbridged(model)
+    refuse_attached(base)
     found = RotaryAttention(base)
     own = [site for site in found.sites if site.leader is None]
     text = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
@@ -320,7 +319,7 @@ def increment_table(model: Any) -> Float[Tensor, "vocab *head"]:
     Raises:
         PositionsError: its increments are no function of the token alone.
     """
-    base: Any = model.original_model if isinstance(model, TransformerBridge) else model
+    base = unbridged(model)
     streams: PositionStreams = base.position_streams
     if streams.shared_source is None:
         raise PositionsError(
@@ -337,9 +336,21 @@ def _keep(values: list[Tensor], _module: nn.Module, _args: tuple[Any, ...], outp
     values.append(output.detach())
 
 
-def _has_streams(base: nn.Module) -> bool:
-    hooks = (hook for module in base.modules() for hook in module._forward_pre_hooks.values())
-    return any(isinstance(getattr(getattr(h, "func", h), "__self__", None), PositionStreams) for h in hooks)
+def unbridged(model: Any) -> Any:
+    """The transformers model inside a bridge, or the model itself."""
+    return model.original_model if isinstance(model, TransformerBridge) else model
+
+
+def refuse_attached(base: Any) -> None:
+    """Refuse a model, or a part of one, that has streams.
+
+    Raises:
+        PositionsError: it has.
+    """
+    modules = base.modules() if isinstance(base, nn.Module) else ()
+    hooks = (hook for module in modules for hook in module._forward_pre_hooks.values())
+    if any(isinstance(getattr(getattr(h, "func", h), "__self__", None), PositionStreams) for h in hooks):
+        raise PositionsError("position streams are attached to this model already; expected detach() on them first.")
 
 
 def _is_same(own: Tensor, given: Tensor) -> bool:

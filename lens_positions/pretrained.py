@@ -27,7 +27,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
-from .attach import PositionStreams, attach_positions
+from .attach import PositionStreams, attach_positions, refuse_attached, unbridged
 from .errors import PositionsError
 from .increments import PositionConfig
 
@@ -201,7 +201,7 @@ def fingerprint(model: Any) -> str:
     The weights are rounded to bf16 first, so that a base is the same one in float32 and in bf16. Seconds for
     billions of weights.
     """
-    model = model.original_model if isinstance(model, TransformerBridge) else model
+    model = unbridged(model)
     with torch.device("meta"):
         names = sorted(name for name, _ in type(model)(model.config).named_parameters())
     weights = _own_weights(model)
@@ -238,7 +238,7 @@ def save_adapter(model: Any, path: str | Path, *, base: str | Path) -> None:
         raise PositionsError(
             "the weights were folded by enable_compatibility_mode(); expected the model as it was loaded."
         )
-    model = model.original_model if isinstance(model, TransformerBridge) else model
+    model = unbridged(model)
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     path = Path(path)
     saved = read_positions(path)
@@ -272,9 +272,7 @@ def load_adapter(model: Any, path: str | Path) -> PositionStreams:
     saved = read_positions(path)
     if saved is None or saved.base is None:
         raise PositionsError(f"there is no adapter at {path}; expected a folder that save_adapter wrote.")
-    base = model.original_model if isinstance(model, TransformerBridge) else model
-    if getattr(base, "position_streams", None) is not None:
-        raise PositionsError("position streams are attached to this model already; expected detach() on them first.")
+    refuse_attached(unbridged(model))
     found = fingerprint(model)
     if found != saved.base["sha256"]:
         raise PositionsError(

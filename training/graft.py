@@ -36,7 +36,7 @@ from lens_positions.sites import RotaryAttention
 from lens_positions.tokenizer import is_byte_tokenizer
 
 from .config import GraftConfig
-from .loop import Run, Subject, new_accelerator, tokenize_corpus_once
+from .loop import Run, Subject, new_accelerator, refuse_used, tokenize_corpus_once
 
 PARTS = ("graft", "baseline")
 
@@ -132,8 +132,8 @@ def graft(
             the folder is in use.
         KeyboardInterrupt: after an interrupt, when the checkpoint has been written.
     """
-    if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise PositionsError(f"{folder} exists already; expected a new or empty folder, or --resume with it.")
+    if not resume:
+        refuse_used(folder)
     for part in PARTS:
         if not (folder / part / "heldout.csv").exists():
             _run_part(config, part, folder / part, cache_dir)
@@ -176,17 +176,14 @@ def compare(folder: Path) -> dict[str, Any]:
     unit = ours.columns[0]
     if not ours[unit].equals(theirs[unit]):
         raise PositionsError(f"the parts of {folder} were measured on different text; expected one graft.")
-    evaluations = {}
-    for part in PARTS:
-        lines = [json.loads(line) for line in (folder / part / "log.jsonl").read_text("utf-8").splitlines()]
-        evaluations[part] = [line for line in lines if "increments" in line][-1]
+    log = [json.loads(line) for line in (folder / "graft" / "log.jsonl").read_text("utf-8").splitlines()]
     name = f"nats_per_{unit.removesuffix('s')}"
     return {
         "graft_" + name: ours["nats"].sum() / ours[unit].sum(),
         "baseline_" + name: theirs["nats"].sum() / theirs[unit].sum(),
         "difference_of_documents": paired(ours["nats"] / ours[unit], theirs["nats"] / theirs[unit]),
         f"heldout_{unit}": int(ours[unit].sum()),
-        "increments": evaluations["graft"]["increments"],
+        "increments": [record for record in log if "increments" in record][-1]["increments"],
     }
 
 

@@ -309,8 +309,8 @@ class Run:
                 )
             if checkpoint is not None:
                 self._load(checkpoint)
-        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise PositionsError(f"{self.folder} exists already; expected a new or empty folder, or --resume with it.")
+        else:
+            refuse_used(self.folder)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             if not resume:
@@ -460,6 +460,16 @@ def spread(increments: Float[Tensor, "batch pos *head"], cap: float) -> dict[str
         "max": values.max().item(),
         "share_at_cap": (values >= 0.99 * cap).double().mean().item(),
     }
+
+
+def refuse_used(folder: Path) -> None:
+    """Refuse a folder for a new run.
+
+    Raises:
+        PositionsError: there is something in it, or it is a file.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise PositionsError(f"{folder} exists already; expected a new or empty folder, or --resume with it.")
 
 
 def newest_checkpoint(run: Path) -> Path | None:

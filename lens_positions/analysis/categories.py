@@ -83,6 +83,12 @@ def kinds(model_or_tokenizer: Any, tokens: Int[Tensor, " pos"]) -> list[str]:
     return [kind_of_id[i] for i in ids]
 
 
+def kinds_read(model: HookedPositionTransformer, reading: Reading) -> np.ndarray:
+    """The kind of each token of a reading."""
+    kinds_of = [kinds(model, document) for document in reading.documents]
+    return np.array([kinds_of[number][place] for number, place in zip(reading.document, reading.index, strict=True)])
+
+
 def increments_by_category(
     model: HookedPositionTransformer,
     texts: Texts | Reading,
@@ -115,8 +121,7 @@ def increments_by_category(
         raise PositionsError('heads is "all"; expected "mean", as the increments of this model are not per head.')
 
     reading = read(model, texts)
-    kinds_of = [kinds(model, document) for document in reading.documents]
-    kind = np.array([kinds_of[number][place] for number, place in zip(reading.document, reading.index, strict=True)])
+    kind = kinds_read(model, reading)
     value, documents = reading.increments, reading.documents
     if heads == "mean":
         value = value.mean(axis=1, keepdims=True)

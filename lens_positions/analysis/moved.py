@@ -15,7 +15,7 @@ from ..attach import increment_table
 from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
 from ..tokenizer import byte_labels, is_byte_tokenizer
-from .categories import kinds
+from .categories import kinds, kinds_read
 from .reading import Reading, Texts, read
 
 CONTEXT_CHARACTERS = 24
@@ -83,7 +83,7 @@ def _of_texts(model: HookedPositionTransformer, reading: Reading, top: int) -> p
     starts = torch.tensor([0, *map(len, reading.documents)]).cumsum(0).numpy()
     tokens = pd.DataFrame({"document": reading.document, "index": reading.index})
     tokens["id"] = ids[starts[reading.document] + reading.index]
-    kinds_of = [kinds(model, document) for document in reading.documents]
+    tokens["kind"] = kinds_read(model, reading)
     tables = []
     for layer, values in zip(reading.layers, reading.increments.mean(axis=1), strict=True):
         tokens["increment"] = values
@@ -96,7 +96,6 @@ def _of_texts(model: HookedPositionTransformer, reading: Reading, top: int) -> p
                     end=end,
                     rank=range(1, len(rows) + 1),
                     token=[_label(model, i) for i in rows["id"]],
-                    kind=[kinds_of[d][i] for d, i in zip(rows["document"], rows["index"], strict=True)],
                     relative=rows["increment"] / values.mean(),
                     context=[
                         _context(model, reading.documents[d].tolist(), i)
