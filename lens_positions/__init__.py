@@ -1,9 +1,11 @@
 """lens-positions: the distance between tokens as an activation in TransformerLens."""
 
+from . import causal
 from .attach import PositionStreams, attach_positions
 from .errors import PositionsError
 from .hooked import HookedPositionTransformer, PositionModelConfig
 from .increments import PositionConfig
+from .interventions import ablate, add_gap, freeze, patch, scale
 from .pretrained import load_adapter, save_adapter
 
 __all__ = [
@@ -12,7 +14,13 @@ __all__ = [
     "PositionModelConfig",
     "PositionStreams",
     "PositionsError",
+    "ablate",
+    "add_gap",
     "attach_positions",
+    "causal",
+    "freeze",
     "load_adapter",
+    "patch",
     "save_adapter",
+    "scale",
 ]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from .errors import PositionsError
-from .hooks import hooked_at, run_hook
+from .hooks import HookedTokens, hooked_at, run_hook
 from .increments import PositionConfig
 from .memory import remember, with_past
 from .rotary import CosSin, RotaryCall, Rotation, rotate
@@ -99,10 +99,12 @@ class PositionStream(nn.Module):
             )
         with torch.autocast(states.device.type, enabled=False):
             given = self._given_increments(states, step)
-            increments = run_hook(self.hook_increments, given)
+            tokens = HookedTokens(step.past_length, call.position_ids, self.config.gap, step.mask)
+            increments = run_hook(self.hook_increments, given, tokens)
             edited = increments is not given
             key = (id(given), id(past), id(call), torch.is_grad_enabled())
-            work = {} if self.source is not None or edited or step.checkpointed else step.shared_work
+            shared = given is step.increments and not (edited or step.checkpointed)
+            work = step.shared_work if shared else {}
             if key not in work:
                 carry = running_sum(increments, past, step.mask, self.config.gap)
                 base = add_to_ids(call.position_ids, carry, past, self.config.gap, increments.dtype)
@@ -110,7 +112,7 @@ class PositionStream(nn.Module):
             base, sums, _ = work[key]
             if step.cache is not None and not (static and past is None and not edited):
                 remember(step.cache, (self.index, step.calls[self.index]), sums)
-            positions = run_hook(self.hook_positions, base)
+            positions = run_hook(self.hook_positions, base, tokens)
             if positions is base and not edited and static and past is None:
                 return None
             if positions is not base:
@@ -136,6 +138,8 @@ class PositionStream(nn.Module):
                 )
             dtype = torch.float64 if states.dtype == torch.float64 else torch.float32
             step.increments = torch.ones(*states.shape[:2], *self.heads, dtype=dtype, device=states.device)
+        if len(step.increments) != len(states):  # rows of one prompt that joined on the way
+            return step.increments[:1].expand(len(states), *step.increments.shape[1:])
         return step.increments
 
     def _past(self, states: Tensor, step: ForwardPass) -> Float[Tensor, "batch past *head"] | None:

@@ -74,28 +74,29 @@ def tiny_llama() -> Callable[..., LlamaForCausalLM]:
     return llama
 
 
+def drawn_weights(model: Any, seed: int = 0) -> Any:
+    """Non-trivial weights everywhere, those of the increment sources included."""
+    base = getattr(model, "original_model", model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            if "position_streams" in name:
+                if ".out." in name:
+                    parameter.normal_(generator=generator)
+            elif parameter.ndim == 1:
+                parameter.uniform_(0.5, 1.5, generator=generator)
+            else:
+                parameter.normal_(std=0.25, generator=generator)
+        for name, buffer in base.position_streams.named_buffers():
+            if name.endswith("table"):
+                buffer.uniform_(0.25, 3, generator=generator)
+    return model.eval()
+
+
 @pytest.fixture
 def randomize() -> Callable[..., Any]:
-    """randomize(model): non-trivial weights everywhere, those of the increment sources included."""
-
-    def draw(model: Any, seed: int = 0) -> Any:
-        base = getattr(model, "original_model", model)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name, parameter in base.named_parameters():
-                if "position_streams" in name:
-                    if ".out." in name:
-                        parameter.normal_(generator=generator)
-                elif parameter.ndim == 1:
-                    parameter.uniform_(0.5, 1.5, generator=generator)
-                else:
-                    parameter.normal_(std=0.25, generator=generator)
-            for name, buffer in base.position_streams.named_buffers():
-                if name.endswith("table"):
-                    buffer.uniform_(0.25, 3, generator=generator)
-        return model.eval()
-
-    return draw
+    """randomize(model): `drawn_weights`."""
+    return drawn_weights
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ import pandas as pd
 import torch
 from peft import LoraConfig, set_peft_model_state_dict
 from safetensors.torch import load_file
-from scipy import stats
 from torch import nn
 
+from lens_positions.analysis.intervals import t_interval
 from lens_positions.attach import attach_positions
 from lens_positions.errors import PositionsError
 from lens_positions.increments import PositionConfig
@@ -190,8 +190,5 @@ def compare(folder: Path) -> dict[str, Any]:
 def paired(ours: "pd.Series[float]", theirs: "pd.Series[float]") -> dict[str, float | int | None]:
     """A difference of losses by document: `mean`, its 95% t interval `low` to `high` (None for one), `documents`."""
     difference = (ours - theirs).dropna()
-    low = high = None
-    if len(difference) > 1:
-        interval = stats.ttest_1samp(difference, 0.0).confidence_interval(0.95)
-        low, high = float(interval.low), float(interval.high)
+    low, high = t_interval(difference.to_numpy()) if len(difference) > 1 else (None, None)
     return {"mean": float(difference.mean()), "low": low, "high": high, "documents": len(difference)}

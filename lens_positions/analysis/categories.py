@@ -18,6 +18,7 @@ from torch import Tensor
 from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
 from ..tokenizer import END_OF_DOCUMENT, is_byte_tokenizer
+from .intervals import drawn_means, interval_of, resamples
 from .reading import Reading, Texts, read
 
 BYTE_KINDS = (
@@ -48,7 +49,6 @@ SUBWORD_KINDS = (
     "other",
     "special",
 )
-BOOTSTRAP_DRAWS = 1000
 
 _HAN = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF))
 _CHINESE_PUNCTUATION = ((0x3000, 0x303F), (0xFE30, 0xFE4F), (0xFF00, 0xFF65))
@@ -125,10 +125,9 @@ def increments_by_category(
     value, documents = reading.increments, reading.documents
     if heads == "mean":
         value = value.mean(axis=1, keepdims=True)
-    chances = np.full(len(documents), 1 / len(documents))
-    draws = np.random.default_rng(seed).multinomial(len(documents), chances, size=BOOTSTRAP_DRAWS)
+    draws = resamples(len(documents), seed)
     sums, counts = _by_document(value, reading.document, len(documents))
-    overall = _drawn_means(sums, counts, draws)
+    overall = drawn_means(sums, counts, draws)
     rows = []
     for name in _kind_order(model):
         of_kind = kind == name
@@ -136,10 +135,10 @@ def increments_by_category(
             continue
         found = value[..., of_kind]
         sums, counts = _by_document(found, reading.document[of_kind], len(documents))
-        means = _drawn_means(sums, counts, draws)
+        means = drawn_means(sums, counts, draws)
         several = np.count_nonzero(counts) > 1
-        low, high = _interval(means) if several else (np.full(found.shape[:2], np.nan),) * 2
-        relative_low, relative_high = _interval(means / overall) if several else (low, high)
+        low, high = interval_of(means) if several else (np.full(found.shape[:2], np.nan),) * 2
+        relative_low, relative_high = interval_of(means / overall) if several else (low, high)
         for layer, head in np.ndindex(found.shape[:2]):
             one = found[layer, head]
             rows.append(
@@ -170,18 +169,6 @@ def _by_document(
     sums = np.zeros((documents, *values.shape[:2]))
     np.add.at(sums, owners, values.transpose(2, 0, 1))
     return sums, np.bincount(owners, minlength=documents)
-
-
-def _drawn_means(sums: np.ndarray, counts: np.ndarray, draws: np.ndarray) -> Float64[np.ndarray, "draw layer head"]:
-    """The mean of all values in each resample of documents; NaN in one that holds none."""
-    drawn = (draws @ counts).astype(float)
-    drawn[drawn == 0] = np.nan
-    return np.tensordot(draws, sums, axes=1) / drawn[:, None, None]
-
-
-def _interval(means: Float64[np.ndarray, "draw layer head"]) -> tuple[np.ndarray, np.ndarray]:
-    low, high = np.nanpercentile(means, [2.5, 97.5], axis=0)
-    return low, high
 
 
 def _kind_order(model: HookedPositionTransformer) -> tuple[str, ...]:

@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float64, Int, Int64
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
+from ..progress import tracked
 from ..tokenizer import END_OF_DOCUMENT, is_byte_tokenizer
 
 WINDOW = 512
@@ -61,15 +60,10 @@ def read(model: HookedPositionTransformer, texts: "Texts | Reading") -> Reading:
     """
     if isinstance(texts, Reading):
         return texts
-    if model.tokenizer is None:
-        raise PositionsError("the model has no tokenizer; expected one, to tell what its tokens are.")
-    documents = _documents(model, texts)
+    documents, batches = windows(model, texts)
     kept = model.position_config.effective
     values, owners, places = [], [], []
-    batches = list(_batches(documents, min(model.cfg.n_ctx, WINDOW)))
-    console = Console(stderr=True)
-    quick = sum(map(len, documents)) < 2 * TOKENS_A_BATCH or not console.is_terminal
-    for batch in track(batches, "reading", console=console, transient=True, disable=quick):
+    for batch in tracked(batches, "reading", quick=sum(map(len, documents)) < 2 * TOKENS_A_BATCH):
         rows = torch.stack([documents[number][start:stop] for number, start, stop in batch])
         with torch.no_grad():
             increments = model.increments(rows)[:, :, kept]
@@ -81,6 +75,22 @@ def read(model: HookedPositionTransformer, texts: "Texts | Reading") -> Reading:
     value = np.concatenate(values, axis=1)
     value = value.transpose(0, 2, 1) if value.ndim == 3 else value[:, None]
     return Reading(documents, np.concatenate(owners), np.concatenate(places), model.position_layers, value)
+
+
+def windows(
+    model: HookedPositionTransformer, texts: Texts
+) -> tuple[list[Int[Tensor, " _pos"]], list[list[tuple[int, int, int]]]]:
+    """The tokens of each document, and all their windows (document, start, stop) in batches of equal length.
+
+    Windows of a document overlap by one token, so that each of its tokens but the first is predicted exactly once.
+
+    Raises:
+        PositionsError: as `read`.
+    """
+    if getattr(model, "tokenizer", None) is None:
+        raise PositionsError("the model has no tokenizer; expected one, to tell what its tokens are.")
+    documents = _documents(model, texts)
+    return documents, list(_batches(documents, min(model.cfg.n_ctx, WINDOW)))
 
 
 def _documents(model: HookedPositionTransformer, texts: Any) -> list[Int[Tensor, " _pos"]]:
@@ -116,10 +126,10 @@ def _batches(documents: list[Int[Tensor, " _pos"]], length: int) -> Iterator[lis
         for start in range(0, len(document) - 1, length - 1):
             stop = min(start + length, len(document))
             by_length.setdefault(stop - start, []).append((number, start, stop))
-    for size, windows in by_length.items():
+    for size, of_size in by_length.items():
         together = max(1, TOKENS_A_BATCH // size)
-        for first in range(0, len(windows), together):
-            yield windows[first : first + together]
+        for first in range(0, len(of_size), together):
+            yield of_size[first : first + together]
 
 
 def _without_padding(tokens: Int[Tensor, " _pos"], tokenizer: Any) -> Int[Tensor, " _pos"]:

@@ -1,0 +1,22 @@
+"""What increments cause: sweeps over edits, attribution, mediation, and tables of ablations.
+
+Every effect is the metric with a change minus the metric without it.
+"""
+
+from .ablation import Ablations, ablation_table
+from .attribution import attribution
+from .mediation import mediation
+from .metrics import log_probability, logit_difference, loss
+from .sweeps import gap_sweep, patch_sweep
+
+__all__ = [
+    "Ablations",
+    "ablation_table",
+    "attribution",
+    "gap_sweep",
+    "log_probability",
+    "logit_difference",
+    "loss",
+    "mediation",
+    "patch_sweep",
+]

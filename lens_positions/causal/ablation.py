@@ -1,0 +1,174 @@
+"""What the loss, the predictions and the attention lose without the structure of the increments.
+
+Every layer, and all layers together, with increments at 1.0 ("1.0"), at each row's mean ("mean") and in another order
+("shuffle"). Ablation to 1.0 also changes the scale of a layer whose mean is not 1, so look at the mean beside it: what
+"1.0" does beyond "mean" is scale, not structure. A shuffle keeps every increment and gives it to another token: what it
+does beyond "mean" is harm done by wrong increments.
+
+Losses are paired: the same tokens with and without. A document is the unit of sampling; intervals resample documents.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, cast
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
+
+from ..analysis.intervals import drawn_means, interval_of, resamples
+from ..analysis.reading import Texts, windows
+from ..attach import unbridged
+from ..errors import PositionsError
+from ..hooked import HookedPositionTransformer
+from ..interventions import Hooks, Some, ablate, streams_at, streams_of
+from ..progress import tracked
+from .metrics import token_losses
+from .replay import Replay
+
+To = float | Literal["mean", "shuffle"]
+INTERVENTIONS: tuple[To, ...] = (1.0, "mean", "shuffle")
+
+
+@dataclass(frozen=True)
+class Ablations:
+    """What ablations change.
+
+    Attributes:
+        loss: a row for each `layer` ("all" or its number) and intervention `to`: `n` (predicted tokens), `documents`,
+            `baseline` (nats per token without the ablation), `change` (with minus without) and its interval `low` to
+            `high`, and `changed`, the share of tokens whose most likely prediction is another one, with `changed_low`
+            to `changed_high`.
+        attention: a row for each `ablated` ("all" or a layer) and `to`, and each head of the `layer` looked at (the
+            ablated one; all of them for "all"): `distance`, the total variation between its patterns with and without,
+            from 0 to 1, `look_back` (how many tokens back it attends without the ablation, on average over the
+            pattern), `look_back_change`, each a mean over tokens, with `_low` and `_high`; `n` as above. Empty where
+            the bridge leaves a model's attention whole and has no patterns.
+    """
+
+    loss: pd.DataFrame
+    attention: pd.DataFrame
+
+
+def ablation_table(
+    model: TransformerBridge,
+    corpus: Texts,
+    layers: Some = None,
+    to: Sequence[To] = INTERVENTIONS,
+    seed: int = 0,
+) -> Ablations:
+    """Change of loss, predictions and attention by ablating increments, layer by layer and together.
+
+    Args:
+        model: a bridge with position streams and a tokenizer.
+        corpus: documents, as text or as tokens; long ones are cut into windows.
+        layers: the model's own layer numbers, ablated one by one and together; None is all that rotate.
+        to: the ablations; "mean" is best kept, for the reason above.
+        seed: of the shuffle and the resampling.
+
+    Returns:
+        Two tables, in nats per token and tokens; intervals are where 95% of 1,000 resamples of whole documents lie,
+        NaN for a single document.
+
+    Raises:
+        PositionsError: no streams, no such layer, no documents or one of fewer than two tokens.
+    """
+    places = streams_at(streams_of(model), layers)
+    numbers = [stream.layer for _, stream in places]
+    if not to:
+        raise PositionsError("no ablations were given; expected some of 1.0, 'mean' and 'shuffle'.")
+    documents, batches = windows(cast(HookedPositionTransformer, model), corpus)
+    names = {s.layer: cast(str, s.hook_increments.name).replace("hook_increments", "hook_pattern") for _, s in places}
+    patterns = {layer: name for layer, name in names.items() if name in model.hook_dict}
+    which: list[int | str] = ["all", *numbers]
+    ablated = [(layer, how) for layer in which for how in to]
+    tallies: dict[tuple[int | str, To, int | None], _Tally] = {}
+    base = _Tally(len(documents))
+    for number, batch in enumerate(tracked(batches, "ablating", quick=sum(map(len, documents)) < 512)):
+        rows = torch.stack([documents[n][start:stop] for n, start, stop in batch])
+        owners = [n for n, _, _ in batch]
+        targets = rows[:, 1:]
+        kept: dict[str, Tensor] = {}
+        record: Hooks = [(name, partial(_keep, kept)) for name in patterns.values()]
+        replay = Replay(model, rows.to(unbridged(model).device), hooks=record, tokens_too=False)
+        own = dict(kept)
+        nats, best = token_losses(replay.logits, targets), replay.logits[:, :-1].argmax(-1)
+        base.add(owners, nats[..., None])
+        for layer, how in ablated:
+            kept.clear()
+            seen = numbers if layer == "all" else [cast(int, layer)]
+            hooks = ablate(model, to=how, layers=seen, seed=seed + number)
+            listen: Hooks = [(patterns[n], partial(_keep, kept)) for n in seen if n in patterns]
+            logits = replay.run(hooks + listen, {min(seen): 1})
+            changed = logits[:, :-1].argmax(-1) != best
+            tally = tallies.setdefault((layer, how, None), _Tally(len(documents)))
+            tally.add(owners, torch.stack([token_losses(logits, targets) - nats, changed.to(nats)], dim=-1))
+            for n in filter(patterns.get, seen):
+                tally = tallies.setdefault((layer, how, n), _Tally(len(documents)))
+                tally.add(owners, _compared(own[patterns[n]], kept[patterns[n]]))
+    draws = resamples(len(documents), seed)
+    losses, attention = [], []
+    for (layer, how, seen_at), tally in tallies.items():
+        row: dict[str, Any] = {
+            "layer": layer,
+            "to": str(how),
+            "n": int(tally.counts.sum()),
+            "documents": len(documents),
+        }
+        mean, low, high = tally.summary(draws)
+        if seen_at is None:
+            row |= {"baseline": float(base.summary(draws)[0][0])}
+            row |= {"change": mean[0], "low": low[0], "high": high[0]}
+            row |= {"changed": mean[1], "changed_low": low[1], "changed_high": high[1]}
+            losses.append(row)
+            continue
+        for head in range(mean.shape[-1]):
+            of_head: dict[str, Any] = {"ablated": layer, "to": str(how), "layer": seen_at, "head": head, "n": row["n"]}
+            for i, column in enumerate(("distance", "look_back", "look_back_change")):
+                of_head |= {column: mean[i, head], f"{column}_low": low[i, head], f"{column}_high": high[i, head]}
+            attention.append(of_head)
+    return Ablations(pd.DataFrame(losses), pd.DataFrame(attention))
+
+
+class _Tally:
+    """Sums of numbers over the predicted tokens of each document."""
+
+    def __init__(self, documents: int) -> None:
+        self.sums: np.ndarray | None = None
+        self.counts = np.zeros(documents, dtype=np.int64)
+
+    def add(self, owners: list[int], values: Float[Tensor, "row next *shape"]) -> None:
+        of_rows = values.double().sum(1).cpu().numpy()
+        if self.sums is None:
+            self.sums = np.zeros((len(self.counts), *of_rows.shape[1:]))
+        np.add.at(self.sums, owners, of_rows)
+        np.add.at(self.counts, owners, values.shape[1])
+
+    def summary(self, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Mean over tokens, and its interval."""
+        assert self.sums is not None
+        mean = self.sums.sum(0) / self.counts.sum()
+        if np.count_nonzero(self.counts) < 2:
+            return mean, np.full_like(mean, math.nan), np.full_like(mean, math.nan)
+        return mean, *interval_of(drawn_means(self.sums, self.counts, draws))
+
+
+def _keep(kept: dict[str, Tensor], pattern: Tensor, hook: HookPoint) -> None:
+    kept[cast(str, hook.name)] = pattern.detach()
+
+
+def _compared(
+    own: Float[Tensor, "batch head query key"], ablated: Float[Tensor, "batch head query key"]
+) -> Float[Tensor, "batch next 3 head"]:
+    """Total variation, look-back and its change of every query that has a choice: all but the first."""
+    queries, keys = (torch.arange(n, device=own.device) for n in own.shape[2:])
+    back = (queries[:, None] - keys).to(own)
+    look_back, after = (own * back).sum(-1), (ablated * back).sum(-1)
+    distance = (own - ablated).abs().sum(-1) / 2
+    return torch.stack([distance, look_back, after - look_back], dim=-1)[:, :, 1:].permute(0, 2, 3, 1)

@@ -1,0 +1,294 @@
+"""What one edit at one layer and token does to the output: for every layer and token, exactly.
+
+Direction: effects are the metric with the edit minus the metric without it. `gap_sweep` needs no second prompt and is
+the first thing to run on any RoPE model. `patch_sweep` puts in values that were recorded on another input; where
+increments are not learned all of them are 1.0, and patching them from another prompt does nothing.
+
+Each effect is what `run_with_hooks` with that one edit would give, to rounding, at a fraction of the cost: an edit is
+run from its layer and token on, beside many others (`replay.py`). Hooks that are active while a sweep runs
+(`with model.hooks(...)`) belong to its baseline and to every edit.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens import ActivationCache
+from transformer_lens.model_bridge import TransformerBridge
+
+from ..attach import unbridged
+from ..errors import PositionsError
+from ..interventions import Hooks, Some, edited_token, streams_at, streams_of
+from ..progress import tracked
+from .metrics import Metric, baseline_of, measured
+from .replay import Replay
+
+SweepSite = Literal["increments", "positions", "rot_q", "rot_k", "resid", "pattern"]
+SITES: dict[str, tuple[str, int]] = {
+    "increments": ("attn.hook_increments", 1),
+    "positions": ("attn.hook_positions", 1),
+    "rot_q": ("attn.hook_rot_q", 1),
+    "rot_k": ("attn.hook_rot_k", 1),
+    "resid": ("hook_resid_pre", 1),
+    "pattern": ("attn.hook_pattern", 2),
+}
+"""Hook name and the axis of the token (of the query, in a pattern)."""
+
+TOKENS_A_BATCH = 2048
+"""Edits are grouped into batches of at most about so many tokens, for memory's sake."""
+
+TOKENS_A_GROUP = 4
+"""Neighbouring tokens whose edits start together, at the first of them."""
+
+LOGITS_A_BATCH = 2**27
+"""Numbers in the logits of a batch at most: half a GiB in float32."""
+
+
+def gap_sweep(
+    model: TransformerBridge,
+    tokens: Int[Tensor, "*one pos"],
+    metric: Metric,
+    by: float = 1.0,
+    layers: Some = None,
+) -> Float[Tensor, "layer pos"]:
+    """The effect of lengthening each gap of a prompt, at every layer.
+
+    Args:
+        model: a bridge with position streams.
+        tokens: one prompt.
+        metric: from logits [batch pos vocab] to one number a row (`causal.logit_difference`, `causal.loss`, your own).
+        by: positions to add to the gap; 1.0 is one step of standard RoPE.
+        layers: the model's own layer numbers; None is all that rotate.
+
+    Returns:
+        Entry [l, t]: the metric with the gap before token t longer at the l-th of these layers (of
+        `model.position_layers`), minus the metric without. There is no gap before token 0: 0. With increments per
+        head the gap grows in all heads.
+
+    Raises:
+        PositionsError: no streams, no such layer, tokens or metric that do not fit.
+    """
+    if not math.isfinite(by) or by == 0:
+        raise PositionsError(f"by is {by}; expected a finite number of positions other than 0.")
+    prompt = one_prompt(model, tokens)
+    cells = {t: edited_token(model, t) for t in range(1, prompt.shape[1])}
+    return _sweep(model, prompt, metric, _hook_names(model, "increments", layers), 1, cells, _longer(by))
+
+
+def patch_sweep(
+    model: TransformerBridge,
+    source: ActivationCache | Int[Tensor, "*one pos_source"],
+    tokens: Int[Tensor, "*one pos"],
+    metric: Metric,
+    site: SweepSite = "increments",
+    layers: Some = None,
+    align: Mapping[int, int] | None = None,
+) -> Float[Tensor, "layer pos"]:
+    """The effect of each value recorded on another input, put in alone, at every layer and token.
+
+    Args:
+        model: a bridge with position streams.
+        source: the other input, or a cache that recorded it (one row).
+        tokens: the prompt that values are put into.
+        metric: from logits [batch pos vocab] to one number a row.
+        site: "increments", "positions", the rotated queries "rot_q" or keys "rot_k", and for comparison the residual
+            stream entering the layer ("resid") and the row of a query in all attention "pattern"s.
+        layers: the model's own layer numbers; None is all that rotate.
+        align: the map of tokens, from those of this prompt to those of the other input. Without it every token gets
+            the value of its own index, and both must be equally long (a pattern's always, as its rows are over keys).
+
+    Returns:
+        Entry [l, t]: the metric with the other input's value at token t of the l-th of these layers, minus the metric
+        without; NaN at tokens that `align` leaves out. On a model without learned increments the whole sweep at
+        "increments" is 0: there `gap_sweep` is the one to run.
+
+    Raises:
+        PositionsError: no streams, no such layer, site or token, different lengths without a map, a cache without the
+            hooks, a metric that is not one number a row.
+    """
+    if site not in SITES:
+        raise PositionsError(f"site is {site!r}; expected one of {', '.join(SITES)}.")
+    prompt = one_prompt(model, tokens)
+    names, axis = _hook_names(model, site, layers), SITES[site][1]
+    recorded = _recorded(model, source, names, axis)
+    length, there = prompt.shape[1], recorded[0].shape[0]
+    if align is None and there != length:
+        raise PositionsError(
+            f"the source has {there} tokens and the prompt {length}; expected equally many, or a map of tokens "
+            "(align={token here: token there})."
+        )
+    if site == "pattern" and (align is not None or recorded[0].shape[-1] != length):
+        raise PositionsError("patterns are patched row by row over all keys; expected equally long inputs and no map.")
+    pairs = dict(align) if align is not None else {t: t for t in range(length)}
+    for here, source_token in pairs.items():
+        if not (0 <= here < length and 0 <= source_token < there):
+            raise PositionsError(
+                f"align maps token {here} to {source_token}; expected tokens from 0 to {length - 1} of the prompt and "
+                f"0 to {there - 1} of the source."
+            )
+
+    def put(layer: int, here: list[int], values: Tensor) -> Tensor:
+        new = recorded[layer][[pairs[t] for t in here]].to(values)
+        if site == "pattern":
+            new = new[..., : values.shape[-1]]
+        if new.shape != values.shape:
+            raise PositionsError(
+                f"the recorded values have shape {tuple(new.shape[1:])} a token and the prompt's "
+                f"{tuple(values.shape[1:])}; expected the same model."
+            )
+        return new
+
+    return _sweep(model, prompt, metric, names, axis, {t: t for t in sorted(pairs)}, put)
+
+
+def one_prompt(model: TransformerBridge, tokens: Int[Tensor, "*one pos"]) -> Int[Tensor, "1 pos"]:
+    """The tokens of one prompt, as a row.
+
+    Raises:
+        PositionsError: several prompts, none, or ids that the model does not have.
+    """
+    row = tokens[None] if isinstance(tokens, Tensor) and tokens.ndim == 1 else tokens
+    if not (
+        isinstance(row, Tensor) and row.ndim == 2 and len(row) == 1 and row.shape[1] and not row.is_floating_point()
+    ):
+        given = f"shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
+        raise PositionsError(f"tokens are {given}; expected the token ids of one prompt, [pos] or [1, pos].")
+    base = unbridged(model)
+    size = base.get_input_embeddings().weight.shape[0]
+    if row.min() < 0 or row.max() >= size:
+        raise PositionsError(f"tokens go from {row.min()} to {row.max()}; expected ids from 0 to {size - 1}.")
+    return row.to(base.device)
+
+
+Put = Callable[[int, list[int], Tensor], Tensor]
+"""From a layer's place in the sweep, tokens [n] and their values [n ...] to other values."""
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Edits that share a batch: each of these tokens at each of these layers."""
+
+    layers: range
+    tokens: list[int]
+
+
+def _sweep(
+    model: TransformerBridge,
+    prompt: Int[Tensor, "1 pos"],
+    metric: Metric,
+    names: list[tuple[int, str]],
+    axis: int,
+    cells: dict[int, int],
+    put: Put,
+) -> Float[Tensor, "layer pos"]:
+    """Run every edit; `cells` leads from the columns of the result to the tokens that are edited for them."""
+    length = prompt.shape[1]
+    at = getattr(metric, "at", None)
+    if at is not None:
+        if not -length <= at < length:
+            raise PositionsError(f"the metric reads token {at}; expected one of the prompt's {length} tokens.")
+        prompt = prompt[:, : at % length + 1]
+    replay = Replay(model, prompt, last_only=at is not None)
+    read = partial(_as_read, length if at is not None else None, replay.logits)
+    baseline = baseline_of(metric, read(replay.logits, 0))
+    effects = torch.full((len(names), length), math.nan, dtype=torch.float64)
+    effects[:, [t for t in range(length) if t in cells or t == 0]] = 0.0
+    column = {token: t for t, token in cells.items()}
+    tokens = [token for token in column if token < prompt.shape[1]]
+    groups = _groups(names, tokens, replay)
+    for group in tracked(groups, "sweeping", quick=len(groups) < 4):
+        start = replay.start(group.tokens[0])
+        size = len(group.tokens)
+        hooks: Hooks = [
+            (names[layer][1], partial(_edit, put, layer, axis, size * i, group.tokens, start))
+            for i, layer in enumerate(group.layers)
+        ]
+        joining: Counter[int] = Counter()
+        for layer in group.layers:  # a looped model has several of one number
+            joining[names[layer][0]] += size
+        logits = replay.run(hooks, joining, group.tokens[0])
+        values = measured(metric, read(logits, start)).double().cpu() - baseline
+        columns = [column[token] for token in group.tokens]
+        effects[group.layers.start : group.layers.stop, columns] = values.view(-1, size)
+    return effects.to(replay.logits.dtype if replay.logits.dtype == torch.float64 else torch.float32)
+
+
+def _groups(names: list[tuple[int, str]], tokens: list[int], replay: Replay) -> list[_Group]:
+    """All edits in groups of neighbours, for batches of about `TOKENS_A_BATCH` tokens."""
+    length, vocab = replay.tokens.shape[1], replay.logits.shape[-1]
+    groups = []
+    for i in range(0, len(tokens), TOKENS_A_GROUP):
+        together = tokens[i : i + TOKENS_A_GROUP]
+        rest = length - replay.start(together[0])
+        room = min(TOKENS_A_BATCH // rest, LOGITS_A_BATCH // (replay.logits.shape[1] * vocab))
+        at_once = max(1, room // len(together))
+        for first in range(0, len(names), at_once):
+            groups.append(_Group(range(first, min(first + at_once, len(names))), together))
+    return groups
+
+
+def _edit(
+    put: Put, layer: int, axis: int, first_row: int, tokens: list[int], start: int, values: Tensor, hook: Any
+) -> Tensor:
+    """Row `first_row + i` gets another value at token `tokens[i]`."""
+    edited = values.clone()
+    by_token = edited.movedim(axis, 1)
+    rows, places = range(first_row, first_row + len(tokens)), [token - start for token in tokens]
+    by_token[list(rows), places] = put(layer, tokens, by_token[list(rows), places])
+    return edited
+
+
+def _as_read(
+    length: int | None, baseline: Tensor, logits: Float[Tensor, "rows rest vocab"], start: int
+) -> Float[Tensor, "rows pos vocab"]:
+    """Logits as a metric expects them: those before `start` are the baseline's.
+
+    A metric that reads one token, given as `length` of the prompt, sees its logits at every place.
+    """
+    if length is not None:
+        return logits[:, -1:].expand(-1, length, -1)
+    return torch.cat([baseline[:, :start].expand(len(logits), -1, -1), logits], dim=1) if start else logits
+
+
+def _longer(by: float) -> Put:
+    return lambda _layer, _tokens, values: values + by
+
+
+def _hook_names(model: TransformerBridge, site: str, layers: Some) -> list[tuple[int, str]]:
+    """Layer number and hook name at each of the layers."""
+    places = streams_at(streams_of(model), layers)
+    blocks = [(s.layer, cast(str, s.hook_increments.name).removesuffix(SITES["increments"][0])) for _, s in places]
+    return [(layer, block + SITES[site][0]) for layer, block in blocks]
+
+
+def _recorded(
+    model: TransformerBridge,
+    source: ActivationCache | Int[Tensor, "*one pos_source"],
+    names: list[tuple[int, str]],
+    axis: int,
+) -> list[Float[Tensor, "pos_source ..."]]:
+    """Values of the source at each of the hook points, by token."""
+    if isinstance(source, Tensor):
+        with torch.no_grad():
+            _, cache = model.run_with_cache(
+                one_prompt(model, source), names_filter=[n for _, n in names], return_type=None
+            )
+    elif isinstance(source, ActivationCache):
+        cache = source
+    else:
+        raise PositionsError(f"source is a {type(source).__name__}; expected token ids or a cache.")
+    recorded = []
+    for _, name in names:
+        if name not in cache:
+            raise PositionsError(f"the cache has no {name}; expected one whose names_filter lets it through.")
+        values = cache[name] if cache.has_batch_dim else cache[name][None]
+        if len(values) != 1:
+            raise PositionsError(f"the source has {len(values)} rows; expected one.")
+        recorded.append(values.movedim(axis, 1)[0])
+    return recorded

@@ -1,0 +1,455 @@
+"""Interventions on increments and positions: set them, hold them, exchange them, stretch them.
+
+Each function returns a list of (hook name, hook function), as TransformerLens takes them, so that they work under
+`run_with_hooks`, `hooks()`, `run_with_cache` and `generate`, and add up with `+`, the left one first:
+
+    model.run_with_hooks(text, fwd_hooks=lp.ablate(model, to="mean", layers=[0]) + lp.add_gap(model, before=3))
+
+`site` says what is changed, and it is not the same thing:
+
+                increments (the default)                        positions
+    meaning     the distance before a token                     where the rotation of one layer puts it
+    reaches     every later token of the layer, which moves     that token alone; no other token moves
+    ablate      every distance the same number                  a ruler of equal steps (mean: as long as before)
+    shuffle     distances change places, order stays            tokens change places, order goes
+    scale       distances times a factor                        positions times a factor; of some tokens: those alone
+    add_gap     the token and all after it move away            the token alone moves away, into the next gap
+    freeze      distances as recorded                           places as recorded; padding and caches included
+    patch       a recorded distance                             a recorded place
+
+All arguments that choose are alike: `layers` are the model's own numbers, None every layer with a stream; `positions`
+are token indices from 0 (or a boolean mask [pos] or [batch pos]), None all of them, padding left as it is; `heads` is
+for models whose increments are per head.
+
+Generation with a key-value cache calls hooks once for the prompt and once for each new token. Indices count from the
+start of the prompt; new tokens get the same number, factor or, with "mean", the prompt's mean; a shuffle and values
+recorded on the prompt leave them as they are.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformer_lens import ActivationCache
+from transformer_lens.model_bridge import TransformerBridge
+
+from .attach import PositionStreams, unbridged
+from .errors import PositionsError
+from .hooks import HookedTokens
+from .streams import PositionStream
+
+Hooks = list[tuple[str, Callable[..., Any]]]
+Some = int | Sequence[int] | None
+Tokens = int | Sequence[int] | Bool[Tensor, "*#batch pos"] | None
+Site = Literal["increments", "positions"]
+Change = Callable[[Float[Tensor, "batch pos *head"], Bool[Tensor, "#batch pos"], HookedTokens], Tensor]
+"""From values, the chosen tokens and what is known of them to other values, of which the chosen are used."""
+
+
+def ablate(
+    model: TransformerBridge,
+    to: float | Literal["mean", "shuffle"] = 1.0,
+    layers: Some = None,
+    positions: Tokens = None,
+    heads: Some = None,
+    *,
+    site: Site = "increments",
+    seed: int = 0,
+) -> Hooks:
+    """Take the structure out of increments.
+
+    A number also changes the scale of a layer whose mean is another one: look at "mean" beside it. The mean and the
+    shuffle are over a whole row, later tokens included, so they are not causal: they move a token by what follows it.
+
+    Args:
+        model: a bridge with position streams.
+        to: a number, the same for every token (1.0 is standard RoPE); "mean", each row's own mean over the chosen
+            real tokens whose increment lies between two tokens, so that the row keeps its length; or "shuffle",
+            those increments in another order.
+        layers, positions, heads, site: see above.
+        seed: of the shuffle, which is drawn anew for each row and layer, and alike in every call.
+
+    Returns:
+        (hook name, hook function) pairs, one a layer.
+
+    Raises:
+        PositionsError: no such layer, token or head, or `to` is none of the three.
+    """
+    if to not in ("mean", "shuffle") and not (isinstance(to, int | float) and math.isfinite(to)):
+        raise PositionsError(f'to is {to!r}; expected a finite number, "mean" or "shuffle".')
+    hooks: Hooks = []
+    for layer, name in _hook_names(model, site, layers):
+        if to == "mean":
+            hooks.append((name, _at(_Mean(site), positions, heads)))
+        elif to == "shuffle":
+            hooks.append((name, _at(partial(_shuffled, site, 1000 * seed + layer), positions, heads)))
+        else:
+            hooks.append((name, _at(partial(_constant, site, float(to)), positions, heads)))
+    return _checked_heads(model, heads, hooks)
+
+
+def scale(
+    model: TransformerBridge,
+    factor: float,
+    layers: Some = None,
+    positions: Tokens = None,
+    heads: Some = None,
+    *,
+    site: Site = "increments",
+) -> Hooks:
+    """Multiply increments, or positions, by a factor; arguments, returns and errors as `ablate`."""
+    if not math.isfinite(factor):
+        raise PositionsError(f"factor is {factor}; expected a finite number.")
+    change = _at(partial(_scaled, factor), positions, heads)
+    return _checked_heads(model, heads, [(name, change) for _, name in _hook_names(model, site, layers)])
+
+
+def add_gap(
+    model: TransformerBridge,
+    before: int,
+    by: float = 1.0,
+    layers: Some = None,
+    heads: Some = None,
+    *,
+    site: Site = "increments",
+) -> Hooks:
+    """Lengthen the gap between token `before - 1` and token `before` by so many positions.
+
+    With gap "after" the increment that is edited is that of token `before - 1`; the tokens that move are the same.
+    Other arguments, returns and errors as `ablate`.
+    """
+    if not (isinstance(before, int) and before >= 1):
+        raise PositionsError(f"before is {before}; expected the index of a token after the first, from 1.")
+    if not math.isfinite(by):
+        raise PositionsError(f"by is {by}; expected a finite number of positions.")
+    token = edited_token(model, before) if site == "increments" else before
+    change = _at(partial(_lengthened, by), token, heads)
+    return _checked_heads(model, heads, [(name, change) for _, name in _hook_names(model, site, layers)])
+
+
+def freeze(
+    cache: ActivationCache,
+    layers: Some = None,
+    positions: Tokens = None,
+    heads: Some = None,
+    *,
+    site: Site = "increments",
+) -> Hooks:
+    """Hold increments at the values that a cache recorded, so that other edits cannot flow through them.
+
+    Args:
+        cache: from `run_with_cache` on an input of as many tokens; a batch of one serves every row.
+        layers: None is every layer that the cache has.
+        positions, heads, site: see above.
+
+    Returns:
+        (hook name, hook function) pairs, one a layer.
+
+    Raises:
+        PositionsError: the cache has no such hooks; when run, an input of another length, batch or number of heads.
+    """
+    return [
+        (name, _at(partial(_recorded, values, None, None), positions, heads))
+        for name, values in _cached(cache, site, layers, heads)
+    ]
+
+
+def patch(
+    cache: ActivationCache,
+    layers: Some = None,
+    source: Some = None,
+    target: Some = None,
+    heads: Some = None,
+    *,
+    site: Site = "increments",
+) -> Hooks:
+    """Put in increments that were recorded on another input.
+
+    Args:
+        cache: from `run_with_cache` on the other input; a batch of one serves every row.
+        layers: None is every layer that the cache has.
+        source, target: the map between the inputs: the value of token `source[i]` there goes to token `target[i]`
+            here. Without it every token gets that of the same index, and both inputs must be equally long.
+        heads, site: see above.
+
+    Returns:
+        (hook name, hook function) pairs, one a layer. On a model without learned increments every increment is 1.0,
+        so patching them changes nothing.
+
+    Raises:
+        PositionsError: the cache has no such hooks, the map does not fit; when run, as `freeze`.
+    """
+    if (source is None) != (target is None):
+        given, missing = ("source", "target") if target is None else ("target", "source")
+        raise PositionsError(f"{given} was given without {missing}; expected both, token by token.")
+    here, there = (None if tokens is None else _indices(tokens, "a token") for tokens in (target, source))
+    if here is not None and there is not None and (len(here) != len(there) or len(set(here)) < len(here)):
+        raise PositionsError(
+            f"the map goes from {len(there)} tokens to {len(set(here))} different ones; expected as many of each, and "
+            "each target once."
+        )
+    hooks: Hooks = []
+    for name, values in _cached(cache, site, layers, heads):
+        if there is not None and max(there, default=0) >= values.shape[1]:
+            raise PositionsError(
+                f"source has token {max(there)}; expected tokens below {values.shape[1]}, the length of the recorded "
+                "input."
+            )
+        hooks.append((name, _at(partial(_recorded, values, there, here), here, heads)))
+    return hooks
+
+
+def streams_of(model: Any) -> PositionStreams:
+    """The streams of a bridge.
+
+    Raises:
+        PositionsError: it is none, or has none.
+    """
+    if not isinstance(model, TransformerBridge):
+        raise PositionsError(
+            f"the model is a {type(model).__name__}; expected a HookedPositionTransformer, or a TransformerBridge with "
+            "position streams (hook points are a bridge's)."
+        )
+    streams = getattr(unbridged(model), "position_streams", None)
+    if streams is None:
+        raise PositionsError("the bridge has no position streams; expected attach_positions(bridge) first.")
+    return streams
+
+
+def edited_token(model: TransformerBridge, before: int) -> int:
+    """The token whose increment is the gap before another one."""
+    return before if streams_of(model).config.gap == "before" else before - 1
+
+
+def streams_at(streams: PositionStreams, layers: Some) -> list[tuple[int, PositionStream]]:
+    """The streams of some layers, each with its place among all of them.
+
+    Raises:
+        PositionsError: a layer has none.
+    """
+    every: list[Any] = list(streams.layers)
+    known = [stream.layer for stream in every]
+    wanted = known if layers is None else [layers] if isinstance(layers, int) else list(layers)
+    for layer in wanted:
+        if layer not in known:
+            raise PositionsError(f"layer {layer} has no positions of its own; expected some of {_short(known)}.")
+    if not wanted:
+        raise PositionsError(f"no layers were given; expected some of {_short(known)}.")
+    return [(i, stream) for i, stream in enumerate(every) if stream.layer in wanted]
+
+
+def _hook_names(model: TransformerBridge, site: str, layers: Some) -> list[tuple[int, str]]:
+    _check_site(site)
+    return [(s.layer, getattr(s, f"hook_{site}").name) for _, s in streams_at(streams_of(model), layers)]
+
+
+def _cached(
+    cache: ActivationCache, site: str, layers: Some, heads: Some
+) -> list[tuple[str, Float[Tensor, "batch pos *head"]]]:
+    _check_site(site)
+    suffix = f".attn.hook_{site}"
+    found = {int(name.split(".")[-3]): name for name in cache if name.endswith(suffix)}
+    wanted = list(found) if layers is None else [layers] if isinstance(layers, int) else list(layers)
+    missing = [layer for layer in wanted if layer not in found]
+    if missing or not wanted:
+        which = f"blocks.{missing[0] if missing else 0}{suffix}"
+        raise PositionsError(
+            f"the cache has no {which}; expected one from run_with_cache of a model with position streams, whose "
+            "names_filter lets it through."
+        )
+    values = [(found[layer], cache[found[layer]].detach()) for layer in wanted]
+    values = [(name, value if cache.has_batch_dim else value[None]) for name, value in values]
+    if heads is not None:
+        if values[0][1].ndim < 3:
+            raise PositionsError(f"heads is {heads}; expected none, as the recorded {site} are not per head.")
+        _check_heads(heads, values[0][1].shape[2])
+    return values
+
+
+def _check_site(site: str) -> None:
+    if site not in ("increments", "positions"):
+        raise PositionsError(f'site is {site!r}; expected "increments" or "positions".')
+
+
+def _checked_heads(model: TransformerBridge, heads: Some, hooks: Hooks) -> Hooks:
+    if heads is not None:
+        streams = streams_of(model)
+        if not streams.config.per_head:
+            raise PositionsError(
+                f"heads is {heads}; expected none, as the increments of this model are not per head "
+                "(PositionConfig(per_head=True) makes them so)."
+            )
+        first: Any = streams.layers[0]
+        _check_heads(heads, first.heads[0])
+    return hooks
+
+
+def _check_heads(heads: int | Sequence[int], count: int) -> None:
+    wrong = [head for head in _indices(heads, "a head") if head >= count]
+    if wrong:
+        raise PositionsError(f"there is no head {wrong[0]}; expected heads from 0 to {count - 1}.")
+
+
+def _indices(given: int | Sequence[int], what: str) -> list[int]:
+    indices = [given] if isinstance(given, int) else list(given)
+    for index in indices:
+        if not isinstance(index, int) or isinstance(index, bool) or index < 0:
+            raise PositionsError(f"{index!r} is not the index of {what}; expected whole numbers from 0.")
+    if not indices:
+        raise PositionsError(f"an empty list was given; expected the index of {what}, or None for all.")
+    return indices
+
+
+def _short(numbers: list[int]) -> str:
+    """0 to 29, or 0, 2, 5."""
+    if len(numbers) > 1 and numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{numbers[0]} to {numbers[-1]}"
+    return ", ".join(map(str, numbers))
+
+
+def _at(change: Change, positions: Tokens, heads: Some) -> Callable[..., Any]:
+    """A hook function that makes a change at some tokens and heads."""
+    if isinstance(positions, Tensor):
+        if positions.dtype != torch.bool or positions.ndim not in (1, 2):
+            raise PositionsError(
+                f"positions has shape {tuple(positions.shape)} and dtype {positions.dtype}; expected a boolean mask "
+                "[pos] or [batch pos], or a list of indices."
+            )
+    elif positions is not None:
+        positions = _indices(positions, "a token")
+    return partial(_edit, change, positions, None if heads is None else _indices(heads, "a head"))
+
+
+def _edit(
+    change: Change,
+    positions: list[int] | Bool[Tensor, "*#batch pos"] | None,
+    heads: list[int] | None,
+    values: Float[Tensor, "batch pos *head"],
+    hook: Any,
+) -> Float[Tensor, "batch pos *head"]:
+    tokens: HookedTokens = hook.ctx["tokens"]
+    chosen = _chosen(positions, tokens, values.shape[1]).to(values.device)
+    changed = change(values, chosen, tokens)
+    where = _like(chosen, values)
+    if heads is not None:
+        of_heads = torch.zeros(values.shape[2], dtype=torch.bool, device=values.device)
+        of_heads[heads] = True
+        where = where & of_heads
+    return torch.where(where, changed, values)
+
+
+def _chosen(
+    positions: list[int] | Bool[Tensor, "*#batch pos"] | None, tokens: HookedTokens, length: int
+) -> Bool[Tensor, "#batch pos"]:
+    """Which real tokens of this pass are meant."""
+    real = tokens.real()
+    if positions is None:
+        return real
+    if isinstance(positions, Tensor):
+        mask = positions.reshape(-1, positions.shape[-1])
+        if tokens.past == 0 and mask.shape[1] != length:
+            raise PositionsError(
+                f"the mask of tokens has length {mask.shape[1]}; expected {length}, the length of the input."
+            )
+        mask = mask[:, tokens.past : tokens.past + length].to(real.device)
+        return real & torch.nn.functional.pad(mask, (0, length - mask.shape[1]))
+    if tokens.past == 0 and max(positions) >= length:
+        raise PositionsError(f"there is no token {max(positions)}; expected tokens from 0 to {length - 1}.")
+    chosen = torch.zeros(1, length, dtype=torch.bool, device=real.device)
+    chosen[:, [i - tokens.past for i in positions if 0 <= i - tokens.past < length]] = True
+    return real & chosen
+
+
+def _like(mask: Tensor, values: Tensor) -> Tensor:
+    """A mask or numbers [batch pos] in the shape of values, which may have heads."""
+    return (mask if values.ndim == 2 else mask[..., None]).expand(values.shape)
+
+
+def _constant(site: str, number: float, values: Tensor, _chosen: Tensor, tokens: HookedTokens) -> Tensor:
+    if site == "increments":
+        return torch.full_like(values, number)
+    return _like(number * tokens.ids.to(values), values)
+
+
+class _Mean:
+    """Every increment its row's mean; positions on a ruler of equal steps. New tokens of a cache take the prompt's."""
+
+    def __init__(self, site: str) -> None:
+        self.site = site
+        self.of_prompt: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, values: Tensor, chosen: Tensor, tokens: HookedTokens) -> Tensor:
+        if tokens.past == 0 or self.of_prompt is None or len(self.of_prompt[0]) != len(values):
+            counted = chosen & tokens.moved()
+            self.of_prompt = _mean(values, counted) if self.site == "increments" else _line(values, tokens)
+        start, step = self.of_prompt
+        return (start + step * _like(tokens.ids.to(values), values)).to(values.dtype)
+
+
+def _mean(values: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of each row, and no step; the first value where nothing is counted."""
+    weights = _like(counted, values).to(torch.promote_types(values.dtype, torch.float32))
+    total = weights.sum(1, keepdim=True)
+    mean = (weights * values).sum(1, keepdim=True) / total.clamp(min=1)
+    return torch.where(total > 0, mean, values[:, :1]), torch.zeros_like(mean)
+
+
+def _line(values: Tensor, tokens: HookedTokens) -> tuple[Tensor, Tensor]:
+    """Start and step of the ruler from the first to the last real token of each row."""
+    real, ids = _like(tokens.real(), values), _like(tokens.ids.to(values), values)
+    first, last = real.to(torch.uint8).argmax(1, keepdim=True), ids.where(real, -1).argmax(1, keepdim=True)
+    (p_0, p_1), (i_0, i_1) = ((x.gather(1, first), x.gather(1, last)) for x in (values, ids))
+    step = (p_1 - p_0) / (i_1 - i_0).clamp(min=1)
+    return p_0 - step * i_0, step
+
+
+def _shuffled(site: str, seed: int, values: Tensor, chosen: Tensor, tokens: HookedTokens) -> Tensor:
+    counted = (chosen & tokens.moved() if site == "increments" else chosen).expand(values.shape[:2]).cpu()
+    draws = torch.rand(counted.shape, generator=torch.Generator().manual_seed(seed))
+    order = torch.arange(values.shape[1]).repeat(len(counted), 1)
+    for row, (mask, draw) in enumerate(zip(counted, draws, strict=True)):
+        places = mask.nonzero().flatten()
+        order[row, places] = places[draw[places].argsort()]
+    return values.gather(1, _like(order.to(values.device), values))
+
+
+def _scaled(factor: float, values: Tensor, _chosen: Tensor, _tokens: HookedTokens) -> Tensor:
+    return factor * values
+
+
+def _lengthened(by: float, values: Tensor, _chosen: Tensor, _tokens: HookedTokens) -> Tensor:
+    return values + by
+
+
+def _recorded(
+    recorded: Tensor,
+    source: list[int] | None,
+    target: list[int] | None,
+    values: Tensor,
+    _chosen: Tensor,
+    tokens: HookedTokens,
+) -> Tensor:
+    """Recorded values in the places of this pass; tokens that none was recorded for keep their own."""
+    past, length = tokens.past, values.shape[1]
+    if recorded.shape[2:] != values.shape[2:] or len(recorded) not in (1, len(values)):
+        raise PositionsError(
+            f"the recorded values have shape {tuple(recorded.shape)} and the input's {tuple(values.shape)}; expected "
+            "the same batch (or one row) and heads."
+        )
+    if source is None and past == 0 and recorded.shape[1] != length:
+        raise PositionsError(
+            f"the recorded input has {recorded.shape[1]} tokens and this one {length}; expected equally many, or "
+            "patch(..., source=, target=) with a map of tokens."
+        )
+    there = source if source is not None else list(range(recorded.shape[1]))
+    here = target if target is not None else there
+    pairs = [(s, t - past) for s, t in zip(there, here, strict=True) if 0 <= t - past < length]
+    result = values.clone()
+    if pairs:
+        sources, targets = zip(*pairs, strict=True)
+        result[:, list(targets)] = recorded[:, list(sources)].to(values)
+    return result
