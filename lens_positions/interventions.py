@@ -23,12 +23,14 @@ for models whose increments are per head.
 
 Generation with a key-value cache calls hooks once for the prompt and once for each new token. Indices count from the
 start of the prompt; new tokens get the same number, factor or, with "mean", the prompt's mean; a shuffle and values
-recorded on the prompt leave them as they are.
+recorded on the prompt leave them as they are. A list with a mean serves one generation at a time.
 """
 
 import math
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -79,8 +81,9 @@ def ablate(
     Raises:
         PositionsError: no such layer, token or head, or `to` is none of the three.
     """
-    if to not in ("mean", "shuffle") and not (isinstance(to, int | float) and math.isfinite(to)):
-        raise PositionsError(f'to is {to!r}; expected a finite number, "mean" or "shuffle".')
+    if not (isinstance(to, str) and to in ("mean", "shuffle")):
+        to = finite(to, "to", 'a finite number, "mean" or "shuffle"')
+    seed = index_of(seed, "seed", "a whole number from 0")
     hooks: Hooks = []
     for layer, name in _hook_names(model, site, layers):
         if to == "mean":
@@ -88,7 +91,7 @@ def ablate(
         elif to == "shuffle":
             hooks.append((name, _at(partial(_shuffled, site, 1000 * seed + layer), positions, heads)))
         else:
-            hooks.append((name, _at(partial(_constant, site, float(to)), positions, heads)))
+            hooks.append((name, _at(partial(_constant, site, to), positions, heads)))
     return _checked_heads(model, heads, hooks)
 
 
@@ -102,9 +105,7 @@ def scale(
     site: Site = "increments",
 ) -> Hooks:
     """Multiply increments, or positions, by a factor; arguments, returns and errors as `ablate`."""
-    if not math.isfinite(factor):
-        raise PositionsError(f"factor is {factor}; expected a finite number.")
-    change = _at(partial(_scaled, factor), positions, heads)
+    change = _at(partial(_scaled, finite(factor, "factor")), positions, heads)
     return _checked_heads(model, heads, [(name, change) for _, name in _hook_names(model, site, layers)])
 
 
@@ -122,12 +123,10 @@ def add_gap(
     With gap "after" the increment that is edited is that of token `before - 1`; the tokens that move are the same.
     Other arguments, returns and errors as `ablate`.
     """
-    if not (isinstance(before, int) and before >= 1):
-        raise PositionsError(f"before is {before}; expected the index of a token after the first, from 1.")
-    if not math.isfinite(by):
-        raise PositionsError(f"by is {by}; expected a finite number of positions.")
+    before = index_of(before, "before", "the index of a token after the first, from 1", least=1)
+    by = finite(by, "by", "a finite number of positions")
     token = edited_token(model, before) if site == "increments" else before
-    change = _at(partial(_lengthened, by), token, heads)
+    change = _at(partial(_lengthened, by, before), token, heads)
     return _checked_heads(model, heads, [(name, change) for _, name in _hook_names(model, site, layers)])
 
 
@@ -186,7 +185,7 @@ def patch(
     if (source is None) != (target is None):
         given, missing = ("source", "target") if target is None else ("target", "source")
         raise PositionsError(f"{given} was given without {missing}; expected both, token by token.")
-    here, there = (None if tokens is None else _indices(tokens, "a token") for tokens in (target, source))
+    here, there = (None if tokens is None else indices_of(tokens, "a token") for tokens in (target, source))
     if here is not None and there is not None and (len(here) != len(there) or len(set(here)) < len(here)):
         raise PositionsError(
             f"the map goes from {len(there)} tokens to {len(set(here))} different ones; expected as many of each, and "
@@ -233,12 +232,10 @@ def streams_at(streams: PositionStreams, layers: Some) -> list[tuple[int, Positi
     """
     every: list[Any] = list(streams.layers)
     known = [stream.layer for stream in every]
-    wanted = known if layers is None else [layers] if isinstance(layers, int) else list(layers)
+    wanted = known if layers is None else indices_of(layers, "a layer")
     for layer in wanted:
         if layer not in known:
             raise PositionsError(f"layer {layer} has no positions of its own; expected some of {_short(known)}.")
-    if not wanted:
-        raise PositionsError(f"no layers were given; expected some of {_short(known)}.")
     return [(i, stream) for i, stream in enumerate(every) if stream.layer in wanted]
 
 
@@ -251,9 +248,14 @@ def _cached(
     cache: ActivationCache, site: str, layers: Some, heads: Some
 ) -> list[tuple[str, Float[Tensor, "batch pos *head"]]]:
     _check_site(site)
+    if not isinstance(cache, ActivationCache):
+        raise PositionsError(f"the cache is a {type(cache).__name__}; expected the one that run_with_cache returns.")
     suffix = f".attn.hook_{site}"
-    found = {int(name.split(".")[-3]): name for name in cache if name.endswith(suffix)}
-    wanted = list(found) if layers is None else [layers] if isinstance(layers, int) else list(layers)
+    found: dict[int, list[str]] = {}
+    for name in cache:
+        if name.endswith(suffix):
+            found.setdefault(int(name.split(".")[-3]), []).append(name)
+    wanted = list(found) if layers is None else indices_of(layers, "a layer")
     missing = [layer for layer in wanted if layer not in found]
     if missing or not wanted:
         which = f"blocks.{missing[0] if missing else 0}{suffix}"
@@ -261,7 +263,7 @@ def _cached(
             f"the cache has no {which}; expected one from run_with_cache of a model with position streams, whose "
             "names_filter lets it through."
         )
-    values = [(found[layer], cache[found[layer]].detach()) for layer in wanted]
+    values = [(name, cache[name].detach()) for layer in dict.fromkeys(wanted) for name in found[layer]]
     values = [(name, value if cache.has_batch_dim else value[None]) for name, value in values]
     if heads is not None:
         if values[0][1].ndim < 3:
@@ -289,19 +291,50 @@ def _checked_heads(model: TransformerBridge, heads: Some, hooks: Hooks) -> Hooks
 
 
 def _check_heads(heads: int | Sequence[int], count: int) -> None:
-    wrong = [head for head in _indices(heads, "a head") if head >= count]
+    wrong = [head for head in indices_of(heads, "a head") if head >= count]
     if wrong:
         raise PositionsError(f"there is no head {wrong[0]}; expected heads from 0 to {count - 1}.")
 
 
-def _indices(given: int | Sequence[int], what: str) -> list[int]:
-    indices = [given] if isinstance(given, int) else list(given)
-    for index in indices:
-        if not isinstance(index, int) or isinstance(index, bool) or index < 0:
-            raise PositionsError(f"{index!r} is not the index of {what}; expected whole numbers from 0.")
+def indices_of(given: Any, what: str) -> list[int]:
+    """One index or several as a list of Python's own numbers.
+
+    Raises:
+        PositionsError: none, or something that is no whole number from 0.
+    """
+    several = isinstance(given, Iterable) and not (isinstance(given, str | Tensor) and getattr(given, "ndim", 0) == 0)
+    indices = [
+        index_of(i, None, f"whole numbers from 0, each the index of {what}") for i in (given if several else [given])
+    ]
     if not indices:
         raise PositionsError(f"an empty list was given; expected the index of {what}, or None for all.")
     return indices
+
+
+def index_of(given: Any, name: str | None, expected: str, least: int = 0, most: int | None = None) -> int:
+    """A whole number as Python's own.
+
+    Raises:
+        PositionsError: it is none, too small or too large.
+    """
+    try:
+        index = operator.index(given)
+    except TypeError:
+        index = least - 1
+    if index < least or isinstance(given, bool) or (most is not None and index > most):
+        raise PositionsError(f"{name or 'an index'} is {given!r}; expected {expected}.")
+    return index
+
+
+def finite(given: Any, name: str, expected: str = "a finite number") -> float:
+    """A number as Python's own.
+
+    Raises:
+        PositionsError: it is none, or not finite.
+    """
+    if isinstance(given, bool) or not isinstance(given, Real) or not math.isfinite(given):
+        raise PositionsError(f"{name} is {given!r}; expected {expected}.")
+    return float(given)
 
 
 def _short(numbers: list[int]) -> str:
@@ -320,8 +353,8 @@ def _at(change: Change, positions: Tokens, heads: Some) -> Callable[..., Any]:
                 "[pos] or [batch pos], or a list of indices."
             )
     elif positions is not None:
-        positions = _indices(positions, "a token")
-    return partial(_edit, change, positions, None if heads is None else _indices(heads, "a head"))
+        positions = indices_of(positions, "a token")
+    return partial(_edit, change, positions, None if heads is None else indices_of(heads, "a head"))
 
 
 def _edit(
@@ -332,7 +365,7 @@ def _edit(
     hook: Any,
 ) -> Float[Tensor, "batch pos *head"]:
     tokens: HookedTokens = hook.ctx["tokens"]
-    chosen = _chosen(positions, tokens, values.shape[1]).to(values.device)
+    chosen = _chosen(positions, tokens, *values.shape[:2]).to(values.device)
     changed = change(values, chosen, tokens)
     where = _like(chosen, values)
     if heads is not None:
@@ -343,7 +376,7 @@ def _edit(
 
 
 def _chosen(
-    positions: list[int] | Bool[Tensor, "*#batch pos"] | None, tokens: HookedTokens, length: int
+    positions: list[int] | Bool[Tensor, "*#batch pos"] | None, tokens: HookedTokens, batch: int, length: int
 ) -> Bool[Tensor, "#batch pos"]:
     """Which real tokens of this pass are meant."""
     real = tokens.real()
@@ -355,6 +388,8 @@ def _chosen(
             raise PositionsError(
                 f"the mask of tokens has length {mask.shape[1]}; expected {length}, the length of the input."
             )
+        if len(mask) not in (1, batch):
+            raise PositionsError(f"the mask of tokens has {len(mask)} rows; expected one, or {batch} as the input.")
         mask = mask[:, tokens.past : tokens.past + length].to(real.device)
         return real & torch.nn.functional.pad(mask, (0, length - mask.shape[1]))
     if tokens.past == 0 and max(positions) >= length:
@@ -380,13 +415,16 @@ class _Mean:
 
     def __init__(self, site: str) -> None:
         self.site = site
-        self.of_prompt: tuple[Tensor, Tensor] | None = None
+        self.of_prompt: tuple[Tensor, ...] | None = None
 
     def __call__(self, values: Tensor, chosen: Tensor, tokens: HookedTokens) -> Tensor:
         if tokens.past == 0 or self.of_prompt is None or len(self.of_prompt[0]) != len(values):
             counted = chosen & tokens.moved()
-            self.of_prompt = _mean(values, counted) if self.site == "increments" else _line(values, tokens)
-        start, step = self.of_prompt
+            of_prompt = _mean(values, counted) if self.site == "increments" else _line(values, tokens)
+            self.of_prompt = tuple(numbers.detach() for numbers in of_prompt)
+            start, step = of_prompt
+        else:
+            start, step = self.of_prompt
         return (start + step * _like(tokens.ids.to(values), values)).to(values.dtype)
 
 
@@ -421,7 +459,9 @@ def _scaled(factor: float, values: Tensor, _chosen: Tensor, _tokens: HookedToken
     return factor * values
 
 
-def _lengthened(by: float, values: Tensor, _chosen: Tensor, _tokens: HookedTokens) -> Tensor:
+def _lengthened(by: float, before: int, values: Tensor, _chosen: Tensor, tokens: HookedTokens) -> Tensor:
+    if tokens.past == 0 and before >= values.shape[1]:
+        raise PositionsError(f"there is no token {before}; expected tokens from 1 to {values.shape[1] - 1}.")
     return values + by
 
 

@@ -163,14 +163,74 @@ def interrupted(_values, hook):
     raise KeyboardInterrupt
 
 
-def test_active_hooks_belong_to_baseline_and_edits():
+def zero_token_3(values, hook):
+    values[:, 3] = 0
+    return values
+
+
+@pytest.mark.parametrize("active", ["user", "shuffle", "mean", "freeze", "last token"])
+def test_active_hooks_belong_to_baseline_and_edits(active):
     model = random_model()
-    other = lp.ablate(model, to=0.5, layers=0)
-    with model.hooks(fwd_hooks=other):
-        swept = causal.gap_sweep(model, TOKENS, DIFFERENCE)
-        (plain,) = loop(model, TOKENS, [DIFFERENCE], lambda la, t: lp.add_gap(model, t, layers=la), range(1, 9))
-    assert (swept[:, 1:] - plain).abs().max() < 1e-5
-    assert (causal.gap_sweep(model, TOKENS, DIFFERENCE) - swept).abs().max() > 1e-3
+    other = {
+        "user": lambda: [("blocks.0.hook_mlp_out", zero_token_3)],
+        "shuffle": lambda: lp.ablate(model, to="shuffle"),
+        "mean": lambda: lp.ablate(model, to="mean"),
+        "freeze": lambda: lp.freeze(model.run_with_cache(OTHER)[1], layers=0),
+        "last token": lambda: lp.ablate(model, to=0.5, positions=8),
+    }[active]()
+    early = causal.log_probability(7, at=5)
+    for metric in (DIFFERENCE, early):
+        with model.hooks(fwd_hooks=other):
+            swept = causal.gap_sweep(model, TOKENS, metric)
+            (plain,) = loop(model, TOKENS, [metric], lambda la, t: lp.add_gap(model, t, layers=la), range(1, 9))
+        assert (swept[:, 1:] - plain).abs().max() < 1e-5
+        assert (causal.gap_sweep(model, TOKENS, metric) - swept).abs().max() > 1e-3 or (
+            metric is early and active == "last token"
+        )
+
+
+def test_half_precision_is_measured_in_full():
+    model = random_model(dtype=torch.bfloat16)
+    swept = causal.gap_sweep(model, TOKENS, causal.log_probability(7), by=0.5)
+    assert len(swept.unique()) > 15
+    losses = causal.ablation_table(model, TEXTS, to=[1.0], layers=0)
+    assert losses.attention["look_back"].between(0, 30).all()
+
+
+def test_a_shortcut_that_is_wrong_in_half_precision_is_found_out(monkeypatch):
+    model = random_model(dtype=torch.bfloat16)
+    join = Replay._join
+    monkeypatch.setattr(Replay, "_join", lambda self, layer, *given: join(self, max(layer - 1, 0), *given))
+    with pytest.warns(UserWarning, match="its logits are then off by"):
+        causal.gap_sweep(model, TOKENS, DIFFERENCE)
+
+
+def test_dropout_is_off_on_both_sides():
+    model = lp.HookedPositionTransformer.from_transformers(families.build("LlamaForCausalLM"))
+    for block in model.blocks:
+        block.attn.original_component.attention_dropout = 0.5
+    model.train()
+    tokens = families.TOKENS[:1]
+    assert causal.patch_sweep(model, tokens, tokens, DIFFERENCE, "resid").abs().max() < 1e-5
+    assert model.training
+
+
+def test_ablations_are_not_counted_twice():
+    model = random_model()
+    found = causal.ablation_table(model, TEXTS, to=[1, 1.0, "mean", "mean"], layers=[1, 1])
+    assert list(found.loss["to"]) == ["1.0", "mean"] * 2
+    assert found.loss["n"].nunique() == 1
+    assert set(found.attention["n"]) == set(found.loss["n"])
+
+
+def test_gradients_need_no_gradient_mode():
+    model = random_model()
+    slopes = causal.attribution(model, TOKENS, DIFFERENCE)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(causal.attribution(model, TOKENS, DIFFERENCE), slopes)
+    model.original_model.requires_grad_(False)
+    torch.testing.assert_close(causal.attribution(model, TOKENS, DIFFERENCE), slopes)
 
 
 def test_some_layers_and_a_map_of_tokens():
@@ -186,7 +246,7 @@ def test_some_layers_and_a_map_of_tokens():
             hooks = lp.patch(cache, layers=layer, source=s, target=t)
             effect = DIFFERENCE(model.run_with_hooks(TOKENS, fwd_hooks=hooks)) - DIFFERENCE(model(TOKENS))
         assert float(swept[layer, t]) == pytest.approx(float(effect), abs=1e-5)
-    assert swept[:, [1, 2, 4, 5, 6, 8]].isnan().all()
+    assert swept[:, [0, 1, 2, 4, 5, 6, 8]].isnan().all()
 
 
 def test_metrics_of_one_token_agree_with_plain_functions():
@@ -363,7 +423,27 @@ def refusals(model):
             lambda: causal.attribution(model, TOKENS, LOSS, "integrated", baseline=torch.ones(3, 4)),
         "clean has shape (1, 9) and corrupted (1, 4); expected pairs of prompts of equal length":
             lambda: causal.mediation(model, TOKENS, OTHER[:, :4], DIFFERENCE),
-        "no ablations were given": lambda: causal.ablation_table(model, TEXTS, to=[]),
+        "to is []; expected a list of ablations": lambda: causal.ablation_table(model, TEXTS, to=[]),
+        "to is 'mean'; expected a list": lambda: causal.ablation_table(model, TEXTS, to="mean"),
+        "seed is -1; expected": lambda: causal.ablation_table(model, TEXTS, seed=-1),
+        "a token of the metric is 999; expected an id from 0 to 256":
+            lambda: sweep(model, TOKENS, causal.logit_difference(999, 9)),
+        "a token of the metric is 'the'": lambda: sweep(model, TOKENS, causal.log_probability("the")),
+        "the metric reads token 20; expected one of the prompt's 9":
+            lambda: causal.attribution(model, TOKENS, causal.log_probability(5, at=20)),
+        "the metric reads token 2.0": lambda: sweep(model, TOKENS, causal.log_probability(5, at=2.0)),
+        "loss is of 4 tokens and the prompt has 9": lambda: sweep(model, TOKENS, causal.loss(OTHER[:, :4])),
+        "loss was given shape (2, 9)": lambda: causal.loss(pair),
+        "loss was given a str": lambda: causal.loss("a text"),
+        "the metric is None; expected a function": lambda: sweep(model, TOKENS, None),
+        "the metric has no gradient":
+            lambda: causal.attribution(model, TOKENS, lambda logits: DIFFERENCE(logits.detach())),
+        "tokens are a list": lambda: causal.mediation(model, [1, 2], TOKENS, DIFFERENCE),
+        "tokens are shape (1, 9) and torch.float32":
+            lambda: causal.mediation(model, TOKENS.float(), TOKENS, DIFFERENCE),
+        "align is {}": lambda: patch(model, OTHER, TOKENS, LOSS, align={}),
+        "an index is '3'": lambda: patch(model, OTHER, TOKENS, LOSS, align={"3": 1}),
+        "site is ['resid']": lambda: patch(model, OTHER, TOKENS, LOSS, ["resid"]),
         "to is 'zero'": lambda: causal.ablation_table(model, TEXTS, to=["zero"]),
         "layer 7 has no positions": lambda: causal.ablation_table(model, TEXTS, layers=[7]),
         "no texts were given": lambda: causal.ablation_table(model, []),

@@ -3,6 +3,8 @@
 import functools
 import itertools
 
+import families
+import numpy as np
 import pytest
 import torch
 from conftest import drawn_weights
@@ -253,14 +255,15 @@ def refusals(model, cache):
     per_head = random_model("per_layer", True)
     of_heads = per_head.run_with_cache(TOKENS)[1]
     bare = model.run_with_cache(TOKENS, names_filter="blocks.0.hook_resid_pre")[1]
-    short = TOKENS[:, :5]
+    short, after = TOKENS[:, :5], random_model("per_layer", False, "after")
     run = model.run_with_hooks
     return {
         "layer 2 has no positions of its own; expected some of 0 to 1": lambda: lp.ablate(model, layers=2),
-        "no layers were given": lambda: lp.scale(model, 2.0, layers=[]),
+        "an empty list was given; expected the index of a layer": lambda: lp.scale(model, 2.0, layers=[]),
         "there is no token 9; expected tokens from 0 to 8":
             lambda: run(TOKENS, fwd_hooks=lp.scale(model, 2.0, positions=[1, 9])),
-        "-1 is not the index of a token": lambda: lp.scale(model, 2.0, positions=-1),
+        "an index is -1; expected whole numbers from 0, each the index of a token":
+            lambda: lp.scale(model, 2.0, positions=-1),
         "positions has shape (2, 9) and dtype torch.int64": lambda: lp.scale(model, 2.0, positions=TOKENS),
         "the mask of tokens has length 9; expected 5":
             lambda: run(short, fwd_hooks=lp.scale(model, 2.0, positions=TOKENS > 9)),
@@ -269,6 +272,15 @@ def refusals(model, cache):
         "heads is 1; expected none, as the recorded increments are not per head": lambda: lp.freeze(cache, heads=1),
         "there is no head 4; expected heads from 0 to 3": lambda: lp.freeze(of_heads, heads=4),
         "to is 'zero'; expected a finite number": lambda: lp.ablate(model, to="zero"),
+        "to is [1.0]": lambda: lp.ablate(model, to=[1.0]),
+        "seed is 0.5; expected a whole number": lambda: lp.ablate(model, to="shuffle", seed=0.5),
+        "factor is '2'; expected a finite number": lambda: lp.scale(model, "2"),
+        "an index is 'all'; expected whole numbers": lambda: lp.scale(model, 2.0, layers="all"),
+        "an index is 1.0": lambda: lp.scale(model, 2.0, layers=1.0),
+        "the cache is a dict; expected the one that run_with_cache returns": lambda: lp.freeze(dict(cache.items())),
+        "the mask of tokens has 2 rows; expected one, or 1":
+            lambda: run(TOKENS[:1], fwd_hooks=lp.scale(model, 2.0, positions=TOKENS > 9)),
+        "there is no token 9; expected tokens from 1 to 8": lambda: run(TOKENS, fwd_hooks=lp.add_gap(after, 9)),
         "to is nan": lambda: lp.ablate(model, to=float("nan")),
         "factor is inf": lambda: lp.scale(model, float("inf")),
         "by is nan": lambda: lp.add_gap(model, 3, by=float("nan")),
@@ -301,6 +313,31 @@ def test_what_a_person_can_get_wrong_is_one_sentence():
         assert sentence in str(error.value)
         assert str(error.value).count("\n") == 0
     assert torch.equal(model(TOKENS), plain)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_indices_and_numbers_of_numpy_and_torch_are_taken():
+    model = random_model("per_layer", True)
+    cache = model.run_with_cache(OTHERS)[1]
+    for ours, plain in (
+        (lp.scale(model, np.float32(2), layers=np.int64(1), positions=np.arange(3), heads=torch.tensor([1, 2])),
+         lp.scale(model, 2.0, layers=1, positions=[0, 1, 2], heads=[1, 2])),
+        (lp.ablate(model, to=1, layers=range(2), positions=range(2, 5)), lp.ablate(model, positions=[2, 3, 4])),
+        (lp.add_gap(model, np.int64(3)), lp.add_gap(model, 3)),
+        (lp.patch(cache, source=torch.arange(2), target=np.array([4, 5]), layers=torch.tensor([0, 1])),
+         lp.patch(cache, source=[0, 1], target=[4, 5])),
+    ):  # fmt: skip
+        assert torch.equal(seen(model, TOKENS, ours), seen(model, TOKENS, plain))
+
+
+def test_layers_of_one_number_are_all_meant():
+    """A looped model has two stacks of blocks, both numbered from 0."""
+    model = lp.HookedPositionTransformer.from_transformers(families.build("HrmTextForCausalLM"))
+    assert model.position_layers == [0, 0]
+    cache = model.run_with_cache(families.TOKENS)[1]
+    names = [name for name, _ in lp.freeze(cache)]
+    assert names == [name for name, _ in lp.ablate(model)]
+    assert len(names) == 2
 
 
 def test_a_bridge_without_streams_is_told_to_attach_them(tiny_llama):

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from lens_positions.cli import moved, show
+from lens_positions.cli import ablate, gaps, moved, patch, show
 from training.__main__ import parse, parse_graft
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
+COMMAND = {function.__name__: function for function in (show, moved, gaps, patch, ablate)}
 COMMANDS = [
     line.strip().split("  #")[0].strip()
     for line in README.splitlines()
@@ -54,7 +55,7 @@ def test_graft_commands_parse(command):
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("lens-positions ")])
 def test_lens_positions_commands_have_the_options_they_use(command):
     name, *words = shlex.split(command)[1:]
-    known = inspect.signature({"show": show, "moved": moved}[name]).parameters
+    known = inspect.signature(COMMAND[name]).parameters
     assert all(word.removeprefix("--").replace("-", "_") in known for word in words if word.startswith("--"))
 
 

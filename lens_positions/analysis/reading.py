@@ -87,6 +87,8 @@ def windows(
     Raises:
         PositionsError: as `read`.
     """
+    if model.cfg.n_ctx < 2:
+        raise PositionsError("the model's context is one token; expected at least two.")
     if getattr(model, "tokenizer", None) is None:
         raise PositionsError("the model has no tokenizer; expected one, to tell what its tokens are.")
     documents = _documents(model, texts)

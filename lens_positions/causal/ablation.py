@@ -27,12 +27,13 @@ from ..analysis.reading import Texts, windows
 from ..attach import unbridged
 from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
-from ..interventions import Hooks, Some, ablate, streams_at, streams_of
+from ..interventions import Hooks, Some, ablate, finite, index_of, streams_at, streams_of
 from ..progress import tracked
 from .metrics import token_losses
 from .replay import Replay
 
 To = float | Literal["mean", "shuffle"]
+ABLATION = 'a finite number, "mean" or "shuffle"'
 INTERVENTIONS: tuple[To, ...] = (1.0, "mean", "shuffle")
 
 
@@ -80,9 +81,11 @@ def ablation_table(
         PositionsError: no streams, no such layer, no documents or one of fewer than two tokens.
     """
     places = streams_at(streams_of(model), layers)
-    numbers = [stream.layer for _, stream in places]
-    if not to:
-        raise PositionsError("no ablations were given; expected some of 1.0, 'mean' and 'shuffle'.")
+    numbers = list(dict.fromkeys(stream.layer for _, stream in places))
+    if isinstance(to, str) or not isinstance(to, Sequence) or not to:
+        raise PositionsError(f"to is {to!r}; expected a list of ablations, some of 1.0, 'mean' and 'shuffle'.")
+    to = list(dict.fromkeys(how if how in ("mean", "shuffle") else finite(how, "to", ABLATION) for how in to))
+    seed = index_of(seed, "seed", "a whole number from 0")
     documents, batches = windows(cast(HookedPositionTransformer, model), corpus)
     names = {s.layer: cast(str, s.hook_increments.name).replace("hook_increments", "hook_pattern") for _, s in places}
     patterns = {layer: name for layer, name in names.items() if name in model.hook_dict}
@@ -94,24 +97,23 @@ def ablation_table(
         rows = torch.stack([documents[n][start:stop] for n, start, stop in batch])
         owners = [n for n, _, _ in batch]
         targets = rows[:, 1:]
-        kept: dict[str, Tensor] = {}
-        record: Hooks = [(name, partial(_keep, kept)) for name in patterns.values()]
+        own: dict[str, Tensor] = {}
+        record: Hooks = [(name, partial(_keep, own)) for name in patterns.values()]
         replay = Replay(model, rows.to(unbridged(model).device), hooks=record, tokens_too=False)
-        own = dict(kept)
         nats, best = token_losses(replay.logits, targets), replay.logits[:, :-1].argmax(-1)
         base.add(owners, nats[..., None])
         for layer, how in ablated:
-            kept.clear()
             seen = numbers if layer == "all" else [cast(int, layer)]
             hooks = ablate(model, to=how, layers=seen, seed=seed + number)
-            listen: Hooks = [(patterns[n], partial(_keep, kept)) for n in seen if n in patterns]
+            compared: dict[str, Tensor] = {}
+            listen: Hooks = [(patterns[n], partial(_compare, own, compared)) for n in seen if n in patterns]
             logits = replay.run(hooks + listen, {min(seen): 1})
             changed = logits[:, :-1].argmax(-1) != best
             tally = tallies.setdefault((layer, how, None), _Tally(len(documents)))
             tally.add(owners, torch.stack([token_losses(logits, targets) - nats, changed.to(nats)], dim=-1))
             for n in filter(patterns.get, seen):
                 tally = tallies.setdefault((layer, how, n), _Tally(len(documents)))
-                tally.add(owners, _compared(own[patterns[n]], kept[patterns[n]]))
+                tally.add(owners, compared[patterns[n]])
     draws = resamples(len(documents), seed)
     losses, attention = [], []
     for (layer, how, seen_at), tally in tallies.items():
@@ -161,6 +163,11 @@ class _Tally:
 
 def _keep(kept: dict[str, Tensor], pattern: Tensor, hook: HookPoint) -> None:
     kept[cast(str, hook.name)] = pattern.detach()
+
+
+def _compare(own: dict[str, Tensor], compared: dict[str, Tensor], pattern: Tensor, hook: HookPoint) -> None:
+    name = cast(str, hook.name)
+    compared[name] = _compared(own[name].float(), pattern.float())
 
 
 def _compared(

@@ -70,7 +70,8 @@ def attribution(
     """
     prompt = one_prompt(model, tokens)
     names = [cast(str, cast(Any, stream).hook_increments.name) for stream in streams_of(model).layers]
-    with evaluating(model), torch.enable_grad():
+    with evaluating(model), torch.inference_mode(False), torch.enable_grad():
+        prompt = prompt.clone()
         if method == "gradient":
             values = _gradient(model, prompt, metric, names)
         elif method == "integrated":
@@ -87,7 +88,7 @@ def attribution(
 def _gradient(
     model: TransformerBridge, prompt: Int[Tensor, "1 pos"], metric: Metric, names: list[str]
 ) -> Float[Tensor, "layer pos *head"]:
-    found = cache_activation_and_gradient(model, prompt, lambda logits: measured(metric, logits)[0], names)
+    found = cache_activation_and_gradient(model, prompt, lambda logits: _differentiable(metric, logits)[0], names)
     missing = [torch.zeros_like(found.activations[name]) for name in names]
     gradients = [found.gradients.get(name) for name in names]
     return torch.stack([(m if g is None else g)[0] for g, m in zip(gradients, missing, strict=True)]).cpu()
@@ -148,7 +149,7 @@ def _mean_gradient(
     for i in range(0, steps, at_once):
         along = own.new_tensor((places[i : i + at_once] + 1) / 2).view(-1, *[1] * own.ndim)
         points = (start + along * (own - start)).requires_grad_()
-        value = _at_points(model, prompt, metric, names, points)
+        value = _at_points(model, prompt, partial(_differentiable, metric), names, points)
         (gradients,) = torch.autograd.grad(value @ value.new_tensor(weights[i : i + at_once] / 2), points)
         total += gradients.sum(0)
     return total
@@ -165,6 +166,13 @@ def _at_points(
     hooks: Hooks = [(name, _setting(points[:, i])) for i, name in enumerate(names)]
     with model.hooks(fwd_hooks=hooks):
         return measured(metric, model(prompt.expand(len(points), -1), return_type="logits", use_cache=False))
+
+
+def _differentiable(metric: Metric, logits: Tensor) -> Tensor:
+    value = measured(metric, logits)
+    if not value.requires_grad:
+        raise PositionsError("the metric has no gradient; expected one that is differentiable by the logits.")
+    return value
 
 
 def _setting(values: Tensor) -> Callable[..., Tensor]:

@@ -29,6 +29,7 @@ from ..interventions import Hooks, Some, freeze, streams_at, streams_of
 from ..progress import tracked
 from .metrics import Metric, measured
 from .replay import evaluating
+from .sweeps import prompts_of
 
 PATHS = ("total", "direct", "increments", "interaction")
 
@@ -56,14 +57,15 @@ def mediation(
     Raises:
         PositionsError: no streams, no such layer, prompts of different shape, or a metric that does not fit.
     """
-    if clean.ndim != 2 or clean.shape != corrupted.shape or not clean.numel():
+    clean, corrupted = prompts_of(model, clean), prompts_of(model, corrupted)
+    if clean.shape != corrupted.shape:
         raise PositionsError(
             f"clean has shape {tuple(clean.shape)} and corrupted {tuple(corrupted.shape)}; expected pairs of prompts "
             "of equal length, [batch pos] both."
         )
     every = streams_at(streams_of(model), layers)
     names = [cast(str, stream.hook_increments.name) for _, stream in every]
-    numbers = [stream.layer for _, stream in every]
+    numbers = list(dict.fromkeys(stream.layer for _, stream in every))
     with evaluating(model), torch.no_grad():
         logits_clean, of_clean = model.run_with_cache(clean, names_filter=names)
         logits_corrupted, of_corrupted = model.run_with_cache(corrupted, names_filter=names)

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..errors import PositionsError
+from ..interventions import index_of
 
 Metric = Callable[[Float[Tensor, "batch pos vocab"]], Float[Tensor, " batch"]]
 
@@ -31,24 +32,45 @@ class AtToken:
 
     def __call__(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
         """One number a row."""
-        return self.read(logits[:, self.at])
+        at, length = self.at, logits.shape[1]
+        if isinstance(at, bool) or not isinstance(at, int) or not -length <= at < length:
+            raise PositionsError(f"the metric reads token {at!r}; expected one of the prompt's {length} tokens.")
+        return self.read(_wide(logits[:, at]))
 
 
 def logit_difference(answer: int, wrong: int, at: int = -1) -> AtToken:
     """The logit of the answer minus that of a wrong one, token ids both, where token `at` predicts the next."""
-    return AtToken(lambda logits: logits[:, answer] - logits[:, wrong], at)
+    return AtToken(lambda logits: _of(logits, answer) - _of(logits, wrong), at)
 
 
 def log_probability(answer: int, at: int = -1) -> AtToken:
     """The log probability of the answer, in nats, where token `at` predicts the next."""
-    return AtToken(lambda logits: logits.log_softmax(-1)[:, answer], at)
+    return AtToken(lambda logits: _of(logits.log_softmax(-1), answer), at)
+
+
+def _of(logits: Float[Tensor, "batch vocab"], token: int) -> Float[Tensor, " batch"]:
+    vocab = logits.shape[1]
+    return logits[:, index_of(token, "a token of the metric", f"an id from 0 to {vocab - 1}", most=vocab - 1)]
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """Half precision has three digits: too few for small effects."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def loss(tokens: Int[Tensor, "*one pos"]) -> Metric:
     """The mean loss of a prompt's tokens after the first, in nats per token."""
+    if not isinstance(tokens, Tensor) or tokens.ndim not in (1, 2) or tokens.numel() != tokens.shape[-1]:
+        given = f"shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
+        raise PositionsError(f"loss was given {given}; expected the token ids of one prompt, [pos] or [1, pos].")
     targets = tokens.flatten()[1:]
 
     def of(logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
+        if logits.shape[1] != len(targets) + 1 or not len(targets):
+            raise PositionsError(
+                f"loss is of {len(targets) + 1} tokens and the prompt has {logits.shape[1]}; expected its own tokens, "
+                "at least two."
+            )
         return token_losses(logits, targets.expand(len(logits), -1)).mean(1)
 
     return of
@@ -58,7 +80,7 @@ def token_losses(
     logits: Float[Tensor, "batch pos vocab"], targets: Int[Tensor, "batch next"]
 ) -> Float[Tensor, "batch next"]:
     """The loss of each token but the first of a row, in nats."""
-    predicted = logits[:, :-1].transpose(1, 2)
+    predicted = _wide(logits[:, :-1]).transpose(1, 2)
     return torch.nn.functional.cross_entropy(predicted, targets.to(logits.device), reduction="none")
 
 
@@ -68,6 +90,8 @@ def measured(metric: Metric, logits: Float[Tensor, "batch pos vocab"]) -> Float[
     Raises:
         PositionsError: it is not one finite number a row.
     """
+    if not callable(metric):
+        raise PositionsError(f"the metric is {metric!r}; expected a function from logits to one number a row.")
     value: Any = metric(logits)
     if not isinstance(value, Tensor) or value.shape != logits.shape[:1]:
         given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

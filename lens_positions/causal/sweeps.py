@@ -6,7 +6,8 @@ increments are not learned all of them are 1.0, and patching them from another p
 
 Each effect is what `run_with_hooks` with that one edit would give, to rounding, at a fraction of the cost: an edit is
 run from its layer and token on, beside many others (`replay.py`). Hooks that are active while a sweep runs
-(`with model.hooks(...)`) belong to its baseline and to every edit.
+(`with model.hooks(...)`) belong to its baseline and to every edit; as they may do anything, every edit is then a run
+of its own over the whole prompt.
 """
 
 import math
@@ -24,10 +25,10 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from ..attach import unbridged
 from ..errors import PositionsError
-from ..interventions import Hooks, Some, edited_token, streams_at, streams_of
+from ..interventions import Hooks, Some, edited_token, finite, index_of, streams_at, streams_of
 from ..progress import tracked
 from .metrics import Metric, baseline_of, measured
-from .replay import Replay
+from .replay import Replay, evaluating
 
 SweepSite = Literal["increments", "positions", "rot_q", "rot_k", "resid", "pattern"]
 SITES: dict[str, tuple[str, int]] = {
@@ -64,7 +65,7 @@ def gap_sweep(
         tokens: one prompt.
         metric: from logits [batch pos vocab] to one number a row (`causal.logit_difference`, `causal.loss`, your own).
         by: positions to add to the gap; 1.0 is one step of standard RoPE.
-        layers: the model's own layer numbers; None is all that rotate.
+        layers: the model's own layer numbers, taken in the model's order; None is all that rotate.
 
     Returns:
         Entry [l, t]: the metric with the gap before token t longer at the l-th of these layers (of
@@ -74,11 +75,14 @@ def gap_sweep(
     Raises:
         PositionsError: no streams, no such layer, tokens or metric that do not fit.
     """
-    if not math.isfinite(by) or by == 0:
-        raise PositionsError(f"by is {by}; expected a finite number of positions other than 0.")
+    by = finite(by, "by", "a finite number of positions")
+    if by == 0:
+        raise PositionsError("by is 0.0; expected a number of positions other than 0.")
     prompt = one_prompt(model, tokens)
     cells = {t: edited_token(model, t) for t in range(1, prompt.shape[1])}
-    return _sweep(model, prompt, metric, _hook_names(model, "increments", layers), 1, cells, _longer(by))
+    effects = _sweep(model, prompt, metric, _hook_names(model, "increments", layers), 1, cells, _longer(by))
+    effects[:, 0] = 0.0
+    return effects
 
 
 def patch_sweep(
@@ -99,7 +103,7 @@ def patch_sweep(
         metric: from logits [batch pos vocab] to one number a row.
         site: "increments", "positions", the rotated queries "rot_q" or keys "rot_k", and for comparison the residual
             stream entering the layer ("resid") and the row of a query in all attention "pattern"s.
-        layers: the model's own layer numbers; None is all that rotate.
+        layers: the model's own layer numbers, taken in the model's order; None is all that rotate.
         align: the map of tokens, from those of this prompt to those of the other input. Without it every token gets
             the value of its own index, and both must be equally long (a pattern's always, as its rows are over keys).
 
@@ -112,7 +116,7 @@ def patch_sweep(
         PositionsError: no streams, no such layer, site or token, different lengths without a map, a cache without the
             hooks, a metric that is not one number a row.
     """
-    if site not in SITES:
+    if not (isinstance(site, str) and site in SITES):
         raise PositionsError(f"site is {site!r}; expected one of {', '.join(SITES)}.")
     prompt = one_prompt(model, tokens)
     names, axis = _hook_names(model, site, layers), SITES[site][1]
@@ -125,7 +129,12 @@ def patch_sweep(
         )
     if site == "pattern" and (align is not None or recorded[0].shape[-1] != length):
         raise PositionsError("patterns are patched row by row over all keys; expected equally long inputs and no map.")
-    pairs = dict(align) if align is not None else {t: t for t in range(length)}
+    if align is not None and not (isinstance(align, Mapping) and align):
+        raise PositionsError(f"align is {align!r}; expected {{token here: token there}} with at least one pair.")
+    expected = "whole numbers from 0, as align maps tokens to tokens"
+    pairs = {t: t for t in range(length)}
+    if align is not None:
+        pairs = {index_of(t, None, expected): index_of(s, None, expected) for t, s in align.items()}
     for here, source_token in pairs.items():
         if not (0 <= here < length and 0 <= source_token < there):
             raise PositionsError(
@@ -151,19 +160,35 @@ def one_prompt(model: TransformerBridge, tokens: Int[Tensor, "*one pos"]) -> Int
     """The tokens of one prompt, as a row.
 
     Raises:
-        PositionsError: several prompts, none, or ids that the model does not have.
+        PositionsError: as `prompts_of`, or several prompts.
     """
-    row = tokens[None] if isinstance(tokens, Tensor) and tokens.ndim == 1 else tokens
-    if not (
-        isinstance(row, Tensor) and row.ndim == 2 and len(row) == 1 and row.shape[1] and not row.is_floating_point()
-    ):
-        given = f"shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
-        raise PositionsError(f"tokens are {given}; expected the token ids of one prompt, [pos] or [1, pos].")
-    base = unbridged(model)
+    rows = prompts_of(model, tokens)
+    if len(rows) != 1:
+        raise PositionsError(
+            f"tokens are shape {tuple(rows.shape)}; expected the token ids of one prompt, [pos] or [1, pos]."
+        )
+    return rows
+
+
+def prompts_of(model: TransformerBridge, tokens: Int[Tensor, "*batch pos"]) -> Int[Tensor, "batch pos"]:
+    """The tokens of prompts, a row each, where the model is.
+
+    Raises:
+        PositionsError: no tensor of whole numbers, none at all, or ids that the model does not have.
+    """
+    streams_of(model)
+    base: Any = unbridged(model)
+    rows = tokens[None] if isinstance(tokens, Tensor) and tokens.ndim == 1 else tokens
+    whole = isinstance(rows, Tensor) and rows.dtype in (torch.int64, torch.int32)
+    if not (whole and rows.ndim == 2 and rows.numel()):
+        given = f"a {type(tokens).__name__}"
+        if isinstance(tokens, Tensor):
+            given = f"shape {tuple(tokens.shape)} and {tokens.dtype}"
+        raise PositionsError(f"tokens are {given}; expected a tensor of token ids, [pos] or [batch, pos].")
     size = base.get_input_embeddings().weight.shape[0]
-    if row.min() < 0 or row.max() >= size:
-        raise PositionsError(f"tokens go from {row.min()} to {row.max()}; expected ids from 0 to {size - 1}.")
-    return row.to(base.device)
+    if rows.min() < 0 or rows.max() >= size:
+        raise PositionsError(f"tokens go from {rows.min()} to {rows.max()}; expected ids from 0 to {size - 1}.")
+    return rows.to(base.device)
 
 
 Put = Callable[[int, list[int], Tensor], Tensor]
@@ -190,18 +215,20 @@ def _sweep(
     """Run every edit; `cells` leads from the columns of the result to the tokens that are edited for them."""
     length = prompt.shape[1]
     at = getattr(metric, "at", None)
-    if at is not None:
-        if not -length <= at < length:
-            raise PositionsError(f"the metric reads token {at}; expected one of the prompt's {length} tokens.")
-        prompt = prompt[:, : at % length + 1]
-    replay = Replay(model, prompt, last_only=at is not None)
-    read = partial(_as_read, length if at is not None else None, replay.logits)
+    if at is not None and not (isinstance(at, int) and -length <= at < length):
+        raise PositionsError(f"the metric reads token {at!r}; expected one of the prompt's {length} tokens.")
+    hooked = any(point.has_hooks("fwd") for point in model.hook_dict.values())
+    cut = False
+    if at is not None and not hooked:
+        cut, prompt = True, prompt[:, : at % length + 1]
+    replay = Replay(model, prompt, last_only=cut, resume=not hooked)
+    read = partial(_as_read, length if cut else None, replay.logits)
     baseline = baseline_of(metric, read(replay.logits, 0))
     effects = torch.full((len(names), length), math.nan, dtype=torch.float64)
-    effects[:, [t for t in range(length) if t in cells or t == 0]] = 0.0
+    effects[:, list(cells)] = 0.0
     column = {token: t for t, token in cells.items()}
     tokens = [token for token in column if token < prompt.shape[1]]
-    groups = _groups(names, tokens, replay)
+    groups = _alone(names, tokens) if hooked else _groups(names, tokens, replay)
     for group in tracked(groups, "sweeping", quick=len(groups) < 4):
         start = replay.start(group.tokens[0])
         size = len(group.tokens)
@@ -231,6 +258,10 @@ def _groups(names: list[tuple[int, str]], tokens: list[int], replay: Replay) -> 
         for first in range(0, len(names), at_once):
             groups.append(_Group(range(first, min(first + at_once, len(names))), together))
     return groups
+
+
+def _alone(names: list[tuple[int, str]], tokens: list[int]) -> list[_Group]:
+    return [_Group(range(layer, layer + 1), [token]) for layer in range(len(names)) for token in tokens]
 
 
 def _edit(
@@ -264,7 +295,11 @@ def _hook_names(model: TransformerBridge, site: str, layers: Some) -> list[tuple
     """Layer number and hook name at each of the layers."""
     places = streams_at(streams_of(model), layers)
     blocks = [(s.layer, cast(str, s.hook_increments.name).removesuffix(SITES["increments"][0])) for _, s in places]
-    return [(layer, block + SITES[site][0]) for layer, block in blocks]
+    names = [(layer, block + SITES[site][0]) for layer, block in blocks]
+    for _, name in names:
+        if name not in model.hook_dict:
+            raise PositionsError(f"the model has no {name}; expected a site that its bridge has hooks for.")
+    return names
 
 
 def _recorded(
@@ -275,7 +310,7 @@ def _recorded(
 ) -> list[Float[Tensor, "pos_source ..."]]:
     """Values of the source at each of the hook points, by token."""
     if isinstance(source, Tensor):
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             _, cache = model.run_with_cache(
                 one_prompt(model, source), names_filter=[n for _, n in names], return_type=None
             )

@@ -1,0 +1,141 @@
+"""Effects drawn: a map of layers by tokens for sweeps and attributions, and bars with intervals for ablations.
+
+Orange raises the metric, blue lowers it, white does nothing; the scale is the same on both sides of zero.
+"""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ..errors import PositionsError
+from . import style
+
+DIVERGING = LinearSegmentedColormap.from_list("effects", [style.BLUE, style.SKY, "#ffffff", "#f2a15f", style.ORANGE])
+LABEL_LENGTH = 14
+"""Characters of a token's label at most."""
+
+INTERVENTION_COLOURS = {"1.0": style.ORANGE, "mean": style.BLUE, "shuffle": style.QUIET}
+
+
+def effect_map(
+    effects: Float[Tensor, "layer pos"],
+    layers: Sequence[int],
+    tokens: Sequence[str],
+    title: str,
+    unit: str,
+    caption: str = "",
+    path: str | Path | None = None,
+) -> Figure:
+    """Draw the effect of every layer and token.
+
+    Args:
+        effects: from `causal.gap_sweep`, `patch_sweep` or `attribution`; NaN is left blank.
+        layers: the model's own number of each row; layer 0 is at the bottom, where the text comes in.
+        tokens: the text of each token.
+        title: what was changed.
+        unit: of the effects.
+        caption: what is shown, of which model and text.
+        path: where to write the figure as well, as .png, .svg or .pdf.
+
+    Raises:
+        PositionsError: layers or tokens that are not as many as the effects have, a path that cannot be written, or
+            (MissingFontError) Chinese and no font that can draw it.
+    """
+    if effects.shape != (len(layers), len(tokens)):
+        raise PositionsError(
+            f"effects have shape {tuple(effects.shape)}, with {len(layers)} layers and {len(tokens)} tokens; expected "
+            "[layer, pos] to match."
+        )
+    tokens = [token if len(token) <= LABEL_LENGTH else token[: LABEL_LENGTH - 1] + "…" for token in tokens]
+    fonts = style.fonts_for("".join(tokens))
+    values = effects.detach().cpu().numpy()
+    most = float(np.nanmax(np.abs(np.nan_to_num(values)))) or 1.0
+    with style.context():
+        wide, high = max(0.22 * len(tokens), 3.0), max(0.16 * len(layers), 0.9)
+        lines = textwrap.wrap(caption, width=int((wide + 1.8) * 15))
+        top, bottom = 0.75, 0.35 + 0.075 * max(map(len, tokens)) + 0.15 * len(lines)
+        figure = Figure(figsize=(wide + 1.8, high + top + bottom))
+        width, height = figure.get_size_inches()
+        axes = figure.add_axes((0.75 / width, bottom / height, wide / width, high / height))
+        image = axes.imshow(values, cmap=DIVERGING, vmin=-most, vmax=most, aspect="auto", origin="lower")
+        axes.set_ylabel("layer")
+        step = max(1, round(len(layers) / 10))
+        axes.set_yticks(range(0, len(layers), step), [str(layers[i]) for i in range(0, len(layers), step)])
+        axes.set_xticks(range(len(tokens)))
+        labels = [style.drawn(token or " ", fonts) for token in tokens]
+        axes.set_xticklabels([text for text, _ in labels], rotation=90, parse_math=False)
+        for label, (_, font) in zip(axes.get_xticklabels(), labels, strict=True):
+            label.set_fontproperties(font)
+            label.set_fontsize(8)
+        axes.tick_params(length=0)
+        bar = figure.add_axes(((0.75 + wide + 0.15) / width, bottom / height, 0.12 / width, high / height))
+        figure.colorbar(image, cax=bar).outline.set_visible(False)
+        bar.tick_params(length=0)
+        _write(figure, title, unit, lines)
+    if path is not None:
+        style.save(figure, path)
+    return figure
+
+
+def ablation_bars(
+    loss: pd.DataFrame, title: str = "Loss without the structure of increments", caption: str = "",
+    path: str | Path | None = None,
+) -> Figure:  # fmt: skip
+    """Draw the change of loss by ablation, a group of bars for each layer and for all together, with intervals.
+
+    Args:
+        loss: `Ablations.loss`.
+        title, caption: above and below.
+        path: where to write the figure as well, as .png, .svg or .pdf.
+
+    Raises:
+        PositionsError: a path that cannot be written.
+    """
+    groups, kinds = list(dict.fromkeys(loss["layer"])), list(dict.fromkeys(loss["to"]))
+    with style.context():
+        wide, high = max(0.55 * len(groups) * max(len(kinds), 2) / 2, 3.4), 2.4
+        lines = textwrap.wrap(caption, width=int((wide + 1.2) * 15))
+        top, bottom = 0.75, 0.45 + 0.15 * len(lines)
+        figure = Figure(figsize=(wide + 1.2, high + top + bottom))
+        width, height = figure.get_size_inches()
+        axes = figure.add_axes((0.9 / width, bottom / height, wide / width, high / height))
+        for i, kind in enumerate(kinds):
+            rows = loss[loss["to"] == kind].set_index("layer").loc[groups]
+            places = np.arange(len(groups)) + (i - (len(kinds) - 1) / 2) * 0.8 / len(kinds)
+            errors = np.abs(rows[["low", "high"]].to_numpy().T - rows["change"].to_numpy())
+            axes.bar(
+                places, rows["change"], 0.76 / len(kinds), yerr=None if np.isnan(errors).any() else errors,
+                color=INTERVENTION_COLOURS.get(kind, style.SKY), ecolor=style.INK, capsize=1.5,
+                error_kw={"linewidth": 0.7}, label=f"to {kind}" if kind != "shuffle" else "shuffled",
+            )  # fmt: skip
+        axes.axhline(0, color=style.FAINT, linewidth=0.8, zorder=0)
+        axes.set_xticks(range(len(groups)), [str(g) if g == "all" else f"layer {g}" for g in groups])
+        if len(groups) > 12:
+            axes.set_xticks(range(len(groups)), [str(g) for g in groups])
+        axes.set_ylabel("change of loss, nats per token")
+        axes.tick_params(axis="x", length=0)
+        axes.legend(frameon=False, fontsize=8, ncols=3, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
+        _write(figure, title, "", lines)
+    if path is not None:
+        style.save(figure, path)
+    return figure
+
+
+def _write(figure: Figure, title: str, subtitle: str, caption: list[str]) -> None:
+    """Title, subtitle and caption at the edges of a figure, as they are: no formulas."""
+    width, height = figure.get_size_inches()
+    places: list[tuple[float, str, dict[str, Any]]] = [
+        (1 - 0.15 / height, title, {"fontsize": 12, "fontweight": "bold", "va": "top"}),
+        (1 - 0.4 / height, subtitle, {"fontsize": 9, "color": style.QUIET, "va": "top"}),
+        (0.1 / height, "\n".join(caption), {"fontsize": 8, "color": style.QUIET, "linespacing": 1.35}),
+    ]
+    for y, text, look in places:
+        figure.text(0.15 / width, y, text, parse_math=False, **look)
