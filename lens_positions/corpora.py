@@ -82,15 +82,23 @@ def load(name_or_path: str, *, text_column: str = "text") -> DatasetDict | Itera
 def heldout_excerpts(name_or_path: str, characters: int, *, text_column: str = "text") -> list[str]:
     """Held-out text of a corpus, at most so many characters of it: the beginnings of documents spread over the split.
 
-    Of long documents a piece each, of many short ones every so many; each piece has 1,000 characters on average
-    where the documents have them. Raises PositionsError as `load`, for a hub dataset (which has no end to spread
-    over) and for fewer than 1 character.
+    Each source of the corpus gives an equal share, so that a few long documents in one language are not lost among
+    many short ones in another. Of long documents a piece each, of many short ones every so many; each piece has 1,000
+    characters on average where the documents have them. Raises PositionsError as `load`, for a hub dataset (which has
+    no end to spread over) and for fewer than 1 character.
     """
     if characters < 1:
         raise PositionsError(f"characters is {characters}: expected at least 1")
     if is_hub_dataset(name_or_path):
         raise PositionsError(f"{name_or_path!r} is streamed from the hub: expected a named corpus, a file or a folder")
-    documents: list[str] = list(load(name_or_path, text_column=text_column)["heldout"]["text"])
+    heldout = load(name_or_path, text_column=text_column)["heldout"]
+    by_source: dict[str, list[str]] = {}
+    for source, text in zip(heldout["source"], heldout["text"], strict=True):
+        by_source.setdefault(source if name_or_path in NAMES else "", []).append(text)
+    return [piece for texts in by_source.values() for piece in _pieces(texts, max(1, characters // len(by_source)))]
+
+
+def _pieces(documents: list[str], characters: int) -> list[str]:
     if sum(map(len, documents)) <= characters:
         return documents
     typical = min(1000, max(1, sum(map(len, documents)) // len(documents)))

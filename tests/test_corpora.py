@@ -228,3 +228,15 @@ def test_a_file_without_two_documents_is_refused(tmp_path, name, content, messag
 def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(PositionsError, match="holds 0 document"):
         corpora.load(str(tmp_path))
+
+
+def test_excerpts_of_two_languages_have_an_equal_share_of_each_source():
+    pieces = corpora.heldout_excerpts("bilingual", 30_000)
+    heldout = corpora.load("bilingual")["heldout"]
+    source_of = dict(zip(heldout["text"], heldout["source"], strict=True))
+    sizes: dict[str, int] = {}
+    for piece in pieces:
+        source = next(s for text, s in source_of.items() if text.startswith(piece))
+        sizes[source] = sizes.get(source, 0) + len(piece)
+    assert len(sizes) == len(set(heldout["source"]))
+    assert all(0.5 * 30_000 / len(sizes) < size <= 30_000 / len(sizes) for size in sizes.values())
