@@ -4,8 +4,8 @@
     python benchmarks/causal.py attribution   attribution against exact effects, on 24 prompts
 
 Sweeps: 32 tokens, 30 layers, two threads; the metric is a logit difference at the last token. The plain loop of
-`run_with_hooks` is timed and compared on cells drawn at random (--cells 930 for all of them). Loop and sweep take turns
-in the same run, so a machine that slows down slows both.
+`run_with_hooks` is run whole for gap_sweep; for patch_sweep it is timed and compared on cells drawn at random. Loop and
+sweep take turns in parts of the same run, so a machine that slows down slows both.
 
 Attribution: sentences of held-out presidential messages, cut to 24 tokens; the metric is the log probability of the
 next token. The exact effect is gap_sweep's, for a change of 0.5 and of 0.05 of each gap.
@@ -47,7 +47,7 @@ class Options:
     Args:
         what: "sweeps" or "attribution".
         model: what `from_pretrained` should load.
-        cells: edits of the plain loop for each sweep.
+        cells: edits of the plain loop for each site of patch_sweep.
         prompts: prompts for attribution.
         tokens: tokens of each.
         seed: of the cells that are drawn.
@@ -81,12 +81,12 @@ def sweeps(model: lp.HookedPositionTransformer, options: Options) -> dict[str, A
     rows = []
 
     def compare(name: str, sweep: Callable[[], torch.Tensor], cells: list[tuple[int, int]], edits: Any, all_: int):
-        """The sweep, half of the loop, the sweep, the other half."""
+        """A quarter of the loop, the sweep, and so on: four turns."""
         seconds, loop, effects, values = 0.0, 0.0, torch.empty(0), []
-        for part in np.array_split(np.array(cells), 2):
+        for part in np.array_split(np.array(cells), 4):
             began = time.perf_counter()
             effects = sweep()
-            seconds += (time.perf_counter() - began) / 2
+            seconds += (time.perf_counter() - began) / 4
             began = time.perf_counter()
             with torch.no_grad():
                 for layer, t in tracked(part.tolist(), f"loop of {name}"):
@@ -110,14 +110,13 @@ def sweeps(model: lp.HookedPositionTransformer, options: Options) -> dict[str, A
         print(row, flush=True)
         rows.append(row)
 
-    random = np.random.default_rng(options.seed)
     every = [(layer, t) for layer in layers for t in range(1, length)]
-    drawn = [every[i] for i in random.permutation(len(every))[: options.cells]]
     compare(
-        "gap_sweep", lambda: causal.gap_sweep(model, tokens, metric), drawn,
+        "gap_sweep", lambda: causal.gap_sweep(model, tokens, metric), every,
         lambda layer, t: lp.add_gap(model, t, layers=layer), len(every),
     )  # fmt: skip
     _, cache = model.run_with_cache(other)
+    random = np.random.default_rng(options.seed)
     for site in SITES_COMPARED:
         hook, axis = SITES[site]
 
