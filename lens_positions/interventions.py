@@ -42,7 +42,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from .attach import PositionStreams, unbridged
 from .errors import PositionsError
 from .hooks import HookedTokens
-from .streams import PositionStream
+
+HOOK = "attn.hook_{}"
+"""The name of increments and positions within their block."""
 
 Hooks = list[tuple[str, Callable[..., Any]]]
 Some = int | Sequence[int] | None
@@ -85,7 +87,7 @@ def ablate(
         to = finite(to, "to", 'a finite number, "mean" or "shuffle"')
     seed = index_of(seed, "seed", "a whole number from 0")
     hooks: Hooks = []
-    for layer, name in _hook_names(model, site, layers):
+    for layer, name in hook_names(model, layers, _hook_at(site)):
         if to == "mean":
             hooks.append((name, _at(_Mean(site), positions, heads)))
         elif to == "shuffle":
@@ -106,7 +108,7 @@ def scale(
 ) -> Hooks:
     """Multiply increments, or positions, by a factor; arguments, returns and errors as `ablate`."""
     change = _at(partial(_scaled, finite(factor, "factor")), positions, heads)
-    return _checked_heads(model, heads, [(name, change) for _, name in _hook_names(model, site, layers)])
+    return _checked_heads(model, heads, [(name, change) for _, name in hook_names(model, layers, _hook_at(site))])
 
 
 def add_gap(
@@ -127,7 +129,7 @@ def add_gap(
     by = finite(by, "by", "a finite number of positions")
     token = edited_token(model, before) if site == "increments" else before
     change = _at(partial(_lengthened, by, before), token, heads)
-    return _checked_heads(model, heads, [(name, change) for _, name in _hook_names(model, site, layers)])
+    return _checked_heads(model, heads, [(name, change) for _, name in hook_names(model, layers, _hook_at(site))])
 
 
 def freeze(
@@ -224,33 +226,28 @@ def edited_token(model: TransformerBridge, before: int) -> int:
     return before if streams_of(model).config.gap == "before" else before - 1
 
 
-def streams_at(streams: PositionStreams, layers: Some) -> list[tuple[int, PositionStream]]:
-    """The streams of some layers, each with its place among all of them.
+def hook_names(model: TransformerBridge, layers: Some, hook: str) -> list[tuple[int, str]]:
+    """The number of each of some layers and its hook of a name within the block, in the model's order.
 
     Raises:
-        PositionsError: a layer has none.
+        PositionsError: no streams, or a layer that has none.
     """
-    every: list[Any] = list(streams.layers)
+    every: list[Any] = list(streams_of(model).layers)
     known = [stream.layer for stream in every]
     wanted = known if layers is None else indices_of(layers, "a layer")
     for layer in wanted:
         if layer not in known:
             raise PositionsError(f"layer {layer} has no positions of its own; expected some of {_short(known)}.")
-    return [(i, stream) for i, stream in enumerate(every) if stream.layer in wanted]
-
-
-def _hook_names(model: TransformerBridge, site: str, layers: Some) -> list[tuple[int, str]]:
-    _check_site(site)
-    return [(s.layer, getattr(s, f"hook_{site}").name) for _, s in streams_at(streams_of(model), layers)]
+    blocks = [(s.layer, s.hook_increments.name.removesuffix(HOOK.format("increments"))) for s in every]
+    return [(layer, block + hook) for layer, block in blocks if layer in wanted]
 
 
 def _cached(
     cache: ActivationCache, site: str, layers: Some, heads: Some
 ) -> list[tuple[str, Float[Tensor, "batch pos *head"]]]:
-    _check_site(site)
+    suffix = "." + _hook_at(site)
     if not isinstance(cache, ActivationCache):
         raise PositionsError(f"the cache is a {type(cache).__name__}; expected the one that run_with_cache returns.")
-    suffix = f".attn.hook_{site}"
     found: dict[int, list[str]] = {}
     for name in cache:
         if name.endswith(suffix):
@@ -272,9 +269,10 @@ def _cached(
     return values
 
 
-def _check_site(site: str) -> None:
+def _hook_at(site: str) -> str:
     if site not in ("increments", "positions"):
         raise PositionsError(f'site is {site!r}; expected "increments" or "positions".')
+    return HOOK.format(site)
 
 
 def _checked_heads(model: TransformerBridge, heads: Some, hooks: Hooks) -> Hooks:

@@ -27,10 +27,11 @@ from ..analysis.reading import Texts, windows
 from ..attach import unbridged
 from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
-from ..interventions import Hooks, Some, ablate, finite, index_of, streams_at, streams_of
+from ..interventions import Hooks, Some, ablate, finite, hook_names, index_of
 from ..progress import tracked
 from .metrics import token_losses
 from .replay import Replay
+from .sweeps import SITES
 
 To = float | Literal["mean", "shuffle"]
 ABLATION = 'a finite number, "mean" or "shuffle"'
@@ -80,14 +81,13 @@ def ablation_table(
     Raises:
         PositionsError: no streams, no such layer, no documents or one of fewer than two tokens.
     """
-    places = streams_at(streams_of(model), layers)
-    numbers = list(dict.fromkeys(stream.layer for _, stream in places))
+    names = dict(hook_names(model, layers, SITES["pattern"][0]))
+    numbers = list(names)
     if isinstance(to, str) or not isinstance(to, Sequence) or not to:
         raise PositionsError(f"to is {to!r}; expected a list of ablations, some of 1.0, 'mean' and 'shuffle'.")
     to = list(dict.fromkeys(how if how in ("mean", "shuffle") else finite(how, "to", ABLATION) for how in to))
     seed = index_of(seed, "seed", "a whole number from 0")
     documents, batches = windows(cast(HookedPositionTransformer, model), corpus)
-    names = {s.layer: cast(str, s.hook_increments.name).replace("hook_increments", "hook_pattern") for _, s in places}
     patterns = {layer: name for layer, name in names.items() if name in model.hook_dict}
     which: list[int | str] = ["all", *numbers]
     ablated = [(layer, how) for layer in which for how in to]
@@ -115,6 +115,7 @@ def ablation_table(
                 tally = tallies.setdefault((layer, how, n), _Tally(len(documents)))
                 tally.add(owners, compared[patterns[n]])
     draws = resamples(len(documents), seed)
+    baseline = float(base.summary(draws)[0][0])
     losses, attention = [], []
     for (layer, how, seen_at), tally in tallies.items():
         row: dict[str, Any] = {
@@ -125,8 +126,7 @@ def ablation_table(
         }
         mean, low, high = tally.summary(draws)
         if seen_at is None:
-            row |= {"baseline": float(base.summary(draws)[0][0])}
-            row |= {"change": mean[0], "low": low[0], "high": high[0]}
+            row |= {"baseline": baseline, "change": mean[0], "low": low[0], "high": high[0]}
             row |= {"changed": mean[1], "changed_low": low[1], "changed_high": high[1]}
             losses.append(row)
             continue

@@ -15,7 +15,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Literal
 
 import numpy as np
 import torch
@@ -25,10 +25,10 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.analysis.attribution_patching import cache_activation_and_gradient
 
 from ..errors import PositionsError
-from ..interventions import Hooks, ablate, streams_of
+from ..interventions import Hooks, ablate, hook_names, streams_of
 from .metrics import Metric, measured
 from .replay import evaluating
-from .sweeps import one_prompt
+from .sweeps import SITES, one_prompt
 
 TOKENS_A_BATCH = 512
 STEPS = (16, 32, 64, 128, 256, 512, 1024)
@@ -69,7 +69,7 @@ def attribution(
         UserWarning: the sum is more than 1% off the whole effect, even with 1,024 steps.
     """
     prompt = one_prompt(model, tokens)
-    names = [cast(str, cast(Any, stream).hook_increments.name) for stream in streams_of(model).layers]
+    names = [name for _, name in hook_names(model, None, SITES["increments"][0])]
     with evaluating(model), torch.inference_mode(False), torch.enable_grad():
         prompt = prompt.clone()
         if method == "gradient":
@@ -89,9 +89,8 @@ def _gradient(
     model: TransformerBridge, prompt: Int[Tensor, "1 pos"], metric: Metric, names: list[str]
 ) -> Float[Tensor, "layer pos *head"]:
     found = cache_activation_and_gradient(model, prompt, lambda logits: _differentiable(metric, logits)[0], names)
-    missing = [torch.zeros_like(found.activations[name]) for name in names]
-    gradients = [found.gradients.get(name) for name in names]
-    return torch.stack([(m if g is None else g)[0] for g, m in zip(gradients, missing, strict=True)]).cpu()
+    gradients = [(found.gradients.get(name), found.activations[name]) for name in names]
+    return torch.stack([torch.zeros_like(own[0]) if g is None else g[0] for g, own in gradients]).cpu()
 
 
 def _integrated(
@@ -183,11 +182,6 @@ def _increments(
     model: TransformerBridge, prompt: Int[Tensor, "1 pos"], names: list[str], hooks: Hooks
 ) -> Float[Tensor, "layer pos *head"]:
     """The increments at every layer after some hooks."""
-    kept: dict[str, Tensor] = {}
-    with model.hooks(fwd_hooks=hooks + [(name, partial(_keep, kept, name)) for name in names]):
-        model(prompt, return_type=None, use_cache=False)
-    return torch.stack([kept[name][0] for name in names])
-
-
-def _keep(kept: dict[str, Tensor], name: str, values: Tensor, hook: Any) -> None:
-    kept[name] = values.detach().clone()
+    with model.hooks(fwd_hooks=hooks):
+        _, cache = model.run_with_cache(prompt, names_filter=names, return_type=None)
+    return torch.stack([cache[name][0] for name in names])

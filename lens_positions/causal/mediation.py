@@ -25,11 +25,11 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from ..analysis.intervals import t_interval
 from ..errors import PositionsError
-from ..interventions import Hooks, Some, freeze, streams_at, streams_of
+from ..interventions import Hooks, Some, freeze, hook_names
 from ..progress import tracked
 from .metrics import Metric, measured
 from .replay import evaluating
-from .sweeps import prompts_of
+from .sweeps import SITES, prompts_of
 
 PATHS = ("total", "direct", "increments", "interaction")
 
@@ -63,9 +63,8 @@ def mediation(
             f"clean has shape {tuple(clean.shape)} and corrupted {tuple(corrupted.shape)}; expected pairs of prompts "
             "of equal length, [batch pos] both."
         )
-    every = streams_at(streams_of(model), layers)
-    names = [cast(str, stream.hook_increments.name) for _, stream in every]
-    numbers = list(dict.fromkeys(stream.layer for _, stream in every))
+    hooks = hook_names(model, layers, SITES["increments"][0])
+    names, numbers = [name for _, name in hooks], list(dict(hooks))
     with evaluating(model), torch.no_grad():
         logits_clean, of_clean = model.run_with_cache(clean, names_filter=names)
         logits_corrupted, of_corrupted = model.run_with_cache(corrupted, names_filter=names)

@@ -32,10 +32,18 @@ class AtToken:
 
     def __call__(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
         """One number a row."""
-        at, length = self.at, logits.shape[1]
-        if isinstance(at, bool) or not isinstance(at, int) or not -length <= at < length:
-            raise PositionsError(f"the metric reads token {at!r}; expected one of the prompt's {length} tokens.")
-        return self.read(_wide(logits[:, at]))
+        return self.read(_wide(logits[:, place_of(self.at, logits.shape[1])]))
+
+
+def place_of(at: int, length: int) -> int:
+    """The index of the token that a metric reads, from the start.
+
+    Raises:
+        PositionsError: the prompt has no such token.
+    """
+    if isinstance(at, bool) or not isinstance(at, int) or not -length <= at < length:
+        raise PositionsError(f"the metric reads token {at!r}; expected one of the prompt's {length} tokens.")
+    return at % length
 
 
 def logit_difference(answer: int, wrong: int, at: int = -1) -> AtToken:

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -25,9 +25,9 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from ..attach import unbridged
 from ..errors import PositionsError
-from ..interventions import Hooks, Some, edited_token, finite, index_of, streams_at, streams_of
+from ..interventions import Hooks, Some, edited_token, finite, hook_names, index_of, streams_of
 from ..progress import tracked
-from .metrics import Metric, baseline_of, measured
+from .metrics import Metric, baseline_of, measured, place_of
 from .replay import Replay, evaluating
 
 SweepSite = Literal["increments", "positions", "rot_q", "rot_k", "resid", "pattern"]
@@ -80,7 +80,7 @@ def gap_sweep(
         raise PositionsError("by is 0.0; expected a number of positions other than 0.")
     prompt = one_prompt(model, tokens)
     cells = {t: edited_token(model, t) for t in range(1, prompt.shape[1])}
-    effects = _sweep(model, prompt, metric, _hook_names(model, "increments", layers), 1, cells, _longer(by))
+    effects = _sweep(model, prompt, metric, _known_hooks(model, "increments", layers), 1, cells, _longer(by))
     effects[:, 0] = 0.0
     return effects
 
@@ -119,7 +119,7 @@ def patch_sweep(
     if not (isinstance(site, str) and site in SITES):
         raise PositionsError(f"site is {site!r}; expected one of {', '.join(SITES)}.")
     prompt = one_prompt(model, tokens)
-    names, axis = _hook_names(model, site, layers), SITES[site][1]
+    names, axis = _known_hooks(model, site, layers), SITES[site][1]
     recorded = _recorded(model, source, names, axis)
     length, there = prompt.shape[1], recorded[0].shape[0]
     if align is None and there != length:
@@ -215,12 +215,11 @@ def _sweep(
     """Run every edit; `cells` leads from the columns of the result to the tokens that are edited for them."""
     length = prompt.shape[1]
     at = getattr(metric, "at", None)
-    if at is not None and not (isinstance(at, int) and -length <= at < length):
-        raise PositionsError(f"the metric reads token {at!r}; expected one of the prompt's {length} tokens.")
+    last = length - 1 if at is None else place_of(at, length)
     hooked = any(point.has_hooks("fwd") for point in model.hook_dict.values())
-    cut = False
-    if at is not None and not hooked:
-        cut, prompt = True, prompt[:, : at % length + 1]
+    cut = at is not None and not hooked
+    if cut:
+        prompt = prompt[:, : last + 1]
     replay = Replay(model, prompt, last_only=cut, resume=not hooked)
     read = partial(_as_read, length if cut else None, replay.logits)
     baseline = baseline_of(metric, read(replay.logits, 0))
@@ -291,11 +290,8 @@ def _longer(by: float) -> Put:
     return lambda _layer, _tokens, values: values + by
 
 
-def _hook_names(model: TransformerBridge, site: str, layers: Some) -> list[tuple[int, str]]:
-    """Layer number and hook name at each of the layers."""
-    places = streams_at(streams_of(model), layers)
-    blocks = [(s.layer, cast(str, s.hook_increments.name).removesuffix(SITES["increments"][0])) for _, s in places]
-    names = [(layer, block + SITES[site][0]) for layer, block in blocks]
+def _known_hooks(model: TransformerBridge, site: str, layers: Some) -> list[tuple[int, str]]:
+    names = hook_names(model, layers, SITES[site][0])
     for _, name in names:
         if name not in model.hook_dict:
             raise PositionsError(f"the model has no {name}; expected a site that its bridge has hooks for.")
