@@ -1,6 +1,6 @@
 """lens-positions: the distance between tokens as an activation in TransformerLens."""
 
-from . import causal
+from . import causal, viz
 from .attach import PositionStreams, attach_positions
 from .errors import PositionsError
 from .hooked import HookedPositionTransformer, PositionModelConfig
@@ -23,4 +23,5 @@ __all__ = [
     "patch",
     "save_adapter",
     "scale",
+    "viz",
 ]

@@ -6,6 +6,7 @@ Colour says again what the printed numbers say, and is left out for a pipe, a du
 
 import io
 import math
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,8 +31,11 @@ from .errors import PositionsError
 from .hooked import HookedPositionTransformer
 from .terminal import effect_cell, increment_cell, print_grid, print_line
 from .viz import style
+from .viz.characters import spacing
 from .viz.effects import ablation_bars, effect_map
-from .viz.spacing import layers_to_show, spacing
+from .viz.onefile import report as write_report
+from .viz.placed import Placed, layers_to_show, place
+from .viz.views import check_page, spacing_view
 
 app = tyro.extras.SubcommandApp()
 
@@ -51,25 +55,33 @@ def show(
         text: the text to show; put -- before a text that begins with a dash.
         layers: the layers to show; all of them if none is named.
         table: print the increments by kind of token as well.
-        figure: draw the characters at their learned positions, as .png, .svg or .pdf.
+        figure: draw the characters at their learned positions, as .png, .svg or .pdf, or as .html to explore.
     """
     _check_text(text)
-    _check_outputs(None, figure)
+    explored = figure is not None and figure.suffix.lower() in (".html", ".htm")
+    if figure is not None and explored:
+        check_page(figure)
+    else:
+        _check_outputs(None, figure)
     loaded = HookedPositionTransformer.from_pretrained(model)
-    increments = loaded.increments(text)[:, 0]
-    if increments.ndim == 3:
-        increments = increments.mean(dim=-1)
+    placed = place(loaded, text, most=loaded.cfg.n_ctx)
+    increments = placed.increments.mean(dim=-1)
     rows = layers_to_show(loaded, layers or None, increments)
     # Entry 0 stands before the text; with gap "after", it is the last increment that moves no token of the text.
     used = loaded.position_config.effective
     means = {layer: float(increments[layer, used].mean()) for layer in rows}
     console = Console(highlight=False)
-    _print_tokens(console, loaded, text, increments, rows, means)
+    _print_tokens(console, loaded, placed, rows, means)
     if table:
-        _print_kinds(console, loaded, text, rows, means)
+        _print_kinds(console, loaded, placed, rows, means)
+    if placed.cut():
+        _complain(placed.cut().replace("drawn", "shown"))
     if figure is not None:
         try:
-            spacing(loaded, text, layers=layers or None, path=figure)
+            if explored:
+                spacing_view(loaded, text, layers or None).save(figure)
+            else:
+                spacing(loaded, text, layers or None, path=figure)
         except style.MissingFontError as error:
             _complain(f"no figure was drawn: {error}")
         else:
@@ -127,10 +139,10 @@ def moved(
         for end, rows in found[found["layer"] == layer].groupby("end"):
             print_line(console, f"  {end}")
             for row in rows.to_dict("records"):
-                place = row["context"] if "context" in row else f"⟦{row['token']}⟧  {row['kind']}"
-                place = "".join(c if c == " " else style.visible(c) for c in place).replace("⟦ ⟧", "⟦␣⟧")
+                where = row["context"] if "context" in row else f"⟦{row['token']}⟧  {row['kind']}"
+                where = "".join(c if c == " " else style.visible(c) for c in where).replace("⟦ ⟧", "⟦␣⟧")
                 often = f"  n={row['n']}" if "n" in row else ""
-                print_line(console, f"    ×{row['relative']:.2f}  {row['increment']:.3f}{often}  {place}")
+                print_line(console, f"    ×{row['relative']:.2f}  {row['increment']:.3f}{often}  {where}")
         for row in by_kind[by_kind["layer"] == layer].sort_values("relative").to_dict("records"):
             low, high = row["relative_low"], row["relative_high"]
             interval = "" if math.isnan(low) else f" ({low:.3f} to {high:.3f})"
@@ -274,6 +286,51 @@ def ablate(
         print_line(console, f"figure: {figure}")
 
 
+@app.command
+def report(
+    model: Annotated[Positional[str], arg(metavar="MODEL")],
+    output: Annotated[Path, arg(aliases=["-o"], metavar="FILE")],
+    text: Annotated[tuple[str, ...], arg(metavar="TEXT ...")] = (),
+    compare: Annotated[str | None, arg(metavar="OTHER")] = None,
+    corpus: str | None = None,
+    characters: int = 20_000,
+    seed: int = 0,
+) -> None:
+    """Write one page that holds everything about a model's increments, and opens without a network.
+
+    Spacing, tokens tinted by increment, attention beside increments, increments by kind of token, loss and ablations.
+    Interrupted, it keeps the parts that are done.
+
+    Args:
+        model: a folder, an adapter, the name of a packaged model, or a model of the hub.
+        output: the page to write, as .html.
+        text: the texts to draw; an English and a Chinese sentence if none is given.
+        compare: another model to draw beside it.
+        corpus: held-out text to measure on: english, chinese, bilingual, code, a file or a folder; bilingual if none
+            is named and its packages are installed.
+        characters: at most so much of it, taken evenly from the held-out documents.
+        seed: of the intervals and the shuffles.
+    """
+    for one in text:
+        _check_text(one)
+    check_page(output)
+    loaded = HookedPositionTransformer.from_pretrained(model)
+    other = None if compare is None else HookedPositionTransformer.from_pretrained(compare)
+    options: list[tuple[str, Any]] = [("--text", text), ("--compare", compare), ("--corpus", corpus)]
+    words = ["lens-positions", "report", model, "--output", str(output)]
+    for option, value in options:
+        words += [option, *([value] if isinstance(value, str) else value)] if value else []
+    words += ["--characters", str(characters), "--seed", str(seed)]
+    try:
+        left_out = write_report(loaded, output, text, other, corpus, characters, seed, shlex.join(words))
+    except KeyboardInterrupt:
+        _complain(f"interrupted: {output} has the parts that were done.")
+        raise
+    for sentence in left_out:
+        _complain(sentence)
+    print_line(Console(highlight=False), f"report: {output} ({output.stat().st_size / 1e6:.1f} MB)")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments (None: the process's own) and return its exit status."""
     for stream in (sys.stdout, sys.stderr):
@@ -308,28 +365,24 @@ def _complain(sentence: str) -> None:
 
 
 def _print_tokens(
-    console: Console,
-    model: HookedPositionTransformer,
-    text: str,
-    increments: Float[Tensor, "layer pos"],
-    rows: dict[int, str],
-    means: dict[int, float],
+    console: Console, model: HookedPositionTransformer, placed: Placed, rows: dict[int, str], means: dict[int, float]
 ) -> None:
     """Each token with its increments, a row a layer, in blocks as wide as the terminal."""
     config = model.position_config
     heads = ", mean of the heads" if config.per_head else ""
     print_line(console, f"{model.name}: {config.source} increments{heads}, the gap {config.gap} each token")
     print_line(console, "1.00 is one step of standard RoPE; blue: nearer than the layer's mean, orange: farther\n")
-    labels = ["".join(map(style.visible, label)) for label in model.to_str_tokens(text)]
+    labels = ["".join(map(style.visible, label)) for label in placed.labels]
+    increments = placed.increments.mean(-1)
     cells = [[increment_cell(value, means[layer]) for value in increments[layer].tolist()] for layer in rows]
     print_grid(console, list(rows.values()), labels, cells)
 
 
 def _print_kinds(
-    console: Console, model: HookedPositionTransformer, text: str, rows: dict[int, str], means: dict[int, float]
+    console: Console, model: HookedPositionTransformer, placed: Placed, rows: dict[int, str], means: dict[int, float]
 ) -> None:
     """The mean and standard deviation of the increments by kind of token, a column a layer."""
-    table = increments_by_category(model, model.to_tokens(text))
+    table = increments_by_category(model, placed.tokens)
     print_line(console, "by kind of token (how many): mean ± standard deviation\n")
     entry_of = {model.position_layers[entry]: entry for entry in rows}
     by_kind = table[table["layer"].isin(list(entry_of))].groupby("kind", sort=False)

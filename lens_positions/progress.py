@@ -1,6 +1,7 @@
 """Progress of long work on standard error: what, how far, how long still; nothing where nobody watches."""
 
 from collections.abc import Iterator, Sequence
+from time import perf_counter
 from typing import TypeVar
 
 from rich.console import Console
@@ -19,3 +20,15 @@ def tracked(items: Sequence[Item], what: str, *, quick: bool = False) -> Iterato
     """
     console = Console(stderr=True)
     return iter(track(items, what, console=console, transient=True, disable=quick or not console.is_terminal))
+
+
+def announced(parts: Sequence[Item], what: str) -> Iterator[Item]:
+    """The parts of long work one by one, each with a line when it is done: what, how far, how long it took."""
+    console = Console(stderr=True, highlight=False)
+    for number, part in enumerate(parts, start=1):
+        start = perf_counter()
+        yield part
+        if console.is_terminal:
+            took = perf_counter() - start
+            name = part[0] if isinstance(part, tuple) else part
+            console.print(f"{what}: {name} ({number} of {len(parts)}, {took:.1f} s)", markup=False)

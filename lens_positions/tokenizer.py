@@ -75,24 +75,36 @@ def byte_labels(
         if not 0 <= token <= END_OF_DOCUMENT:
             raise PositionsError(f"token {token} at position {position} is no byte token: expected an id from 0 to 256")
     labels: list[str] = []
-    while len(labels) < len(ids):
-        token = ids[len(labels)]
-        character = _character_at(ids, len(labels))
-        if token == END_OF_DOCUMENT:
-            labels.append(END_OF_DOCUMENT_TEXT)
-        elif not character:
-            labels.append(f"\\x{token:02x}")
-        elif token < 0x80:
-            labels.append(character)
-        else:
-            labels.extend(character + subscript for subscript in _SUBSCRIPTS[: len(character.encode())])
+    for character, size in byte_characters(ids):
+        labels += [character] if size == 1 else [character + subscript for subscript in _SUBSCRIPTS[:size]]
     return labels
 
 
-def _character_at(ids: list[int], start: int) -> str:
+def byte_characters(ids: Sequence[int]) -> list[tuple[str, int]]:
+    """The characters that byte tokens spell, and how many bytes each takes.
+
+    A byte that belongs to no valid character is one by itself, written as its hexadecimal value, and so is the end of a
+    document, by the text of its token.
+
+    >>> byte_characters([228, 184, 173, 228, 256])
+    [('中', 3), ('\\\\xe4', 1), ('<|endofdocument|>', 1)]
+    """
+    characters: list[tuple[str, int]] = []
+    start = 0
+    while start < len(ids):
+        character = _character_at(ids, start)
+        if ids[start] == END_OF_DOCUMENT:
+            characters.append((END_OF_DOCUMENT_TEXT, 1))
+        else:
+            characters.append((character, len(character.encode())) if character else (f"\\x{ids[start]:02x}", 1))
+        start += characters[-1][1]
+    return characters
+
+
+def _character_at(ids: Sequence[int], start: int) -> str:
     """The UTF-8 character whose first byte is at `start`, or an empty string where none begins."""
     for length in range(1, 5):
-        candidate = ids[start : start + length]
+        candidate = list(ids[start : start + length])
         if END_OF_DOCUMENT in candidate:
             break
         try:

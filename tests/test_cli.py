@@ -140,6 +140,22 @@ def test_a_figure_is_written(run, folder, tmp_path):
     assert path.read_text().startswith("<?xml")
 
 
+def test_an_interactive_figure_is_written(run, folder, tmp_path):
+    code, _, err = run("show", folder, "ab c", "--figure", str(tmp_path / "figure.html"))
+    assert (code, err) == (0, "")
+    page = (tmp_path / "figure.html").read_text("utf-8")
+    assert page.startswith("<!doctype html>")
+    assert '"units":["a","b","\\u2423","c"]' in page
+
+
+def test_a_text_beyond_the_context_is_cut_and_a_sentence_says_where(run, folder):
+    code, out, err = run("show", folder, "a" * 80)
+    assert code == 0
+    assert "letter (63)" in out
+    expected = "The first 63 of 80 characters are shown (the model's context is 64 tokens)."
+    assert err == f"lens-positions: {expected}\n"
+
+
 def test_without_a_chinese_font_the_rest_is_printed_and_the_sentence_says_why(run, folder, tmp_path, monkeypatch):
     own = [font for font in font_manager.fontManager.ttflist if "mpl-data" in str(font.fname)]
     monkeypatch.setattr(font_manager.fontManager, "ttflist", own)
@@ -155,11 +171,11 @@ def test_without_a_chinese_font_the_rest_is_printed_and_the_sentence_says_why(ru
     ("arguments", "said"),
     [
         (("MODEL", ""), "the text is empty; expected at least one character."),
-        (("MODEL", "a" * 64), "the text has 65 tokens with the first one; expected at most 64"),
         (("MODEL", "\udcff"), "the lone surrogate U+DCFF"),
         (("MODEL", "ab", "--layers", "3"), "layer 3 was asked for; expected one of the layers 0 to 2."),
         (("MODEL", "ab", "--layers", "-1"), "layer -1 was asked for"),
         (("MODEL", "ab", "--figure", "a.gif"), "expected a name that ends in .png, .svg or .pdf."),
+        (("MODEL", "ab", "--figure", "/no/such/folder/a.html"), "there is no folder /no/such/folder"),
         (("MODEL", "ab", "--figure", "/no/such/folder/a.png"), "expected a folder that exists"),
         (("/no/such/model", "ab"), "there is no model folder at /no/such/model"),
     ],
@@ -191,7 +207,7 @@ def test_an_interrupt_is_quiet(run, folder, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(lp.HookedPositionTransformer, "increments", interrupt)
+    monkeypatch.setattr(lp.HookedPositionTransformer, "run_with_cache", interrupt)
     assert run("show", folder, "ab") == (130, "", "")
 
 

@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lens_positions as lp
 from lens_positions.viz import style
-from lens_positions.viz.spacing import MAX_PANELS, character_positions, spacing
+from lens_positions.viz.characters import MAX_PANELS, spacing
+from lens_positions.viz.placed import place
 
 HOSTILE = "<b>&amp; $x_1$ \\frac ^{ [red] \t\x1b[31m\x00 ‮abc שלום 👩‍👩‍👧 e\u0301 'q\""
 
@@ -60,6 +61,12 @@ def drawn_rows(figure: Figure) -> list[list[list[tuple[float, str]]]]:
             ]
         )
     return panels
+
+
+def character_positions(model: lp.HookedPositionTransformer, text: str) -> torch.Tensor:
+    """The position of each character's first token in each layer."""
+    placed = place(model, text)
+    return placed.positions.mean(-1)[:, placed.first]
 
 
 def caption(figure: Figure) -> str:
@@ -147,7 +154,34 @@ def test_a_text_beyond_the_last_panel_is_cut_and_the_caption_says_where():
     shown = sum(len(rows[0]) for rows in drawn_rows(figure))
     assert len(figure.axes) == MAX_PANELS
     assert shown < 2000
-    assert f"The first {shown} of 2000 characters are drawn." in caption(figure)
+    assert f"The first {shown} of 2,000 characters are drawn." in caption(figure)
+
+
+def test_a_text_beyond_the_context_is_cut_at_a_character_and_the_caption_says_why(model):
+    text = "中" * 100
+    figure = spacing(model, text, layers=[0])
+    assert sum(len(rows[0]) for rows in drawn_rows(figure)) == 85  # of 3 tokens each, with one in front
+    assert "The first 85 of 100 characters are drawn (the model's context is 256 tokens)." in caption(figure)
+
+
+def test_tokens_that_are_no_text_are_drawn_byte_by_byte(model):
+    """What a byte model samples need not be UTF-8."""
+    tokens = torch.tensor([256, *"aé".encode(), 0xE4, 0xB8, 256, *b"<b>"])
+    placed = place(model, tokens)
+    assert placed.units == ["a", "é", "\\xe4", "\\xb8", "<|endofdocument|>", "<", "b", ">"]
+    assert placed.first == [1, 2, 4, 5, 6, 7, 8, 9]
+    assert placed.last == [1, 3, 4, 5, 6, 7, 8, 9]
+    x = model.positions(tokens)[0, 0, placed.first].double()
+    (rows,) = drawn_rows(spacing(model, tokens, layers=[0], scale="common"))
+    assert [at for at, _ in rows[0]] == pytest.approx((x - x[0]).tolist(), abs=1e-4)
+
+
+def test_tokens_of_a_text_are_the_text(model):
+    text = "a中, é\nb"
+    of_text, of_tokens = place(model, text), place(model, model.to_tokens(text)[0])
+    assert of_text.units == of_tokens.units
+    assert (of_text.first, of_text.last) == (of_tokens.first, of_tokens.last)
+    assert torch.equal(of_text.positions, of_tokens.positions)
 
 
 def test_a_text_whose_tokens_stand_together_still_fits():
@@ -279,14 +313,17 @@ def test_png_and_svg_are_what_they_say_and_written_alike_twice(model, tmp_path):
     ("kwargs", "said"),
     [
         ({"text": ""}, "empty"),
-        ({"text": "a" * 300}, "301 tokens .* at most 256"),
+        ({"text": "\ud800"}, "lone surrogate"),
+        ({"text": torch.tensor([256, 300])}, "tokens go from 256 to 300; expected ids from 0 to 256"),
+        ({"text": torch.tensor([])}, r"given as shape \(0,\)"),
+        ({"text": torch.tensor([[1, 2]])}, r"shape \(1, 2\); expected a string, or its token ids \[pos\]"),
         ({"layers": [3]}, "layer 3 was asked for; expected one of the layers 0 to 2"),
         ({"layers": [-1]}, "layer -1 was asked for"),
         ({"path": "figure.gif"}, "figure.gif; expected a name that ends in .png"),
         ({"path": "no/such/folder/figure.png"}, "expected a folder that exists"),
     ],
 )
-def test_bad_requests_are_refused(model, kwargs, said):
+def test_bad_requests_are_refused(model, kwargs, said, unchecked):
     with pytest.raises(lp.PositionsError, match=said):
         spacing(model, **{"text": "ab c"} | kwargs)
 

@@ -213,4 +213,4 @@ def test_text_and_tokenizers_without_spans_are_refused():
 
 
 def test_the_examples_in_the_docstrings_are_true():
-    assert doctest.testmod(lens_positions.tokenizer) == (0, 3)
+    assert doctest.testmod(lens_positions.tokenizer) == (0, 4)

@@ -1,1 +1,25 @@
-"""Pictures of increments and positions."""
+"""Pictures of increments, positions and what they cause: figures to print, views to explore, and the report."""
+
+from .characters import spacing
+from .effects import ablation_bars, effect_map
+from .measurements import auc_chart, frequency_map, kinds_chart
+from .onefile import report
+from .rulers import arcs
+from .style import MissingFontError
+from .views import View, attention_view, spacing_view, tokens_view
+
+__all__ = [
+    "MissingFontError",
+    "View",
+    "ablation_bars",
+    "arcs",
+    "attention_view",
+    "auc_chart",
+    "effect_map",
+    "frequency_map",
+    "kinds_chart",
+    "report",
+    "spacing",
+    "spacing_view",
+    "tokens_view",
+]

@@ -3,10 +3,8 @@
 Orange raises the metric, blue lowers it, white does nothing; the scale is the same on both sides of zero.
 """
 
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -60,11 +58,8 @@ def effect_map(
     most = float(np.nanmax(np.abs(np.nan_to_num(values)))) or 1.0
     with style.context():
         wide, high = max(0.22 * len(tokens), 3.0), max(0.16 * len(layers), 0.9)
-        lines = textwrap.wrap(caption, width=int((wide + 1.8) * 15))
-        top, bottom = 0.75, 0.35 + 0.075 * max(map(len, tokens)) + 0.15 * len(lines)
-        figure = Figure(figsize=(wide + 1.8, high + top + bottom))
-        width, height = figure.get_size_inches()
-        axes = figure.add_axes((0.75 / width, bottom / height, wide / width, high / height))
+        below = 0.35 + 0.075 * max(map(len, tokens))
+        figure, axes = style.framed((wide, high), title, unit, caption, (0.75, 1.05, 0.75, below))
         image = axes.imshow(values, cmap=DIVERGING, vmin=-most, vmax=most, aspect="auto", origin="lower")
         axes.set_ylabel("layer")
         step = max(1, round(len(layers) / 10))
@@ -76,10 +71,7 @@ def effect_map(
             label.set_fontproperties(font)
             label.set_fontsize(8)
         axes.tick_params(length=0)
-        bar = figure.add_axes(((0.75 + wide + 0.15) / width, bottom / height, 0.12 / width, high / height))
-        figure.colorbar(image, cax=bar).outline.set_visible(False)
-        bar.tick_params(length=0)
-        _write(figure, title, unit, lines)
+        style.colour_bar(figure, axes, image)
     if path is not None:
         style.save(figure, path)
     return figure
@@ -102,11 +94,7 @@ def ablation_bars(
     groups, kinds = list(dict.fromkeys(loss["layer"])), list(dict.fromkeys(loss["to"]))
     with style.context():
         wide, high = max(0.55 * len(groups) * max(len(kinds), 2) / 2, 3.4), 2.4
-        lines = textwrap.wrap(caption, width=int((wide + 1.2) * 15))
-        top, bottom = 0.75, 0.45 + 0.15 * len(lines)
-        figure = Figure(figsize=(wide + 1.2, high + top + bottom))
-        width, height = figure.get_size_inches()
-        axes = figure.add_axes((0.9 / width, bottom / height, wide / width, high / height))
+        figure, axes = style.framed((wide, high), title, "", caption, (0.9, 0.3, 0.75, 0.45))
         for i, kind in enumerate(kinds):
             rows = loss[loss["to"] == kind].set_index("layer").loc[groups]
             places = np.arange(len(groups)) + (i - (len(kinds) - 1) / 2) * 0.8 / len(kinds)
@@ -123,19 +111,6 @@ def ablation_bars(
         axes.set_ylabel("change of loss, nats per token")
         axes.tick_params(axis="x", length=0)
         axes.legend(frameon=False, fontsize=8, ncols=3, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
-        _write(figure, title, "", lines)
     if path is not None:
         style.save(figure, path)
     return figure
-
-
-def _write(figure: Figure, title: str, subtitle: str, caption: list[str]) -> None:
-    """Title, subtitle and caption at the edges of a figure, as they are: no formulas."""
-    width, height = figure.get_size_inches()
-    places: list[tuple[float, str, dict[str, Any]]] = [
-        (1 - 0.15 / height, title, {"fontsize": 12, "fontweight": "bold", "va": "top"}),
-        (1 - 0.4 / height, subtitle, {"fontsize": 9, "color": style.QUIET, "va": "top"}),
-        (0.1 / height, "\n".join(caption), {"fontsize": 8, "color": style.QUIET, "linespacing": 1.35}),
-    ]
-    for y, text, look in places:
-        figure.text(0.15 / width, y, text, parse_math=False, **look)

@@ -4,6 +4,7 @@ Colours are from the Okabe-Ito palette, which stays distinct in colour-blind vis
 which matplotlib ships; Chinese needs a font of the system's, found by name or among the files of its font folders.
 """
 
+import textwrap
 import unicodedata
 from contextlib import suppress
 from functools import cache
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib import font_manager, rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 
@@ -120,6 +122,60 @@ def drawn(text: str, fonts: list[FontProperties]) -> tuple[str, FontProperties]:
     return "".join(c if ord(c) in _code_points(font) else SUBSTITUTE for c in shown), font
 
 
+class Drawing(Figure):
+    """A figure that a notebook shows as it stands, whether pyplot is in use or not."""
+
+    def _repr_png_(self) -> bytes:
+        return rendered(self, "png", dpi=110)
+
+
+def framed(
+    size: tuple[float, float], title: str, subtitle: str, caption: str,
+    margins: tuple[float, float, float, float] = (0.75, 0.3, 0.75, 0.35),
+) -> tuple[Drawing, Axes]:  # fmt: skip
+    """A figure with its title above and its caption below, as they are: no formulas; and axes between them.
+
+    Args:
+        size: of the axes, wide and high, in inches.
+        title, subtitle: above.
+        caption: below, wrapped.
+        margins: left, right, above and below the axes, in inches; the caption's lines come on top of the last.
+    """
+    left, right, top, below = margins
+    width = left + size[0] + right
+    lines = textwrap.wrap(caption, width=int(width * 15))
+    bottom = below + 0.15 * len(lines)
+    height = bottom + size[1] + top
+    figure = Drawing(figsize=(width, height))
+    axes = figure.add_axes((left / width, bottom / height, size[0] / width, size[1] / height))
+    places: list[tuple[float, str, dict[str, Any]]] = [
+        (1 - 0.15 / height, title, {"fontsize": 12, "fontweight": "bold", "va": "top"}),
+        (1 - 0.4 / height, subtitle, {"fontsize": 9, "color": QUIET, "va": "top"}),
+        (0.1 / height, "\n".join(lines), {"fontsize": 8, "color": QUIET, "linespacing": 1.35}),
+    ]
+    for y, text, look in places:
+        figure.text(0.15 / width, y, text, parse_math=False, **look)
+    return figure, axes
+
+
+def colour_bar(figure: Figure, axes: Axes, image: Any) -> None:
+    """The scale of an image, at the right of its axes."""
+    frame = axes.get_position()
+    width = figure.get_size_inches()[0]
+    bar = figure.add_axes((frame.x1 + 0.15 / width, frame.y0, 0.12 / width, frame.height))
+    figure.colorbar(image, cax=bar).outline.set_visible(False)
+    bar.tick_params(length=0)
+
+
+def rendered(figure: Figure, kind: str, dpi: float = RC["savefig.dpi"]) -> bytes:
+    """A figure as the content of a png, svg or pdf file, the same at every time."""
+    undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": None}
+    content = BytesIO()
+    with context():
+        figure.savefig(content, format=kind, metadata=undated[kind], dpi=dpi)
+    return content.getvalue()
+
+
 def save(figure: Figure, path: str | Path) -> None:
     """Write a figure as PNG, SVG or PDF, by the suffix of the path; what was there stays until the new one is whole.
 
@@ -128,14 +184,10 @@ def save(figure: Figure, path: str | Path) -> None:
     """
     path = Path(path)
     check_path(path)
-    kind = path.suffix[1:].lower()
-    undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": None}
-    rendered = BytesIO()
-    with context():
-        figure.savefig(rendered, format=kind, metadata=undated[kind])
+    content = rendered(figure, path.suffix[1:].lower())
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_bytes(rendered.getvalue())
+        partial.write_bytes(content)
         partial.replace(path)
     except OSError as error:
         with suppress(OSError):

@@ -1,0 +1,90 @@
+"""The loss of models on the same documents, per byte of text, so that models with other tokenizers compare.
+
+A document is the unit of sampling: differences are paired by document, and intervals resample documents. The nats are
+those of the tokens that a model predicts: all but the first of a document (a byte model predicts its end as well).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float64, Int64
+
+from ..causal.metrics import token_losses
+from ..errors import PositionsError
+from ..hooked import HookedPositionTransformer
+from ..progress import tracked
+from .intervals import drawn_means, interval_of, resamples
+from .reading import windows
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The loss of a model on some documents.
+
+    Attributes:
+        nats: summed over the predicted tokens of each document.
+        tokens: how many those are.
+        bytes: the length of each document in UTF-8.
+    """
+
+    nats: Float64[np.ndarray, " document"]
+    tokens: Int64[np.ndarray, " document"]
+    bytes: Int64[np.ndarray, " document"]
+
+
+def losses(model: HookedPositionTransformer, texts: Sequence[str]) -> Losses:
+    """The loss of each document.
+
+    Raises:
+        PositionsError: no documents, one of fewer than two tokens, or a model without a tokenizer.
+    """
+    if not all(isinstance(text, str) for text in texts):
+        raise PositionsError("losses were asked for of something else than text; expected documents as strings.")
+    documents, batches = windows(model, texts)
+    nats, tokens = np.zeros(len(documents)), np.zeros(len(documents), dtype=np.int64)
+    for batch in tracked(batches, f"loss of {model.name}", quick=sum(map(len, documents)) < 4096):
+        rows = torch.stack([documents[number][start:stop] for number, start, stop in batch])
+        with torch.no_grad():
+            of_tokens = token_losses(model(rows), rows[:, 1:]).double().cpu()
+        owners = [number for number, _, _ in batch]
+        np.add.at(nats, owners, of_tokens.sum(1).numpy())
+        np.add.at(tokens, owners, of_tokens.shape[1])
+    return Losses(nats, tokens, np.array([len(text.encode()) for text in texts]))
+
+
+def compared(models: Sequence[HookedPositionTransformer], texts: Sequence[str], seed: int = 0) -> pd.DataFrame:
+    """The loss of each model in nats per byte, and its difference to the first one's.
+
+    Args:
+        models: one or more.
+        texts: documents.
+        seed: of the resampling.
+
+    Returns:
+        A row for each model: `model`, `documents`, `bytes`, `tokens` (predicted), `loss` (nats per byte) with its
+        interval `low` to `high`, and, where there are several, `difference` to the first with `difference_low` to
+        `difference_high`, NaN for the first itself. Intervals are where 95% of 1,000 resamples of whole documents lie,
+        NaN for one document.
+
+    Raises:
+        PositionsError: as `losses`.
+    """
+    found = [losses(model, texts) for model in models]
+    draws = resamples(len(texts), seed)
+
+    def mean_of(nats: Float64[np.ndarray, " document"], name: str) -> dict[str, float]:
+        size = found[0].bytes
+        low, high = interval_of(drawn_means(nats[:, None], size, draws)) if len(texts) > 1 else ([np.nan], [np.nan])
+        names = (name, f"{name}_low", f"{name}_high") if name == "difference" else (name, "low", "high")
+        return dict(zip(names, (nats.sum() / size.sum(), float(low[0]), float(high[0])), strict=True))
+
+    rows = []
+    for model, of_model in zip(models, found, strict=True):
+        counts = {"documents": len(texts), "bytes": int(of_model.bytes.sum()), "tokens": int(of_model.tokens.sum())}
+        rows.append({"model": model.name, **counts, **mean_of(of_model.nats, "loss")})
+        if of_model is not found[0]:
+            rows[-1] |= mean_of(of_model.nats - found[0].nats, "difference")
+    return pd.DataFrame(rows)

@@ -1,0 +1,172 @@
+"""Measurements drawn: increments by kind of token, word boundaries by layer, rotary frequencies by layer."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ..errors import PositionsError
+from . import style
+from .effects import DIVERGING
+
+SEQUENTIAL = LinearSegmentedColormap.from_list("amounts", ["#ffffff", style.SKY, style.BLUE, "#00263d"])
+
+MOST_COLUMNS = 8
+"""Layers that get a column of dots with intervals each; more of them become a map."""
+
+MEASURE_COLOURS = (style.ORANGE, style.BLUE, style.SKY, style.QUIET)
+
+
+def kinds_chart(table: pd.DataFrame, caption: str = "", path: str | Path | None = None) -> Figure:
+    """Draw increments by kind of token, relative to the mean of the layer, with intervals.
+
+    Up to eight layers stand side by side; more become a map of layers by kinds, in which a colour is a mean alone.
+
+    Args:
+        table: from `increments_by_category`, heads averaged.
+        caption: what is shown, of which model and text.
+        path: where to write the figure as well, as .png, .svg or .pdf.
+
+    Raises:
+        PositionsError: an empty table, or a path that cannot be written.
+    """
+    if table.empty:
+        raise PositionsError("the table of kinds is empty; expected at least one kind of token.")
+    layers, kinds = list(dict.fromkeys(table["layer"])), list(dict.fromkeys(table["kind"]))
+    title, unit = "Increments by kind of token", "divided by the mean of the layer; 1 is that mean"
+    means = table.pivot(index="kind", columns="layer", values="relative").loc[kinds, layers]
+    names = [f"{kind}  n={n:,}" for kind, n in table.groupby("kind")["n"].first().loc[kinds].items()]
+    with style.context():
+        high = 0.24 * len(kinds)
+        if len(layers) > MOST_COLUMNS:
+            size = (0.2 * len(layers), high)
+            figure, axes = style.framed(size, title, unit, caption, (2.6, 1.0, 0.75, 0.5))
+            least, most = float(np.nanmin(means)), float(np.nanmax(means))
+            reach = max(most - 1, 1 - least, 0.01)
+            factor = max(most, 1 / least, 1.01) if least > 0 else math.inf
+            norm = LogNorm(1 / factor, factor) if factor < math.inf else Normalize(1 - reach, 1 + reach)
+            image = axes.imshow(means, cmap=DIVERGING, norm=norm, aspect="auto")
+            axes.set_xticks(range(0, len(layers), 5), [str(layer) for layer in layers[::5]])
+            axes.set_xlabel("layer")
+            axes.set_yticks(range(len(kinds)), names)
+            axes.tick_params(length=0)
+            style.colour_bar(figure, axes, image)
+        else:
+            size = (1.5 * len(layers), high)
+            figure, whole = style.framed(size, title, unit, caption, (2.6, 0.3, 0.95, 0.45))
+            frame = whole.get_position()
+            whole.remove()
+            for column, layer in enumerate(layers):
+                rows = table[table["layer"] == layer].set_index("kind").reindex(kinds)
+                left = frame.x0 + frame.width * column / len(layers)
+                axes = figure.add_axes((left, frame.y0, frame.width / len(layers) * 0.88, frame.height))
+                places = np.arange(len(kinds))
+                axes.hlines(places, rows["relative_low"], rows["relative_high"], color=style.INK, linewidth=1.2)
+                colours = [style.ORANGE if value > 1 else style.BLUE for value in rows["relative"]]
+                axes.scatter(rows["relative"], places, c=colours, s=18, zorder=3)
+                axes.axvline(1, color=style.FAINT, linewidth=0.8, zorder=0)
+                axes.set_ylim(len(kinds) - 0.5, -0.5)
+                axes.set_xlim(0, max(1.3, float(table["relative_high"].max()), float(table["relative"].max())) * 1.06)
+                axes.set_yticks(places, names if column == 0 else [""] * len(kinds))
+                axes.tick_params(axis="y", length=0)
+                axes.set_title(f"layer {layer}", fontsize=9, color=style.QUIET)
+    if path is not None:
+        style.save(figure, path)
+    return figure
+
+
+def auc_chart(table: pd.DataFrame, title: str, caption: str = "", path: str | Path | None = None) -> Figure:
+    """Draw an area under the ROC curve by layer, one line a measure, with intervals; 0.5 is chance.
+
+    Args:
+        table: a row for each `measure` and `layer` (its number) with `auc` and its interval `low` to `high`; a measure
+            that has no layer (a statistic of the text) has NaN there and becomes a level line.
+        title: what is told from what.
+        caption: what is shown, of which model and text.
+        path: where to write the figure as well, as .png, .svg or .pdf.
+
+    Raises:
+        PositionsError: missing columns, or a path that cannot be written.
+    """
+    if missing := {"measure", "layer", "auc", "low", "high"} - set(table):
+        raise PositionsError(f"the table lacks {', '.join(sorted(missing))}; expected measure, layer, auc, low, high.")
+    numbers = sorted({int(layer) for layer in table["layer"].dropna()})
+    with style.context():
+        size = (max(0.35 * len(numbers), 3.4), 2.4)
+        figure, axes = style.framed(
+            size, title, "area under the ROC curve; 0.5 is chance", caption, (0.6, 0.3, 0.95, 0.5)
+        )
+        axes.axhline(0.5, color=style.FAINT, linewidth=0.8, zorder=0)
+        for i, (measure, rows) in enumerate(table.groupby("measure", sort=False)):
+            colour = MEASURE_COLOURS[i % len(MEASURE_COLOURS)]
+            if rows["layer"].isna().all():
+                row = rows.iloc[0]
+                axes.axhspan(row["low"], row["high"], color=colour, alpha=0.15, linewidth=0)
+                axes.axhline(row["auc"], color=colour, linestyle="--", linewidth=1.2, label=measure)
+                continue
+            places = rows["layer"].astype(int) + (i - 0.5) * 0.06
+            axes.vlines(places, rows["low"], rows["high"], color=colour, linewidth=1.2)
+            axes.plot(places, rows["auc"], "o-", color=colour, markersize=4, linewidth=1, label=measure)
+        axes.set_xticks(numbers)
+        axes.set_xlabel("layer")
+        axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
+    if path is not None:
+        style.save(figure, path)
+    return figure
+
+
+def frequency_map(
+    amounts: Float[Tensor, "layer frequency"],
+    layers: Sequence[int],
+    wavelengths: Sequence[float],
+    title: str,
+    unit: str,
+    caption: str = "",
+    path: str | Path | None = None,
+) -> Figure:
+    """Draw an amount by layer and rotary frequency, the highest frequency at the left, on a logarithmic scale.
+
+    Args:
+        amounts: positive numbers, such as the mean 2-norm of the query's chunk of that frequency.
+        layers: the model's own number of each row; layer 0 is at the bottom.
+        wavelengths: of each frequency, in positions.
+        title: what the amounts are.
+        unit: theirs.
+        caption: what is shown, of which model and text.
+        path: where to write the figure as well, as .png, .svg or .pdf.
+
+    Raises:
+        PositionsError: layers or wavelengths that are not as many as the amounts have, amounts that are not positive,
+            or a path that cannot be written.
+    """
+    if amounts.shape != (len(layers), len(wavelengths)):
+        raise PositionsError(
+            f"amounts have shape {tuple(amounts.shape)}, with {len(layers)} layers and {len(wavelengths)} wavelengths; "
+            "expected [layer, frequency] to match."
+        )
+    if not (amounts > 0).all():
+        raise PositionsError(f"the least amount is {float(amounts.min()):.3g}; expected positive ones.")
+    order = np.argsort(wavelengths)
+    values = amounts.detach().cpu().double().numpy()[:, order]
+    with style.context():
+        size = (max(0.16 * len(wavelengths), 3.0), max(0.16 * len(layers), 0.9))
+        figure, axes = style.framed(size, title, unit, caption, (0.75, 1.05, 0.75, 0.5))
+        norm = LogNorm(float(values.min()), max(float(values.max()), float(values.min()) * 1.001))
+        image = axes.imshow(values, cmap=SEQUENTIAL, norm=norm, aspect="auto", origin="lower")
+        axes.set_ylabel("layer")
+        step = max(1, round(len(layers) / 10))
+        axes.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
+        columns = range(0, len(wavelengths), max(1, len(wavelengths) // 8))
+        axes.set_xticks(columns, [f"{wavelengths[order[i]]:,.0f}" for i in columns])
+        axes.set_xlabel("wavelength, positions (highest frequency at the left)")
+        axes.tick_params(length=0)
+        style.colour_bar(figure, axes, image)
+    if path is not None:
+        style.save(figure, path)
+    return figure

@@ -1,0 +1,215 @@
+"""A text as a model places it: what every picture of it is drawn from.
+
+- A unit is what is drawn in one place: a character, or a whole token where a token holds several characters. The
+  several bytes (or tokens) of one character are one unit.
+- Tokens may be given instead of a text, such as those that a model sampled: a byte that belongs to no valid character
+  is then a unit of its own, written as its hexadecimal value.
+- What is longer than the context, or than a picture can hold, is cut, and `cut` says where.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from jaxtyping import Float, Float64, Int
+from torch import Tensor
+
+from ..causal.sweeps import SITES
+from ..errors import PositionsError
+from ..hooked import HookedPositionTransformer
+from ..increments import PositionConfig
+from ..interventions import hook_names
+from ..tokenizer import byte_characters, character_spans, is_byte_tokenizer
+
+MOST_DRAWN = 1024
+"""Tokens of a picture: beyond these nobody can read it."""
+
+MOST_ATTENDING = 64
+"""Tokens of a picture of attention: its patterns grow with their square."""
+
+SOURCES = {
+    "static": "static increments: every token stands one step after the last, as in standard RoPE",
+    "shared": "one learned increment per token, shared by all layers",
+    "per_layer": "each layer learns its own increments from its residual stream",
+    "frozen": "increments held fixed, by token",
+}
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A text and what a model makes of it.
+
+    Attributes:
+        name: the model's.
+        config: where its increments come from.
+        layers: the model's own number of each layer that has positions.
+        tokens: those of the text, special ones in front included.
+        labels: a readable label of each token.
+        units: what is drawn in one place.
+        sizes: how many characters each unit has.
+        first, last: the first and the last token of each unit.
+        increments, positions: in steps of standard RoPE; one head where all heads share them.
+        patterns: attention from each token to each, where it was asked for and the model shows it.
+        whole: characters of the text, those that were cut included.
+        limit: why it was cut; empty where it was not.
+    """
+
+    name: str
+    config: PositionConfig
+    layers: list[int]
+    tokens: Int[Tensor, " pos"]
+    labels: list[str]
+    units: list[str]
+    sizes: list[int]
+    first: list[int]
+    last: list[int]
+    increments: Float64[Tensor, "layer pos head"]
+    positions: Float64[Tensor, "layer pos head"]
+    patterns: Float[Tensor, "layer query_head pos pos"] | None
+    whole: int
+    limit: str
+
+    def mean_increment(self, entry: int) -> float:
+        """The mean step between the tokens of the text at an entry of `layers`; 1 for a single token."""
+        steps = self.positions[entry, self.first[0] :].mean(-1).diff()
+        return float(steps.mean()) if len(steps) else 1.0
+
+    def attention(self) -> Float[Tensor, "layer query_head pos pos"]:
+        """The patterns.
+
+        Raises:
+            PositionsError: the model shows none.
+        """
+        if self.patterns is None:
+            raise PositionsError(
+                f"{self.name} shows no attention patterns (TransformerLens leaves its attention whole); expected a "
+                "model with hook_pattern."
+            )
+        return self.patterns
+
+    def cut(self, units: int | None = None) -> str:
+        """What is left out of the text where its first units are shown, in a sentence; empty where nothing is."""
+        shown = sum(self.sizes[:units])
+        why = f" ({self.limit})" if self.limit and shown == sum(self.sizes) else ""
+        return f"The first {shown:,} of {self.whole:,} characters are drawn{why}." if shown < self.whole else ""
+
+
+def place(
+    model: HookedPositionTransformer,
+    text: str | Int[Tensor, " pos"],
+    *,
+    patterns: bool = False,
+    most: int = MOST_DRAWN,
+) -> Placed:
+    """Run a model on a text, and keep where it puts what.
+
+    Args:
+        model: the model.
+        text: a text, or the tokens of one as they are, special ones in front included.
+        patterns: keep the attention patterns as well.
+        most: tokens at most; the context in any case.
+
+    Raises:
+        PositionsError: an empty text, a model without a tokenizer, no such tokens, or a first character that alone is
+            too long.
+    """
+    if getattr(model, "tokenizer", None) is None:
+        raise PositionsError("the model has no tokenizer; expected one, to tell what its tokens are.")
+    room = min(model.cfg.n_ctx, most)
+    tokens, units, sizes, spans = _units(model, text)
+    kept = sum(stop <= room for _, stop in spans)
+    if not kept:
+        raise PositionsError(f"the first character takes more than {room} tokens; expected a text that begins in them.")
+    limit = f"the model's context is {room:,} tokens" if room == model.cfg.n_ctx else f"they are {room:,} tokens"
+    tokens = tokens[: spans[kept - 1][1]] if kept < len(units) else tokens
+
+    hooks = {site: [name for _, name in hook_names(model, None, SITES[site][0])] for site in SITES}
+    wanted = ["increments", "positions", *(["pattern"] if patterns else [])]
+    names = [name for site in wanted for name in hooks[site] if name in model.hook_dict]
+    with torch.no_grad():
+        _, cache = model.run_with_cache(tokens[None], names_filter=names, return_type=None)
+    increments, positions = (
+        torch.stack([cache[name][0] for name in hooks[site]]).detach().cpu().double()
+        for site in ("increments", "positions")
+    )
+    if increments.ndim == 2:
+        increments, positions = increments[..., None], positions[..., None]
+    seen = patterns and all(name in cache for name in hooks["pattern"])
+    return Placed(
+        name=model.name,
+        config=model.position_config,
+        layers=model.position_layers,
+        tokens=tokens.cpu(),
+        labels=list(model.to_str_tokens(tokens)),
+        units=units[:kept],
+        sizes=sizes[:kept],
+        first=[start for start, _ in spans[:kept]],
+        last=[stop - 1 for _, stop in spans[:kept]],
+        increments=increments,
+        positions=positions,
+        patterns=torch.stack([cache[name][0].float().cpu() for name in hooks["pattern"]]) if seen else None,
+        whole=sum(sizes),
+        limit=limit if kept < len(units) else "",
+    )
+
+
+def layers_to_show(
+    model: HookedPositionTransformer, layers: Sequence[int] | None, values: Float[Tensor, "layer ..."]
+) -> dict[int, str]:
+    """The layers to give a row each, as entries of `values`, with the row's name; one row where all are the same.
+
+    Args:
+        model: the model, whose `position_layers` are those of `values`.
+        layers: their numbers in the model; None is all of them.
+        values: what would be shown of each layer.
+
+    Raises:
+        PositionsError: a layer that the model does not have, or that does not rotate.
+    """
+    numbers = model.position_layers
+    for layer in layers or ():
+        if layer not in numbers:
+            known = f"0 to {len(numbers) - 1}" if numbers == list(range(len(numbers))) else ", ".join(map(str, numbers))
+            raise PositionsError(f"layer {layer} was asked for; expected one of the layers {known}.")
+    chosen = sorted({numbers.index(layer) for layer in layers}) if layers else list(range(len(numbers)))
+    source = model.position_config.source
+    if source != "per_layer" and all(torch.equal(values[entry], values[chosen[0]]) for entry in chosen):
+        return {chosen[0]: "static" if source == "static" else "all layers"}
+    return {entry: f"layer {numbers[entry]}" for entry in chosen}
+
+
+def _units(
+    model: HookedPositionTransformer, text: str | Int[Tensor, " pos"]
+) -> tuple[Int[Tensor, " pos"], list[str], list[int], list[tuple[int, int]]]:
+    """The tokens; the units, how many characters each has, and the half-open range of its tokens."""
+    tokenizer = model.tokenizer
+    if isinstance(text, str):
+        if not text:
+            raise PositionsError("the text is empty; expected at least one character.")
+        of_character = character_spans(tokenizer, text)
+        tokens = model.to_tokens(text, truncate=False)[0]
+        own = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    else:
+        if not isinstance(text, Tensor) or text.ndim != 1 or text.is_floating_point() or not len(text):
+            given = f"shape {tuple(text.shape)}" if isinstance(text, Tensor) else repr(text)
+            raise PositionsError(f"a text was given as {given}; expected a string, or its token ids [pos].")
+        if text.min() < 0 or text.max() >= model.cfg.d_vocab:
+            raise PositionsError(
+                f"tokens go from {text.min()} to {text.max()}; expected ids from 0 to {model.cfg.d_vocab - 1}."
+            )
+        tokens, special = text, set(tokenizer.all_special_ids)
+        own = len(text) - next((i for i, token in enumerate(text.tolist()) if token not in special), len(text) - 1)
+        ids = text[len(text) - own :].tolist()
+        text = str(tokenizer.decode(ids))
+        if tokenizer(text, add_special_tokens=False)["input_ids"] != ids:
+            named = byte_characters(ids) if is_byte_tokenizer(tokenizer) else [(tokenizer.decode([i]), 1) for i in ids]
+            stops = list(accumulate((size for _, size in named), initial=len(tokens) - own))
+            return tokens, [unit for unit, _ in named], [1] * len(named), list(pairwise(stops))
+        of_character = character_spans(tokenizer, text)
+    before = len(tokens) - own
+    starts = [min(start, own - 1) for start, _ in of_character]
+    heads = [i for i, start in enumerate(starts) if i == 0 or start != starts[i - 1]]
+    pieces = list(pairwise([*heads, len(text)]))
+    spans = [(before + starts[i], before + max(of_character[j - 1][1], starts[i] + 1)) for i, j in pieces]
+    return tokens, [text[i:j] for i, j in pieces], [j - i for i, j in pieces], spans
