@@ -1,6 +1,7 @@
 # make demo    train a small model on English and Chinese, and look at its increments
 # make test    the tests
 # make families  check every model family of TransformerLens, and write docs/families.md
+# make notebooks  run the notebooks of demos/ and store what they show
 # make lint    style and types
 # make bench   what position streams cost in a training step
 # Each does its own set-up, in .venv.
@@ -9,7 +10,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := HF_HUB_OFFLINE=1 $(VENV)/bin
 
-.PHONY: demo test families lint bench fonts clean
+.PHONY: demo test families notebooks lint bench fonts chromium clean
 
 demo: $(VENV)/demo fonts
 	$(RUN)/python demos/demo.py
@@ -19,6 +20,9 @@ test: $(VENV)/dev
 
 families: $(VENV)/dev
 	$(RUN)/python tests/families.py
+
+notebooks: $(VENV)/dev fonts
+	PYTHONWARNINGS="ignore:IProgress not found" $(RUN)/jupyter execute --inplace demos/*.ipynb
 
 lint: $(VENV)/dev
 	$(RUN)/ruff check .
@@ -38,6 +42,14 @@ fonts:
 		(apt-get install -y -q fonts-wqy-zenhei || (apt-get update -q && apt-get install -y -q fonts-wqy-zenhei)) \
 			>/dev/null 2>&1 || echo "no CJK font could be installed; Chinese figures are left out"; \
 	else echo "no CJK font found; install fonts-wqy-zenhei or fonts-noto-cjk for Chinese figures"; fi
+
+# A browser, for the tests of pages; they are skipped where there is none.
+chromium:
+	@if command -v chromium chromium-browser google-chrome >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		(apt-get install -y -q chromium || (apt-get update -q && apt-get install -y -q chromium)) \
+			>/dev/null 2>&1 || echo "no Chromium could be installed; the tests of pages are skipped"; \
+	else echo "no Chromium found; install chromium for the tests of pages"; fi
 
 $(VENV)/demo: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(VENV)/bin/pip install -q -c constraints.txt -e ".[corpora]"

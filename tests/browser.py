@@ -29,11 +29,12 @@ def chromium() -> Iterator[Browser]:
 
 
 @contextmanager
-def opened(browser: Browser, path: Path, width: int = 1440, **options: Any) -> Iterator[Page]:
+def opened(browser: Browser, path: Path, width: int = 1440, script: str = "", **options: Any) -> Iterator[Page]:
     """A page from disk; at the end, an error where it complained or asked for anything beyond its own file."""
     context = browser.new_context(viewport={"width": width, "height": 900}, offline=True, **options)
     page = context.new_page()
     page.set_default_timeout(10_000)
+    page.add_init_script(script)
     said: list[str] = []
     page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
     page.on("pageerror", lambda error: said.append(f"error: {error}"))
@@ -46,7 +47,7 @@ def opened(browser: Browser, path: Path, width: int = 1440, **options: Any) -> I
     settle(page)
     context.close()
     assert said == []
-    assert [url for url in asked if not url.startswith(("data:", "blob:"))] == [path.as_uri()]
+    assert [url for url in asked if not url.startswith(("data:", "blob:", "about:srcdoc"))] == [path.as_uri()]
 
 
 def settle(page: Page) -> None:

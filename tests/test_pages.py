@@ -233,3 +233,15 @@ def test_a_long_paragraph_wraps_and_nothing_of_it_is_lost(browser, tmp_path):
         assert shown == text[:1023].replace(" ", "␣")
         assert "The first 1,023 of 5,000 characters are drawn" in page.locator("figcaption").inner_text()
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_a_notebook_shows_a_view_at_its_own_height(browser, model, tmp_path):
+    shown = viz.attention_view(model, TEXT)._repr_html_()
+    (tmp_path / "notebook.html").write_text(f'<!doctype html><meta charset="utf-8">{shown}', "utf-8")
+    with opened(browser, tmp_path / "notebook.html") as page:
+        frame = page.frame_locator("iframe")
+        frame.locator("path.arc").first.wait_for()
+        frame.locator("canvas").nth(4).wait_for()
+        settle(page)
+        inside = frame.locator("html").evaluate("(html) => html.scrollHeight")
+        assert page.locator("iframe").bounding_box()["height"] == pytest.approx(inside, abs=30)

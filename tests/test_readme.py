@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from lens_positions.cli import ablate, gaps, moved, patch, show
+from lens_positions.cli import ablate, gaps, moved, patch, report, show
 from training.__main__ import parse, parse_graft
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
-COMMAND = {function.__name__: function for function in (show, moved, gaps, patch, ablate)}
+MEASUREMENTS = (ROOT / "docs" / "measurements.md").read_text("utf-8")
+COMMAND = {function.__name__: function for function in (show, moved, gaps, patch, ablate, report)}
 COMMANDS = [
     line.strip().split("  #")[0].strip()
-    for line in README.splitlines()
+    for line in (README + MEASUREMENTS).splitlines()
     if re.match(r"    (make|python|lens-pos)", line)
 ]
 
@@ -56,15 +57,17 @@ def test_graft_commands_parse(command):
 def test_lens_positions_commands_have_the_options_they_use(command):
     name, *words = shlex.split(command)[1:]
     known = inspect.signature(COMMAND[name]).parameters
+    words = ["--output" if word == "-o" else word for word in words]
     assert all(word.removeprefix("--").replace("-", "_") in known for word in words if word.startswith("--"))
 
 
 def test_benchmarks_are_there():
-    scripts = re.findall(r"benchmarks/\w+\.(?:py|json)", README)
+    scripts = re.findall(r"benchmarks/\w+\.(?:py|json)", README + MEASUREMENTS)
     assert len(set(scripts)) >= 6
     assert all((ROOT / script).is_file() for script in scripts)
 
 
 def test_linked_files_are_there():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).is_file(), target
+    for folder, text in ((ROOT, README), (ROOT / "docs", MEASUREMENTS)):
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+            assert (folder / target).is_file(), target

@@ -116,7 +116,7 @@ def test_what_is_cut_is_said(run, folders, tmp_path):
     )
     assert code == 0
     assert "The first 127 of 5,000 characters are drawn (the model's context is 128 tokens)." in err
-    assert "With attention: The first 63 of 5,000 characters are drawn (they are 64 tokens)." in err
+    assert "With attention: The first 47 of 5,000 characters are drawn (they are 48 tokens)." in err
 
 
 def test_without_held_out_text_the_rest_is_there(folders, tmp_path, monkeypatch):

@@ -1,7 +1,8 @@
-"""The worked study and the tables beside the README: what is said is what the files hold."""
+"""The worked study and the tables beside it: what is said is what the files hold."""
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pandas as pd
 import pytest
 
 ROOT = Path(__file__).parent.parent
+SAID = " ".join((ROOT / "docs" / "measurements.md").read_text("utf-8").split())
 README = " ".join((ROOT / "README.md").read_text("utf-8").split())
 
 
@@ -42,13 +44,13 @@ def test_the_controls_are_other_gaps_of_the_list(induction):
     assert len(induction.CONTROLS) == 9
 
 
-def test_the_readme_says_what_the_study_found():
+def test_the_measurements_say_what_the_study_found():
     table = pd.read_csv(ROOT / "docs" / "induction.csv")
     repeated = table[table["prompts"] == "repeated"].set_index("layer")
     row = repeated.loc[16]
     assert row["n"] == 60
-    assert f"{row['difference']:.2f} ({row['low']:.2f} to {row['high']:.2f}, n = 60, q = {row['q']:.5f}" in README
-    assert f"loses {-row['target']:.2f} there, against {-row['control']:.2f}" in README
+    assert f"{row['difference']:.2f} ({row['low']:.2f} to {row['high']:.2f}, n = 60, q = {row['q']:.5f}" in SAID
+    assert f"loses {-row['target']:.2f} there, against {-row['control']:.2f}" in SAID
     others = repeated[(repeated["q"] < 0.05) & (repeated.index != 16)]
     assert (others["difference"] > 0).all()
     assert list(others.index) == [9, 12, 24, 25, 27]
@@ -56,21 +58,21 @@ def test_the_readme_says_what_the_study_found():
 
 
 @pytest.mark.parametrize("language", ["english", "chinese"])
-def test_the_readme_says_what_the_ablations_changed(language):
+def test_the_measurements_say_what_the_ablations_changed(language):
     table = pd.read_csv(ROOT / "benchmarks" / f"ablation_quick_{language}.csv")
-    assert f"{table['n'][0]:,}" in README
+    assert f"{table['n'][0]:,}" in SAID
     for to, digits in (("1.0", 3), ("mean", 3 if language == "english" else 4), ("shuffle", 3)):
         row = table[(table["layer"] == "0") & (table["to"] == to)].iloc[0]
         digits = 4 if language == "chinese" and to == "shuffle" else digits
         low, high = (f"{row[end]:+.{digits}f}" for end in ("low", "high"))
-        assert f"{row['change']:+.{digits}f} ({low} to {high})" in README
+        assert f"{row['change']:+.{digits}f} ({low} to {high})" in SAID
 
 
-def test_the_readme_says_how_far_gradients_agree():
+def test_the_measurements_say_how_far_gradients_agree():
     found = json.loads((ROOT / "benchmarks" / "causal_attribution.json").read_text())
     for name in ("gradient_and_small", "gradient_and_half", "integrated_and_half"):
         row = found["summary"][name]
-        assert f"{row['mean']:.2f} ({row['low']:.2f} to {row['high']:.2f}) | {row['least']:.2f}" in README
+        assert f"{row['mean']:.2f} ({row['low']:.2f} to {row['high']:.2f}) | {row['least']:.2f}" in SAID
     assert found["integrated_sum_off_at_most"] < 0.01
     assert found["prompts"] >= 20
 
@@ -81,3 +83,12 @@ def test_sweeps_are_at_least_eight_times_faster_than_the_loop():
     assert len(rows) == 7
     assert min(row["ratio"] for row in rows) >= 8
     assert max(row["largest_error"] for row in rows) <= 1e-3
+
+
+def test_the_table_of_the_readme_is_of_the_measurements():
+    """Every interval in it stands in the measurements too."""
+    rows = README[README.index("## Results") : README.index("## Limits")]
+    intervals = re.findall(r"[+-]?\d\.\d+ \([+-]?\d\.\d+ to [+-]?\d\.\d+\)", rows)
+    assert len(intervals) >= 6
+    for interval in intervals:
+        assert interval[:-1] in SAID, interval

@@ -101,7 +101,7 @@ def test_an_attention_view_has_the_positions_of_each_head():
 def test_views_say_what_they_cut():
     model = small_model(n_ctx=128)
     assert (
-        "The first 63 of 100 characters are drawn (they are 64 tokens)."
+        "The first 47 of 100 characters are drawn (they are 48 tokens)."
         in viz.attention_view(model, "a" * 100).data["caption"]
     )
     captions = viz.spacing_view(model, "b" * 200).data["caption"]

@@ -32,8 +32,8 @@ from .measurements import kinds_chart
 from .placed import MOST_ATTENDING, SOURCES, place
 from .views import View, attention_view, check_page, scripts, spacing_view, styles, tokens_view, write_page
 
-ENGLISH = "The President of the United States spoke to Congress on Monday."
-CHINESE = "中国政府今天在北京举行新闻发布会。"
+ENGLISH = "The President of the United States spoke today."
+CHINESE = "中国政府今天在北京举行记者会。"
 
 PACKAGES = ("lens-positions", "torch", "transformers", "transformer-lens", "circuitsvis")
 

@@ -25,8 +25,8 @@ from ..tokenizer import byte_characters, character_spans, is_byte_tokenizer
 MOST_DRAWN = 1024
 """Tokens of a picture: beyond these nobody can read it."""
 
-MOST_ATTENDING = 64
-"""Tokens of a picture of attention: its patterns grow with their square."""
+MOST_ATTENDING = 48
+"""Tokens of a picture of attention: its patterns, and the time that circuitsvis takes, grow with their square."""
 
 SOURCES = {
     "static": "static increments: every token stands one step after the last, as in standard RoPE",

@@ -38,7 +38,7 @@ def arcs(
 
     Args:
         model: the model.
-        text: what to read, or its tokens, special ones in front included; beyond 64 tokens it is cut.
+        text: what to read, or its tokens, special ones in front included; beyond 48 tokens it is cut.
         layer: the model's own number of a layer with positions.
         head: a query head.
         token: the one that attends, counted from 0 with special tokens in front; None is the last.
@@ -75,7 +75,7 @@ def arcs(
         f"attention; below {SHOWN:.0%} none is drawn. {placed.cut()}"
     )
     with style.context():
-        wide, between = min(max(0.2 * n, 4.5), 11.0), 0.75 if upright else 1.7
+        wide, between = min(max(0.2 * n, 4.5), 11.0), 0.75 if upright else 0.5 + 0.16 * max(map(len, labels))
         counted = np.arange(n) / max(n - 1, 1)
         learned = (positions - positions.min()) / span
         attended = [key for key in range(token + 1) if weights[key] >= SHOWN]
@@ -109,10 +109,10 @@ def arcs(
                     va="top" if up > 0 else "bottom", rotation=0 if upright else 90, color=colour,
                     gid=f"{name}-label-{i}",
                 )  # fmt: skip
-        foot = 0.32 if upright else 0.8
+        foot = 0.32 if upright else between / 2 - 0.1
         axes.plot([counted, learned], [[foot] * n, [between - foot] * n], color=style.FAINT, linewidth=0.6, zorder=0)
-        static = placed.config.source == "static"
-        above = "positions (static: one step a token)" if static else f"learned positions, {span:.1f} steps in all"
+        learned_or_not = "" if placed.config.source == "static" else "learned "
+        above = f"{learned_or_not}positions, {span:.1f} steps in all"
         axes.text(0, between + arc, above, fontsize=8, color=style.QUIET, va="top")
         axes.text(0, -arc, f"token counts, {n - 1} steps in all", fontsize=8, color=style.QUIET, va="bottom")
     if path is not None:

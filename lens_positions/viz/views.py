@@ -173,7 +173,7 @@ def attention_view(
     said = [
         f"{placed.name}. Each arc runs from the chosen token to one that it attends to; its width and strength are the "
         "attention, and below 1% none is drawn. Above the line tokens stand at their "
-        + ("positions, which are token counts in a static model" if source == "static" else "learned positions")
+        + ("positions, one step a token unless they are edited" if source == "static" else "learned positions")
         + "; below it they are counted. Click a token, or use the arrow keys.",
         placed.cut(),
     ]

@@ -50,6 +50,32 @@
     }).observe(node);
   }
 
+  // circuitsvis takes up to a second for the heads of a layer: they are drawn when they come into sight or before a
+  // print, and otherwise one by one when the page has nothing else to do.
+  const waiting = [];
+  const idle = window.requestIdleCallback ?? ((work) => setTimeout(work, 200));
+  function whenSeen(node, draw) {
+    let drawn = false;
+    const once = () => {
+      if (drawn) return;
+      drawn = true;
+      sight.disconnect();
+      draw();
+    };
+    const sight = new IntersectionObserver((seen) => seen.some((entry) => entry.isIntersecting) && once(), {
+      rootMargin: "200px",
+    });
+    sight.observe(node);
+    addEventListener("beforeprint", once);
+    waiting.push(once);
+    if (waiting.length === 1) setTimeout(() => idle(next), 500);
+  }
+  function next() {
+    waiting[0]();
+    waiting.shift();
+    if (waiting.length) setTimeout(() => idle(next), 50);
+  }
+
   // ---- characters at their positions -------------------------------------------------------------------------------
 
   function glyphWidth(unit) {
@@ -325,7 +351,7 @@
       const learned = (i) => 20 + ((at[i] - low) / span) * (width - 40);
       const counted = (i) => 20 + (i / Math.max(n - 1, 1)) * (width - 40);
       const title = (y, text) => picture.append(svg("text", { x: 4, y, "font-size": 11, class: "quiet" }, text));
-      title(12, data.static ? "positions (static: one step a token)" : "learned positions");
+      title(12, data.static ? "positions of a static model" : "learned positions");
       title(bottom + arcs + 20, "token counts");
       for (const [y, place, side] of [[top, learned, -1], [bottom, counted, 1]]) {
         picture.append(svg("line", { x1: 20, x2: width - 20, y1: y, y2: y, class: "line" }));
@@ -431,7 +457,7 @@
       attend(to);
     });
     onWidth(rulers, draw);
-    drawHeads();
+    whenSeen(paper, drawHeads);
   }
 
   // ---- the page ----------------------------------------------------------------------------------------------------
