@@ -1,6 +1,6 @@
 """How large reports are, how fast they open, and what they look like: written, then opened in Chromium, offline.
 
-    python benchmarks/report.py [MODEL ...] [--characters N] [--output FILE] [--screenshots FOLDER]
+    python benchmarks/report.py [MODEL ...] [--characters N] [--folder FOLDER] [--output FILE]
 
 Opened is a page whose texts, figures and arcs are there; complete, when circuitsvis has drawn its heads too, which it
 does when the page is idle or they come into sight. Medians of five, at 1440 pixels, on the page's own clock. An error
@@ -14,7 +14,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import tyro
@@ -50,12 +49,14 @@ class Options:
     Args:
         models: what `from_pretrained` should load.
         characters: held-out text of a report, for each model.
+        folder: where the reports are written.
         output: where the table is written as JSON.
         screenshots: a folder for those of the first model's report.
     """
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional] = ("demo-output/quick/model", "smollm2-135m-instruct")
     characters: int = 20_000
+    folder: Path = Path("demo-output")
     output: Path = Path("benchmarks/report.json")
     screenshots: Path = Path("docs")
 
@@ -65,15 +66,15 @@ def main(options: Options) -> None:
     if CHROMIUM is None:
         raise SystemExit("benchmarks/report.py: there is no Chromium; expected one (make chromium).")
     rows = []
-    with TemporaryDirectory() as folder, chromium() as browser:
+    with chromium() as browser:
         for number, model in enumerate(options.models):
-            path, start = Path(folder) / f"{number}.html", time.perf_counter()
+            path, start = options.folder / f"report-{number}.html", time.perf_counter()
             if lens_positions(["report", model, "-o", str(path), "--characters", str(options.characters)]):
                 raise SystemExit(2)
             made = time.perf_counter() - start
             times: dict[str, list[float]] = {"opened": [], "complete": []}
             for _ in range(5):
-                with opened(browser, path, script=WATCH) as page:
+                with opened(browser, path.resolve(), script=WATCH) as page:
                     page.wait_for_function(DRAWN)
                     for name, seconds in page.evaluate("window.drawn").items():
                         times[name].append(seconds)
@@ -88,7 +89,7 @@ def main(options: Options) -> None:
             )
             if number == 0:
                 for width, scheme in ((1440, "light"), (1440, "dark"), (390, "light")):
-                    with opened(browser, path, width, script=WATCH, color_scheme=scheme) as page:
+                    with opened(browser, path.resolve(), width, script=WATCH, color_scheme=scheme) as page:
                         page.wait_for_function(DRAWN)
                         name = f"report-{width}{'-dark' if scheme == 'dark' else ''}.png"
                         page.screenshot(path=options.screenshots / name, full_page=True)

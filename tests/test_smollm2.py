@@ -5,8 +5,10 @@ import importlib.util
 
 import pytest
 import torch
+from browser import chromium, needs_chromium, opened
 
 import lens_positions as lp
+from lens_positions import corpora
 from lens_positions.pretrained import fingerprint, load_base, load_pretrained
 
 NAME = "smollm2-135m-instruct"
@@ -101,6 +103,33 @@ def test_an_adapter_of_a_packaged_model_knows_it(base, tokens, tmp_path):
     lp.load_adapter(model, tmp_path / "adapter")
     assert torch.equal(model(tokens).logits, logits)
     model.position_streams.detach()
+
+
+@needs_chromium
+def test_a_report_of_all_its_layers_and_heads_is_small_and_drawn(base, tmp_path, monkeypatch):
+    """Of the views alone: with 30 layers, what is measured on held-out text takes minutes."""
+
+    def missing(*args):
+        raise lp.PositionsError("none was asked for.")
+
+    monkeypatch.setattr(corpora, "heldout_excerpts", missing)
+    positions = lp.PositionConfig(source="per_layer", hidden=8)
+    model = lp.HookedPositionTransformer.from_transformers(copy.deepcopy(base[0]), base[1], positions)
+    torch.manual_seed(0)
+    for stream in model.position_streams.layers:
+        stream.source.out.weight.normal_(std=0.3)
+    lp.viz.report(model, tmp_path / "report.html", texts=[TEXT, "中国政府今天在北京举行记者会。"])
+    assert (tmp_path / "report.html").stat().st_size < 6_000_000
+    with chromium() as browser, opened(browser, tmp_path / "report.html") as page:
+        for view in page.locator('[data-view="spacing"]').all():
+            rows = view.locator("text.unit").evaluate_all("(all) => new Set(all.map((t) => t.dataset.row)).size")
+            assert rows == 30
+        for view in page.locator('[data-view="tokens"]').all():
+            view.locator(".colored-tokens").nth(29).wait_for()
+        for view in page.locator('[data-view="attention"]').all():
+            view.locator("canvas").nth(9).wait_for()  # nine heads and one of them at full size
+            view.get_by_label("Layer", exact=True).select_option("layer 29")
+            assert view.locator("path.arc").count() > 0
 
 
 def test_loaded_by_name_in_bf16_and_bridged(base, tokens):

@@ -297,8 +297,7 @@ def _note(text: str) -> Piece:
 
 
 def _table(columns: list[str], rows: Sequence[Sequence[Any]], summary: str = "", is_open: bool = False) -> Piece:
-    table = {"kind": "table", "columns": columns, "rows": rows, "summary": summary}
-    return table | {"open": is_open, "numbers": bool(summary)}
+    return {"kind": "table", "columns": columns, "rows": rows, "summary": summary, "open": is_open}
 
 
 def _view(view: View, text: str, model: HookedPositionTransformer, models: list[HookedPositionTransformer]) -> Piece:
