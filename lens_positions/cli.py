@@ -61,6 +61,10 @@ def show(
     explored = figure is not None and figure.suffix.lower() in (".html", ".htm")
     if figure is not None and explored:
         check_page(figure)
+    elif figure is not None and figure.suffix.lower() not in style.KINDS:
+        raise PositionsError(
+            f"the figure's path is {figure}; expected a name that ends in .png, .svg or .pdf, or .html to explore."
+        )
     else:
         _check_outputs(None, figure)
     loaded = HookedPositionTransformer.from_pretrained(model)
@@ -69,7 +73,8 @@ def show(
     rows = layers_to_show(loaded, layers or None, increments)
     # Entry 0 stands before the text; with gap "after", it is the last increment that moves no token of the text.
     used = loaded.position_config.effective
-    means = {layer: float(increments[layer, used].mean()) for layer in rows}
+    moving = increments[:, used] if increments.shape[1] > 1 else increments
+    means = {layer: float(moving[layer].mean()) for layer in rows}
     console = Console(highlight=False)
     _print_tokens(console, loaded, placed, rows, means)
     if table:
@@ -81,7 +86,8 @@ def show(
             if explored:
                 spacing_view(loaded, text, layers or None).save(figure)
             else:
-                spacing(loaded, text, layers or None, path=figure)
+                divisible = all(placed.mean_increment(entry) > 0 for entry in rows)
+                spacing(loaded, text, layers or None, "relative" if divisible else "common", figure)
         except style.MissingFontError as error:
             _complain(f"no figure was drawn: {error}")
         else:
@@ -323,8 +329,9 @@ def report(
     words += ["--characters", str(characters), "--seed", str(seed)]
     try:
         left_out = write_report(loaded, output, text, other, corpus, characters, seed, shlex.join(words))
-    except KeyboardInterrupt:
-        _complain(f"interrupted: {output} has the parts that were done.")
+    except KeyboardInterrupt as interruption:
+        if interruption.args:
+            _complain(f"interrupted: {output} has the parts that were done.")
         raise
     for sentence in left_out:
         _complain(sentence)

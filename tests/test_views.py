@@ -78,7 +78,50 @@ def test_tokens_are_tinted_by_the_share_of_the_mean_that_they_deviate(model):
     for layer, row in enumerate(data["rows"]):
         increments = model.increments(TEXT)[layer, 0, 1:]
         mean = increments[1:].mean()
-        assert row["relative"] == pytest.approx(((increments - mean) / increments.mean()).tolist(), abs=1e-3)
+        assert row["relative"] == pytest.approx((increments / mean - 1).tolist(), abs=1e-3)
+
+
+def test_negative_increments_are_tinted_by_how_far_they_reach():
+    model = small_model(activation="none")
+    with torch.no_grad():
+        for name, bias in model.position_streams.named_parameters():
+            if name.endswith("out.bias"):
+                bias.fill_(-30.0)
+    for layer, row in enumerate(viz.tokens_view(model, TEXT).data["rows"]):
+        increments = model.increments(TEXT)[layer, 0, 1:]
+        assert row["mean"] < 0
+        reach = increments.abs() / increments[1:].mean().abs()
+        assert row["relative"] == pytest.approx((reach - 1).tolist(), abs=1e-3)
+
+
+def test_an_increment_that_moves_nothing_has_no_tint():
+    (row, *_) = viz.tokens_view(small_model(gap="after"), TEXT).data["rows"]
+    assert row["relative"][-1] == 0
+    assert all(row["relative"][:-1])
+
+
+def test_one_token_has_its_own_increment_as_its_mean(model):
+    (row, *_) = viz.spacing_view(model, "a").data["rows"]
+    assert row["mean"] == pytest.approx(float(model.increments("a")[0, 0, 1]), abs=1e-5)
+
+
+def test_tiny_increments_keep_their_digits():
+    model = small_model()
+    with torch.no_grad():
+        for name, parameter in model.position_streams.named_parameters():
+            if ".out." in name:
+                parameter.fill_(-9.0 if name.endswith("bias") else 0.01)
+    data = viz.spacing_view(model, TEXT).data
+    assert data["relative"]
+    for layer, row in enumerate(data["rows"]):
+        exact = float(model.increments(TEXT)[layer, 0, 2:].double().mean())
+        assert row["mean"] == pytest.approx(exact, rel=1e-3)
+        assert row["mean"] < 0.02
+
+
+@pytest.mark.parametrize(("layers", "rows"), [(0, 1), ([2, 0], 2), (None, 3)])
+def test_layers_are_one_or_several(model, layers, rows, unchecked):
+    assert len(viz.spacing_view(model, TEXT, layers).data["rows"]) == rows
 
 
 def test_an_attention_view_holds_the_patterns_of_the_model(model):
@@ -223,6 +266,13 @@ def test_kinds_stand_at_their_means_with_their_intervals(model, tmp_path):
         several = ~rows["relative_low"].isna().to_numpy()
         ends = np.array([segment[:, 0] for segment in bars.get_segments() if len(segment)])
         assert ends == pytest.approx(rows[["relative_low", "relative_high"]].to_numpy()[several])
+
+
+def test_kinds_below_zero_are_in_sight(model):
+    table = increments_by_category(model, TEXTS)
+    table.loc[0, ["relative", "relative_low", "relative_high"]] = [-1.0, -1.4, -0.5]
+    for axes in viz.kinds_chart(table).axes:
+        assert axes.get_xlim()[0] < -1.4
 
 
 def test_kinds_in_many_layers_are_a_map():

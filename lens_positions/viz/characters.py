@@ -26,7 +26,7 @@ from torch import Tensor
 from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
 from . import style
-from .placed import SOURCES, Placed, layers_to_show, place
+from .placed import Placed, layers_to_show, place
 
 TITLE = "Characters at their learned positions"
 MAX_PANELS = 8
@@ -108,10 +108,8 @@ def rows_of(placed: Placed, layers: dict[int, str], scale: Scale) -> list[Row]:
 
 def caption_of(placed: Placed, rows: list[Row], scale: Scale) -> list[str]:
     """What a reader must know to read the picture, a sentence each."""
-    config = placed.config
-    said = [f"{placed.name} ({SOURCES[config.source]}{'; mean over heads' if config.per_head else ''})."]
-    if config.source != "static":
-        said.append(f"An increment is the gap {config.gap} its token.")
+    said = placed.convention()
+    if placed.config.source != "static":
         if scale == "relative":
             said.append("Each row is divided by its mean increment, printed at its left in steps of standard RoPE.")
         else:

@@ -17,11 +17,13 @@ from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from .. import causal, corpora
 from ..analysis.categories import increments_by_category
 from ..analysis.losses import compared
+from ..analysis.reading import WINDOW
 from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
 from ..pretrained import fingerprint
@@ -29,7 +31,7 @@ from ..progress import announced
 from . import style
 from .effects import ablation_bars
 from .measurements import kinds_chart
-from .placed import MOST_ATTENDING, SOURCES, place
+from .placed import SOURCES
 from .views import View, attention_view, check_page, scripts, spacing_view, styles, tokens_view, write_page
 
 ENGLISH = "The President of the United States spoke today."
@@ -68,19 +70,17 @@ def report(
 
     Returns:
         What was cut or left out, a sentence each. Interrupted, it writes the parts that are done, says so in the page,
-        and raises KeyboardInterrupt again.
+        and raises KeyboardInterrupt with the path.
 
     Raises:
         PositionsError: an empty text, a path that cannot be written, or a corpus that was named and is not there.
     """
     check_page(path)
     models = [model] if compare is None else [model, compare]
-    texts = list(texts) or [ENGLISH, CHINESE]
-    left_out = [_cut(one, text) for one in models for text in texts]
-    left_out = [sentence for sentence in left_out if sentence]
+    texts = [texts] if isinstance(texts, str) else list(texts) or [ENGLISH, CHINESE]
+    if not all(texts):
+        raise PositionsError("a text is empty; expected at least one character.")
     held_out, of_corpus = _held_out(corpus, characters)
-    if not held_out:
-        left_out.append(of_corpus)
 
     planned: list[tuple[str, Callable[[], Iterator[Piece]]]] = [
         ("The model" if compare is None else "The models", lambda: _facts(models)),
@@ -102,7 +102,7 @@ def report(
             break
     loader = Environment(loader=PackageLoader("lens_positions.viz", "web"), autoescape=True)
     page = loader.get_template("report.html").render(
-        title=" and ".join(one.name for one in models),
+        title=f"does {model.name} think its" if compare is None else f"do {model.name} and {compare.name} think their",
         styles=_trusted(styles()),
         scripts=_trusted(scripts()),
         parts=parts,
@@ -111,8 +111,10 @@ def report(
     )
     write_page(page, path)
     if interrupted is not None:
-        raise interrupted
-    return left_out
+        raise KeyboardInterrupt(str(path)) from interrupted
+    views = [piece for part in parts for piece in part["pieces"] if piece["kind"] == "view" and piece["view"].cut]
+    left_out = [f"{piece['title']}: {piece['view'].title}: {piece['view'].cut}" for piece in views]
+    return left_out if held_out else [*left_out, of_corpus]
 
 
 def _facts(models: list[HookedPositionTransformer]) -> Iterator[Piece]:
@@ -146,14 +148,17 @@ def _facts_of(model: HookedPositionTransformer) -> dict[str, str]:
     }
     if config.source != "static":
         facts["gap"] = f"an increment is the gap {config.gap} its token"
-        bound = f", at most {config.max_increment:g}" if config.activation == "sigmoid" else ""
-        facts["activation"] = f"{config.activation}{bound}"
+        if config.source != "frozen":
+            bound = f", at most {config.max_increment:g}" if config.activation == "sigmoid" else ""
+            facts["activation"] = f"{config.activation}{bound}"
         facts["per head"] = "yes" if config.per_head else "no, one for all heads of a layer"
     return facts | _training_facts(Path(model.name))
 
 
 def _training_facts(folder: Path) -> dict[str, str]:
     """What the run that wrote a model left beside it."""
+    if not (folder / "positions.json").is_file():
+        return {}
     try:
         config = json.loads((folder.parent / "training.json").read_text("utf-8"))["config"]
         last = json.loads((folder.parent / "log.jsonl").read_text("utf-8").strip().splitlines()[-1])
@@ -229,7 +234,10 @@ def _losses(models: list[HookedPositionTransformer], texts: list[str], of: str, 
         rows.append(cells)
     columns = ["model", "nats per byte (95%)", "bytes", "documents"]
     yield _table([*columns, f"minus {models[0].name} (95%, paired)"] if len(models) > 1 else columns, rows)
-    yield _text(f"{of[0].upper()}{of[1:]}; intervals resample documents, seed {seed}.")
+    yield _text(
+        f"{of[0].upper()}{of[1:]}; intervals resample documents, seed {seed}. A model reads "
+        f"windows of its context, at most {WINDOW} tokens; a byte model also predicts where a document ends."
+    )
 
 
 def _ablations(models: list[HookedPositionTransformer], texts: list[str], of: str, seed: int) -> Iterator[Piece]:
@@ -281,13 +289,6 @@ def _held_out(corpus: str | None, characters: int) -> tuple[list[str], str]:
     return texts, f"{count} of {corpus or 'bilingual'}"
 
 
-def _cut(model: HookedPositionTransformer, text: str) -> str:
-    """What the pictures leave out of a text."""
-    cut, of_attention = place(model, text).cut(), place(model, text, most=MOST_ATTENDING).cut()
-    said = [cut, f"With attention: {of_attention}" if of_attention != cut else ""]
-    return f"{model.name}, “{text[:20]}…”: {' '.join(filter(None, said))}" if any(said) else ""
-
-
 def _text(text: str) -> Piece:
     return {"kind": "text", "text": text}
 
@@ -302,7 +303,7 @@ def _table(columns: list[str], rows: Sequence[Sequence[Any]], summary: str = "",
 
 def _view(view: View, text: str, model: HookedPositionTransformer, models: list[HookedPositionTransformer]) -> Piece:
     snippet = text if len(text) <= SNIPPET else text[:SNIPPET] + "…"
-    title = "".join(c if c == " " else style.visible(c) for c in snippet)
+    title = "".join(c if c == " " and not snippet.isspace() else style.visible(c) for c in snippet)
     return {"kind": "view", "view": view, "title": title if len(models) == 1 else f"{title} · {model.name}"}
 
 
@@ -315,8 +316,6 @@ def _interval(low: Any, high: Any, form: str) -> str:
     return "" if pd.isna(low) else f" ({low:{form}} to {high:{form}})"
 
 
-def _trusted(text: str) -> Any:
+def _trusted(text: str) -> Markup:
     """Text of our own files, which goes into the page as it is."""
-    from markupsafe import Markup
-
     return Markup(text)

@@ -19,7 +19,7 @@ from ..causal.sweeps import SITES
 from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
 from ..increments import PositionConfig
-from ..interventions import hook_names
+from ..interventions import hook_names, index_of, indices_of
 from ..tokenizer import byte_characters, character_spans, is_byte_tokenizer
 
 MOST_DRAWN = 1024
@@ -71,9 +71,17 @@ class Placed:
     limit: str
 
     def mean_increment(self, entry: int) -> float:
-        """The mean step between the tokens of the text at an entry of `layers`; 1 for a single token."""
+        """The mean step between the tokens of the text at an entry of `layers`; of one token alone, its increment."""
         steps = self.positions[entry, self.first[0] :].mean(-1).diff()
-        return float(steps.mean()) if len(steps) else 1.0
+        return float(steps.mean() if len(steps) else self.increments[entry, self.first[0]].mean())
+
+    def convention(self, heads: str = "mean over heads") -> list[str]:
+        """Whose increments these are, and what an increment is, a sentence each."""
+        of_heads = f"; {heads}" if self.config.per_head else ""
+        said = [f"{self.name} ({SOURCES[self.config.source]}{of_heads})."]
+        return (
+            said if self.config.source == "static" else [*said, f"An increment is the gap {self.config.gap} its token."]
+        )
 
     def attention(self) -> Float[Tensor, "layer query_head pos pos"]:
         """The patterns.
@@ -116,7 +124,7 @@ def place(
     """
     if getattr(model, "tokenizer", None) is None:
         raise PositionsError("the model has no tokenizer; expected one, to tell what its tokens are.")
-    room = min(model.cfg.n_ctx, most)
+    room = min(model.cfg.n_ctx, index_of(most, "most", "at least one token", least=1))
     tokens, units, sizes, spans = _units(model, text)
     kept = sum(stop <= room for _, stop in spans)
     if not kept:
@@ -168,11 +176,12 @@ def layers_to_show(
         PositionsError: a layer that the model does not have, or that does not rotate.
     """
     numbers = model.position_layers
-    for layer in layers or ():
+    wanted = numbers if layers is None else indices_of(layers, "a layer")
+    for layer in wanted:
         if layer not in numbers:
             known = f"0 to {len(numbers) - 1}" if numbers == list(range(len(numbers))) else ", ".join(map(str, numbers))
             raise PositionsError(f"layer {layer} was asked for; expected one of the layers {known}.")
-    chosen = sorted({numbers.index(layer) for layer in layers}) if layers else list(range(len(numbers)))
+    chosen = sorted({numbers.index(layer) for layer in wanted})
     source = model.position_config.source
     if source != "per_layer" and all(torch.equal(values[entry], values[chosen[0]]) for entry in chosen):
         return {chosen[0]: "static" if source == "static" else "all layers"}
@@ -191,7 +200,12 @@ def _units(
         tokens = model.to_tokens(text, truncate=False)[0]
         own = len(tokenizer(text, add_special_tokens=False)["input_ids"])
     else:
-        if not isinstance(text, Tensor) or text.ndim != 1 or text.is_floating_point() or not len(text):
+        if (
+            not isinstance(text, Tensor)
+            or text.ndim != 1
+            or text.dtype not in (torch.int32, torch.int64)
+            or not len(text)
+        ):
             given = f"shape {tuple(text.shape)}" if isinstance(text, Tensor) else repr(text)
             raise PositionsError(f"a text was given as {given}; expected a string, or its token ids [pos].")
         if text.min() < 0 or text.max() >= model.cfg.d_vocab:

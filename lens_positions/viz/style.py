@@ -76,6 +76,8 @@ CHINESE_FILES = (
     "droidsansfallback",
 )
 SUBSTITUTE = "·"
+KINDS = (".png", ".svg", ".pdf")
+"""Of files that a figure can be written to."""
 
 
 class MissingFontError(PositionsError):
@@ -184,17 +186,26 @@ def save(figure: Figure, path: str | Path) -> None:
     """
     path = Path(path)
     check_path(path)
-    content = rendered(figure, path.suffix[1:].lower())
+    write_whole(path, rendered(figure, path.suffix[1:].lower()), "figure")
+
+
+def write_whole(path: Path, content: bytes, what: str) -> None:
+    """Write a file; what was there stays until the new one is whole.
+
+    Raises:
+        PositionsError: a place that cannot be written.
+    """
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_bytes(content)
         partial.replace(path)
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
         raise PositionsError(
-            f"the figure cannot be written to {path} ({error.strerror}); expected a writable folder with room."
+            f"the {what} cannot be written to {path} ({error.strerror}); expected a writable folder with room."
         ) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def check_path(path: str | Path) -> None:
@@ -204,7 +215,7 @@ def check_path(path: str | Path) -> None:
         PositionsError: an unknown suffix, or a folder that does not exist.
     """
     path = Path(path)
-    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+    if path.suffix.lower() not in KINDS:
         raise PositionsError(f"the figure's path is {path}; expected a name that ends in .png, .svg or .pdf.")
     if not path.parent.is_dir():
         raise PositionsError(f"the figure's path is {path}; expected a folder that exists, and {path.parent} does not.")

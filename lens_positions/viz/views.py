@@ -11,8 +11,8 @@ ever put into text nodes there. Nothing is fetched: circuitsvis' script comes fr
 
 import base64
 import json
+import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from html import escape
@@ -31,6 +31,9 @@ from . import style
 from .characters import Scale, caption_of, is_boundary, rows_of
 from .placed import MOST_ATTENDING, Placed, layers_to_show, place
 
+LEAST_MEAN = 1e-6
+"""A mean increment below this is none to divide by."""
+
 MOST_UNITS = 20_000
 """Characters times rows of an interactive drawing."""
 
@@ -43,11 +46,13 @@ class View:
         kind: which of the page's views it is.
         title: its heading.
         data: what is drawn.
+        cut: what was left out of the text, in a sentence; empty where nothing was.
     """
 
     kind: Literal["spacing", "tokens", "attention"]
     title: str
     data: dict[str, Any] = field(repr=False)
+    cut: str = ""
 
     def fragment(self, title: str | None = None) -> str:
         """Its part of a page, under a title of its own or another, without the scripts that draw it."""
@@ -59,7 +64,7 @@ class View:
         )
 
     def page(self) -> str:
-        """A page of its own, which needs no network."""
+        """A page of its own, light as a notebook is, which needs no network."""
         return page_of([self], self.title)
 
     def save(self, path: str | Path) -> None:
@@ -94,7 +99,7 @@ def spacing_view(
     placed = place(model, text)
     shown = layers_to_show(model, layers, placed.positions)
     rows = rows_of(placed, shown, "common")
-    relative = all(row.mean_increment > 0 for row in rows)
+    relative = all(row.mean_increment > LEAST_MEAN for row in rows)
     n = _fitting(placed, len(rows))
     ranges = list(zip(placed.first[:n], placed.last[:n], strict=True))
     increments = [placed.increments[layer].mean(-1).tolist() for layer in shown]
@@ -115,7 +120,7 @@ def spacing_view(
         ],
         "caption": {scale: " ".join([*caption_of(placed, rows, scale), placed.cut(n)]).strip() for scale in scales},
     }
-    return View("spacing", "Characters at their learned positions", data)
+    return View("spacing", "Characters at their learned positions", data, placed.cut(n))
 
 
 def tokens_view(
@@ -123,8 +128,8 @@ def tokens_view(
 ) -> View:
     """The tokens of a text tinted by their increments, one row a layer, by circuitsvis.
 
-    A token at its row's mean is white; one whose increment is twice the mean (the mean of the sizes, where increments
-    may be negative) or more is orange, and one without any is blue.
+    A token at its row's mean is white; one whose increment is twice the mean or more is orange, and one without any is
+    blue. Rows whose mean is 0 have no tint.
 
     Args, raises: as `spacing_view`.
     """
@@ -132,15 +137,20 @@ def tokens_view(
     shown = layers_to_show(model, layers, placed.increments)
     n = _fitting(placed, len(shown))
     stop = placed.last[n - 1] + 1
+    # The one increment that moves no token has no tint: the first, or with gap "after" the last.
+    idle = 0 if placed.config.gap == "before" else len(placed.tokens) - 1
     rows = []
     for layer, name in shown.items():
         increments = placed.increments[layer, placed.first[0] : stop].mean(-1)
         mean = placed.mean_increment(layer)
-        tint = (increments - mean) / increments.abs().mean().clamp_min(1e-9)
+        tint = increments / mean - 1 if abs(mean) > LEAST_MEAN else torch.zeros_like(increments)
+        if idle in range(placed.first[0], stop):
+            tint[idle - placed.first[0]] = 0
         rows.append({"name": name, "mean": _short(mean), "relative": _short(tint.tolist())})
     said = [
-        f"{placed.name}: a token's increment beside its row's mean. White: at the mean; orange: twice as far or more; "
-        "blue: no distance at all. Hover for the deviation, as a share of the mean.",
+        *placed.convention(),
+        "White: at the row's mean; orange: twice as far or more; blue: no distance at all. Pointing at a token shows "
+        "the deviation, as a share of the mean.",
         placed.cut(n),
     ]
     data = {
@@ -150,7 +160,7 @@ def tokens_view(
         "nearer": style.BLUE,
         "caption": " ".join(said).strip(),
     }
-    return View("tokens", "Tokens tinted by increment", data)
+    return View("tokens", "Tokens tinted by increment", data, placed.cut(n))
 
 
 def attention_view(
@@ -171,7 +181,8 @@ def attention_view(
     spread = placed.increments.std(dim=(1, 2), correction=0) / placed.increments.abs().mean(dim=(1, 2)).clamp_min(1e-9)
     source = placed.config.source
     said = [
-        f"{placed.name}. Each arc runs from the chosen token to one that it attends to; its width and strength are the "
+        *placed.convention(heads="each head has its own"),
+        "Each arc runs from the chosen token to one that it attends to; its width and strength are the "
         "attention, and below 1% none is drawn. Above the line tokens stand at their "
         + ("positions, one step a token unless they are edited" if source == "static" else "learned positions")
         + "; below it they are counted. Click a token, or use the arrow keys.",
@@ -195,7 +206,7 @@ def attention_view(
         "positive": style.BLUE,
         "caption": " ".join(said).strip(),
     }
-    return View("attention", "Attention beside increments", data)
+    return View("attention", "Attention beside increments", data, placed.cut())
 
 
 def page_of(views: Sequence[View], title: str) -> str:
@@ -229,16 +240,7 @@ def write_page(page: str, path: str | Path) -> None:
     """
     path = Path(path)
     check_page(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(page, "utf-8")
-        partial.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise PositionsError(
-            f"the page cannot be written to {path} ({error.strerror}); expected a writable folder with room."
-        ) from error
+    style.write_whole(path, page.encode("utf-8", "backslashreplace"), "page")
 
 
 def check_page(path: str | Path) -> None:
@@ -250,8 +252,9 @@ def check_page(path: str | Path) -> None:
     path = Path(path)
     if path.suffix.lower() not in (".html", ".htm"):
         raise PositionsError(f"the page's path is {path}; expected a name that ends in .html.")
-    if path.is_dir() or not path.parent.is_dir():
-        what = "that is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        what = f"{path.parent} cannot be written" if path.parent.is_dir() else f"there is no folder {path.parent}"
+        what = "that is a folder" if path.is_dir() else what
         raise PositionsError(f"the page's path is {path}, and {what}; expected a file in an existing folder.")
 
 
@@ -265,7 +268,7 @@ def _visible(text: str) -> str:
 
 def _short(values: Any) -> Any:
     """Numbers with as many digits as a page needs, in lists of any depth."""
-    return [_short(value) for value in values] if isinstance(values, list) else round(values, 4)
+    return [_short(value) for value in values] if isinstance(values, list) else float(f"{values:.7g}")
 
 
 def _packed(patterns: Float[Tensor, "head pos pos"]) -> str:

@@ -5,6 +5,7 @@
 (() => {
   const SVG = "http://www.w3.org/2000/svg";
   const TYPE = 16; // pixels
+  const LONGEST = 20; // characters of a unit as drawn
   const SHOWN_ARC = 0.01; // attention below this is not drawn
 
   function html(tag, attributes = {}, ...children) {
@@ -78,9 +79,15 @@
 
   // ---- characters at their positions -------------------------------------------------------------------------------
 
+  // A special token can be long: the readout has all of it.
+  function short(unit) {
+    const characters = [...unit];
+    return characters.length > LONGEST ? `${characters.slice(0, LONGEST - 1).join("")}…` : unit;
+  }
+
   function glyphWidth(unit) {
     let width = 0;
-    for (const c of unit) width += /[\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe4f\uff00-\uff60]/.test(c) ? 1 : 0.62;
+    for (const c of short(unit)) width += /[\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe4f\uff00-\uff60]/.test(c) ? 1 : 0.62;
     return width;
   }
 
@@ -183,10 +190,11 @@
 
     function drawPanel(rows, [from, to], [low], perUnit, left) {
       const rowHeight = 34;
-      const across = left + holder.clientWidth - left;
+      const [across, high] = [holder.clientWidth, rows.length * rowHeight + 14];
       const panel = svg("svg", {
         width: across,
-        height: rows.length * rowHeight + 14,
+        height: high,
+        viewBox: `0 0 ${across} ${high}`,
         role: "img",
         "aria-label": `${data.units.slice(from, to).join("")}, ${rows.length === 1 ? "one row" : rows.length + " layers"}`,
         "data-per-unit": perUnit,
@@ -207,7 +215,7 @@
             panel.append(svg("line", { x1: at(row, i), x2: end, y1: y + 9, y2: y + 9, class: "bytes" }));
           }
           const place = { x: at(row, i), y: y + 4, "text-anchor": "middle", "font-size": TYPE - 1 };
-          panel.append(svg("text", { ...place, class: `unit${mark}`, "data-i": i, "data-row": r }, data.units[i]));
+          panel.append(svg("text", { ...place, class: `unit${mark}`, "data-i": i, "data-row": r }, short(data.units[i])));
         }
       });
       const nearest = (event) => {
@@ -344,7 +352,8 @@
       const width = Math.max(rulers.clientWidth, n * 13 + 40, 300);
       const top = arcs + 22;
       const bottom = top + 2 * labelHeight + 34;
-      const picture = svg("svg", { width, height: bottom + arcs + 26, role: "img" });
+      const height = bottom + arcs + 26;
+      const picture = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img" });
       picture.setAttribute("aria-label", `Attention of token ${state.token} on the ruler of positions and of token counts`);
       const low = Math.min(...at);
       const span = Math.max(...at) - low || 1;
@@ -361,7 +370,7 @@
           const [from, to] = [place(state.token), place(key)];
           const reach = Math.min(Math.abs(from - to) / 2, arcs);
           const sweep = from > to === side < 0 ? 0 : 1;
-          const shape = key === state.token
+          const shape = Math.abs(from - to) < 1
             ? `M ${from - 4} ${y} a 4 6 0 1 ${side < 0 ? 1 : 0} 8 0`
             : `M ${from} ${y} A ${Math.abs(from - to) / 2} ${reach} 0 0 ${sweep} ${to} ${y}`;
           const look = { "stroke-width": 0.6 + 5 * weight, opacity: 0.35 + 0.65 * weight };
@@ -480,7 +489,7 @@
     for (const figure of document.querySelectorAll(".lp-view[data-view]:not([data-mounted])")) {
       figure.dataset.mounted = "";
       const text = figure.querySelector('script[type="application/json"]').textContent;
-      if (/\\u(4e|[5-9])/i.test(text) && !drawsChinese()) {
+      if (/\\u(4[ef]|[5-9])/i.test(text) && !drawsChinese()) {
         const missing = "This device has no font that draws Chinese: install one, such as Noto Sans CJK.";
         figure.append(html("p", { class: "lp-fontless" }, missing));
       }
