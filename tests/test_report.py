@@ -263,6 +263,8 @@ def test_printed_it_is_light_whole_and_without_buttons(browser, page):
         settle(opened_page)
         assert opened_page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
         assert opened_page.locator("button:visible, select:visible").count() == 0
+        tint = opened_page.locator(".colored-tokens span span").first
+        assert tint.evaluate("(token) => getComputedStyle(token).printColorAdjust") == "exact"
         assert opened_page.evaluate("[...document.querySelectorAll('details')].every((part) => part.open)")
         drawings = "[...document.querySelectorAll('.lp-view svg')]"
         sizes = opened_page.evaluate(f"{drawings}.map((s) => [s.getAttribute('viewBox'), s.width.baseVal.value])")
