@@ -16,7 +16,7 @@ demo: $(VENV)/demo fonts
 	$(RUN)/python demos/demo.py
 
 test: $(VENV)/dev
-	$(RUN)/python -m pytest -n 2 --dist loadfile
+	$(RUN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 families: $(VENV)/dev
 	$(RUN)/python tests/families.py

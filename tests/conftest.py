@@ -23,6 +23,14 @@ import lens_positions as lp  # noqa: E402
 torch.set_num_threads(1)  # tiny tensors: threads cost more than they bring
 
 
+LONGEST = ("test_training", "test_smollm2", "test_graft", "test_causal", "test_readme", "test_families")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest first, so that two processes end together."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
