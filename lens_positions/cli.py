@@ -379,7 +379,7 @@ def _print_tokens(
     heads = ", mean of the heads" if config.per_head else ""
     print_line(console, f"{model.name}: {config.source} increments{heads}, the gap {config.gap} each token")
     print_line(console, "1.00 is one step of standard RoPE; blue: nearer than the layer's mean, orange: farther\n")
-    labels = ["".join(map(style.visible, label)) for label in placed.labels]
+    labels = [style.legible(label) for label in placed.labels]
     increments = placed.increments.mean(-1)
     cells = [[increment_cell(value, means[layer]) for value in increments[layer].tolist()] for layer in rows]
     print_grid(console, list(rows.values()), labels, cells)
@@ -455,7 +455,7 @@ def _show_effects(
     """Effects as a grid of layers by tokens, the largest of them in a list, a file and a figure."""
     console = Console(highlight=False)
     numbers = sorted(set(layers)) or model.position_layers
-    labels = ["".join(map(style.visible, label)) for label in model.to_str_tokens(tokens[0])]
+    labels = [style.legible(label) for label in model.to_str_tokens(tokens[0])]
     print_line(console, what)
     print_line(console, f"change of the {unit}; orange raises it, blue lowers it\n")
     most = float(effects.nan_to_num().abs().max())

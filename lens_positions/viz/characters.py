@@ -142,7 +142,7 @@ def _draw(placed: Placed, rows: list[Row], scale: Scale, fonts: list[FontPropert
     margin = max(extent, 1e-6) * 0.13 / width
 
     said = caption_of(placed, rows, scale)
-    if any(style.drawn(unit, fonts)[0] != "".join(map(style.visible, unit)) for unit in set(units)):
+    if any(style.drawn(unit, fonts)[0] != style.legible(unit) for unit in set(units)):
         said.append(f"{style.SUBSTITUTE} stands for a character that no installed font draws.")
     said += filter(None, [placed.cut(panels[-1].stop)])
     caption = textwrap.wrap(" ".join(said), width=int((width + 0.9) * 17))

@@ -132,9 +132,9 @@ def place(
     limit = f"the model's context is {room:,} tokens" if room == model.cfg.n_ctx else f"they are {room:,} tokens"
     tokens = tokens[: spans[kept - 1][1]] if kept < len(units) else tokens
 
-    hooks = {site: [name for _, name in hook_names(model, None, SITES[site][0])] for site in SITES}
     wanted = ["increments", "positions", *(["pattern"] if patterns else [])]
-    names = [name for site in wanted for name in hooks[site] if name in model.hook_dict]
+    hooks = {site: [name for _, name in hook_names(model, None, SITES[site][0])] for site in wanted}
+    names = [name for of_site in hooks.values() for name in of_site if name in model.hook_dict]
     with torch.no_grad():
         _, cache = model.run_with_cache(tokens[None], names_filter=names, return_type=None)
     increments, positions = (

@@ -65,7 +65,7 @@ def arcs(
     positions = of_heads[:, head * of_heads.shape[1] // heads].numpy()
     positions = positions - positions[0]
 
-    labels = ["".join(map(style.visible, label)) for label in placed.labels]
+    labels = [style.legible(label) for label in placed.labels]
     labels = [label if len(label) <= LABEL_LENGTH else label[: LABEL_LENGTH - 1] + "…" for label in labels]
     fonts = style.fonts_for("".join(labels))
     upright = sum(len(label) > 2 for label in labels) <= n / 10

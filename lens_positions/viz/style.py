@@ -117,9 +117,14 @@ def fonts_for(text: str) -> list[FontProperties]:
     return [latin, chinese] if chinese else [latin]
 
 
+def legible(text: str) -> str:
+    """A text of which every character can be seen."""
+    return "".join(map(visible, text))
+
+
 def drawn(text: str, fonts: list[FontProperties]) -> tuple[str, FontProperties]:
     """A text as it is drawn, and the font that draws most of it; what that font lacks becomes a substitute."""
-    shown = "".join(map(visible, text))
+    shown = legible(text)
     font = max(fonts, key=lambda candidate: sum(ord(c) in _code_points(candidate) for c in shown))
     return "".join(c if ord(c) in _code_points(font) else SUBSTITUTE for c in shown), font
 

@@ -105,7 +105,7 @@ def spacing_view(
     increments = [placed.increments[layer].mean(-1).tolist() for layer in shown]
     scales: tuple[Scale, ...] = ("relative", "common")
     data = {
-        "units": [_visible(unit) for unit in placed.units[:n]],
+        "units": [style.legible(unit) for unit in placed.units[:n]],
         "boundary": [is_boundary(unit) for unit in placed.units[:n]],
         "relative": relative,
         "rows": [
@@ -137,15 +137,14 @@ def tokens_view(
     shown = layers_to_show(model, layers, placed.increments)
     n = _fitting(placed, len(shown))
     stop = placed.last[n - 1] + 1
-    # The one increment that moves no token has no tint: the first, or with gap "after" the last.
-    idle = 0 if placed.config.gap == "before" else len(placed.tokens) - 1
+    moves = torch.zeros(len(placed.tokens), dtype=torch.bool)
+    moves[placed.config.effective] = True  # the others have no tint
     rows = []
     for layer, name in shown.items():
         increments = placed.increments[layer, placed.first[0] : stop].mean(-1)
         mean = placed.mean_increment(layer)
         tint = increments / mean - 1 if abs(mean) > LEAST_MEAN else torch.zeros_like(increments)
-        if idle in range(placed.first[0], stop):
-            tint[idle - placed.first[0]] = 0
+        tint[~moves[placed.first[0] : stop]] = 0
         rows.append({"name": name, "mean": _short(mean), "relative": _short(tint.tolist())})
     said = [
         *placed.convention(),
@@ -154,7 +153,7 @@ def tokens_view(
         placed.cut(n),
     ]
     data = {
-        "labels": [_visible(label) for label in placed.labels[placed.first[0] : stop]],
+        "labels": [style.legible(label) for label in placed.labels[placed.first[0] : stop]],
         "rows": rows,
         "farther": style.ORANGE,
         "nearer": style.BLUE,
@@ -189,7 +188,7 @@ def attention_view(
         placed.cut(),
     ]
     data = {
-        "labels": [_visible(label) for label in placed.labels],
+        "labels": [style.legible(label) for label in placed.labels],
         "rows": [
             {
                 "name": f"layer {number}",
@@ -260,10 +259,6 @@ def check_page(path: str | Path) -> None:
 
 def _fitting(placed: Placed, rows: int) -> int:
     return min(len(placed.units), max(1, MOST_UNITS // rows))
-
-
-def _visible(text: str) -> str:
-    return "".join(map(style.visible, text))
 
 
 def _short(values: Any) -> Any:

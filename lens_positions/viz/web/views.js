@@ -51,6 +51,16 @@
     }).observe(node);
   }
 
+  // Arrow keys, Home and End go through `count` things.
+  function onArrows(node, count, current, move) {
+    node.addEventListener("keydown", (event) => {
+      const to = { ArrowLeft: current() - 1, ArrowRight: current() + 1, Home: 0, End: count - 1 }[event.key];
+      if (to === undefined) return;
+      event.preventDefault();
+      move(Math.min(Math.max(to, 0), count - 1));
+    });
+  }
+
   // circuitsvis takes up to a second for the heads of a layer: they are drawn when they come into sight or before a
   // print, and otherwise one by one when the page has nothing else to do.
   const waiting = [];
@@ -247,13 +257,7 @@
       readout.replaceChildren(html("strong", {}, what), `${several}: increments, in steps of standard RoPE`, list);
     }
 
-    holder.addEventListener("keydown", (event) => {
-      const last = data.units.length - 1;
-      const to = { ArrowLeft: state.chosen - 1, ArrowRight: state.chosen + 1, Home: 0, End: last }[event.key];
-      if (to === undefined) return;
-      event.preventDefault();
-      choose(Math.min(Math.max(to, 0), last));
-    });
+    onArrows(holder, data.units.length, () => state.chosen, choose);
     onWidth(holder, draw);
   }
 
@@ -454,17 +458,12 @@
     }
 
     function attend(token) {
-      state.token = Math.min(Math.max(token, 0), n - 1);
+      state.token = token;
       chosen.menu.value = String(state.token);
       draw();
     }
 
-    rulers.addEventListener("keydown", (event) => {
-      const to = { ArrowLeft: state.token - 1, ArrowRight: state.token + 1, Home: 0, End: n - 1 }[event.key];
-      if (to === undefined) return;
-      event.preventDefault();
-      attend(to);
-    });
+    onArrows(rulers, n, () => state.token, attend);
     onWidth(rulers, draw);
     whenSeen(paper, drawHeads);
   }
