@@ -121,6 +121,15 @@ def segmented_heldout() -> list[list[str]]:
     return [_words(line) for line in _peoples_daily_lines()[1]]
 
 
+def jieba_words(texts: Iterable[str]) -> list[list[str]]:
+    """The words of each text as jieba finds them, which spell it. PositionsError where jieba is not installed."""
+    _package_folder("jieba")
+    import jieba  # part of the extra "corpora"; it takes a second to read its dictionary
+
+    jieba.setLogLevel("WARNING")
+    return [jieba.lcut(text) for text in texts]
+
+
 def _every_twentieth(documents: list[Document]) -> tuple[list[Document], list[Document]]:
     if len(documents) < HELDOUT_EVERY:
         return documents[:-1], documents[-1:]

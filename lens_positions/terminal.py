@@ -8,7 +8,7 @@ from rich.text import Text
 
 from .viz import style
 
-LABEL_WIDTH = 17
+LABEL_WIDTH = 18
 """The longest column label, in terminal cells; longer ones are cut."""
 
 

@@ -8,6 +8,7 @@ What is read of them, and how, is said in `reading.py`.
 """
 
 import string
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -50,7 +51,40 @@ SUBWORD_KINDS = (
     "special",
 )
 
+CODE_KINDS = (
+    "letter",
+    "capital",
+    "digit",
+    "underscore",
+    "space",
+    "indentation",
+    "newline",
+    "bracket",
+    "colon",
+    "comma",
+    "quote",
+    "operator",
+    "other",
+    "end of document",
+)
+"""Of program text, in models of bytes: "indentation" is the spaces and tabs that a line begins with."""
+
+Alphabet = Literal["prose", "code"]
+
 _HAN = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF))
+_CODE = (
+    ("letter", string.ascii_lowercase),
+    ("capital", string.ascii_uppercase),
+    ("digit", string.digits),
+    ("underscore", "_"),
+    ("space", " "),
+    ("newline", "\r\n"),
+    ("bracket", "()[]{}"),
+    ("colon", ":"),
+    ("comma", ","),
+    ("quote", "'\""),
+    ("operator", "+-*/%=<>!&|^~@.;"),
+)
 _CHINESE_PUNCTUATION = ((0x3000, 0x303F), (0xFE30, 0xFE4F), (0xFF00, 0xFF65))
 
 
@@ -64,8 +98,10 @@ def is_chinese_punctuation(character: str) -> bool:
     return any(low <= ord(character) <= high for low, high in _CHINESE_PUNCTUATION)
 
 
-def kinds(model_or_tokenizer: Any, tokens: Int[Tensor, " pos"]) -> list[str]:
+def kinds(model_or_tokenizer: Any, tokens: Int[Tensor, " pos"], alphabet: Alphabet = "prose") -> list[str]:
     """The kind of each token of one document: one of `BYTE_KINDS`, or of `SUBWORD_KINDS` for other tokenizers.
+
+    With the alphabet "code" one of `CODE_KINDS`, for bytes alone.
 
     "letter" is a-z, "capital" A-Z, "sentence end" one of . ! ?, "space" the space alone (a tab is "other"). The bytes
     of a Chinese character that is cut off are "other". In subword models a "word" begins with a space.
@@ -73,19 +109,26 @@ def kinds(model_or_tokenizer: Any, tokens: Int[Tensor, " pos"]) -> list[str]:
     >>> from lens_positions.tokenizer import byte_tokenizer
     >>> kinds(byte_tokenizer(), torch.tensor(list("A 中".encode())))
     ['capital', 'space', 'Chinese lead byte', 'Chinese continuation byte', 'Chinese continuation byte']
+
+    Raises:
+        PositionsError: another alphabet, or "code" for a tokenizer that is not of bytes.
     """
+    if alphabet not in ("prose", "code"):
+        raise PositionsError(f'alphabet is {alphabet!r}; expected "prose" or "code".')
     tokenizer = getattr(model_or_tokenizer, "tokenizer", model_or_tokenizer)
     ids = tokens.tolist()
     if is_byte_tokenizer(tokenizer):
-        return _byte_kinds(ids)
+        return _byte_kinds(ids) if alphabet == "prose" else _code_kinds(ids)
+    if alphabet == "code":
+        raise PositionsError('alphabet is "code"; expected "prose", as the tokens of this model are not bytes.')
     special = set(tokenizer.all_special_ids)
     kind_of_id = {i: "special" if i in special else _subword_kind(_token_text(tokenizer, i)) for i in set(ids)}
     return [kind_of_id[i] for i in ids]
 
 
-def kinds_read(model: HookedPositionTransformer, reading: Reading) -> np.ndarray:
+def kinds_read(model: HookedPositionTransformer, reading: Reading, alphabet: Alphabet = "prose") -> np.ndarray:
     """The kind of each token of a reading."""
-    kinds_of = [kinds(model, document) for document in reading.documents]
+    kinds_of = [kinds(model, document, alphabet) for document in reading.documents]
     return np.array([kinds_of[number][place] for number, place in zip(reading.document, reading.index, strict=True)])
 
 
@@ -94,6 +137,8 @@ def increments_by_category(
     texts: Texts | Reading,
     heads: Literal["mean", "all"] = "mean",
     seed: int = 0,
+    alphabet: Alphabet = "prose",
+    only: Sequence[str] | None = None,
 ) -> pd.DataFrame:
     """Increments by layer and kind of token.
 
@@ -104,6 +149,8 @@ def increments_by_category(
             `reading.read` made of them.
         heads: with increments per head, "mean" averages the heads of a token first, "all" gives each head its rows.
         seed: of the bootstrap.
+        alphabet: the kinds, "prose", or "code" for the kinds of program text.
+        only: the kinds that are asked for, each of which must occur; None is all that do.
 
     Returns:
         One row for each layer (and head, where all are asked for) and kind that occurs: `layer`, `head`, `kind`,
@@ -113,7 +160,8 @@ def increments_by_category(
         than two documents.
 
     Raises:
-        PositionsError: no documents, one of fewer than two tokens, or all heads of a model that has one for all.
+        PositionsError: no documents, one of fewer than two tokens, a kind asked for of which there is no token, or
+            all heads of a model that has one for all.
     """
     if heads not in ("mean", "all"):
         raise PositionsError(f'heads is {heads!r}; expected "mean" or "all".')
@@ -121,7 +169,12 @@ def increments_by_category(
         raise PositionsError('heads is "all"; expected "mean", as the increments of this model are not per head.')
 
     reading = read(model, texts)
-    kind = kinds_read(model, reading)
+    kind = kinds_read(model, reading, alphabet)
+    order = kind_order(model, alphabet)
+    for asked in only or ():
+        if asked not in kind:
+            occurring = ", ".join(name for name in order if name in kind)
+            raise PositionsError(f"the texts have no token of the kind {asked!r}; expected some of {occurring}.")
     value, documents = reading.increments, reading.documents
     if heads == "mean":
         value = value.mean(axis=1, keepdims=True)
@@ -129,7 +182,7 @@ def increments_by_category(
     sums, counts = _by_document(value, reading.document, len(documents))
     overall = drawn_means(sums, counts, draws)
     rows = []
-    for name in _kind_order(model):
+    for name in order if only is None else only:
         of_kind = kind == name
         if not of_kind.any():
             continue
@@ -171,7 +224,10 @@ def _by_document(
     return sums, np.bincount(owners, minlength=documents)
 
 
-def _kind_order(model: HookedPositionTransformer) -> tuple[str, ...]:
+def kind_order(model: HookedPositionTransformer, alphabet: Alphabet = "prose") -> tuple[str, ...]:
+    """All kinds that the tokens of a model may have, in the order of tables."""
+    if alphabet == "code":
+        return CODE_KINDS
     return BYTE_KINDS if is_byte_tokenizer(model.tokenizer) else SUBWORD_KINDS
 
 
@@ -187,6 +243,20 @@ def _byte_kinds(ids: list[int]) -> list[str]:
             found += ["Chinese lead byte"] + ["Chinese continuation byte"] * (size - 1)
         else:
             found += [_character_kind(character)] * size
+    return found
+
+
+def _code_kinds(ids: list[int]) -> list[str]:
+    found: list[str] = []
+    for i, byte in enumerate(ids):
+        character = chr(byte) if byte < 128 else ""
+        starts_line = i == 0 or found[-1] in ("newline", "indentation", "end of document")
+        if byte == END_OF_DOCUMENT:
+            found.append("end of document")
+        elif character and character in " \t" and starts_line:
+            found.append("indentation")
+        else:
+            found.append(next((kind for kind, members in _CODE if character and character in members), "other"))
     return found
 
 

@@ -1,8 +1,12 @@
-"""95% intervals: of a mean over independent samples, and of a mean over tokens whose documents are the samples."""
+"""95% intervals: of a mean over independent samples, and of a mean or an area under a curve over tokens whose documents
+are the samples."""
+
+import math
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Bool, Float, Float64, Int64
 from scipy import stats
+from torch import Tensor
 
 BOOTSTRAP_DRAWS = 1000
 
@@ -38,3 +42,51 @@ def interval_of(means: Float64[np.ndarray, "draw *shape"]) -> tuple[np.ndarray, 
     """Where 95% of the resampled means lie."""
     low, high = np.nanpercentile(means, [2.5, 97.5], axis=0)
     return low, high
+
+
+def auc_interval(
+    values: Float64[np.ndarray, " sample"],
+    labels: Bool[np.ndarray, " sample"],
+    owners: Int64[np.ndarray, " sample"],
+    draws: Int64[np.ndarray, "draw document"],
+) -> tuple[float, float]:
+    """Where 95% of the areas under the ROC curve lie over resamples of whole documents (`owners` of the samples).
+
+    As `sklearn.metrics.roc_auc_score` with a sample weight a draw, but sorted once.
+    """
+    order = np.argsort(values, kind="stable")
+    ties = np.flatnonzero(np.diff(values[order], prepend=-np.inf))
+    labels, owners = labels[order], owners[order]
+    areas = []
+    for weights in (draw[owners].astype(float) for draw in draws):
+        larger = np.add.reduceat(weights * labels, ties)
+        smaller = np.add.reduceat(weights * ~labels, ties)
+        pairs = larger.sum() * smaller.sum()
+        below = smaller.cumsum() - smaller / 2
+        areas.append(larger @ below / pairs if pairs else np.nan)
+    low, high = interval_of(np.array(areas)[:, None])
+    return float(low[0]), float(high[0])
+
+
+class Tally:
+    """Sums of numbers over the tokens of each document."""
+
+    def __init__(self, documents: int) -> None:
+        self.sums: np.ndarray | None = None
+        self.counts = np.zeros(documents, dtype=np.int64)
+
+    def add(self, owners: list[int], values: Float[Tensor, "row token *shape"]) -> None:
+        """Count the values of some rows, each row with the document that it is of."""
+        of_rows = values.double().sum(1).cpu().numpy()
+        if self.sums is None:
+            self.sums = np.zeros((len(self.counts), *of_rows.shape[1:]))
+        np.add.at(self.sums, owners, of_rows)
+        np.add.at(self.counts, owners, values.shape[1])
+
+    def summary(self, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Mean over tokens, and its interval."""
+        assert self.sums is not None
+        mean = self.sums.sum(0) / self.counts.sum()
+        if np.count_nonzero(self.counts) < 2:
+            return mean, np.full_like(mean, math.nan), np.full_like(mean, math.nan)
+        return mean, *interval_of(drawn_means(self.sums, self.counts, draws))

@@ -46,6 +46,15 @@ class Reading:
     layers: list[int]
     increments: Float64[np.ndarray, "layer head token"]
 
+    def at(
+        self, document: Int64[np.ndarray, " asked"], index: Int64[np.ndarray, " asked"]
+    ) -> Float64[np.ndarray, "layer head asked"]:
+        """The increments of certain tokens, by document and index."""
+        longest = max(map(len, self.documents))
+        keys = self.document * longest + self.index
+        order = np.argsort(keys)
+        return self.increments[..., order[np.searchsorted(keys, document * longest + index, sorter=order)]]
+
 
 def read(model: HookedPositionTransformer, texts: "Texts | Reading") -> Reading:
     """The increment of every token of some documents, at every layer and head; a reading is returned as it is.

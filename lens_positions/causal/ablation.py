@@ -8,13 +8,11 @@ does beyond "mean" is harm done by wrong increments.
 Losses are paired: the same tokens with and without. A document is the unit of sampling; intervals resample documents.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, cast
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
@@ -22,7 +20,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-from ..analysis.intervals import drawn_means, interval_of, resamples
+from ..analysis.intervals import Tally, resamples
 from ..analysis.reading import Texts, windows
 from ..attach import unbridged
 from ..errors import PositionsError
@@ -91,8 +89,8 @@ def ablation_table(
     patterns = {layer: name for layer, name in names.items() if name in model.hook_dict}
     which: list[int | str] = ["all", *numbers]
     ablated = [(layer, how) for layer in which for how in to]
-    tallies: dict[tuple[int | str, To, int | None], _Tally] = {}
-    base = _Tally(len(documents))
+    tallies: dict[tuple[int | str, To, int | None], Tally] = {}
+    base = Tally(len(documents))
     for number, batch in enumerate(tracked(batches, "ablating", quick=sum(map(len, documents)) < 512)):
         rows = torch.stack([documents[n][start:stop] for n, start, stop in batch])
         owners = [n for n, _, _ in batch]
@@ -109,10 +107,10 @@ def ablation_table(
             listen: Hooks = [(patterns[n], partial(_compare, own, compared)) for n in seen if n in patterns]
             logits = replay.run(hooks + listen, {min(seen): 1})
             changed = logits[:, :-1].argmax(-1) != best
-            tally = tallies.setdefault((layer, how, None), _Tally(len(documents)))
+            tally = tallies.setdefault((layer, how, None), Tally(len(documents)))
             tally.add(owners, torch.stack([token_losses(logits, targets) - nats, changed.to(nats)], dim=-1))
             for n in filter(patterns.get, seen):
-                tally = tallies.setdefault((layer, how, n), _Tally(len(documents)))
+                tally = tallies.setdefault((layer, how, n), Tally(len(documents)))
                 tally.add(owners, compared[patterns[n]])
     draws = resamples(len(documents), seed)
     baseline = float(base.summary(draws)[0][0])
@@ -136,29 +134,6 @@ def ablation_table(
                 of_head |= {column: mean[i, head], f"{column}_low": low[i, head], f"{column}_high": high[i, head]}
             attention.append(of_head)
     return Ablations(pd.DataFrame(losses), pd.DataFrame(attention))
-
-
-class _Tally:
-    """Sums of numbers over the predicted tokens of each document."""
-
-    def __init__(self, documents: int) -> None:
-        self.sums: np.ndarray | None = None
-        self.counts = np.zeros(documents, dtype=np.int64)
-
-    def add(self, owners: list[int], values: Float[Tensor, "row next *shape"]) -> None:
-        of_rows = values.double().sum(1).cpu().numpy()
-        if self.sums is None:
-            self.sums = np.zeros((len(self.counts), *of_rows.shape[1:]))
-        np.add.at(self.sums, owners, of_rows)
-        np.add.at(self.counts, owners, values.shape[1])
-
-    def summary(self, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Mean over tokens, and its interval."""
-        assert self.sums is not None
-        mean = self.sums.sum(0) / self.counts.sum()
-        if np.count_nonzero(self.counts) < 2:
-            return mean, np.full_like(mean, math.nan), np.full_like(mean, math.nan)
-        return mean, *interval_of(drawn_means(self.sums, self.counts, draws))
 
 
 def _keep(kept: dict[str, Tensor], pattern: Tensor, hook: HookPoint) -> None:

@@ -1,0 +1,151 @@
+"""Do heads with larger increments look back less far?
+
+`head_profile` measures both for every head; `head_correlations` says how they go together, over all heads and within
+layers. Where a source gives one increment to all heads of a layer, only layers can be compared.
+
+A longer increment turns queries and keys faster with every token, which is also what a larger rotary frequency does: a
+correlation says how heads came to use their increments, not that an increment shortens a head's reach. For that, edit
+increments (`lp.scale`) and see.
+"""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Float64
+from scipy import stats
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from ..errors import PositionsError
+from ..hooked import HookedPositionTransformer
+from ..interventions import HOOK, hook_names
+from ..progress import tracked
+from .intervals import Tally, resamples
+from .reading import Texts, windows
+
+PERMUTATIONS = 10_000
+
+
+def head_profile(model: HookedPositionTransformer, texts: Texts, seed: int = 0) -> pd.DataFrame:
+    """The mean increment and the mean look-back of every head.
+
+    Args:
+        model: the model.
+        texts: documents, as for `increments_by_category`.
+        seed: of the bootstrap.
+
+    Returns:
+        One row for each `layer` and `head`: `n` (tokens), `documents`, `increment` (in positions; that of the layer
+        where its heads share one, and of the key-value head where heads share those) and `look_back` (tokens back, the
+        mean over each token's pattern and over tokens; the first of a window, which has no choice, is left out), each
+        with `_low` and `_high`, where the mean lies in 95% of 1,000 resamples of documents, NaN for one.
+
+    Raises:
+        PositionsError: attention without patterns, and as `reading.read`.
+    """
+    documents, batches = windows(model, texts)
+    patterns = dict(hook_names(model, None, "attn.hook_pattern"))
+    if missing := [layer for layer, name in patterns.items() if name not in model.hook_dict]:
+        raise PositionsError(f"layer {missing[0]} has no attention patterns in TransformerLens; expected some.")
+    increments = dict(hook_names(model, None, HOOK.format("increments")))
+    tallies = {layer: Tally(len(documents)) for layer in patterns}
+    for batch in tracked(batches, "heads", quick=sum(map(len, documents)) < 512):
+        rows = torch.stack([documents[number][start:stop] for number, start, stop in batch])
+        found: dict[str, dict[int, Tensor]] = {"increment": {}, "look_back": {}}
+        hooks: list[Any] = [
+            (name, partial(_keep_look_back, found["look_back"], layer)) for layer, name in patterns.items()
+        ]
+        hooks += [(name, partial(_keep, found["increment"], layer)) for layer, name in increments.items()]
+        with torch.no_grad():
+            model.run_with_hooks(rows, fwd_hooks=hooks, return_type=None)
+        for layer, tally in tallies.items():
+            look_back = found["look_back"][layer]
+            own = found["increment"][layer][:, model.position_config.effective].to(look_back)
+            own = own[..., None] if own.ndim == 2 else own
+            own = own.repeat_interleave(look_back.shape[-1] // own.shape[-1], dim=-1)
+            tally.add([number for number, _, _ in batch], torch.stack([own, look_back], dim=-1))
+    draws = resamples(len(documents), seed)
+    table = []
+    for layer, tally in tallies.items():
+        mean, low, high = tally.summary(draws)
+        for head in range(len(mean)):
+            row = {"layer": layer, "head": head, "n": int(tally.counts.sum()), "documents": len(documents)}
+            for i, column in enumerate(("increment", "look_back")):
+                row |= {column: mean[head, i], f"{column}_low": low[head, i], f"{column}_high": high[head, i]}
+            table.append(row)
+    return pd.DataFrame(table)
+
+
+def head_correlations(profile: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """How mean increments go with mean look-back, from `head_profile`.
+
+    Args:
+        profile: of one model.
+        seed: of the resampling and of the permutations.
+
+    Returns:
+        One row for each `scope` and `measure` ("pearson", "spearman"): `n`, `correlation`, `low` to `high` (95% of
+        1,000 resamples) and `p` (two-sided, of 10,000 permutations). Where heads have increments of their own, the
+        scopes are "heads" (all of them, resampled and permuted alike) and "within layers" (values, or ranks, less the
+        mean of their layer; permuted within layers); else "layers", the means of layers.
+
+    Raises:
+        PositionsError: fewer than three heads or layers, or increments that are all the same.
+    """
+    own = profile.groupby("layer")["increment"].nunique().max() > 1
+    whole = profile if own else profile.groupby("layer", as_index=False)[["increment", "look_back"]].mean()
+    if len(whole) < 3 or whole["increment"].nunique() < 2:
+        what = "heads" if own else "layers, whose heads share their increments"
+        raise PositionsError(
+            f"there are {len(whole)} {what} with {whole['increment'].nunique()} different mean increments; expected "
+            "three or more, not all the same."
+        )
+    layer = whole["layer"].to_numpy()
+    values = whole[["increment", "look_back"]].to_numpy().T
+    ranks = np.stack([stats.rankdata(row) for row in values])
+    rows = []
+    for scope in ("heads", "within layers") if own else ("layers",):
+        groups = layer if scope == "within layers" else np.zeros(len(layer), dtype=int)
+        for measure, pair in (("pearson", values), ("spearman", ranks)):
+            rows.append({"scope": scope, "measure": measure, "n": len(layer), **_correlated(pair, groups, seed)})
+    return pd.DataFrame(rows)
+
+
+def _correlated(pair: Float64[np.ndarray, "2 sample"], groups: np.ndarray, seed: int) -> dict[str, float]:
+    """Correlation of two rows less the means of their groups, its interval, and its p-value."""
+    rng = np.random.default_rng(seed)
+    _, group = np.unique(groups, return_inverse=True)
+    means = np.stack([np.bincount(group, row) / np.bincount(group) for row in pair])
+    x, y = pair - means[:, group]
+
+    def correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        x, y = x - x.mean(-1, keepdims=True), y - y.mean(-1, keepdims=True)
+        size = np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
+        return np.divide((x * y).sum(-1), size, out=np.full_like(size, np.nan), where=size > 0)
+
+    found = float(correlation(x[None], y[None])[0])
+    draws = rng.integers(len(x), size=(1000, len(x)))
+    low, high = np.nanpercentile(correlation(x[draws], y[draws]), [2.5, 97.5])
+    keys = rng.random((PERMUTATIONS, len(x)))
+    by_group, by_key = np.argsort(group, kind="stable"), np.lexsort((keys, np.broadcast_to(group, keys.shape)))
+    permuted = np.empty_like(by_key)
+    permuted[:, by_group] = by_key
+    by_chance = correlation(x[None], y[permuted])
+    p = (1 + np.count_nonzero(np.abs(by_chance) >= abs(found) - 1e-12)) / (1 + PERMUTATIONS)
+    return {"correlation": found, "low": float(low), "high": float(high), "p": p}
+
+
+def _keep(kept: dict[int, Tensor], layer: int, increments: Tensor, hook: HookPoint) -> None:
+    kept[layer] = increments.detach()
+
+
+def _keep_look_back(
+    kept: dict[int, Tensor], layer: int, pattern: Float[Tensor, "batch head query key"], hook: HookPoint
+) -> None:
+    """How many tokens back each query attends on average, [batch, query, head], the first query left out."""
+    queries, keys = (torch.arange(n, device=pattern.device) for n in pattern.shape[2:])
+    back = (queries[:, None] - keys).to(torch.float32)
+    kept[layer] = (pattern.detach().float() * back).sum(-1)[..., 1:].transpose(1, 2)

@@ -1,0 +1,134 @@
+"""What each layer marks: how much of its increments the kind of a token explains, and where they end at the cap.
+
+A layer whose increments follow the kind of a token (spaces far, letters near) has a large share explained; one that
+follows the context, or nothing, a small one. As a control the same share is computed with kinds shuffled among the
+tokens of each document.
+"""
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float64, Int64
+
+from ..errors import PositionsError
+from ..hooked import HookedPositionTransformer
+from .categories import Alphabet, increments_by_category, kinds_read
+from .intervals import drawn_means, interval_of, resamples
+from .reading import Reading, Texts, read
+
+AT_CAP = 0.99
+"""From this fraction of the cap on, an increment counts as at the cap."""
+
+
+def saturation(model: HookedPositionTransformer, texts: Texts | Reading, seed: int = 0) -> pd.DataFrame:
+    """The share of increments at the cap of the sigmoid, where they can grow no more, by layer.
+
+    Args:
+        model: a model whose increments are bounded; heads are counted apart and pooled.
+        texts: documents, as for `increments_by_category`.
+        seed: of the bootstrap.
+
+    Returns:
+        One row a layer: `n` (increments), `documents`, `cap` (in positions), `share` of the increments at 0.99 of it or
+        more, with `low` to `high`, where it lies in 95% of 1,000 resamples of documents (NaN for one), and `max`.
+
+    Raises:
+        PositionsError: increments that have no cap, and as `reading.read`.
+    """
+    config = model.position_config
+    if not config.learned or config.activation != "sigmoid":
+        given = f"activation {config.activation!r}" if config.learned else f"the source {config.source!r}"
+        raise PositionsError(f"the model has {given}, which has no cap; expected learned increments with a sigmoid.")
+    reading = read(model, texts)
+    at_cap = reading.increments >= AT_CAP * config.max_increment
+    documents = len(reading.documents)
+    counts = np.bincount(reading.document, minlength=documents) * at_cap.shape[1]
+    sums = np.zeros((documents, len(at_cap)))
+    np.add.at(sums, reading.document, at_cap.sum(axis=1).T)
+    low, high = np.full((2, len(at_cap)), np.nan)
+    if documents > 1:
+        low, high = interval_of(drawn_means(sums, counts, resamples(documents, seed)))
+    return pd.DataFrame(
+        {
+            "layer": reading.layers,
+            "n": counts.sum(),
+            "documents": documents,
+            "cap": config.max_increment,
+            "share": at_cap.mean(axis=(1, 2)),
+            "low": low,
+            "high": high,
+            "max": reading.increments.max(axis=(1, 2)),
+        }
+    )
+
+
+def specialisation(
+    model: HookedPositionTransformer, texts: Texts | Reading, alphabet: Alphabet = "prose", seed: int = 0
+) -> pd.DataFrame:
+    """By layer, how much the kind of a token explains of its increment, and which kinds stand out most.
+
+    Args:
+        model: the model; increments per head are averaged over the heads.
+        texts: documents, as for `increments_by_category`.
+        alphabet: the kinds of prose, or those of program text ("code", in models of bytes).
+        seed: of the bootstrap and of the shuffle.
+
+    Returns:
+        One row a layer: `n` (tokens), `documents`, `explained` (eta squared: the variance between kinds as a share of
+        all variance, 0 where increments do not vary) with `low` to `high`, where it lies in 95% of 1,000 resamples of
+        documents (NaN for one), `shuffled` (the same with kinds shuffled within each document); then the kinds that
+        stand farthest from and nearest to the token before them, relative to the mean of the layer: `farthest`,
+        `farthest_relative`, `farthest_low`, `farthest_high`, and likewise `nearest`. Kinds found in fewer than two
+        documents do not count.
+
+    Raises:
+        PositionsError: as `increments_by_category`.
+    """
+    reading = read(model, texts)
+    table = increments_by_category(model, reading, seed=seed, alphabet=alphabet)
+    names, kind = np.unique(kinds_read(model, reading, alphabet), return_inverse=True)
+    keys = np.random.default_rng(seed).random(len(kind))
+    order = np.argsort(reading.document, kind="stable")
+    shuffled = np.empty_like(kind)
+    shuffled[order] = kind[np.lexsort((keys, reading.document))]
+    documents = len(reading.documents)
+    draws = resamples(documents, seed) if documents > 1 else np.empty((0, 1), dtype=np.int64)
+    whole = np.ones((1, documents), dtype=np.int64)
+    rows = []
+    for layer, values in zip(reading.layers, reading.increments.mean(axis=1), strict=True):
+        drawn = _explained(values, kind, len(names), reading.document, np.concatenate([whole, draws]))
+        low, high = interval_of(drawn[1:, None]) if documents > 1 else np.full((2, 1), np.nan)
+        row = {"layer": layer, "n": len(values), "documents": documents, "explained": drawn[0]}
+        row |= {"low": low[0], "high": high[0]}
+        row["shuffled"] = _explained(values, shuffled, len(names), reading.document, whole)[0]
+        of_layer = table[(table["layer"] == layer) & (table["relative_low"].notna() | (documents == 1))]
+        ranked = of_layer.sort_values("relative")
+        for end, found in (("farthest", ranked.iloc[-1]), ("nearest", ranked.iloc[0])):
+            row |= {end: found["kind"]} | {
+                f"{end}_{column.removeprefix('relative_')}": found[column]
+                for column in ("relative", "relative_low", "relative_high")
+            }
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _explained(
+    values: Float64[np.ndarray, " token"],
+    kind: Int64[np.ndarray, " token"],
+    n_kinds: int,
+    owners: Int64[np.ndarray, " token"],
+    draws: Int64[np.ndarray, "draw document"],
+) -> Float64[np.ndarray, " draw"]:
+    """Eta squared in each resample of documents, from sums of each document and kind."""
+    values = values - values.mean()  # the sums of squares below are then of the size of the variance
+    cell = owners * n_kinds + kind
+    shape = (draws.shape[1], n_kinds)
+    counts, sums, squares = (
+        np.bincount(cell, weights, minlength=shape[0] * n_kinds).reshape(shape)
+        for weights in (np.ones(len(values)), values, values**2)
+    )
+    n, total, square = draws @ counts, draws @ sums, (draws @ squares).sum(1)
+    mean_square = total.sum(1) ** 2 / n.sum(1)
+    between = np.divide(total**2, n, out=np.zeros_like(total), where=n > 0).sum(1) - mean_square
+    variation = square - mean_square
+    varies = variation > 1e-10 * n.sum(1)  # float32 increments that are all alike
+    return np.divide(between, variation, out=np.zeros_like(between), where=varies)

@@ -1,0 +1,27 @@
+"""The `lens-positions` command: what a model's increments are and what they cause, in a terminal.
+
+Standard output holds what was asked for; whatever went wrong is one sentence on standard error, with exit status 2.
+Colour says again what the printed numbers say, and is left out for a pipe, a dumb terminal or NO_COLOR.
+"""
+
+from .app import app, main
+from .causes import ablate, gaps, patch
+from .looking import moved, report, show
+from .measuring import boundaries, heads, kinds, names, saturation, specialisation
+
+__all__ = [
+    "ablate",
+    "app",
+    "boundaries",
+    "gaps",
+    "heads",
+    "kinds",
+    "main",
+    "moved",
+    "names",
+    "patch",
+    "report",
+    "saturation",
+    "show",
+    "specialisation",
+]

@@ -1,0 +1,299 @@
+"""Measurements on held-out text: `kinds`, `boundaries`, `names`, `heads`, `saturation` and `specialisation`."""
+
+import math
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+from rich.console import Console
+from rich.text import Text
+from tyro.conf import Positional, arg
+
+from .. import corpora
+from ..analysis.boundaries import boundary_auc
+from ..analysis.categories import Alphabet, increments_by_category
+from ..analysis.entities import NAMES, entity_grouping
+from ..analysis.heads import head_correlations, head_profile
+from ..analysis.specialisation import saturation as shares_at_cap
+from ..analysis.specialisation import specialisation as explained_by_kind
+from ..errors import PositionsError
+from ..hooked import HookedPositionTransformer
+from ..terminal import print_grid, print_line
+from ..viz import style
+from ..viz.measurements import auc_chart, kinds_chart
+from .app import app, check_learned, check_outputs, complain
+
+Model = Annotated[Positional[str], arg(metavar="MODEL", help="a folder, an adapter, a packaged or a hub model.")]
+Corpus = Annotated[str, arg(help="held-out text to read: english, chinese, bilingual, code, a file or a folder.")]
+Characters = Annotated[int, arg(help="at most so much text, taken evenly from the held-out documents.")]
+Seed = Annotated[int, arg(help="of the intervals, shuffles and permutations.")]
+Csv = Annotated[Path | None, arg(metavar="FILE", help="write the table to this file, with all columns.")]
+Chart = Annotated[Path | None, arg(metavar="FILE", help="draw it, as .png, .svg or .pdf.")]
+
+PER_TOKEN = "95% intervals resample documents"
+
+
+@app.command
+def kinds(
+    model: Model,
+    corpus: Corpus = "bilingual",
+    characters: Characters = 60_000,
+    alphabet: Alphabet = "prose",
+    only: Annotated[tuple[str, ...], arg(metavar="KIND ...")] = (),
+    seed: Seed = 0,
+    csv: Csv = None,
+    figure: Chart = None,
+) -> None:
+    """Show increments by layer and kind of token: mean, least and largest.
+
+    Args:
+        alphabet: kinds of prose, or those of program text (code).
+        only: the kinds to show; all that occur if none is named.
+    """
+    check_outputs(csv, figure)
+    loaded, texts, what = _read(model, corpus, characters)
+    table = increments_by_category(loaded, texts, seed=seed, alphabet=alphabet, only=only or None)
+    console = _headed(f"{loaded.name}: increments by kind of token, {what}", f"mean (least to largest); {PER_TOKEN}")
+    names = [f"{kind} ({n:,})" for kind, n in table.groupby("kind", sort=False)["n"].first().items()]
+    _grid(console, table, "kind", "layer", lambda row: f"{row.mean:.2f} ({row.min:.2f} to {row.max:.2f})", names)
+    print_line(console, Text("divided by the mean of the layer, with its interval", "bold"))
+    _grid(console, table, "kind", "layer", lambda row: _with_interval(row, "relative", "relative_"), names)
+    _written(console, table, csv)
+    if figure is not None:
+        kinds_chart(table, f"{loaded.name}; {what}. Intervals: 95% of resamples of documents, seed {seed}.", figure)
+        print_line(console, f"figure: {figure}")
+
+
+@app.command
+def boundaries(
+    model: Model,
+    words: str = "human",
+    corpus: str | None = None,
+    lines: int | None = None,
+    training: str = "chinese",
+    seed: Seed = 0,
+    csv: Csv = None,
+    figure: Chart = None,
+) -> None:
+    """Show how well increments tell Chinese word boundaries from the inside of words, layer by layer.
+
+    Beside the increments: the same with labels shuffled within lines, and the mutual information of the two characters.
+
+    Args:
+        words: "human" (the People's Daily of the corpus chinese, held-out lines), "jieba" (the same lines, or those of
+            --corpus, segmented by jieba), or a file of lines whose words stand between spaces.
+        corpus: held-out text for jieba.
+        lines: at most so many lines, spread evenly.
+        training: the corpus whose training text gives the mutual information of characters; none leaves that out.
+    """
+    check_outputs(csv, figure)
+    texts, segmented, of_what = _segmented(words, corpus)
+    if lines is not None:
+        if lines < 1:
+            raise PositionsError(f"--lines is {lines}; expected at least 1.")
+        kept = range(0, len(texts), max(1, math.ceil(len(texts) / lines)))
+        texts = [texts[i] for i in kept]
+        segmented = segmented if isinstance(segmented, str) else [segmented[i] for i in kept]
+    counted = None if training == "none" else corpora.load(training)["train"]["text"]
+    loaded = HookedPositionTransformer.from_pretrained(model)
+    table = boundary_auc(loaded, texts, segmented, counted, seed)
+    first = table.iloc[0]
+    what = f"{first['n']:,} gaps between Chinese characters in {first['lines']:,} lines, {of_what}"
+    console = _headed(
+        f"{loaded.name}: word boundaries, {first['boundaries']:,} of {what}",
+        "area under the ROC curve, 0.5 is chance; 95% intervals resample lines",
+    )
+    layers = table.assign(layer=[f"layer {layer:.0f}" if layer == layer else "no layer" for layer in table["layer"]])
+    _grid(console, layers, "layer", "measure", lambda row: _with_interval(row, "auc", ""))
+    _written(console, table, csv)
+    if figure is not None:
+        caption = f"{loaded.name}; {what}. Intervals: 95% of resamples of lines, seed {seed}."
+        title = "Increments at word boundaries and inside of words"
+        try:
+            auc_chart(table, title, caption, figure)
+        except style.MissingFontError as error:
+            complain(f"no figure was drawn: {error}")
+        else:
+            print_line(console, f"figure: {figure}")
+
+
+@app.command
+def names(
+    model: Model,
+    corpus: Annotated[
+        str, arg(help="text like that which the model was trained on, to count pairs of words in.")
+    ] = "english",
+    names: Annotated[Path | None, arg(metavar="FILE")] = None,
+    csv: Csv = None,
+) -> None:
+    """Show whether the space inside a two-word name is shorter than in the reversed name, layer by layer.
+
+    As a control, the same for ordinary pairs of words that are as frequent in both orders.
+
+    Args:
+        names: two-word names, one a line; 94 that presidents speak of if none are given.
+    """
+    check_outputs(csv, None)
+    if names is not None and not names.is_file():
+        raise PositionsError(f"there is no file {names}; expected one with a two-word name a line.")
+    given = NAMES if names is None else [line.strip() for line in names.read_text("utf-8").splitlines() if line.strip()]
+    loaded = HookedPositionTransformer.from_pretrained(model)
+    check_learned(loaded, "names and other words are alike", "a model with learned increments")
+    table = entity_grouping(loaded, corpora.load(corpus)["train"]["text"], given)
+    console = _headed(
+        f"{loaded.name}: the increment at the space inside two words, real order minus reversed",
+        "mean with a 95% interval over pairs; share of pairs nearer in the real order; Wilcoxon p (q over layers)",
+    )
+    counts = table.groupby("group", sort=False)["n"].first()
+    heads = [f"{group} ({n})" for group, n in counts.items()]
+
+    def cell(row: Any) -> str:
+        return (
+            f"{row.difference:+.4f} ({row.low:+.4f} to {row.high:+.4f})  {row.smaller:.0%}  {row.p:.2g} ({row.q:.2g})"
+        )
+
+    for group, head in zip(counts.index, heads, strict=True):
+        print_line(console, Text(head, "bold"))
+        for row in table[table["group"] == group].itertuples():
+            print_line(console, f"  layer {row.layer}  {cell(row)}")
+    _written(console, table, csv)
+
+
+@app.command
+def heads(
+    model: Model, corpus: Corpus = "bilingual", characters: Characters = 60_000, seed: Seed = 0, csv: Csv = None
+) -> None:
+    """Show each head's mean increment and how far back it looks, and how the two go together."""
+    check_outputs(csv, None)
+    loaded, texts, what = _read(model, corpus, characters)
+    check_learned(loaded, "there is nothing to compare", "a model with learned increments")
+    table = head_profile(loaded, texts, seed)
+    console = _headed(f"{loaded.name}: heads, {what}", f"mean increment, and look-back in tokens; {PER_TOKEN}")
+    named = table.assign(head=[f"{layer}.{head}" for layer, head in zip(table["layer"], table["head"], strict=True)])
+    both = pd.concat(
+        [
+            named.assign(what=column, value=named[column], low=named[f"{column}_low"], high=named[f"{column}_high"])
+            for column in ("increment", "look_back")
+        ]
+    )
+    _grid(console, both, "head", "what", lambda row: _with_interval(row, "value", ""))
+    for row in head_correlations(table, seed).itertuples():
+        interval = f"({row.low:+.2f} to {row.high:+.2f}), p = {row.p:.2g} of permutations"
+        print_line(console, f"{row.measure} over {row.n} {row.scope}: {row.correlation:+.2f} {interval}")
+    _written(console, table, csv)
+
+
+@app.command
+def saturation(
+    model: Model, corpus: Corpus = "bilingual", characters: Characters = 60_000, seed: Seed = 0, csv: Csv = None
+) -> None:
+    """Show the share of increments that sit at their cap, layer by layer."""
+    check_outputs(csv, None)
+    loaded, texts, what = _read(model, corpus, characters)
+    table = shares_at_cap(loaded, texts, seed)
+    console = _headed(f"{loaded.name}: increments at the cap of {table['cap'].iloc[0]:g}, {what}", PER_TOKEN)
+    for row in table.itertuples():
+        print_line(console, f"  layer {row.layer}  {_share(row, 'share')}  largest {row.max:.2f}")
+    _written(console, table, csv)
+
+
+@app.command
+def specialisation(
+    model: Model,
+    corpus: Corpus = "bilingual",
+    characters: Characters = 60_000,
+    alphabet: Alphabet = "prose",
+    seed: Seed = 0,
+    csv: Csv = None,
+) -> None:
+    """Show how much of each layer's increments the kind of a token explains, and which kinds stand out.
+
+    Args:
+        alphabet: kinds of prose, or those of program text (code).
+    """
+    check_outputs(csv, None)
+    loaded, texts, what = _read(model, corpus, characters)
+    check_learned(loaded, "no kind stands out", "a model with learned increments")
+    table = explained_by_kind(loaded, texts, alphabet, seed)
+    console = _headed(
+        f"{loaded.name}: what the kind of a token explains of its increment, {what}",
+        f"share of the variance (with kinds shuffled in each document); × is to the mean of the layer; {PER_TOKEN}",
+    )
+    for row in table.itertuples():
+        ends = (f"{end} {getattr(row, end)} ×{_with_interval(row, f'{end}_relative', f'{end}_')}" for end in ENDS)
+        print_line(console, f"  layer {row.layer}  {_share(row, 'explained')} ({row.shuffled:.1%})  {', '.join(ends)}")
+    _written(console, table, csv)
+
+
+ENDS = ("farthest", "nearest")
+
+
+def _read(model: str, corpus: str, characters: int) -> tuple[HookedPositionTransformer, list[str], str]:
+    """The model, held-out text, and how to name that text."""
+    loaded = HookedPositionTransformer.from_pretrained(model)
+    texts = corpora.heldout_excerpts(corpus, characters)
+    return loaded, texts, f"{sum(map(len, texts)):,} characters of {len(texts)} held-out documents of {corpus}"
+
+
+def _segmented(words: str, corpus: str | None) -> tuple[list[str], Any, str]:
+    """Lines, their words (or "jieba"), and how to name them."""
+    if corpus is not None and words != "jieba":
+        raise PositionsError(f"--corpus was given with --words {words}; expected it with --words jieba alone.")
+    if words in ("human", "jieba") and corpus is None:
+        segmented = corpora.segmented_heldout()
+        whose = "segmented by people" if words == "human" else "segmented by jieba"
+        texts = ["".join(line) for line in segmented]
+        return texts, segmented if words == "human" else "jieba", f"the held-out People's Daily {whose}"
+    if corpus is not None:
+        heldout = corpora.load(corpus)["heldout"]["text"]
+        texts = [line for text in heldout for line in text.splitlines() if line]
+        return texts, "jieba", f"held out of {corpus}, segmented by jieba"
+    path = Path(words)
+    if not path.is_file():
+        raise PositionsError(
+            f"--words is {words!r}; expected human, jieba, or a file of lines with spaces between words."
+        )
+    segmented = [line.split() for line in path.read_text("utf-8").splitlines() if line.split()]
+    if not segmented:
+        raise PositionsError(f"{path} has no words; expected lines with spaces between words.")
+    return ["".join(line) for line in segmented], segmented, f"lines of {path}"
+
+
+def _headed(first: str, second: str) -> Console:
+    console = Console(highlight=False)
+    print_line(console, first)
+    print_line(console, second + "\n")
+    return console
+
+
+def _grid(
+    console: Console, table: pd.DataFrame, row: str, column: str, cell: Any, names: Sequence[str] | None = None
+) -> None:
+    """A table of cells by two of its columns, in their order of appearance."""
+    rows, columns = _unique(table[row]), _unique(table[column])
+    of: dict[tuple[Hashable, Hashable], Any] = {(getattr(r, row), getattr(r, column)): r for r in table.itertuples()}
+    cells = [[Text(cell(of[r, c]) if (r, c) in of else "") for c in columns] for r in rows]
+    labels = [f"layer {c}" if column == "layer" else str(c) for c in columns]
+    print_grid(console, list(names or map(str, rows)), labels, cells)
+
+
+def _unique(values: "pd.Series[Any]") -> list[Any]:
+    return list(dict.fromkeys(values))
+
+
+def _with_interval(row: Any, column: str, ends: str) -> str:
+    low, high = getattr(row, f"{ends}low"), getattr(row, f"{ends}high")
+    interval = "" if math.isnan(low) else f" ({low:.3f} to {high:.3f})"
+    return f"{getattr(row, column):.3f}{interval}"
+
+
+def _share(row: Any, column: str) -> str:
+    interval = "" if math.isnan(row.low) else f" ({row.low:.1%} to {row.high:.1%})"
+    return f"{getattr(row, column):.1%}{interval}"
+
+
+def _written(console: Console, table: pd.DataFrame, csv: Path | None) -> None:
+    if csv is not None:
+        table.to_csv(csv, index=False)
+        print_line(console, f"table: {csv}")
