@@ -207,13 +207,14 @@ class Run:
                     self._save()
                 if stop:
                     break
-            if not evaluation and (self.step == config.steps or not self.learns):  # nothing was left to train
+            done = self.step == config.steps or not self.learns
+            if done and not evaluation:  # nothing was left to train
                 evaluation = self.evaluate(show)
                 if not self.learns:
                     self._log(evaluation)
                     show(evaluation)
         self.interrupted = bool(interrupted)
-        if not evaluation:
+        if not done:
             self._say(f"interrupted at step {self.step} of {config.steps}; --resume {self.folder} goes on from there")
             raise KeyboardInterrupt
         if accelerator.is_main_process:
