@@ -1,7 +1,6 @@
-"""The command line of training: `python -m training train --preset quick --output runs/quick`, or `graft`."""
+"""The command line of training: `python -m training train --preset quick --output runs/quick`, `graft`, `suite`."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -12,7 +11,8 @@ from lens_positions.errors import PositionsError
 
 from .config import GraftConfig, TrainConfig, load_preset, preset_names, updated
 from .graft import PARTS, graft
-from .loop import newest_checkpoint, train
+from .loop import newest_checkpoint, read_description, train
+from .suite import VARIANTS, SuiteConfig, suite
 
 TRAIN = """Train a model with position streams from fresh weights.
 
@@ -27,15 +27,21 @@ GRAFT = """Learn position streams on a pretrained model, and compare it with the
 --cache DIR keeps tokenised corpora (default: .cache).
 """
 
+SUITE = """Train every variant of increments at several seeds with the same data, and compare their losses.
+
+The variants are %s. Runs that are finished are kept, interrupted ones go on, and several of these commands may share
+the work of one folder. The presets are %s.
+"""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; 0 when done, 2 for what a person can mend, 130 when interrupted."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"train": train_command, "graft": graft_command}
+    commands = {"train": train_command, "graft": graft_command, "suite": suite_command}
     try:
         if not argv or argv[0] not in commands:
             given = f"{argv[0]!r} is no command" if argv else "no command was given"
-            raise PositionsError(f"{given}; expected: python -m training train or graft [--help]")
+            raise PositionsError(f"{given}; expected: python -m training train, graft or suite [--help]")
         return commands[argv[0]](argv[1:])
     except (PositionsError, OSError) as error:
         print(f"training: {' '.join(str(error).split())}", file=sys.stderr)
@@ -69,6 +75,18 @@ def graft_command(argv: list[str]) -> int:
             f"{difference['mean']:+.4f}{interval}, the mean of {difference['documents']} documents (95% t interval); "
             f"the graft is in {folder / 'graft' / 'model'}"
         )
+    return 0
+
+
+def suite_command(argv: list[str]) -> int:
+    """Train, score and compare what is left of a suite."""
+    description = SUITE % (", ".join(VARIANTS), ", ".join(preset_names()))
+    config = tyro.cli(SuiteConfig, prog="python -m training suite", description=description, args=argv)
+    try:
+        suite(config)
+    except KeyboardInterrupt:
+        print("training: the suite was interrupted; the same command again goes on from there", file=sys.stderr)
+        raise
     return 0
 
 
@@ -117,11 +135,7 @@ def _refuse_more(own: argparse.Namespace, rest: list[str]) -> None:
 
 def _saved_config(run: Path) -> dict[str, object]:
     newest_checkpoint(run)
-    described = run / "training.json"
-    try:
-        return dict(json.loads(described.read_text("utf-8"))["config"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise PositionsError(f"{described} is damaged ({error}); expected what the run wrote.") from error
+    return dict(read_description(run)["config"])
 
 
 if __name__ == "__main__":

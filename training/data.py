@@ -199,14 +199,15 @@ def _read(folder: Path) -> dict[str, np.ndarray] | None:
     """The arrays in `folder` as memory maps, or None where one is missing, cut short or altered."""
     try:
         digests = json.loads((folder / "digests.json").read_text())
-        if digests != {name: _digest(folder / f"{name}.npy") for name in ARRAYS}:
+        if digests != {name: sha256_of(folder / f"{name}.npy") for name in ARRAYS}:
             return None
     except (FileNotFoundError, ValueError):
         return None
     return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
 
 
-def _digest(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -229,8 +230,8 @@ def _write(folder: Path, splits: Splits, max_bytes: int | None, encoding: _Encod
 
     _write_stream(folder, "heldout", heldout(), encoding)
     _write_stream(folder, "train", _capped(train(), train_bytes), encoding)
-    digests = json.dumps({name: _digest(folder / f"{name}.npy") for name in ARRAYS})
-    _write_whole(folder / "digests.json", lambda file: file.write(digests.encode()))
+    digests = json.dumps({name: sha256_of(folder / f"{name}.npy") for name in ARRAYS})
+    write_whole(folder / "digests.json", lambda file: file.write(digests.encode()))
 
 
 def _capped(documents: Iterable[bytes], max_bytes: int | None) -> Iterator[bytes]:
@@ -261,10 +262,10 @@ def _write_stream(folder: Path, split: str, documents: Iterator[bytes], encoding
         file.seek(0)
         _write_header(file, length, encoding.dtype)
 
-    _write_whole(folder / f"{split}.npy", write_tokens)
+    write_whole(folder / f"{split}.npy", write_tokens)
     if not starts:
         raise PositionsError(f"the {split} split of the corpus has no text: expected at least one document")
-    _write_whole(folder / f"{split}_starts.npy", lambda file: np.save(file, np.array(starts, np.int64)))
+    write_whole(folder / f"{split}_starts.npy", lambda file: np.save(file, np.array(starts, np.int64)))
 
 
 def _write_header(file: IO[bytes], length: int, dtype: str) -> None:
@@ -273,7 +274,7 @@ def _write_header(file: IO[bytes], length: int, dtype: str) -> None:
     np.lib.format.write_array_header_1_0(file, header)
 
 
-def _write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Write under a temporary name in the same folder and rename, so that `path` never holds half a file."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:

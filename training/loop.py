@@ -48,6 +48,17 @@ LOG_EVERY = 10
 """Steps between readings of the loss, which makes a GPU wait."""
 
 
+class DivergedError(PositionsError):
+    """The loss stopped being a number at this step."""
+
+    def __init__(self, loss: float, step: int, run: Path) -> None:
+        super().__init__(
+            f"the loss is {loss} at step {step}; expected a number. Try a lower learning_rate; the last "
+            f"checkpoint in {run} is from before."
+        )
+        self.step = step
+
+
 def train(config: TrainConfig, run: Path, *, resume: bool = False, cache_dir: Path = Path(".cache")) -> dict[str, Any]:
     """Train a model into the folder `run` and return its last evaluation.
 
@@ -58,8 +69,8 @@ def train(config: TrainConfig, run: Path, *, resume: bool = False, cache_dir: Pa
         cache_dir: where the tokens of corpora are kept.
 
     Raises:
-        PositionsError: the folder is in use or has nothing to resume, the corpus cannot be had, or the loss
-            stopped being a number.
+        PositionsError: the folder is in use or has nothing to resume, or the corpus cannot be had.
+        DivergedError: the loss stopped being a number.
         KeyboardInterrupt: after an interrupt, when the checkpoint has been written.
     """
     accelerator = new_accelerator(config, run)
@@ -279,11 +290,9 @@ class Run:
         }
 
     def _counted(self) -> Bool[Tensor, "window pos_less_one"]:
-        """Predicted tokens that a loss is divided by: those that end a document are no bytes."""
+        """Predicted tokens that a loss is divided by."""
         predicted = self.windows[:, 1:]
-        return (
-            predicted != END_OF_DOCUMENT if self.subject.byte_tokens else torch.ones_like(predicted, dtype=torch.bool)
-        )
+        return are_bytes(predicted) if self.subject.byte_tokens else torch.ones_like(predicted, dtype=torch.bool)
 
     def _write_heldout(self) -> None:
         """The newest evaluation by document: a row each with its predicted tokens and their nats."""
@@ -304,10 +313,7 @@ class Run:
         }
         if resume:
             checkpoint = newest_checkpoint(self.folder)
-            if json.loads(description.read_text("utf-8")) != json.loads(json.dumps(described)):
-                raise PositionsError(
-                    f"{self.folder} was started with another configuration or text; expected its training.json."
-                )
+            refuse_other(self.folder, described)
             if checkpoint is not None:
                 self._load(checkpoint)
         else:
@@ -351,10 +357,7 @@ class Run:
         pending.clear()
         for step, loss in enumerate(losses, first):
             if not math.isfinite(loss):
-                raise PositionsError(
-                    f"the loss is {loss} at step {step}; expected a number. Try a lower learning_rate; the last "
-                    f"checkpoint in {self.folder} is from before."
-                )
+                raise DivergedError(loss, step, self.folder)
             newest = {"step": step, "loss": loss}
             if step == self.step:
                 newest |= {"learning_rate": self.schedule.get_last_lr()[0], "tokens_per_second": round(speed)}
@@ -451,6 +454,11 @@ def token_nats(model: Any, rows: Int[Tensor, "batch pos"]) -> Float[Tensor, "bat
     return functional.cross_entropy(logits.float().transpose(1, 2), rows[:, 1:], reduction="none")
 
 
+def are_bytes(tokens: Int[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
+    """Which tokens of a byte model are bytes of text: those that end a document are not."""
+    return tokens != END_OF_DOCUMENT
+
+
 def spread(increments: Float[Tensor, "batch pos *head"], cap: float) -> dict[str, float]:
     """Mean, spread and extremes of increments, and the share within 1% of the cap."""
     values = increments.double()
@@ -471,6 +479,31 @@ def refuse_used(folder: Path) -> None:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise PositionsError(f"{folder} exists already; expected a new or empty folder, or --resume with it.")
+
+
+def read_description(run: Path) -> dict[str, Any]:
+    """What the training.json of a run says.
+
+    Raises:
+        PositionsError: it is damaged.
+    """
+    path = run / "training.json"
+    try:
+        described = dict(json.loads(path.read_text("utf-8")))
+        return described | {"config": dict(described["config"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise PositionsError(f"{path} is damaged ({error}); expected what the run wrote.") from error
+
+
+def refuse_other(run: Path, described: dict[str, Any]) -> None:
+    """Refuse a run whose training.json says something else than this.
+
+    Raises:
+        PositionsError: it does, or it is damaged.
+    """
+    saved = read_description(run)
+    if any(saved.get(name) != value for name, value in json.loads(json.dumps(described)).items()):
+        raise PositionsError(f"{run} was started with another configuration or text; expected its training.json.")
 
 
 def newest_checkpoint(run: Path) -> Path | None:

@@ -1,0 +1,544 @@
+"""Every variant of increments at several seeds on the same data, scored on the same held-out bytes and compared.
+
+Beside the runs, each a folder as in `loop.py`, stand small results that can be kept in a repository:
+
+    runs/suite/tiny/per_layer-0          the run of a variant and a seed
+    runs/suite/tiny/per_layer-0.lock     held by the process that works on it
+    results/tiny/per_layer-0/run.json    what was trained, from what, by which code, and how to repeat it
+    results/tiny/per_layer-0/log.csv     the held-out loss while it trained
+    results/tiny/per_layer-0/heldout.csv the finished model's loss by held-out document and length of text
+    results/tiny/signed-0/diverged.json  instead of these three: the loss stopped being a number
+    results/tiny/losses.csv              the comparison, from the files above alone
+
+The order of the data is a function of the seed alone, so that the variants of a seed read the same batches.
+"""
+
+import json
+import math
+import platform
+import shlex
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate import PartialState
+from filelock import FileLock, Timeout
+from jaxtyping import Float64
+from rich.console import Console
+from rich.text import Text
+
+from lens_positions import corpora
+from lens_positions.analysis.intervals import drawn_means, interval_of, resamples, t_interval
+from lens_positions.errors import PositionsError
+from lens_positions.increments import PositionConfig
+from lens_positions.pretrained import load_pretrained, replaced_folder
+from lens_positions.progress import tracked
+from lens_positions.terminal import print_grid, print_line
+
+from .config import TrainConfig, load_preset, to_json
+from .data import TokenizedCorpus, heldout_documents, heldout_windows, sha256_of, tokenize_corpus, write_whole
+from .loop import (
+    DivergedError,
+    FreshModel,
+    Run,
+    are_bytes,
+    new_accelerator,
+    read_description,
+    refuse_other,
+    token_nats,
+)
+
+VARIANTS: dict[str, PositionConfig] = {
+    "static": PositionConfig(source="static"),
+    "shared": PositionConfig(source="shared", activation="softplus"),
+    "per_layer": PositionConfig(source="per_layer"),
+    "shared_per_head": PositionConfig(source="shared", activation="softplus", per_head=True),
+    "per_layer_per_head": PositionConfig(source="per_layer", per_head=True),
+    "frozen": PositionConfig(source="frozen"),
+    "signed": PositionConfig(source="per_layer", activation="none"),
+    "cap_30": PositionConfig(source="per_layer", max_increment=30.0),
+}
+"""What is compared; `frozen` has the increments that `shared` learned at the same seed, as a table."""
+
+FACTORS = (1, 2, 4)
+"""Lengths at which models are scored, in training contexts."""
+
+BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class SuiteConfig:
+    """What a suite is asked for.
+
+    Args:
+        preset: the preset that every run takes its other fields from.
+        seeds: distinct whole numbers; each gives weights and an order of the data.
+        variants: some of those above; static is what the others are compared with.
+        steps: optimizer steps, instead of the preset's.
+        corpus: text to train and score on, instead of the preset's.
+        output: the folder of the runs; runs/suite/PRESET where none is given.
+        results: the folder of the results; results/PRESET where none is given.
+        cache: where tokenised corpora are kept.
+    """
+
+    preset: str = "tiny"
+    seeds: tuple[int, ...] = (0, 1, 2)
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    steps: int | None = None
+    corpus: str | None = None
+    output: Path | None = None
+    results: Path | None = None
+    cache: Path = Path(".cache")
+
+
+@dataclass(frozen=True)
+class SuiteRun:
+    """A variant at a seed: how it is trained, where, where its results stand, and the command for it alone."""
+
+    variant: str
+    seed: int
+    config: TrainConfig
+    folder: Path
+    results: Path
+    command: str
+
+
+def suite(asked: SuiteConfig) -> pd.DataFrame:
+    """Train and score what is left to do, print the comparison of what is finished, and return it.
+
+    Runs that another process holds are left to it. A run that diverged is recorded, and not tried again.
+
+    Returns:
+        The table of `loss_table`, also in losses.csv.
+
+    Raises:
+        PositionsError: an unknown name, seeds that are not distinct, a frozen run without the shared one that it needs,
+            results of other runs in the folder, or what `train` refuses.
+        KeyboardInterrupt: after an interrupt, when the checkpoint has been written.
+    """
+    state: Any = PartialState(cpu=not torch.accelerator.is_available())
+    if state.num_processes > 1:
+        raise PositionsError(f"the suite was started in {state.num_processes} joint processes; expected one.")
+    runs = planned(asked)
+    results = runs[0].results.parent
+    _refuse_other_results(results, runs[0].config)
+
+    @cache
+    def corpus() -> TokenizedCorpus:
+        return _corpus(runs[0].config, asked.cache)
+
+    left = list(enumerate(runs, 1))
+    while left:
+        waiting = [(n, run) for n, run in left if not _finish(run, f"run {n} of {len(runs)}", corpus)]
+        if len(waiting) == len(left):
+            break
+        left = waiting
+    table = loss_table(results)
+    if len(table):
+        write_whole(results / "losses.csv", lambda file: file.write(table.to_csv(index=False).encode()))
+        print_losses(table)
+    if left:
+        names = ", ".join(run.folder.name for _, run in left)
+        _say(f"not finished: {names}; another process has them, or a run that they need did not end")
+    return table
+
+
+def planned(asked: SuiteConfig) -> list[SuiteRun]:
+    """The runs of a suite: all variants of the first seed, then those of the next.
+
+    Raises:
+        PositionsError: as `suite`.
+    """
+    preset = load_preset(asked.preset)
+    if unknown := [name for name in asked.variants if name not in VARIANTS]:
+        raise PositionsError(f"there is no variant {unknown[0]!r}; expected some of {', '.join(VARIANTS)}.")
+    if not asked.variants or not asked.seeds or len(set(asked.seeds)) < len(asked.seeds):
+        given = f"variants {' '.join(asked.variants) or 'none'} and seeds {' '.join(map(str, asked.seeds)) or 'none'}"
+        raise PositionsError(f"the suite got {given}; expected at least one of each, and distinct seeds.")
+    output = asked.output or Path("runs/suite") / asked.preset
+    results = asked.results or Path("results") / asked.preset
+    common = preset
+    if asked.steps is not None:
+        common = replace(common, steps=asked.steps)
+    if asked.corpus is not None:
+        common = replace(common, corpus=asked.corpus)
+    runs = []
+    for seed in asked.seeds:
+        shared = output / f"shared-{seed}"
+        for variant in (name for name in VARIANTS if name in asked.variants):
+            folder = output / f"{variant}-{seed}"
+            frozen = variant == "frozen"
+            if frozen and not ("shared" in asked.variants or finished(shared) or finished(folder)):
+                raise PositionsError(
+                    f"frozen at seed {seed} needs {shared}, which is not finished; expected the variant shared as well."
+                )
+            model = replace(common.model, positions=VARIANTS[variant])
+            config = replace(common, seed=seed, model=model, frozen_from=shared / "model" if frozen else None)
+            command = command_of(config, asked.preset, preset, folder)
+            runs.append(SuiteRun(variant, seed, config, folder, results / folder.name, command))
+    return runs
+
+
+def command_of(config: TrainConfig, name: str, preset: TrainConfig, folder: Path) -> str:
+    """The command that trains this configuration alone, as a preset and what differs from it."""
+    words = ["python", "-m", "training", "train", "--preset", name, "--output", str(folder)]
+    for field, value in _changes(to_json(preset) | {"seed": None}, to_json(config)):
+        words += [f"--{field.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return shlex.join(words)
+
+
+def _changes(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in after.items():
+        if isinstance(value, dict):
+            yield from _changes(before.get(name, {}), value, f"{prefix}{name}.")
+        elif name not in before or value != before[name]:
+            yield prefix + name, value
+
+
+def finished(run: Path) -> bool:
+    """Whether a run was trained to its end: heldout.csv is written last."""
+    return (run / "heldout.csv").is_file()
+
+
+def _refuse_other_results(results: Path, config: TrainConfig) -> None:
+    """Refuse to mix results: only the variant and the seed may differ."""
+
+    def in_common(values: dict[str, Any]) -> dict[str, Any]:
+        model = {name: value for name, value in values["model"].items() if name != "positions"}
+        return {name: value for name, value in values.items() if name not in ("seed", "frozen_from")} | {"model": model}
+
+    wanted = in_common(json.loads(json.dumps(to_json(config))))
+    for path in [*results.glob("*/run.json"), *results.glob("*/diverged.json")]:
+        for name, value in _changes(in_common(_read_json(path)["config"]), wanted):
+            raise PositionsError(
+                f"{path.parent} was trained with another {name} than {value}; expected a results folder for it alone."
+            )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except (ValueError, TypeError) as error:
+        raise PositionsError(f"{path} is damaged ({error}); expected what the suite wrote.") from error
+
+
+def _corpus(config: TrainConfig, cache_dir: Path) -> TokenizedCorpus:
+    corpus = tokenize_corpus(
+        config.corpus, cache_dir, text_column=config.text_column, max_bytes=config.max_bytes, tokenizer=None
+    )
+    heldout_windows(corpus.heldout, max(FACTORS) * config.model.n_ctx, 1)  # too little text is said before training
+    return corpus
+
+
+def _finish(run: SuiteRun, which: str, corpus: Callable[[], TokenizedCorpus]) -> bool:
+    """Do what is left to do for a run; False where it must wait for another process."""
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(f"{run.folder}.lock", timeout=0):
+            return _finish_locked(run, f"{which}: {run.variant}, seed {run.seed}", corpus)
+    except Timeout:
+        return False
+
+
+def _finish_locked(run: SuiteRun, title: str, corpus: Callable[[], TokenizedCorpus]) -> bool:
+    if (run.results / "diverged.json").is_file():
+        return True
+    if finished(run.folder):
+        refuse_other(run.folder, {"config": to_json(run.config)})
+        if _is_scored(run):
+            return True
+        _say(f"{title}: trained before, to be scored")
+    elif run.config.frozen_from is not None and not finished(run.config.frozen_from.parent):
+        return False
+    else:
+        _say(title)
+        try:
+            _train(run, corpus())
+        except DivergedError as error:
+            described = {"step": error.step, "command": run.command, "config": to_json(run.config)}
+            _write_results(run, {"diverged.json": json.dumps(described, indent=2) + "\n"})
+            _say(f"{title}: diverged at step {error.step}; without {run.results / 'diverged.json'} it is tried again")
+            return True
+    refuse_other(run.folder, {"corpus_fingerprint": corpus().fingerprint})
+    score(run, corpus())
+    return True
+
+
+def _train(run: SuiteRun, corpus: TokenizedCorpus) -> None:
+    """As `loop.train`, with the tokens at hand; it goes on where there is something to go on from."""
+    if run.config.compile:
+        torch.compiler.reset()  # or the models before would count against the limit of recompilations
+    accelerator = new_accelerator(run.config, run.folder)
+    training = Run(run.config, run.folder, accelerator, corpus, FreshModel(run.config), name=run.folder.name)
+    training.go(resume=(run.folder / "training.json").exists())
+    if training.interrupted:  # when all was done
+        raise KeyboardInterrupt
+
+
+def _weights(run: SuiteRun) -> dict[str, str]:
+    return {path.name: sha256_of(path) for path in sorted((run.folder / "model").glob("*.safetensors"))}
+
+
+def _is_scored(run: SuiteRun) -> bool:
+    described = run.results / "run.json"
+    return described.is_file() and _read_json(described).get("sha256") == _weights(run)
+
+
+def score(run: SuiteRun, corpus: TokenizedCorpus) -> None:
+    """Measure a finished run on held-out text and write its results: all three files or none.
+
+    Versions, commit and machine are those of this measurement; the speed is the training's.
+    """
+    model = load_pretrained(run.folder / "model")[0].to(PartialState().device)
+    log = [json.loads(line) for line in (run.folder / "log.jsonl").read_text("utf-8").splitlines()]
+    evaluations = [record for record in log if "increments" in record]
+    speeds = [record["tokens_per_second"] for record in log if "tokens_per_second" in record]
+    nats = evaluate_lengths(model, corpus, run.config.model.n_ctx, name=run.folder.name)
+    nats.insert(1, "source", np.array(heldout_sources(run.config, corpus))[nats["document"]])
+    described = {
+        "variant": run.variant,
+        "seed": run.seed,
+        "command": run.command,
+        **read_description(run.folder),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "evaluation": evaluations[-1],
+        "tokens_per_second": speeds[-1] if speeds else None,
+        "sha256": _weights(run),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("lens_positions", "torch", "transformers")},
+        },
+        "git": _commit(),
+        "device": _device(),
+    }
+    losses = pd.DataFrame(evaluations)[["step", "heldout_nats_per_byte"]]
+    files = {
+        "heldout.csv": nats.to_csv(index=False, float_format="%.6f"),
+        "log.csv": losses.to_csv(index=False),
+        "run.json": json.dumps(described, indent=2) + "\n",
+    }
+    _write_results(run, files)
+
+
+def _write_results(run: SuiteRun, files: dict[str, str]) -> None:
+    with replaced_folder(run.results) as folder:
+        for name, text in files.items():
+            (folder / name).write_text(text, "utf-8")
+
+
+@torch.no_grad()
+def evaluate_lengths(
+    model: Any,
+    corpus: TokenizedCorpus,
+    n_ctx: int,
+    factors: Sequence[int] = FACTORS,
+    max_bytes: int = 262_144,
+    name: str = "model",
+) -> pd.DataFrame:
+    """The loss of a byte model on the same held-out bytes, read in pieces of one and more training contexts.
+
+    A window of the longest length is cut into pieces of each length, so that every token is predicted exactly once at
+    every length, with more or less text before it.
+
+    Args:
+        model: a transformers model.
+        corpus: the text.
+        n_ctx: the training context, in tokens.
+        factors: the lengths in contexts; each divides the longest.
+        max_bytes: at most so many predicted tokens, spread over the held-out text.
+        name: what progress calls the model.
+
+    Returns:
+        A row for each length and document: `document`, `length` in tokens, predicted `bytes` (ends of documents are
+        none) and the `nats` of all predicted tokens.
+
+    Raises:
+        PositionsError: factors that do not divide the longest, or less text than a window of the longest length.
+    """
+    if not factors or min(factors) < 1 or any(max(factors) % factor for factor in factors):
+        raise PositionsError(f"factors are {tuple(factors)}; expected whole numbers that divide the largest.")
+    longest = n_ctx * max(factors)
+    if max_bytes < longest:
+        raise PositionsError(f"max_bytes is {max_bytes}; expected at least {longest}, the longest length.")
+    windows = heldout_windows(corpus.heldout, longest, max_bytes // longest)
+    documents = heldout_documents(corpus, longest, max_bytes // longest).flatten()
+    counted = are_bytes(windows[:, 1:]).flatten()
+    found = []
+    for length in (n_ctx * factor for factor in factors):
+        pieces = windows.unfold(1, length + 1, length).flatten(0, 1)
+        batches = pieces.split(max(1, BATCH_TOKENS // length))
+        nats = [
+            token_nats(model, batch.to(model.device)).double().cpu()
+            for batch in tracked(batches, f"{name}: loss at {length} tokens")
+        ]
+        columns = {"document": documents, "bytes": counted.int(), "nats": torch.cat(nats).flatten()}
+        table = pd.DataFrame({column: values.numpy() for column, values in columns.items()})
+        found.append(table.groupby("document", as_index=False).sum().assign(length=length))
+    return pd.concat(found, ignore_index=True)[["document", "length", "bytes", "nats"]]
+
+
+def heldout_sources(config: TrainConfig, corpus: TokenizedCorpus) -> list[str]:
+    """Where each held-out document comes from, in the order of its tokens."""
+    rows = corpora.load(config.corpus, text_column=config.text_column)["heldout"]
+    return list(islice((row["source"] for row in rows if row["text"]), len(corpus.heldout_starts)))
+
+
+def _commit() -> dict[str, Any] | None:
+    """The commit of this checkout, and whether the code differs from it; None outside one."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*words: str) -> list[str]:
+        command = ["git", "--no-optional-locks", *words]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.splitlines()
+
+    try:
+        commit, top = git("rev-parse", "HEAD", "--show-toplevel")
+        if Path(top).resolve() != root:  # installed inside somebody else's checkout
+            return None
+        return {"commit": commit, "changed": bool(git("status", "--porcelain", "--", "lens_positions", "training"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.processor() or platform.machine()} CPU, threads: {torch.get_num_threads()}"
+
+
+def loss_table(results: Path) -> pd.DataFrame:
+    """The loss of every variant at every length, and its difference to static, from the files of results alone.
+
+    Returns:
+        A row for each variant and length, in the order of VARIANTS:
+
+        - `variant`, `length` (tokens), `documents`, `bytes`: what was scored;
+        - `n_seeds`, `loss`: the mean over so many seeds, in nats per byte;
+        - `seeds`, `difference`: the seeds that static has too, and the mean over them of the loss minus static's;
+        - `seeds_low`, `seeds_high`: Student's 95% interval of that mean over seeds; NaN for fewer than two;
+        - `documents_low`, `documents_high`: where it lies in 95% of 1,000 resamples of documents, seeds averaged;
+        - `diverged`: the seeds whose loss stopped being a number, each with its step.
+
+        Empty where there are no results.
+
+    Raises:
+        PositionsError: results of different text, or a damaged file.
+    """
+    scored: dict[str, dict[int, pd.Series[float]]] = {}
+    diverged: dict[str, str] = {}
+    sizes: pd.Series[int] | None = None
+    for variant in VARIANTS:
+        folders = {folder.name.removeprefix(f"{variant}-"): folder for folder in results.glob(f"{variant}-*")}
+        seeds = {int(seed): folders[seed] for seed in sorted(folders) if seed.isdecimal()}
+        scored[variant], steps = {}, []
+        for seed, folder in sorted(seeds.items()):
+            if (folder / "diverged.json").is_file():
+                steps.append(f"seed {seed} at step {_read_json(folder / 'diverged.json')['step']}")
+            elif (folder / "heldout.csv").is_file():
+                table = _read_scores(folder / "heldout.csv")
+                sizes = table["bytes"] if sizes is None else sizes
+                if not table["bytes"].equals(sizes):
+                    raise PositionsError(f"{folder} was scored on other text than the rest; expected the same for all.")
+                scored[variant][seed] = table["nats"]
+        diverged[variant] = ", ".join(steps)
+    rows = []
+    for variant in (name for name in VARIANTS if scored[name] or diverged[name]):
+        paired = [seed for seed in scored[variant] if seed in scored["static"] and variant != "static"]
+        common = {"variant": variant, "n_seeds": len(scored[variant]), "diverged": diverged[variant]}
+        if sizes is None:
+            rows.append(common)
+            continue
+        for length in sizes.index.unique("length"):
+            size = sizes.loc[length].to_numpy()
+            row = common | {"length": length, "documents": len(size), "bytes": size.sum()}
+            if scored[variant]:
+                row["loss"] = np.mean([nats.loc[length].sum() for nats in scored[variant].values()]) / size.sum()
+            if paired:
+                nats = [(scored[variant][seed] - scored["static"][seed]).loc[length] for seed in paired]
+                row |= {"seeds": " ".join(map(str, paired)), **_difference(np.stack(nats, axis=1), size)}
+            rows.append(row)
+    columns = ["variant", "length", "documents", "bytes", "n_seeds", "loss", "seeds", "difference"]
+    columns += ["seeds_low", "seeds_high", "documents_low", "documents_high", "diverged"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _read_scores(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_csv(path, index_col=["length", "document"])[["bytes", "nats"]].sort_index()
+    except (ValueError, KeyError) as error:
+        raise PositionsError(f"{path} is damaged ({error}); expected what the suite wrote.") from error
+
+
+def _difference(nats: Float64[np.ndarray, "document seed"], size: np.ndarray) -> dict[str, float]:
+    """The mean difference in nats per byte, with both of its intervals."""
+    by_seed = nats.sum(0) / size.sum()
+    found = {"difference": float(by_seed.mean())}
+    if nats.shape[1] > 1:
+        found["seeds_low"], found["seeds_high"] = over_seeds(by_seed)
+    if len(size) > 1:
+        low, high = interval_of(drawn_means(nats.mean(1, keepdims=True), size, resamples(len(size), seed=0)))
+        found["documents_low"], found["documents_high"] = float(low[0]), float(high[0])
+    return found
+
+
+def over_seeds(differences: Float64[np.ndarray, " seed"]) -> tuple[float, float]:
+    """Student's 95% interval of the mean difference over seeds.
+
+    Raises:
+        PositionsError: fewer than two seeds.
+    """
+    if len(differences) < 2:
+        raise PositionsError(
+            f"there are differences of {len(differences)} seed(s); expected at least 2 for an interval."
+        )
+    return t_interval(differences)
+
+
+def print_losses(table: pd.DataFrame) -> None:
+    """Print what `loss_table` returns, and say what its numbers are."""
+    console = Console(highlight=False)
+    text = table.dropna(subset="bytes")[["bytes", "documents"]]
+    if len(text):
+        size, documents = text.iloc[0]
+        print_line(
+            console, f"held-out loss in nats per byte, on the same {size:,.0f} bytes of {documents:,.0f} documents"
+        )
+    print_line(
+        console, "read in pieces of so many tokens; difference: minus static at the same seeds, with intervals of 95%\n"
+    )
+    cells = []
+    for row in table.to_dict("records"):
+        seeds = "" if row["seeds"] != row["seeds"] else str(row["seeds"])
+        over = _between(row["seeds_low"], row["seeds_high"])
+        cells.append(
+            [
+                str(row["n_seeds"]),
+                "diverged" if math.isnan(row["loss"]) else f"{row['loss']:.4f}",
+                "" if math.isnan(row["difference"]) else f"{row['difference']:+.4f}",
+                over or ("one seed" if len(seeds.split()) == 1 else ""),
+                _between(row["documents_low"], row["documents_high"]),
+            ]
+        )
+    names = [f"{variant} {length:.0f}" for variant, length in zip(table["variant"], table["length"], strict=True)]
+    columns = ["seeds", "loss", "difference", "over seeds", "over documents"]
+    width = max(map(len, names))
+    print_grid(console, [f"{name:{width}}" for name in names], columns, [[Text(c) for c in row] for row in cells])
+    for variant, text in dict(zip(table["variant"], table["diverged"], strict=True)).items():
+        if text:
+            print_line(console, f"{variant} diverged: {text}")
+
+
+def _between(low: float, high: float) -> str:
+    return "" if math.isnan(low) else f"{low:+.4f} to {high:+.4f}"
+
+
+def _say(text: str) -> None:
+    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
