@@ -87,13 +87,22 @@ def heldout_excerpts(name_or_path: str, characters: int, *, text_column: str = "
     characters on average where the documents have them. Raises PositionsError as `load`, for a hub dataset (which has
     no end to spread over) and for fewer than 1 character.
     """
+    return _excerpts(name_or_path, characters, text_column, "heldout")
+
+
+def training_excerpts(name_or_path: str, characters: int, *, text_column: str = "text") -> list[str]:
+    """As `heldout_excerpts`, of the training text: to count or to average what held-out text is then measured with."""
+    return _excerpts(name_or_path, characters, text_column, "train")
+
+
+def _excerpts(name_or_path: str, characters: int, text_column: str, split: str) -> list[str]:
     if characters < 1:
         raise PositionsError(f"characters is {characters}: expected at least 1")
     if is_hub_dataset(name_or_path):
         raise PositionsError(f"{name_or_path!r} is streamed from the hub: expected a named corpus, a file or a folder")
-    heldout = load(name_or_path, text_column=text_column)["heldout"]
+    documents = load(name_or_path, text_column=text_column)[split]
     by_source: dict[str, list[str]] = {}
-    for source, text in zip(heldout["source"], heldout["text"], strict=True):
+    for source, text in zip(documents["source"], documents["text"], strict=True):
         by_source.setdefault(source if name_or_path in NAMES else "", []).append(text)
     return [piece for texts in by_source.values() for piece in _pieces(texts, max(1, characters // len(by_source)))]
 

@@ -3,7 +3,7 @@
 Every effect is the metric with a change minus the metric without it.
 """
 
-from .ablation import Ablations, ablation_table
+from .ablation import Ablations, ablation_table, token_means
 from .attribution import attribution
 from .mediation import mediation
 from .metrics import log_probability, logit_difference, loss
@@ -19,4 +19,5 @@ __all__ = [
     "loss",
     "mediation",
     "patch_sweep",
+    "token_means",
 ]

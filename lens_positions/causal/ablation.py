@@ -3,7 +3,8 @@
 Every layer, and all layers together, with increments at 1.0 ("1.0"), at each row's mean ("mean") and in another order
 ("shuffle"). Ablation to 1.0 also changes the scale of a layer whose mean is not 1, so look at the mean beside it: what
 "1.0" does beyond "mean" is scale, not structure. A shuffle keeps every increment and gives it to another token: what it
-does beyond "mean" is harm done by wrong increments.
+does beyond "mean" is harm done by wrong increments. With `token_means`, "token" gives each token the mean increment
+that its id has in other text: what that costs is what a layer knows beyond the identity of a token.
 
 Losses are paired: the same tokens with and without. A document is the unit of sampling; intervals resample documents.
 """
@@ -15,24 +16,24 @@ from typing import Any, Literal, cast
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from ..analysis.intervals import Tally, resamples
-from ..analysis.reading import Texts, windows
+from ..analysis.reading import Reading, Texts, read, windows
 from ..attach import unbridged
 from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
-from ..interventions import Hooks, Some, ablate, finite, hook_names, index_of
+from ..interventions import HOOK, Hooks, Some, ablate, finite, hook_names, index_of, streams_of
 from ..progress import tracked
 from .metrics import token_losses
 from .replay import Replay
 from .sweeps import SITES
 
-To = float | Literal["mean", "shuffle"]
-ABLATION = 'a finite number, "mean" or "shuffle"'
+To = float | Literal["mean", "shuffle", "token"]
+ABLATION = 'a finite number, "mean", "shuffle" or "token"'
 INTERVENTIONS: tuple[To, ...] = (1.0, "mean", "shuffle")
 
 
@@ -62,6 +63,7 @@ def ablation_table(
     layers: Some = None,
     to: Sequence[To] = INTERVENTIONS,
     seed: int = 0,
+    means: Float[Tensor, "layer vocab *head"] | None = None,
 ) -> Ablations:
     """Change of loss, predictions and attention by ablating increments, layer by layer and together.
 
@@ -69,21 +71,30 @@ def ablation_table(
         model: a bridge with position streams and a tokenizer.
         corpus: documents, as text or as tokens; long ones are cut into windows.
         layers: the model's own layer numbers, ablated one by one and together; None is all that rotate.
-        to: the ablations; "mean" is best kept, for the reason above.
+        to: the ablations; "mean" is best kept, for the reason above. Given `means`, "token" is always among them.
         seed: of the shuffle and the resampling.
+        means: of other text, from `token_means`.
 
     Returns:
         Two tables, in nats per token and tokens; intervals are where 95% of 1,000 resamples of whole documents lie,
         NaN for a single document.
 
     Raises:
-        PositionsError: no streams, no such layer, no documents or one of fewer than two tokens.
+        PositionsError: no streams, no such layer, no documents or one of fewer than two tokens, or "token" without
+            means, or means of another shape than [layer, vocab].
     """
     names = dict(hook_names(model, layers, SITES["pattern"][0]))
     numbers = list(names)
     if isinstance(to, str) or not isinstance(to, Sequence) or not to:
         raise PositionsError(f"to is {to!r}; expected a list of ablations, some of 1.0, 'mean' and 'shuffle'.")
-    to = list(dict.fromkeys(how if how in ("mean", "shuffle") else finite(how, "to", ABLATION) for how in to))
+    to = list(dict.fromkeys(how if how in ("mean", "shuffle", "token") else finite(how, "to", ABLATION) for how in to))
+    if means is not None:
+        to = list(dict.fromkeys([*to, "token"]))
+        shape = (len(streams_of(model).layers), model.cfg.d_vocab)
+        if means.shape[:2] != shape:
+            raise PositionsError(f"means have shape {tuple(means.shape)}; expected {shape}, [layer, vocab].")
+    elif "token" in to:
+        raise PositionsError('to has "token" and no means were given; expected those of token_means.')
     seed = index_of(seed, "seed", "a whole number from 0")
     documents, batches = windows(cast(HookedPositionTransformer, model), corpus)
     patterns = {layer: name for layer, name in names.items() if name in model.hook_dict}
@@ -102,7 +113,10 @@ def ablation_table(
         base.add(owners, nats[..., None])
         for layer, how in ablated:
             seen = numbers if layer == "all" else [cast(int, layer)]
-            hooks = ablate(model, to=how, layers=seen, seed=seed + number)
+            if how == "token":
+                hooks = _set_to(model, seen, cast(Tensor, means), rows)
+            else:
+                hooks = ablate(model, to=cast(Any, how), layers=seen, seed=seed + number)
             compared: dict[str, Tensor] = {}
             listen: Hooks = [(patterns[n], partial(_compare, own, compared)) for n in seen if n in patterns]
             logits = replay.run(hooks + listen, {min(seen): 1})
@@ -134,6 +148,40 @@ def ablation_table(
                 of_head |= {column: mean[i, head], f"{column}_low": low[i, head], f"{column}_high": high[i, head]}
             attention.append(of_head)
     return Ablations(pd.DataFrame(losses), pd.DataFrame(attention))
+
+
+def token_means(model: TransformerBridge, corpus: Texts | Reading) -> Float[Tensor, "layer vocab *head"]:
+    """The mean increment of each token id at each layer with a stream, over a corpus: what a frozen table could know.
+
+    A token that the corpus does not have gets the mean of the layer. Take other text than that which is measured.
+
+    Raises:
+        PositionsError: as `reading.read`.
+    """
+    streams_of(model)
+    reading = read(cast(HookedPositionTransformer, model), corpus)
+    ids = torch.cat(reading.documents)
+    starts = torch.tensor([0, *map(len, reading.documents)]).cumsum(0)
+    of_token = ids[starts[torch.from_numpy(reading.document)] + torch.from_numpy(reading.index)]
+    values = torch.from_numpy(reading.increments)
+    shape = (*values.shape[:2], cast(Any, model.cfg.d_vocab))
+    sums = torch.zeros(shape, dtype=values.dtype).index_add(2, of_token, values)
+    counts = torch.bincount(of_token, minlength=shape[2])
+    means = torch.where(counts > 0, sums / counts.clamp(min=1), values.mean(-1, keepdim=True)).float()
+    return means.transpose(1, 2) if streams_of(model).config.per_head else means[:, 0]
+
+
+def _set_to(
+    model: TransformerBridge, layers: list[int], means: Float[Tensor, "layer vocab *head"], rows: Int[Tensor, "row pos"]
+) -> Hooks:
+    """Hooks that give every token of some rows the mean increment of its id."""
+    every = hook_names(model, None, HOOK.format("increments"))
+    table = zip(every, means, strict=True)
+    return [(name, partial(_replaced, of_ids[rows.cpu()])) for (layer, name), of_ids in table if layer in layers]
+
+
+def _replaced(values: Tensor, increments: Tensor, hook: HookPoint) -> Tensor:
+    return values.to(increments)
 
 
 def _keep(kept: dict[str, Tensor], pattern: Tensor, hook: HookPoint) -> None:

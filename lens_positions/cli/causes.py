@@ -19,7 +19,7 @@ from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
 from ..terminal import effect_cell, print_grid, print_line
 from ..viz import style
-from ..viz.effects import ablation_bars, effect_map
+from ..viz.effects import ABLATION_LABELS, ablation_bars, effect_map
 from .app import app, check_learned, check_outputs, check_text, complain
 
 
@@ -114,6 +114,7 @@ def ablate(
     corpus: str,
     characters: int = 20_000,
     layers: Annotated[tuple[int, ...], arg(metavar="LAYER ...")] = (),
+    tokens: bool = False,
     seed: int = 0,
     csv: Annotated[Path | None, arg(metavar="FILE")] = None,
     figure: Annotated[Path | None, arg(metavar="FILE")] = None,
@@ -128,6 +129,8 @@ def ablate(
         corpus: held-out text to read: english, chinese, bilingual, code, a file or a folder.
         characters: at most so much text, taken evenly from the held-out documents.
         layers: the layers to ablate; all of them if none is named.
+        tokens: also give each token the mean increment that its id has in as much training text, as a frozen table
+            would.
         seed: of the shuffle and the intervals.
         csv: write the changes of loss to this file, and those of attention beside it.
         figure: draw the changes of loss, as .png, .svg or .pdf.
@@ -136,7 +139,8 @@ def ablate(
     loaded = HookedPositionTransformer.from_pretrained(model)
     check_learned(loaded, "ablating them does nothing", "a model with learned increments")
     texts = corpora.heldout_excerpts(corpus, characters)
-    found = causal.ablation_table(loaded, texts, layers or None, seed=seed)
+    means = causal.token_means(loaded, corpora.training_excerpts(corpus, characters)) if tokens else None
+    found = causal.ablation_table(loaded, texts, layers or None, seed=seed, means=means)
     console = Console(highlight=False)
     first = found.loss.iloc[0]
     of_text = f"{first['n']:,} tokens of {first['documents']} held-out documents of {corpus}"
@@ -229,7 +233,7 @@ def _print_ablations(console: Console, found: causal.Ablations) -> None:
     loss, attention = found.loss, found.attention
     layers, kinds = list(dict.fromkeys(loss["layer"])), list(dict.fromkeys(loss["to"]))
     rows = [layer if layer == "all" else f"layer {layer}" for layer in layers]
-    columns = ["shuffled" if kind == "shuffle" else f"to {kind}" for kind in kinds]
+    columns = [ABLATION_LABELS.get(kind, f"to {kind}") for kind in kinds]
     of: Any = loss.set_index(["layer", "to"]).to_dict("index")
 
     def cells(written: Any) -> list[list[Text]]:

@@ -20,7 +20,8 @@ DIVERGING = LinearSegmentedColormap.from_list("effects", [style.BLUE, style.SKY,
 LABEL_LENGTH = 14
 """Characters of a token's label at most."""
 
-INTERVENTION_COLOURS = {"1.0": style.ORANGE, "mean": style.BLUE, "shuffle": style.QUIET}
+INTERVENTION_COLOURS = {"1.0": style.ORANGE, "mean": style.BLUE, "shuffle": style.QUIET, "token": style.SKY}
+ABLATION_LABELS = {"shuffle": "shuffled", "token": "to token's mean"}
 
 
 def effect_map(
@@ -101,8 +102,8 @@ def ablation_bars(
             errors = np.abs(rows[["low", "high"]].to_numpy().T - rows["change"].to_numpy())
             axes.bar(
                 places, rows["change"], 0.76 / len(kinds), yerr=None if np.isnan(errors).any() else errors,
-                color=INTERVENTION_COLOURS.get(kind, style.SKY), ecolor=style.INK, capsize=1.5,
-                error_kw={"linewidth": 0.7}, label=f"to {kind}" if kind != "shuffle" else "shuffled",
+                color=INTERVENTION_COLOURS.get(kind, style.FAINT), ecolor=style.INK, capsize=1.5,
+                error_kw={"linewidth": 0.7}, label=ABLATION_LABELS.get(kind, f"to {kind}"),
             )  # fmt: skip
         axes.axhline(0, color=style.FAINT, linewidth=0.8, zorder=0)
         axes.set_xticks(range(len(groups)), [str(g) if g == "all" else f"layer {g}" for g in groups])
@@ -110,7 +111,7 @@ def ablation_bars(
             axes.set_xticks(range(len(groups)), [str(g) for g in groups])
         axes.set_ylabel("change of loss, nats per token")
         axes.tick_params(axis="x", length=0)
-        axes.legend(frameon=False, fontsize=8, ncols=3, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
+        axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
     if path is not None:
         style.save(figure, path)
     return figure

@@ -29,7 +29,7 @@ from ..hooked import HookedPositionTransformer
 from ..pretrained import fingerprint
 from ..progress import announced
 from . import style
-from .effects import ablation_bars
+from .effects import ABLATION_LABELS, ablation_bars
 from .measurements import kinds_chart
 from .placed import SOURCES
 from .views import View, attention_view, check_page, scripts, spacing_view, styles, tokens_view, write_page
@@ -260,7 +260,7 @@ def _ablations(models: list[HookedPositionTransformer], texts: list[str], of: st
         )
         yield _figure(ablation_bars(loss, caption=caption), f"Change of loss by ablation and layer, {model.name}")
         rows = [
-            [str(row.layer), "shuffled" if row.to == "shuffle" else f"to {row.to}",
+            [str(row.layer), ABLATION_LABELS.get(str(row.to), f"to {row.to}"),
              f"{row.change:+.4f}{_interval(row.low, row.high, '+.4f')}",
              f"{row.changed:.2%}{_interval(row.changed_low, row.changed_high, '.2%')}"]
             for row in loss.itertuples()
