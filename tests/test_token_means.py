@@ -43,7 +43,7 @@ def test_the_change_is_that_of_the_means_put_in_by_hand(tiny_model, per_head):
     nats = []
     for hooks in ([("blocks.1.attn.hook_increments", put_in)], []):
         logits = model.run_with_hooks(tokens, fwd_hooks=hooks)
-        nats.append(torch.nn.functional.cross_entropy(logits[0, :-1], tokens[0, 1:]))
+        nats.append(torch.nn.functional.cross_entropy(logits[0, :-1], tokens[0, 1:]).detach())
     assert row["change"] == pytest.approx(float(nats[0] - nats[1]), abs=1e-6)
     assert row["change"] != 0
 
