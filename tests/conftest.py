@@ -1,17 +1,20 @@
 """Fixtures that every test may use: tiny models on the CPU, nothing from the network, shapes checked at every call."""
 
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import beartype
 import jaxtyping
 import pytest
 import torch
+from filelock import FileLock
 from transformers import LlamaConfig, LlamaForCausalLM
 
 # Before the packages are first imported: in the tests every annotated shape is checked at every call.
@@ -19,11 +22,23 @@ checked = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
 jaxtyping.install_import_hook(["lens_positions", "training"], f"{__name__}.checked")
 
 import lens_positions as lp  # noqa: E402
+from lens_positions.pretrained import load_base  # noqa: E402
 
 torch.set_num_threads(1)  # tiny tensors: threads cost more than they bring
 
 
-LONGEST = ("test_training", "test_smollm2", "test_graft", "test_causal", "test_readme", "test_families")
+LONGEST = ("test_causal", "test_families", "test_smollm2", "test_graft", "test_training", "test_hooked")
+
+
+SMOLLM2 = "smollm2-135m-instruct"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A folder that all processes of a run share, gone when it ends."""
+    if not hasattr(config, "workerinput"):
+        shared = tempfile.TemporaryDirectory(prefix="lens-positions-tests-")
+        os.environ["LENS_POSITIONS_TESTS"] = shared.name  # processes started later inherit it
+        config.add_cleanup(shared.cleanup)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -34,6 +49,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M as a folder: half a minute from its package, once for all processes, and then a second a load."""
+    folder = Path(os.environ["LENS_POSITIONS_TESTS"])
+    with FileLock(folder / "smollm2.lock"):
+        if not (folder / SMOLLM2).exists():
+            for part in load_base(SMOLLM2):
+                part.save_pretrained(folder / "unfinished")
+            (folder / "unfinished").rename(folder / SMOLLM2)
+    return folder / SMOLLM2
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Causal measurements: shortcuts give what the plain loop gives, identities hold, nulls are null, errors are told."""
 
+import functools
 import itertools
 import math
 import sys
@@ -24,16 +25,24 @@ EVERY_SOURCE = list(itertools.product(SOURCES, (False, True), ("before", "after"
 TOKENS = torch.randint(0, 256, (1, 9), generator=torch.Generator().manual_seed(1))
 OTHER = torch.randint(0, 256, (1, 9), generator=torch.Generator().manual_seed(2))
 DIFFERENCE, LOSS = causal.logit_difference(5, 9), causal.loss(TOKENS)
+SHORT, SHORT_OTHER = TOKENS[:, :6], OTHER[:, :6]  # for loops of one run an edit
 FEW = settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 TEXTS = ["the cat that sat then went", "a dog, 中文 中国!", "and so it goes on and on"]
 
 
+@functools.cache
 def random_model(source="per_layer", per_head=False, gap="before", seed=0, dtype=torch.float32, layers=3):
+    """Made once, since measuring leaves a model as it was; a test that changes its model takes a `fresh_model`."""
+    return fresh_model(source, per_head, gap, seed, dtype, layers)
+
+
+def fresh_model(source="per_layer", per_head=False, gap="before", seed=0, dtype=torch.float32, layers=3):
     config = lp.PositionModelConfig(
         d_model=32, n_layers=layers, n_heads=4, d_mlp=48, n_ctx=64,
         positions=lp.PositionConfig(source=source, per_head=per_head, gap=gap),
     )  # fmt: skip
-    return drawn_weights(lp.HookedPositionTransformer.from_config(config), seed).to(dtype)
+    model = drawn_weights(lp.HookedPositionTransformer.from_config(config), seed)
+    return model if dtype == torch.float32 else model.to(dtype, print_details=False)
 
 
 def loop(model, tokens, metrics, edits, columns):
@@ -64,15 +73,15 @@ def put_in(cache, site, layer, t):
 )
 def test_gap_sweep_equals_the_loop(source, per_head, gap, dtype, error):
     model = random_model(source, per_head, gap, dtype=dtype)
-    metrics = (DIFFERENCE, LOSS, causal.log_probability(7, at=5))
-    plain = loop(model, TOKENS, metrics, lambda la, t: lp.add_gap(model, t, by=0.7, layers=la), range(1, 9))
+    metrics = (DIFFERENCE, causal.loss(SHORT), causal.log_probability(7, at=3))
+    plain = loop(model, SHORT, metrics, lambda la, t: lp.add_gap(model, t, by=0.7, layers=la), range(1, 6))
     for metric, exact in zip(metrics, plain, strict=True):
-        swept = causal.gap_sweep(model, TOKENS, metric, by=0.7)
-        assert swept.shape == (3, 9)
+        swept = causal.gap_sweep(model, SHORT, metric, by=0.7)
+        assert swept.shape == (3, 6)
         assert (swept[:, 1:] - exact).abs().max() <= error
         assert swept[:, 0].abs().max() == 0.0
         assert swept.abs().max() > 10 * error
-    assert swept[:, 6:].abs().max() < 1e-5  # token 5 does not see those after it
+    assert swept[:, 4:].abs().max() < 1e-5  # token 3 does not see those after it
 
 
 @pytest.mark.parametrize("site", SITES)
@@ -83,12 +92,13 @@ def test_gap_sweep_equals_the_loop(source, per_head, gap, dtype, error):
 )  # fmt: skip
 def test_patch_sweep_equals_the_loop(source, per_head, gap, dtype, error, site):
     model = random_model(source, per_head, gap, dtype=dtype)
-    cache = model.run_with_cache(OTHER)[1]
-    plain = loop(model, TOKENS, (DIFFERENCE, LOSS), lambda la, t: put_in(cache, site, la, t), range(9))
-    for metric, exact in zip((DIFFERENCE, LOSS), plain, strict=True):
-        swept = causal.patch_sweep(model, OTHER, TOKENS, metric, site)
+    cache = model.run_with_cache(SHORT_OTHER)[1]
+    metrics = (DIFFERENCE, causal.loss(SHORT))
+    plain = loop(model, SHORT, metrics, lambda la, t: put_in(cache, site, la, t), range(6))
+    for metric, exact in zip(metrics, plain, strict=True):
+        swept = causal.patch_sweep(model, SHORT_OTHER, SHORT, metric, site)
         assert (swept - exact).abs().max() <= error
-    assert torch.equal(causal.patch_sweep(model, cache, TOKENS, LOSS, site), swept)
+    assert torch.equal(causal.patch_sweep(model, cache, SHORT, metrics[-1], site), swept)
     if source == "static" and site in ("increments", "positions"):
         assert swept.abs().max() < error  # every increment is 1 there: nothing to patch
     else:
@@ -142,7 +152,7 @@ def test_an_inexact_shortcut_is_found_out(monkeypatch):
 
 
 def test_a_sweep_leaves_the_model_as_it_was():
-    model = random_model().train()
+    model = fresh_model().train()
     plain, hooks = model(TOKENS), {name: len(h.fwd_hooks) for name, h in model.hook_dict.items()}
     causal.gap_sweep(model, TOKENS, DIFFERENCE)
 
@@ -224,7 +234,7 @@ def test_ablations_are_not_counted_twice():
 
 
 def test_gradients_need_no_gradient_mode():
-    model = random_model()
+    model = fresh_model()
     slopes = causal.attribution(model, TOKENS, DIFFERENCE)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():

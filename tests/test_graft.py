@@ -77,7 +77,8 @@ def losses(run):
 
 @pytest.mark.parametrize("source", ["shared", "per_layer"])
 def test_a_frozen_graft_trains_its_source_alone(config, base, tmp_path, source):
-    config = replace(config, positions=lp.PositionConfig(source=source, hidden=8), steps=60)
+    positions = lp.PositionConfig(source=source, hidden=8)
+    config = replace(config, positions=positions, steps=60, eval_every=60, save_every=60)
     found = graft(config, tmp_path / "run", cache_dir=tmp_path / "cache")
     assert found["graft_nats_per_token"] < found["baseline_nats_per_token"] - 0.01
     saved = tmp_path / "run" / "graft" / "model"
@@ -120,7 +121,7 @@ def test_what_learns_is_what_was_asked_for(config):
 
 @pytest.mark.parametrize("adapt", ["lora", "full"])
 def test_the_baseline_learns_from_the_same_data_without_the_source(config, adapt, tmp_path):
-    config = replace(config, adapt=adapt, adapt_learning_rate=1e-2, steps=30, eval_every=30)
+    config = replace(config, adapt=adapt, adapt_learning_rate=1e-2, steps=30, eval_every=30, save_every=30)
     found = graft(config, tmp_path / "run", cache_dir=tmp_path / "cache")
     ours, theirs = losses(tmp_path / "run" / "graft"), losses(tmp_path / "run" / "baseline")
     assert ours[0] == theirs[0]
@@ -160,11 +161,10 @@ def command(*arguments):
     return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_killed_graft_goes_on_to_the_bit(config, tmp_path):
+def test_a_killed_graft_goes_on_to_the_bit(config, tmp_path, capsys):
     given = ["--base", config.base, "--corpus", config.corpus, "--cache", tmp_path / "cache", "--adapt", "lora"]
     given += ["--n-ctx=32", "--steps=60", "--batch-size=4", "--eval-windows=8", "--eval-every=30", "--save-every=7"]
-    whole = command("graft", *given, "--output", tmp_path / "whole")
-    assert whole.wait() == 0, whole.stderr.read()
+    assert main(["graft", *map(str, given), "--output", str(tmp_path / "whole")]) == 0
     killed = command("graft", *given, "--output", tmp_path / "killed")
     log = tmp_path / "killed" / "graft" / "log.jsonl"
     while not (log.exists() and log.read_text("utf-8").count("\n") > 25):
@@ -173,9 +173,9 @@ def test_a_killed_graft_goes_on_to_the_bit(config, tmp_path):
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert len(losses(tmp_path / "killed" / "graft")) < 60
-    resumed = command("graft", "--resume", tmp_path / "killed", "--cache", tmp_path / "cache")
-    assert resumed.wait() == 0, resumed.stderr.read()
-    assert "95% t interval" in resumed.stdout.read()
+    capsys.readouterr()
+    assert main(["graft", "--resume", str(tmp_path / "killed"), "--cache", str(tmp_path / "cache")]) == 0
+    assert "95% t interval" in capsys.readouterr().out
     for name in ("comparison.json", "graft/model/positions.safetensors", "graft/model/adapter_model.safetensors"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 

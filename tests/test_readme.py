@@ -6,7 +6,9 @@ import shlex
 from pathlib import Path
 
 import pytest
+from conftest import SMOLLM2
 
+from lens_positions import pretrained
 from lens_positions.cli import ablate, gaps, moved, patch, report, show
 from training.__main__ import parse, parse_graft
 
@@ -21,7 +23,10 @@ COMMANDS = [
 ]
 
 
-def test_python_snippets_run_in_order(tmp_path, monkeypatch):
+def test_python_snippets_run_in_order(tmp_path, monkeypatch, smollm2):
+    """By its name SmolLM2 is loaded in `test_smollm2`; here the name leads to the same weights in a quicker format."""
+    package, _, hub = pretrained.PACKAGED[SMOLLM2]
+    monkeypatch.setitem(pretrained.PACKAGED, SMOLLM2, (package, str(smollm2), hub))
     snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(snippets) >= 2
     monkeypatch.chdir(tmp_path)

@@ -6,12 +6,12 @@ import importlib.util
 import pytest
 import torch
 from browser import chromium, needs_chromium, opened
+from conftest import SMOLLM2 as NAME
 
 import lens_positions as lp
 from lens_positions import corpora
 from lens_positions.pretrained import fingerprint, load_base, load_pretrained
 
-NAME = "smollm2-135m-instruct"
 TEXT = "The people of the United States have reason to be proud of what they did in the last year, and so has Congress."
 
 pytestmark = pytest.mark.skipif(
@@ -26,8 +26,8 @@ def _no_gradients():
 
 
 @pytest.fixture(scope="module")
-def base():
-    return load_base(NAME)
+def base(smollm2):
+    return load_base(smollm2)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_a_report_of_all_its_layers_and_heads_is_small_and_drawn(base, tmp_path,
 
 
 def test_loaded_by_name_in_bf16_and_bridged(base, tokens):
-    """The bridge comes last: it takes its model over."""
+    """Read from the package, and the weights that the other tests have."""
     model = lp.HookedPositionTransformer.from_pretrained(NAME, dtype=torch.bfloat16)
     assert model.name == NAME
     assert model.cfg.dtype == torch.bfloat16
@@ -145,6 +145,7 @@ def test_loaded_by_name_in_bf16_and_bridged(base, tokens):
 
 
 def test_streams_leave_the_bridge_bit_identical_before_and_after_compatibility_mode(base, tokens):
+    """The bridge comes last: it takes its model over."""
     model, tokenizer = base
     model.set_attn_implementation("eager")
     bare = model(tokens).logits
