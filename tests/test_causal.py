@@ -189,10 +189,12 @@ def test_active_hooks_belong_to_baseline_and_edits(active):
         "last token": lambda: lp.ablate(model, to=0.5, positions=8),
     }[active]()
     early = causal.log_probability(7, at=5)
-    for metric in (DIFFERENCE, early):
+    metrics = (DIFFERENCE, early)
+    with model.hooks(fwd_hooks=other):
+        by_loop = loop(model, TOKENS, metrics, lambda la, t: lp.add_gap(model, t, layers=la), range(1, 9))
+    for metric, plain in zip(metrics, by_loop, strict=True):
         with model.hooks(fwd_hooks=other):
             swept = causal.gap_sweep(model, TOKENS, metric)
-            (plain,) = loop(model, TOKENS, [metric], lambda la, t: lp.add_gap(model, t, layers=la), range(1, 9))
         assert (swept[:, 1:] - plain).abs().max() < 1e-5
         assert (causal.gap_sweep(model, TOKENS, metric) - swept).abs().max() > 1e-3 or (
             metric is early and active == "last token"
