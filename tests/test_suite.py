@@ -176,7 +176,7 @@ def test_a_finished_suite_called_again_changes_nothing_and_prints_its_table(done
 def test_changed_weights_are_scored_again(done, monkeypatch):
     scored = []
     monkeypatch.setattr(suite_module, "score", lambda run, corpus: scored.append(run.folder.name))
-    monkeypatch.setattr(suite_module, "_weights", lambda run: {"model.safetensors": f"of seed {run.seed}"})
+    monkeypatch.setattr(suite_module, "weights_of", lambda run: {"model.safetensors": f"of {run.name}"})
     suite(asked(done, (1,)))
     assert scored == ["static-1"]
 

@@ -12,6 +12,7 @@ from lens_positions.errors import PositionsError
 from .config import GraftConfig, TrainConfig, load_preset, preset_names, updated
 from .graft import PARTS, graft
 from .loop import newest_checkpoint, read_description, train
+from .measure import MEASUREMENTS, MeasureConfig, measure
 from .suite import VARIANTS, SuiteConfig, suite
 
 TRAIN = """Train a model with position streams from fresh weights.
@@ -34,14 +35,25 @@ the work of one folder. The presets are %s.
 """
 
 
+MEASURE = """Measure the increments of the runs that a suite has finished, and keep the tables beside their scores.
+
+The measurements are %s. What is measured already is left as it is.
+"""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command; 0 when done, 2 for what a person can mend, 130 when interrupted."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"train": train_command, "graft": graft_command, "suite": suite_command}
+    commands = {
+        "train": train_command,
+        "graft": graft_command,
+        "suite": suite_command,
+        "measure": measure_command,
+    }
     try:
         if not argv or argv[0] not in commands:
             given = f"{argv[0]!r} is no command" if argv else "no command was given"
-            raise PositionsError(f"{given}; expected: python -m training train, graft or suite [--help]")
+            raise PositionsError(f"{given}; expected: python -m training {', '.join(commands)} [--help]")
         return commands[argv[0]](argv[1:])
     except (PositionsError, OSError) as error:
         print(f"training: {' '.join(str(error).split())}", file=sys.stderr)
@@ -87,6 +99,15 @@ def suite_command(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("training: the suite was interrupted; the same command again goes on from there", file=sys.stderr)
         raise
+    return 0
+
+
+def measure_command(argv: list[str]) -> int:
+    """Measure what is left of a suite's runs."""
+    description = MEASURE % ", ".join(MEASUREMENTS)
+    config = tyro.cli(MeasureConfig, prog="python -m training measure", description=description, args=argv)
+    names = measure(config)
+    print(f"measured: {', '.join(names)}")
     return 0
 
 

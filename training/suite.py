@@ -147,7 +147,7 @@ def suite(asked: SuiteConfig) -> pd.DataFrame:
         print_losses(table)
     if left:
         names = ", ".join(run.folder.name for _, run in left)
-        _say(f"not finished: {names}; another process has them, or a run that they need did not end")
+        say(f"not finished: {names}; another process has them, or a run that they need did not end")
     return table
 
 
@@ -217,13 +217,14 @@ def _refuse_other_results(results: Path, config: TrainConfig) -> None:
 
     wanted = in_common(json.loads(json.dumps(to_json(config))))
     for path in [*results.glob("*/run.json"), *results.glob("*/diverged.json")]:
-        for name, value in _changes(in_common(_read_json(path)["config"]), wanted):
+        for name, value in _changes(in_common(read_json(path)["config"]), wanted):
             raise PositionsError(
                 f"{path.parent} was trained with another {name} than {value}; expected a results folder for it alone."
             )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """What a file of results says."""
     try:
         return dict(json.loads(path.read_text("utf-8")))
     except (ValueError, TypeError) as error:
@@ -255,17 +256,17 @@ def _finish_locked(run: SuiteRun, title: str, corpus: Callable[[], TokenizedCorp
         refuse_other(run.folder, {"config": to_json(run.config)})
         if _is_scored(run):
             return True
-        _say(f"{title}: trained before, to be scored")
+        say(f"{title}: trained before, to be scored")
     elif run.config.frozen_from is not None and not finished(run.config.frozen_from.parent):
         return False
     else:
-        _say(title)
+        say(title)
         try:
             _train(run, corpus())
         except DivergedError as error:
             described = {"step": error.step, "command": run.command, "config": to_json(run.config)}
             _write_results(run, {"diverged.json": json.dumps(described, indent=2) + "\n"})
-            _say(f"{title}: diverged at step {error.step}; without {run.results / 'diverged.json'} it is tried again")
+            say(f"{title}: diverged at step {error.step}; without {run.results / 'diverged.json'} it is tried again")
             return True
     refuse_other(run.folder, {"corpus_fingerprint": corpus().fingerprint})
     score(run, corpus())
@@ -283,13 +284,14 @@ def _train(run: SuiteRun, corpus: TokenizedCorpus) -> None:
         raise KeyboardInterrupt
 
 
-def _weights(run: SuiteRun) -> dict[str, str]:
-    return {path.name: sha256_of(path) for path in sorted((run.folder / "model").glob("*.safetensors"))}
+def weights_of(run: Path) -> dict[str, str]:
+    """A digest of each file of weights of a finished run."""
+    return {path.name: sha256_of(path) for path in sorted((run / "model").glob("*.safetensors"))}
 
 
 def _is_scored(run: SuiteRun) -> bool:
     described = run.results / "run.json"
-    return described.is_file() and _read_json(described).get("sha256") == _weights(run)
+    return described.is_file() and read_json(described).get("sha256") == weights_of(run.folder)
 
 
 def score(run: SuiteRun, corpus: TokenizedCorpus) -> None:
@@ -311,12 +313,12 @@ def score(run: SuiteRun, corpus: TokenizedCorpus) -> None:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "evaluation": evaluations[-1],
         "tokens_per_second": speeds[-1] if speeds else None,
-        "sha256": _weights(run),
+        "sha256": weights_of(run.folder),
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("lens_positions", "torch", "transformers")},
         },
-        "git": _commit(),
+        "git": commit(),
         "device": _device(),
     }
     losses = pd.DataFrame(evaluations)[["step", "heldout_nats_per_byte"]]
@@ -391,7 +393,7 @@ def heldout_sources(config: TrainConfig, corpus: TokenizedCorpus) -> list[str]:
     return list(islice((row["source"] for row in rows if row["text"]), len(corpus.heldout_starts)))
 
 
-def _commit() -> dict[str, Any] | None:
+def commit() -> dict[str, Any] | None:
     """The commit of this checkout, and whether the code differs from it; None outside one."""
     root = Path(__file__).resolve().parent.parent
 
@@ -441,7 +443,7 @@ def loss_table(results: Path) -> pd.DataFrame:
         scored[variant], steps = {}, []
         for seed, folder in sorted(seeds.items()):
             if (folder / "diverged.json").is_file():
-                steps.append(f"seed {seed} at step {_read_json(folder / 'diverged.json')['step']}")
+                steps.append(f"seed {seed} at step {read_json(folder / 'diverged.json')['step']}")
             elif (folder / "heldout.csv").is_file():
                 table = _read_scores(folder / "heldout.csv")
                 sizes = table["bytes"] if sizes is None else sizes
@@ -540,5 +542,6 @@ def _between(low: float, high: float) -> str:
     return "" if math.isnan(low) else f"{low:+.4f} to {high:+.4f}"
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """A line of progress on standard error."""
     Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)

@@ -33,6 +33,8 @@ from .categories import is_han
 from .intervals import auc_interval, resamples
 from .reading import WINDOW, read
 
+Association = Callable[[str, str], float]
+
 UNSEEN = 0.5
 """The count given to a pair of characters that the training text does not have."""
 
@@ -62,7 +64,7 @@ def boundary_auc(
     model: HookedPositionTransformer,
     texts: Sequence[str],
     words: Sequence[Sequence[str]] | Literal["jieba"],
-    training: Iterable[str] | None = None,
+    training: Iterable[str] | Association | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
     """How well increments tell a word boundary from the inside of a word, between two Chinese characters, by layer.
@@ -71,7 +73,8 @@ def boundary_auc(
         model: the model; increments per head are averaged over the heads.
         texts: lines of text; a line is the unit of sampling.
         words: the words of each line, which must spell it, or "jieba" to let jieba find them.
-        training: text that the model was trained on, for the mutual information of characters.
+        training: text that the model was trained on, for the mutual information of characters, or what
+            `mutual_information` made of it.
         seed: of the shuffled labels and of the intervals.
 
     Returns:
@@ -104,7 +107,7 @@ def boundary_auc(
     for layer, values in zip(layers, increments, strict=True):
         add("labels shuffled", layer, values, shuffled)
     if training is not None:
-        association = mutual_information(training)
+        association = training if callable(training) else mutual_information(training)
         add("mutual information", math.nan, -np.array([association(*pair) for pair in gaps.pair]), gaps.boundary)
     return pd.DataFrame(rows)
 
@@ -175,7 +178,7 @@ def _pieces(
         start = max(stop - 1, start + 1)
 
 
-def mutual_information(texts: Iterable[str]) -> Callable[[str, str], float]:
+def mutual_information(texts: Iterable[str]) -> Association:
     """Pointwise mutual information, in nats, of two Chinese characters side by side, as counted in texts.
 
     log n(ab) N / (n(a_) n(_b)), over all N pairs of neighbouring Chinese characters; a pair that was never seen counts

@@ -143,7 +143,7 @@ ROUNDING = 5
 
 def entity_grouping(
     model: HookedPositionTransformer,
-    training: Iterable[str],
+    training: Iterable[str] | pd.DataFrame,
     names: Sequence[str] = NAMES,
     carriers: Sequence[str] = CARRIERS,
 ) -> pd.DataFrame:
@@ -151,7 +151,8 @@ def entity_grouping(
 
     Args:
         model: the model; increments per head are averaged over the heads.
-        training: the text that it was trained on, or text like it, in which pairs are counted.
+        training: the text that it was trained on, or text like it, in which pairs are counted; or what `matched_pairs`
+            found in it for these names.
         names: two words each, with one space between them.
         carriers: sentences with {} for the name.
 
@@ -178,7 +179,7 @@ def entity_grouping(
             f"there are {len(set(names))} names and {len(carriers)} carriers; expected two names or more."
         )
     names = list(dict.fromkeys(names))
-    matched = matched_pairs(training, names)
+    matched = training if isinstance(training, pd.DataFrame) else matched_pairs(training, names)
     if len(matched) < 2:
         raise PositionsError(
             f"{len(matched)} of {len(names)} names have an ordinary pair of words as frequent; expected training text "
