@@ -13,6 +13,7 @@ from .config import GraftConfig, TrainConfig, load_preset, preset_names, updated
 from .graft import PARTS, graft
 from .loop import newest_checkpoint, read_description, train
 from .measure import MEASUREMENTS, MeasureConfig, measure
+from .results import ResultsConfig, write_results
 from .suite import VARIANTS, SuiteConfig, suite
 
 TRAIN = """Train a model with position streams from fresh weights.
@@ -49,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         "graft": graft_command,
         "suite": suite_command,
         "measure": measure_command,
+        "results": results_command,
     }
     try:
         if not argv or argv[0] not in commands:
@@ -108,6 +110,13 @@ def measure_command(argv: list[str]) -> int:
     config = tyro.cli(MeasureConfig, prog="python -m training measure", description=description, args=argv)
     names = measure(config)
     print(f"measured: {', '.join(names)}")
+    return 0
+
+
+def results_command(argv: list[str]) -> int:
+    """Write RESULTS.md from the files of results."""
+    description = "Write RESULTS.md and its figures from the files of results alone."
+    print(write_results(tyro.cli(ResultsConfig, prog="python -m training results", description=description, args=argv)))
     return 0
 
 

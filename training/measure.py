@@ -7,6 +7,7 @@
     results/tiny/per_layer-0/heads.csv           increment and look-back of every head
     results/tiny/per_layer-0/correlations.csv    how these go together
     results/tiny/per_layer-0/saturation.csv      the share at the cap
+    results/tiny/signed-0/below_zero.csv         the share below zero, where increments are signed
     results/tiny/per_layer-0/specialisation.csv  what the kind of a byte explains, in prose and in program text
     results/tiny/per_layer-0/ablation.csv        the loss without the structure of increments, in English and Chinese
     results/tiny/per_layer-0/measured.json       the weights, command, text and time of each
@@ -29,10 +30,10 @@ import pandas as pd
 from lens_positions import causal, corpora
 from lens_positions.analysis.boundaries import Association, boundary_auc, mutual_information
 from lens_positions.analysis.categories import increments_by_category
-from lens_positions.analysis.entities import entity_grouping, matched_pairs
+from lens_positions.analysis.entities import NAMES, entity_grouping, matched_pairs
 from lens_positions.analysis.heads import head_correlations, head_profile
 from lens_positions.analysis.reading import Reading, read
-from lens_positions.analysis.specialisation import saturation, specialisation
+from lens_positions.analysis.specialisation import below_zero, saturation, specialisation
 from lens_positions.errors import PositionsError
 from lens_positions.hooked import HookedPositionTransformer
 
@@ -150,10 +151,11 @@ MEASUREMENTS: dict[str, tuple[Callable[[Subject], pd.DataFrame], str]] = {
         lambda s: increments_by_category(s.model, s.code, alphabet="code"),
         "kinds {model} --corpus code --alphabet code",
     ),
-    "names": (lambda s: entity_grouping(s.model, s.text.pairs), "names {model}"),
+    "names": (lambda s: entity_grouping(s.model, s.text.pairs, NAMES), "names {model}"),
     "heads": (lambda s: s.heads, "heads {model}"),
     "correlations": (lambda s: head_correlations(s.heads), "heads {model}"),
     "saturation": (lambda s: saturation(s.model, s.prose), "saturation {model}"),
+    "below_zero": (lambda s: below_zero(s.model, s.prose), "kinds {model}"),
     "specialisation": (_specialisation, "specialisation {model}"),
     "ablation": (_ablation, f"ablate {{model}} --corpus english --characters {ABLATED_CHARACTERS} --tokens"),
 }

@@ -7,7 +7,7 @@ tokens of each document.
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float64, Int64
+from jaxtyping import Bool, Float64, Int64
 
 from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
@@ -39,26 +39,39 @@ def saturation(model: HookedPositionTransformer, texts: Texts | Reading, seed: i
         given = f"activation {config.activation!r}" if config.learned else f"the source {config.source!r}"
         raise PositionsError(f"the model has {given}, which has no cap; expected learned increments with a sigmoid.")
     reading = read(model, texts)
-    at_cap = reading.increments >= AT_CAP * config.max_increment
+    table = _shares(reading, reading.increments >= AT_CAP * config.max_increment, seed)
+    table.insert(3, "cap", config.max_increment)
+    return table.assign(max=reading.increments.max(axis=(1, 2)))
+
+
+def below_zero(model: HookedPositionTransformer, texts: Texts | Reading, seed: int = 0) -> pd.DataFrame:
+    """The share of increments that put a token before the last one, where a source may be signed, by layer.
+
+    Returns:
+        As `saturation`, with `min` in place of `cap` and `max`.
+
+    Raises:
+        PositionsError: increments that are bounded below, and as `reading.read`.
+    """
+    config = model.position_config
+    if not config.learned or config.activation != "none":
+        given = f"activation {config.activation!r}" if config.learned else f"the source {config.source!r}"
+        raise PositionsError(f'the model has {given}; expected learned increments with activation "none".')
+    reading = read(model, texts)
+    return _shares(reading, reading.increments < 0, seed).assign(min=reading.increments.min(axis=(1, 2)))
+
+
+def _shares(reading: Reading, chosen: Bool[np.ndarray, "layer head token"], seed: int) -> pd.DataFrame:
+    """The share of increments chosen, by layer, with its interval over documents."""
     documents = len(reading.documents)
-    counts = np.bincount(reading.document, minlength=documents) * at_cap.shape[1]
-    sums = np.zeros((documents, len(at_cap)))
-    np.add.at(sums, reading.document, at_cap.sum(axis=1).T)
-    low, high = np.full((2, len(at_cap)), np.nan)
+    counts = np.bincount(reading.document, minlength=documents) * chosen.shape[1]
+    sums = np.zeros((documents, len(chosen)))
+    np.add.at(sums, reading.document, chosen.sum(axis=1).T)
+    low, high = np.full((2, len(chosen)), np.nan)
     if documents > 1:
         low, high = interval_of(drawn_means(sums, counts, resamples(documents, seed)))
-    return pd.DataFrame(
-        {
-            "layer": reading.layers,
-            "n": counts.sum(),
-            "documents": documents,
-            "cap": config.max_increment,
-            "share": at_cap.mean(axis=(1, 2)),
-            "low": low,
-            "high": high,
-            "max": reading.increments.max(axis=(1, 2)),
-        }
-    )
+    columns = {"layer": reading.layers, "n": counts.sum(), "documents": documents}
+    return pd.DataFrame(columns | {"share": chosen.mean(axis=(1, 2)), "low": low, "high": high})
 
 
 def specialisation(

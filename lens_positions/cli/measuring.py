@@ -109,7 +109,7 @@ def boundaries(
     _written(console, table, csv)
     if figure is not None:
         caption = f"{loaded.name}; {what}. Intervals: 95% of resamples of lines, seed {seed}."
-        title = "Increments at word boundaries and inside of words"
+        title = "Increments at Chinese word boundaries"
         try:
             auc_chart(table, title, caption, figure)
         except style.MissingFontError as error:

@@ -2,7 +2,7 @@
 
 from .characters import spacing
 from .effects import ablation_bars, effect_map
-from .measurements import auc_chart, frequency_map, kinds_chart
+from .measurements import auc_chart, differences_chart, frequency_map, kinds_chart
 from .onefile import report
 from .rulers import arcs
 from .style import MissingFontError
@@ -15,6 +15,7 @@ __all__ = [
     "arcs",
     "attention_view",
     "auc_chart",
+    "differences_chart",
     "effect_map",
     "frequency_map",
     "kinds_chart",

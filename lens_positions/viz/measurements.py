@@ -122,6 +122,44 @@ def auc_chart(table: pd.DataFrame, title: str, caption: str = "", path: str | Pa
     return figure
 
 
+def differences_chart(
+    table: pd.DataFrame, title: str, unit: str, caption: str = "", path: str | Path | None = None
+) -> Figure:
+    """Draw differences to a baseline with their intervals, a row each; 0 is no difference.
+
+    Args:
+        table: a row each, from the top: `name`, `difference`, `low` and `high`, NaN where there is no interval, and
+            optionally `group`, which gives the colour.
+        title: what is compared with what.
+        unit: of the differences.
+        caption: what is shown, of which models and text.
+        path: where to write the figure as well, as .png, .svg or .pdf.
+
+    Raises:
+        PositionsError: missing columns, or a path that cannot be written.
+    """
+    if missing := {"name", "difference", "low", "high"} - set(table):
+        raise PositionsError(f"the table lacks {', '.join(sorted(missing))}; expected name, difference, low and high.")
+    groups = table.get("group", pd.Series([""] * len(table)))
+    with style.context():
+        figure, axes = style.framed((4.2, 0.26 * len(table)), title, unit, caption, (2.4, 0.3, 0.95, 0.45))
+        axes.axvline(0, color=style.FAINT, linewidth=0.8, zorder=0)
+        places = np.arange(len(table))
+        for i, group in enumerate(dict.fromkeys(groups)):
+            chosen = (groups == group).to_numpy()
+            rows, colour = table[chosen], MEASURE_COLOURS[i % len(MEASURE_COLOURS)]
+            axes.hlines(places[chosen], rows["low"], rows["high"], color=colour, linewidth=1.6)
+            axes.plot(rows["difference"], places[chosen], "o", color=colour, markersize=4, label=group)
+        axes.set_ylim(len(table) - 0.5, -0.5)
+        axes.set_yticks(places, table["name"])
+        axes.tick_params(axis="y", length=0)
+        if "group" in table:
+            axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower right", bbox_to_anchor=(1, 1))
+    if path is not None:
+        style.save(figure, path)
+    return figure
+
+
 def frequency_map(
     amounts: Float[Tensor, "layer frequency"],
     layers: Sequence[int],
