@@ -88,7 +88,7 @@ def test_what_is_measured_is_left_and_new_weights_are_measured_anew(trained, cap
     (trained / "results" / "per_layer-0" / "run.json").write_text(
         json.dumps({"variant": "per_layer", "sha256": "other"})
     )
-    with pytest.raises(PositionsError, match="is not the run that .* was scored on"):
+    with pytest.raises(PositionsError, match=r"is not the run that .* was scored on"):
         measure(asked(trained))
     (run / "heldout.csv").unlink()  # the weights are elsewhere
     assert measure(asked(trained)) == ["per_layer-0"]

@@ -1,4 +1,4 @@
-"""The command line of training: `python -m training train --preset quick --output runs/quick`, `graft`, `suite`."""
+"""The command line of training: `python -m training train --preset quick --output runs/quick`, or another command."""
 
 import argparse
 import sys
@@ -14,6 +14,7 @@ from .graft import PARTS, graft
 from .loop import newest_checkpoint, read_description, train
 from .measure import MEASUREMENTS, MeasureConfig, measure
 from .results import ResultsConfig, write_results
+from .ship import SHIPPED, ShipConfig, ship
 from .suite import VARIANTS, SuiteConfig, suite
 
 TRAIN = """Train a model with position streams from fresh weights.
@@ -35,6 +36,11 @@ The variants are %s. Runs that are finished are kept, interrupted ones go on, an
 the work of one folder. The presets are %s.
 """
 
+SHIP = """Put finished, scored runs of a suite into the package in half precision, each with a card of what it is.
+
+The models are %s.
+"""
+
 
 MEASURE = """Measure the increments of the runs that a suite has finished, and keep the tables beside their scores.
 
@@ -51,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         "suite": suite_command,
         "measure": measure_command,
         "results": results_command,
+        "ship": ship_command,
     }
     try:
         if not argv or argv[0] not in commands:
@@ -117,6 +124,15 @@ def results_command(argv: list[str]) -> int:
     """Write RESULTS.md from the files of results."""
     description = "Write RESULTS.md and its figures from the files of results alone."
     print(write_results(tyro.cli(ResultsConfig, prog="python -m training results", description=description, args=argv)))
+    return 0
+
+
+def ship_command(argv: list[str]) -> int:
+    """Ship three runs of a suite."""
+    asked = tyro.cli(ShipConfig, prog="python -m training ship", description=SHIP % ", ".join(SHIPPED), args=argv)
+    for name, table in ship(asked).items():
+        length, loss = table[["length", "loss"]].iloc[0]
+        print(f"{name}: {loss:.4f} nats per byte at {length:.0f} tokens; the model is in {asked.output / name}")
     return 0
 
 

@@ -224,7 +224,11 @@ def _refuse_other_results(results: Path, config: TrainConfig) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What a file of results says."""
+    """What run.json or diverged.json says.
+
+    Raises:
+        PositionsError: it is damaged.
+    """
     try:
         return dict(json.loads(path.read_text("utf-8")))
     except (ValueError, TypeError) as error:
@@ -445,7 +449,7 @@ def loss_table(results: Path) -> pd.DataFrame:
             if (folder / "diverged.json").is_file():
                 steps.append(f"seed {seed} at step {read_json(folder / 'diverged.json')['step']}")
             elif (folder / "heldout.csv").is_file():
-                table = _read_scores(folder / "heldout.csv")
+                table = read_scores(folder / "heldout.csv")
                 sizes = table["bytes"] if sizes is None else sizes
                 if not table["bytes"].equals(sizes):
                     raise PositionsError(f"{folder} was scored on other text than the rest; expected the same for all.")
@@ -465,21 +469,26 @@ def loss_table(results: Path) -> pd.DataFrame:
                 row["loss"] = np.mean([nats.loc[length].sum() for nats in scored[variant].values()]) / size.sum()
             if paired:
                 nats = [(scored[variant][seed] - scored["static"][seed]).loc[length] for seed in paired]
-                row |= {"seeds": " ".join(map(str, paired)), **_difference(np.stack(nats, axis=1), size)}
+                row |= {"seeds": " ".join(map(str, paired)), **paired_difference(np.stack(nats, axis=1), size)}
             rows.append(row)
     columns = ["variant", "length", "documents", "bytes", "n_seeds", "loss", "seeds", "difference"]
     columns += ["seeds_low", "seeds_high", "documents_low", "documents_high", "diverged"]
     return pd.DataFrame(rows, columns=columns)
 
 
-def _read_scores(path: Path) -> pd.DataFrame:
+def read_scores(path: Path) -> pd.DataFrame:
+    """What heldout.csv says: `source`, `bytes` and `nats` by `length` and `document`.
+
+    Raises:
+        PositionsError: it is damaged.
+    """
     try:
-        return pd.read_csv(path, index_col=["length", "document"])[["bytes", "nats"]].sort_index()
+        return pd.read_csv(path, index_col=["length", "document"])[["source", "bytes", "nats"]].sort_index()
     except (ValueError, KeyError) as error:
         raise PositionsError(f"{path} is damaged ({error}); expected what the suite wrote.") from error
 
 
-def _difference(nats: Float64[np.ndarray, "document seed"], size: np.ndarray) -> dict[str, float]:
+def paired_difference(nats: Float64[np.ndarray, "document seed"], size: np.ndarray) -> dict[str, float]:
     """The mean difference in nats per byte, with both of its intervals."""
     by_seed = nats.sum(0) / size.sum()
     found = {"difference": float(by_seed.mean())}
