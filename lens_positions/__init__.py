@@ -1,6 +1,6 @@
 """lens-positions: the distance between tokens as an activation in TransformerLens."""
 
-from . import causal, viz
+from . import analysis, causal, corpora, viz
 from .attach import PositionStreams, attach_positions
 from .errors import PositionsError
 from .hooked import HookedPositionTransformer, PositionModelConfig
@@ -16,8 +16,10 @@ __all__ = [
     "PositionsError",
     "ablate",
     "add_gap",
+    "analysis",
     "attach_positions",
     "causal",
+    "corpora",
     "freeze",
     "load_adapter",
     "patch",

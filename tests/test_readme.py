@@ -6,16 +6,20 @@ import shlex
 from pathlib import Path
 
 import pytest
+import tyro
 from conftest import SMOLLM2
 
-from lens_positions import pretrained
-from lens_positions.cli import ablate, gaps, moved, patch, report, show
+from lens_positions import cli, pretrained
 from training.__main__ import parse, parse_graft
+from training.measure import MeasureConfig
+from training.results import ResultsConfig
+from training.ship import ShipConfig
+from training.suite import SuiteConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 MEASUREMENTS = (ROOT / "docs" / "measurements.md").read_text("utf-8")
-COMMAND = {function.__name__: function for function in (show, moved, gaps, patch, ablate, report)}
+COMMAND = {name: getattr(cli, name) for name in cli.__all__ if name not in ("app", "main")}
 COMMANDS = [
     line.strip().split("  #")[0].strip()
     for line in (README + MEASUREMENTS).splitlines()
@@ -56,6 +60,13 @@ def test_graft_commands_parse(command):
     config, own = parse_graft(shlex.split(command)[4:])
     assert config.steps > 0
     assert own.output is not None
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if re.search(r"-m training (suite|measure|results|ship)", c)])
+def test_suite_commands_parse(command):
+    name, *words = shlex.split(command)[3:]
+    config = {"suite": SuiteConfig, "measure": MeasureConfig, "results": ResultsConfig, "ship": ShipConfig}[name]
+    assert tyro.cli(config, args=words) is not None
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("lens-positions ")])

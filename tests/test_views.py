@@ -299,6 +299,22 @@ def test_an_auc_stands_at_its_layer_and_a_statistic_of_the_text_is_level():
         viz.auc_chart(pd.DataFrame(rows).drop(columns="auc"), "Word boundaries")
 
 
+def test_a_difference_stands_at_its_value_with_its_interval_around():
+    rows = [
+        {"name": "shared", "difference": -0.1, "low": -0.2, "high": 0.0, "group": "several"},
+        {"name": "signed", "difference": 0.3, "low": 0.1, "high": 0.4, "group": "one"},
+    ]
+    (axes,) = viz.differences_chart(pd.DataFrame(rows), "Loss", "nats per byte").axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["shared", "signed"]
+    dots = {line.get_label(): line for line in axes.lines if line.get_marker() == "o"}
+    for place, row in enumerate(rows):
+        assert (*dots[row["group"]].get_xdata(), *dots[row["group"]].get_ydata()) == (row["difference"], place)
+    ends = [segment.tolist() for lines in axes.collections for segment in lines.get_segments()]
+    assert ends == [[[-0.2, 0], [0.0, 0]], [[0.1, 1], [0.4, 1]]]
+    with pytest.raises(lp.PositionsError, match="the table lacks high"):
+        viz.differences_chart(pd.DataFrame(rows).drop(columns="high"), "Loss", "nats")
+
+
 def test_frequencies_run_from_the_highest_to_the_lowest():
     amounts = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
     figure = viz.frequency_map(amounts, [0, 5], [600.0, 6.3, 60.0], "Norms of queries", "mean 2-norm")
