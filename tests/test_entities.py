@@ -55,6 +55,28 @@ def test_the_increments_are_those_at_the_inner_space(tiny_model, positions):
     assert row["smaller"] == np.mean(np.array(by_hand) < 0)
 
 
+def test_names_that_share_a_word_are_one_family(tiny_model):
+    """Before its second word a name is its first word alone, so such names have the same increments."""
+    training = [*TRAINING, "New Jersey and old debts, old debts and New Jersey. " * 3]
+    names = ["New York", "New Jersey", "Rio Grande", "United States"]
+    table = entity_grouping(tiny_model(source="per_layer"), training, names).set_index(["group", "layer"])
+    row = table.loc[("names", 1)]
+    assert (row["n"], row["families"]) == (4, 3)
+    each = [
+        entity_grouping(tiny_model(source="per_layer"), training, pair).set_index(["group", "layer"]).loc[("names", 1)]
+        for pair in (["New York", "New Jersey", "Rio Grande"], ["Rio Grande", "United States"])
+    ]
+    # two families in each: f(New), f(Rio) and f(Rio), f(United)
+    alone = entity_grouping(tiny_model(source="per_layer"), training, ["United States", "New York", "New Jersey"])
+    third = alone.set_index(["group", "layer"]).loc[("names", 1)]
+    total = sum(one["difference"] for one in (*each, third))
+    assert row["difference"] == pytest.approx(total / 3, abs=1e-6)
+
+
+def test_a_name_that_the_text_does_not_have_is_not_matched():
+    assert list(matched_pairs(TRAINING, [*SOME, "Not There"])["name"]) == list(matched_pairs(TRAINING, SOME)["name"])
+
+
 def test_where_the_token_alone_decides_nothing_differs(tiny_model):
     """The inner space is the same byte in both orders."""
     table = entity_grouping(tiny_model(source="shared"), TRAINING, SOME)

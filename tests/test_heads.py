@@ -56,8 +56,9 @@ def test_correlations_over_heads_are_scipys():
     table = head_correlations(profile(x, y := rng.normal(size=48) - 0.7 * x)).set_index(["scope", "measure"])
     assert table.loc[("heads", "pearson"), "correlation"] == pytest.approx(stats.pearsonr(x, y).statistic)
     assert table.loc[("heads", "spearman"), "correlation"] == pytest.approx(stats.spearmanr(x, y).statistic)
-    assert table.loc[("heads", "pearson"), "p"] < 0.01
-    assert table.loc[("heads", "pearson"), "high"] < 0
+    low, high = stats.pearsonr(x, y).confidence_interval()
+    assert tuple(table.loc[("heads", "pearson"), ["low", "high"]]) == pytest.approx((low, high))
+    assert table.loc["heads", "p"].isna().all()  # heads of a layer are no independent samples of all heads
 
 
 def test_within_layers_what_layers_differ_by_is_gone():
@@ -79,6 +80,16 @@ def test_a_relation_within_layers_is_found_where_layers_hide_it():
     of = table.set_index(["scope", "measure"])["correlation"]
     assert of["heads", "pearson"] > 0.9
     assert of["within layers", "pearson"] == pytest.approx(-1)
+    assert (table.set_index("scope").loc["within layers", "p"] < 0.001).all()
+
+
+def test_query_heads_that_share_an_increment_count_once():
+    rng = np.random.default_rng(3)
+    of_keys, noise = rng.normal(size=24), rng.normal(size=48)
+    table = head_correlations(profile(np.repeat(of_keys, 2), noise))
+    alone = head_correlations(profile(of_keys, noise.reshape(24, 2).mean(1), heads=4))
+    assert (table["n"] == 24).all()
+    pd.testing.assert_frame_equal(table, alone)
 
 
 def test_heads_that_share_an_increment_are_one_layer():
@@ -90,5 +101,5 @@ def test_heads_that_share_an_increment_are_one_layer():
 
 @pytest.mark.parametrize("increments", [[1.0, 1.0, 1.0, 1.0], [1.0, 2.0]])
 def test_too_little_to_correlate_is_refused(increments):
-    with pytest.raises(lp.PositionsError, match="expected three or more, not all the same"):
+    with pytest.raises(lp.PositionsError, match="expected four or more, not all the same"):
         head_correlations(profile(np.array(increments), np.arange(len(increments)) * 1.0, heads=1))

@@ -91,7 +91,7 @@ def test_what_is_measured_is_left_and_new_weights_are_measured_anew(trained, cap
     with pytest.raises(PositionsError, match=r"is not the run that .* was scored on"):
         measure(asked(trained))
     (run / "heldout.csv").unlink()  # the weights are elsewhere
-    assert measure(asked(trained)) == ["per_layer-0"]
+    assert measure(asked(trained)) == []
     assert "what was measured stays" in capsys.readouterr().err
 
 
@@ -199,7 +199,29 @@ def test_losses_are_judged_by_their_interval_over_seeds(results):
     table = pd.read_csv(worse)
     table.assign(nats=table["nats"] * 1.02).to_csv(worse, index=False)
     write_results(written(results))
-    assert "| Learned increments cost no loss | **different** |" in (results / "RESULTS.md").read_text()
+    assert "| Learned increments cost no loss | **undecided** |" in (results / "RESULTS.md").read_text()
+
+
+def test_a_seed_that_diverged_is_said_and_nothing_is_reproduced_beside_it(results):
+    gone = results / "results/tiny/per_layer-2"
+    for file in gone.iterdir():
+        file.unlink()
+    (gone / "diverged.json").write_text(json.dumps({"step": 7, "config": {}}))
+    write_results(written(results))
+    said = (results / "RESULTS.md").read_text()
+    assert "| Learned increments cost no loss | **undecided** |" in said
+    assert "per layer diverged: seed 2 at step 7." in said
+
+
+def test_seeds_that_static_lacks_have_no_difference(results):
+    for seed in (1, 2):
+        for file in (results / f"results/tiny/static-{seed}").iterdir():
+            file.unlink()
+    write_results(written(results))
+    said = (results / "RESULTS.md").read_text()
+    assert "| Learned increments cost no loss | **not measured** |" in said
+    assert "| per layer | 3 (1 paired) |" in said
+    assert "nan" not in said
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 import lens_positions as lp
 from lens_positions.analysis.categories import CODE_KINDS, increments_by_category, kinds, kinds_read
 from lens_positions.analysis.reading import read
-from lens_positions.analysis.specialisation import saturation, specialisation
+from lens_positions.analysis.specialisation import below_zero, saturation, specialisation
 from lens_positions.tokenizer import byte_tokenizer
 
 TEXTS = [
@@ -60,6 +60,23 @@ def test_the_kinds_that_stand_out_are_those_of_the_table(tiny_model):
     assert (row["farthest"], row["nearest"]) == (of_layer.idxmax(), of_layer.idxmin())
     assert row["farthest_relative"] == of_layer.max()
     assert row["nearest_relative"] == of_layer.min()
+
+
+def test_signed_increments_are_ranked_by_size_and_have_no_ratio_to_nothing(tiny_model):
+    model = tiny_model(source="per_layer", activation="none")
+    source = model.position_streams.layers[1].source
+    with torch.no_grad():
+        source.out.bias.sub_(float(read(model, TEXTS).increments[1].mean()))  # a mean of about nothing
+    row = specialisation(model, TEXTS).iloc[1]
+    table = increments_by_category(model, TEXTS)
+    of_layer = table[(table["layer"] == 1) & table["low"].notna()].set_index("kind")
+    assert row["farthest"] == of_layer["mean"].idxmax()
+    assert np.isnan(row["farthest_relative"])
+    assert of_layer["relative"].isna().all()
+    found = below_zero(model, TEXTS)
+    assert found["share"][1] == (read(model, TEXTS).increments[1] < 0).mean()
+    with pytest.raises(lp.PositionsError, match='expected learned increments with activation "none"'):
+        below_zero(tiny_model(), TEXTS)
 
 
 def test_increments_that_are_all_alike_are_explained_by_nothing(tiny_model):

@@ -116,7 +116,7 @@ def measure_command(argv: list[str]) -> int:
     description = MEASURE % ", ".join(MEASUREMENTS)
     config = tyro.cli(MeasureConfig, prog="python -m training measure", description=description, args=argv)
     names = measure(config)
-    print(f"measured: {', '.join(names)}")
+    print(f"measured: {', '.join(names) or 'nothing, as no weights are here'}")
     return 0
 
 

@@ -138,7 +138,7 @@ def _specialisation(subject: Subject) -> pd.DataFrame:
 def _ablation(subject: Subject) -> pd.DataFrame:
     tables = []
     for corpus in ("english", "chinese"):
-        means = causal.token_means(subject.model, corpora.training_excerpts(corpus, CHARACTERS))
+        means = causal.token_means(subject.model, corpora.training_excerpts(corpus, ABLATED_CHARACTERS))
         texts = corpora.heldout_excerpts(corpus, ABLATED_CHARACTERS)
         tables.append(causal.ablation_table(subject.model, texts, means=means).loss.assign(corpus=corpus))
     return pd.concat(tables, ignore_index=True)
@@ -155,7 +155,7 @@ MEASUREMENTS: dict[str, tuple[Callable[[Subject], pd.DataFrame], str]] = {
     "heads": (lambda s: s.heads, "heads {model}"),
     "correlations": (lambda s: head_correlations(s.heads), "heads {model}"),
     "saturation": (lambda s: saturation(s.model, s.prose), "saturation {model}"),
-    "below_zero": (lambda s: below_zero(s.model, s.prose), "kinds {model}"),
+    "below_zero": (lambda s: below_zero(s.model, s.prose), "saturation {model}"),
     "specialisation": (_specialisation, "specialisation {model}"),
     "ablation": (_ablation, f"ablate {{model}} --corpus english --characters {ABLATED_CHARACTERS} --tokens"),
 }
@@ -163,7 +163,7 @@ MEASUREMENTS: dict[str, tuple[Callable[[Subject], pd.DataFrame], str]] = {
 
 
 def measure(asked: MeasureConfig) -> list[str]:
-    """Measure what is not measured yet, and return the names of the runs that are now.
+    """Measure what is not measured yet, and return the names of the runs that are measured and whose weights are here.
 
     A file is written when its measurement is done, so that an interruption loses one measurement at most. A run whose
     weights have changed since is measured anew; one whose weights are not here keeps the files that it has.
@@ -180,16 +180,18 @@ def measure(asked: MeasureConfig) -> list[str]:
     chosen = [folder for folder in chosen if read_json(folder / "run.json")["variant"] != "static"]
     if not chosen:
         raise PositionsError(
-            f"{results} has no scored run with increments to measure; expected python -m training suite before."
+            f"{results} has no scored run with increments to measure (those of static are all 1); expected "
+            "python -m training suite before."
         )
-    text = Text()
+    text, measured = Text(), []
     for number, folder in enumerate(chosen, 1):
         run = runs / folder.name
         if not finished(run):
             say(f"{folder.name}: its weights are not in {run}; what was measured stays")
             continue
         _measure(run, folder, text, f"{folder.name} ({number} of {len(chosen)})")
-    return [folder.name for folder in chosen]
+        measured.append(folder.name)
+    return measured
 
 
 def _measure(run: Path, folder: Path, text: Text, title: str) -> None:

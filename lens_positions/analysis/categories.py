@@ -156,8 +156,8 @@ def increments_by_category(
         One row for each layer (and head, where all are asked for) and kind that occurs: `layer`, `head`, `kind`,
         `n` (tokens), and in steps of standard RoPE `mean`, `std` (of these very tokens), `min`, `max`, and `low` to
         `high`, where the mean lies in 95% of 1,000 bootstrap resamples of whole documents; `relative`, the mean
-        divided by that of all tokens of the layer, and its interval. Intervals are NaN for a kind found in fewer
-        than two documents.
+        divided by that of all tokens of the layer, and its interval (NaN where that may be zero or less).
+        Intervals are NaN for a kind found in fewer than two documents.
 
     Raises:
         PositionsError: no documents, one of fewer than two tokens, a kind asked for of which there is no token, or
@@ -181,8 +181,10 @@ def increments_by_category(
     draws = resamples(len(documents), seed)
     sums, counts = _by_document(value, reading.document, len(documents))
     overall = drawn_means(sums, counts, draws)
+    positive = np.nanpercentile(overall, 2.5, axis=0) > 0  # no ratio to a mean that may be nothing
+    overall = np.where(positive, overall, np.nan)
     rows = []
-    for name in order if only is None else only:
+    for name in order if only is None else dict.fromkeys(only):
         of_kind = kind == name
         if not of_kind.any():
             continue
@@ -206,7 +208,7 @@ def increments_by_category(
                     "max": one.max(),
                     "low": low[layer, head],
                     "high": high[layer, head],
-                    "relative": one.mean() / value[layer, head].mean(),
+                    "relative": one.mean() / (value[layer, head].mean() if positive[layer, head] else np.nan),
                     "relative_low": relative_low[layer, head],
                     "relative_high": relative_high[layer, head],
                 }

@@ -17,6 +17,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 from scipy.optimize import linear_sum_assignment
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
 from ..errors import PositionsError
@@ -156,13 +158,16 @@ def entity_grouping(
         names: two words each, with one space between them.
         carriers: sentences with {} for the name.
 
+    Pairs that share a word share measurements (in a model of bytes all names that begin with "New" have the very same
+    increment), so the unit of the test and of the interval is a family: all pairs that are linked by words in common.
+
     Returns:
         One row for each layer and `group`: "names", "ordinary pairs" (each matched to a name by `matched_pairs`) and
-        "names - ordinary pairs" (of the names that have a match): `n` (pairs), `real` and `reversed` (mean increments,
-        over carriers), `difference` (real minus reversed; of the third group, that of names minus that of pairs) with
-        its 95% t interval over pairs, `low` to `high`, `smaller` (the share of pairs nearer in the real order),
-        `p` (two-sided Wilcoxon signed-rank test; 1 where no pair differs) and `q` (the same, corrected for the number
-        of layers by Benjamini and Hochberg).
+        "names - ordinary pairs" (of the names that have a match): `n` (pairs), `families`, `real` and `reversed` (mean
+        increments, over carriers and pairs), `difference` (real minus reversed, the mean over families; of the third
+        group, that of names minus that of pairs) with its 95% t interval over families, `low` to `high`, `smaller` (the
+        share of families nearer in the real order), `p` (two-sided Wilcoxon signed-rank test over families; 1 where
+        none differs) and `q` (the same, corrected for the number of layers by Benjamini and Hochberg).
 
     Raises:
         PositionsError: a name that is not two words, a carrier without {}, fewer than two names, or a training text
@@ -179,6 +184,7 @@ def entity_grouping(
             f"there are {len(set(names))} names and {len(carriers)} carriers; expected two names or more."
         )
     names = list(dict.fromkeys(names))
+    split = [tuple(name.split(" ")) for name in names]
     matched = training if isinstance(training, pd.DataFrame) else matched_pairs(training, names)
     if len(matched) < 2:
         raise PositionsError(
@@ -190,17 +196,22 @@ def entity_grouping(
     real, reversed_ = spaces[:, :, 0], spaces[:, :, 1]
     ordinary = slice(len(names), None)
     partner = np.array([names.index(name) for name in matched["name"]])
+    of_ordinary = [tuple(pair.split(" ")) for pair in matched["ordinary"]]
+    together = [split[i] + pair for i, pair in zip(partner, of_ordinary, strict=True)]
     rows = []
     for i, layer in enumerate(layers):
         of_pairs = real[i] - reversed_[i]
         beyond = of_pairs[partner] - of_pairs[ordinary]
-        for group, chosen in (("names", slice(len(names))), ("ordinary pairs", ordinary)):
+        for group, chosen, words in (
+            ("names", slice(len(names)), split),
+            ("ordinary pairs", ordinary, of_ordinary),
+        ):
             both = {"real": real[i, chosen].mean(), "reversed": reversed_[i, chosen].mean()}
-            rows.append({"layer": layer, "group": group, **both, **_tested(of_pairs[chosen])})
-        rows.append({"layer": layer, "group": "names - ordinary pairs", **_tested(beyond)})
+            rows.append({"layer": layer, "group": group, **both, **_tested(of_pairs[chosen], _families(words))})
+        rows.append({"layer": layer, "group": "names - ordinary pairs", **_tested(beyond, _families(together))})
     table = pd.DataFrame(rows)
     table["q"] = table.groupby("group")["p"].transform(stats.false_discovery_control)
-    columns = ["layer", "group", "n", "real", "reversed", "difference", "low", "high", "smaller", "p", "q"]
+    columns = ["layer", "group", "n", "families", "real", "reversed", "difference", "low", "high", "smaller", "p", "q"]
     return table[columns]
 
 
@@ -209,8 +220,8 @@ def matched_pairs(training: Iterable[str], names: Sequence[str] = NAMES) -> pd.D
 
     Ordinary words are of small letters, three at least, and no stop words (scikit-learn's list). Among all pairs the
     assignment with the closest counts in both orders is taken, and among equals the one whose two words are as frequent
-    as those of the name; names without a pair within a factor of 1.5 in each order are left out. Nothing is looked at
-    but counts.
+    as those of the name; names that the text does not have, or without a pair within a factor of 1.5 in each order, are
+    left out. Nothing is looked at but counts.
 
     Returns:
         A row for each matched name: `name`, `ordinary`, and the counts in the text, `name_real`, `name_reversed`,
@@ -221,7 +232,9 @@ def matched_pairs(training: Iterable[str], names: Sequence[str] = NAMES) -> pd.D
         words.update(re.findall(r"[A-Za-z]+", text))
         pairs.update((found[1], found[2]) for found in re.finditer(r"\b(?=([A-Za-z]+) ([A-Za-z]+)\b)", text))
     of_names = [(name.split(" ")[0], name.split(" ")[1]) for name in names]
-    least = min((pairs[pair] for pair in of_names), default=0) / ALIKE - 1
+    known = [i for i, pair in enumerate(of_names) if pairs[pair]]
+    names, of_names = [names[i] for i in known], [of_names[i] for i in known]
+    least = min((pairs[pair] for pair in of_names), default=np.inf) / ALIKE - 1
     ordinary = [pair for pair, count in pairs.items() if count >= least and all(map(_is_ordinary, pair))]
     if not ordinary:
         return pd.DataFrame(
@@ -267,11 +280,24 @@ def _inner_spaces(
     return reading.layers, found.round(ROUNDING)
 
 
-def _tested(differences: np.ndarray) -> dict[str, float]:
+def _families(pairs: Sequence[tuple[str, ...]]) -> np.ndarray:
+    """The family of each pair: pairs that are linked by words in common have the same."""
+    words = {word: i for i, word in enumerate(dict.fromkeys(word for pair in pairs for word in pair))}
+    links = [(words[pair[0]], words[word]) for pair in pairs for word in pair]
+    rows, columns = np.array(links).T
+    graph = coo_array((np.ones(len(rows)), (rows, columns)), shape=(len(words), len(words)))
+    _, of_word = connected_components(graph, directed=False)
+    return np.array([of_word[words[pair[0]]] for pair in pairs])
+
+
+def _tested(of_pairs: np.ndarray, families: np.ndarray) -> dict[str, float]:
+    _, family = np.unique(families, return_inverse=True)
+    differences = np.bincount(family, of_pairs) / np.bincount(family)
     low, high = t_interval(differences)
     p = stats.wilcoxon(differences).pvalue if differences.any() else 1.0
     return {
-        "n": len(differences),
+        "n": len(of_pairs),
+        "families": len(differences),
         "difference": differences.mean(),
         "low": low,
         "high": high,

@@ -9,6 +9,7 @@ increments (`lp.scale`) and see.
 """
 
 from functools import partial
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -82,26 +83,30 @@ def head_profile(model: HookedPositionTransformer, texts: Texts, seed: int = 0) 
 def head_correlations(profile: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """How mean increments go with mean look-back, from `head_profile`.
 
+    Query heads that share an increment are averaged first. Heads of a layer are no independent samples of all heads
+    (layers differ in both), so only the scope "within layers" has a test.
+
     Args:
         profile: of one model.
-        seed: of the resampling and of the permutations.
+        seed: of the permutations.
 
     Returns:
-        One row for each `scope` and `measure` ("pearson", "spearman"): `n`, `correlation`, `low` to `high` (95% of
-        1,000 resamples) and `p` (two-sided, of 10,000 permutations). Where heads have increments of their own, the
-        scopes are "heads" (all of them, resampled and permuted alike) and "within layers" (values, or ranks, less the
-        mean of their layer; permuted within layers); else "layers", the means of layers.
+        One row for each `scope` and `measure` ("pearson", "spearman"): `n`, `correlation`, `low` to `high` (95%, by
+        Fisher's transformation, less a degree of freedom for each layer) and `p` (two-sided, of 10,000 permutations).
+        Where heads have increments of their own, the scopes are "heads" (all of them; `p` is NaN) and "within layers"
+        (values, or ranks, less the mean of their layer; permuted within layers); else "layers", the means of layers.
 
     Raises:
-        PositionsError: fewer than three heads or layers, or increments that are all the same.
+        PositionsError: fewer than four heads or layers, or increments that are all the same.
     """
     own = profile.groupby("layer")["increment"].nunique().max() > 1
-    whole = profile if own else profile.groupby("layer", as_index=False)[["increment", "look_back"]].mean()
-    if len(whole) < 3 or whole["increment"].nunique() < 2:
+    by = ["layer", "increment"] if own else ["layer"]
+    whole = profile.groupby(by, as_index=False, sort=False)[["increment", "look_back"]].mean()
+    if len(whole) < 4 or whole["increment"].nunique() < 2:
         what = "heads" if own else "layers, whose heads share their increments"
         raise PositionsError(
             f"there are {len(whole)} {what} with {whole['increment'].nunique()} different mean increments; expected "
-            "three or more, not all the same."
+            "four or more, not all the same."
         )
     layer = whole["layer"].to_numpy()
     values = whole[["increment", "look_back"]].to_numpy().T
@@ -110,32 +115,32 @@ def head_correlations(profile: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     for scope in ("heads", "within layers") if own else ("layers",):
         groups = layer if scope == "within layers" else np.zeros(len(layer), dtype=int)
         for measure, pair in (("pearson", values), ("spearman", ranks)):
-            rows.append({"scope": scope, "measure": measure, "n": len(layer), **_correlated(pair, groups, seed)})
+            row = {"scope": scope, "measure": measure, "n": len(layer), **_correlated(pair, groups, seed)}
+            rows.append(row | ({"p": np.nan} if scope == "heads" else {}))
     return pd.DataFrame(rows)
 
 
 def _correlated(pair: Float64[np.ndarray, "2 sample"], groups: np.ndarray, seed: int) -> dict[str, float]:
     """Correlation of two rows less the means of their groups, its interval, and its p-value."""
-    rng = np.random.default_rng(seed)
     _, group = np.unique(groups, return_inverse=True)
     means = np.stack([np.bincount(group, row) / np.bincount(group) for row in pair])
     x, y = pair - means[:, group]
 
     def correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        x, y = x - x.mean(-1, keepdims=True), y - y.mean(-1, keepdims=True)
         size = np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
         return np.divide((x * y).sum(-1), size, out=np.full_like(size, np.nan), where=size > 0)
 
     found = float(correlation(x[None], y[None])[0])
-    draws = rng.integers(len(x), size=(1000, len(x)))
-    low, high = np.nanpercentile(correlation(x[draws], y[draws]), [2.5, 97.5])
-    keys = rng.random((PERMUTATIONS, len(x)))
+    freedom = len(x) - len(means[0]) - 2  # n - 3 for one group
+    reach = NormalDist().inv_cdf(0.975) / np.sqrt(freedom) if freedom > 0 else np.inf
+    centre = np.arctanh(np.clip(found, -1 + 1e-12, 1 - 1e-12))
+    keys = np.random.default_rng(seed).random((PERMUTATIONS, len(x)))
     by_group, by_key = np.argsort(group, kind="stable"), np.lexsort((keys, np.broadcast_to(group, keys.shape)))
     permuted = np.empty_like(by_key)
     permuted[:, by_group] = by_key
     by_chance = correlation(x[None], y[permuted])
     p = (1 + np.count_nonzero(np.abs(by_chance) >= abs(found) - 1e-12)) / (1 + PERMUTATIONS)
-    return {"correlation": found, "low": float(low), "high": float(high), "p": p}
+    return {"correlation": found, "low": float(np.tanh(centre - reach)), "high": float(np.tanh(centre + reach)), "p": p}
 
 
 def _keep(kept: dict[int, Tensor], layer: int, increments: Tensor, hook: HookPoint) -> None:

@@ -8,6 +8,8 @@ from jaxtyping import Bool, Float, Float64, Int64
 from scipy import stats
 from torch import Tensor
 
+from ..errors import PositionsError
+
 BOOTSTRAP_DRAWS = 1000
 
 
@@ -22,7 +24,13 @@ def t_interval(samples: Float64[np.ndarray, " sample"]) -> tuple[float, float]:
 
 
 def resamples(documents: int, seed: int) -> Int64[np.ndarray, "draw document"]:
-    """How often each document occurs in each of 1,000 resamples of whole documents."""
+    """How often each document occurs in each of 1,000 resamples of whole documents.
+
+    Raises:
+        PositionsError: a seed below zero.
+    """
+    if seed < 0:
+        raise PositionsError(f"seed is {seed}; expected a whole number from 0.")
     chances = np.full(documents, 1 / documents)
     return np.random.default_rng(seed).multinomial(documents, chances, size=BOOTSTRAP_DRAWS)
 

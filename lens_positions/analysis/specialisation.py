@@ -113,8 +113,8 @@ def specialisation(
         row = {"layer": layer, "n": len(values), "documents": documents, "explained": drawn[0]}
         row |= {"low": low[0], "high": high[0]}
         row["shuffled"] = _explained(values, shuffled, len(names), reading.document, whole)[0]
-        of_layer = table[(table["layer"] == layer) & (table["relative_low"].notna() | (documents == 1))]
-        ranked = of_layer.sort_values("relative")
+        of_layer = table[(table["layer"] == layer) & (table["low"].notna() | (documents == 1))]
+        ranked = of_layer.sort_values("mean")
         for end, found in (("farthest", ranked.iloc[-1]), ("nearest", ranked.iloc[0])):
             row |= {end: found["kind"]} | {
                 f"{end}_{column.removeprefix('relative_')}": found[column]

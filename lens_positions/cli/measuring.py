@@ -15,6 +15,7 @@ from ..analysis.boundaries import boundary_auc
 from ..analysis.categories import Alphabet, increments_by_category
 from ..analysis.entities import NAMES, entity_grouping
 from ..analysis.heads import head_correlations, head_profile
+from ..analysis.specialisation import below_zero
 from ..analysis.specialisation import saturation as shares_at_cap
 from ..analysis.specialisation import specialisation as explained_by_kind
 from ..errors import PositionsError
@@ -137,16 +138,17 @@ def names(
     check_outputs(csv, None)
     if names is not None and not names.is_file():
         raise PositionsError(f"there is no file {names}; expected one with a two-word name a line.")
-    given = NAMES if names is None else [line.strip() for line in names.read_text("utf-8").splitlines() if line.strip()]
+    given = NAMES if names is None else [line.strip() for line in corpora.read_text(names).splitlines() if line.strip()]
     loaded = HookedPositionTransformer.from_pretrained(model)
     check_learned(loaded, "names and other words are alike", "a model with learned increments")
     table = entity_grouping(loaded, corpora.load(corpus)["train"]["text"], given)
     console = _headed(
         f"{loaded.name}: the increment at the space inside two words, real order minus reversed",
-        "mean with a 95% interval over pairs; share of pairs nearer in the real order; Wilcoxon p (q over layers)",
+        "mean with a 95% interval, share nearer in the real order, Wilcoxon p (q over layers), over families of pairs "
+        "that share words",
     )
-    counts = table.groupby("group", sort=False)["n"].first()
-    heads = [f"{group} ({n})" for group, n in counts.items()]
+    counts = table.groupby("group", sort=False)[["n", "families"]].first()
+    heads = [f"{row.Index} ({row.n} in {row.families} families)" for row in counts.itertuples()]
 
     def cell(row: Any) -> str:
         return (
@@ -178,19 +180,32 @@ def heads(
         ]
     )
     _grid(console, both, "head", "what", lambda row: _with_interval(row, "value", ""))
-    for row in head_correlations(table, seed).itertuples():
-        interval = f"({row.low:+.2f} to {row.high:+.2f}), p = {row.p:.2g} of permutations"
-        print_line(console, f"{row.measure} over {row.n} {row.scope}: {row.correlation:+.2f} {interval}")
     _written(console, table, csv)
+    try:
+        correlations = head_correlations(table, seed)
+    except PositionsError as error:
+        complain(f"no correlation: {error}")
+        return
+    for row in correlations.itertuples():
+        test = "" if math.isnan(row.p) else f", p = {row.p:.2g} of permutations"  # type: ignore[arg-type]
+        interval = f"({row.low:+.2f} to {row.high:+.2f}){test}"
+        print_line(console, f"{row.measure} over {row.n} {row.scope}: {row.correlation:+.2f} {interval}")
 
 
 @app.command
 def saturation(
     model: Model, corpus: Corpus = "bilingual", characters: Characters = 60_000, seed: Seed = 0, csv: Csv = None
 ) -> None:
-    """Show the share of increments that sit at their cap, layer by layer."""
+    """Show the share of increments that sit at their cap, or below zero where they are signed, layer by layer."""
     check_outputs(csv, None)
     loaded, texts, what = _read(model, corpus, characters)
+    if loaded.position_config.learned and loaded.position_config.activation == "none":
+        table = below_zero(loaded, texts, seed)
+        console = _headed(f"{loaded.name}: increments below zero, {what}", PER_TOKEN)
+        for row in table.itertuples():
+            print_line(console, f"  layer {row.layer}  {_share(row, 'share')}  least {row.min:.2f}")
+        _written(console, table, csv)
+        return
     table = shares_at_cap(loaded, texts, seed)
     console = _headed(f"{loaded.name}: increments at the cap of {table['cap'].iloc[0]:g}, {what}", PER_TOKEN)
     for row in table.itertuples():
@@ -254,7 +269,7 @@ def _segmented(words: str, corpus: str | None) -> tuple[list[str], Any, str]:
         raise PositionsError(
             f"--words is {words!r}; expected human, jieba, or a file of lines with spaces between words."
         )
-    segmented = [line.split() for line in path.read_text("utf-8").splitlines() if line.split()]
+    segmented = [line.split() for line in corpora.read_text(path).splitlines() if line.split()]
     if not segmented:
         raise PositionsError(f"{path} has no words; expected lines with spaces between words.")
     return ["".join(line) for line in segmented], segmented, f"lines of {path}"
