@@ -182,7 +182,6 @@ def increments_by_category(
     sums, counts = _by_document(value, reading.document, len(documents))
     overall = drawn_means(sums, counts, draws)
     positive = np.nanpercentile(overall, 2.5, axis=0) > 0  # no ratio to a mean that may be nothing
-    overall = np.where(positive, overall, np.nan)
     rows = []
     for name in order if only is None else dict.fromkeys(only):
         of_kind = kind == name
@@ -193,7 +192,8 @@ def increments_by_category(
         means = drawn_means(sums, counts, draws)
         several = np.count_nonzero(counts) > 1
         low, high = interval_of(means) if several else (np.full(found.shape[:2], np.nan),) * 2
-        relative_low, relative_high = interval_of(means / overall) if several else (low, high)
+        relative_low, relative_high = interval_of(means / np.where(positive, overall, 1)) if several else (low, high)
+        relative_low, relative_high = (np.where(positive, end, np.nan) for end in (relative_low, relative_high))
         for layer, head in np.ndindex(found.shape[:2]):
             one = found[layer, head]
             rows.append(
