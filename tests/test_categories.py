@@ -226,3 +226,38 @@ def test_all_heads_are_refused_where_increments_are_not_per_head():
         increments_by_category(table_model(), "ab", heads="all")
     with pytest.raises((lp.PositionsError, TypeError), match="heads"):
         increments_by_category(table_model(), "ab", heads="some")
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "softplus", "none"])
+def test_the_table_is_that_of_the_sources_own_network(activation):
+    """A shared source written out: embedding, Linear, GELU, Linear, activation; no hook and no cache."""
+    model = random_model(source="shared", activation=activation)
+    texts = ["The cat sat, twice.", "天气很好 and 2 more"]
+    weights = dict(model.position_streams.named_parameters())
+    hidden, out = (
+        [
+            next(w.detach().double() for n, w in weights.items() if n.endswith(f"{part}.{name}"))
+            for name in ("weight", "bias")
+        ]
+        for part in ("hidden", "out")
+    )
+    embedding = model.original_model.get_input_embeddings().weight.detach().double()
+    rows = [torch.tensor([*text.encode(), END_OF_DOCUMENT]) for text in texts]  # after the one that begins a text
+    tokens = torch.cat(rows)
+    x = embedding[tokens] @ hidden[0].T + hidden[1]
+    x = x * (1 + torch.erf(x / math.sqrt(2))) / 2
+    x = (x @ out[0].T + out[1])[:, 0]
+    expected = {
+        "sigmoid": 10 / (1 + torch.exp(-(x - math.log(9)))),
+        "softplus": torch.log1p(torch.exp(x + math.log(math.e - 1))),
+        "none": 1 + x,
+    }[activation]
+    found = increments_by_category(model, texts)
+    kind = np.array([name for row in rows for name in kinds(byte_tokenizer(), row)])
+    for name in set(kind):
+        row = of_kind(found, name, layer=1)
+        values = expected[torch.from_numpy(kind == name)].numpy()
+        assert row["n"] == len(values)
+        assert (row["mean"], row["min"], row["max"]) == pytest.approx(
+            (values.mean(), values.min(), values.max()), rel=1e-5
+        )
