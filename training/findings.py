@@ -18,12 +18,12 @@ from scipy import stats
 
 from lens_positions.errors import PositionsError
 
-from .suite import VARIANTS, loss_table, paired_difference, read_scores
+from .suite import VARIANTS, by_seed, loss_table, paired_difference, read_scores
 
 Verdict = Literal["reproduced", "not reproduced", "different", "undecided", "new", "not measured"]
 
 NEUTRAL = 0.01
-"""Nats per byte: a difference whose whole interval is smaller either way costs nothing that matters at this size."""
+"""Nats per byte (of the graft: per token): a cost whose whole interval is below it does not matter at this size."""
 
 SMALLEST = 0.01
 """The smallest share of an increment by which names must be nearer to count."""
@@ -89,21 +89,23 @@ class Suite:
 
     def runs(self, variant: str) -> dict[int, Path]:
         """The scored runs of a variant, by seed."""
-        found = {path.parent.name.removeprefix(f"{variant}-"): path.parent for path in self.folder.glob("*/run.json")}
-        return {seed: found[str(seed)] for seed in sorted(int(seed) for seed in found if seed.isdecimal())}
+        return {seed: run for seed, run in by_seed(self.folder, variant).items() if (run / "run.json").is_file()}
+
+    def paths(self, variant: str, name: str) -> dict[int, Path]:
+        """Where the tables of a measurement are, by seed."""
+        paths = {seed: run / f"{name}.csv" for seed, run in self.runs(variant).items()}
+        return {seed: path for seed, path in paths.items() if path.is_file()}
 
     def tables(self, variant: str, name: str) -> dict[int, pd.DataFrame]:
         """A measurement of the runs of a variant, by seed."""
-        folders = self.runs(variant).items()
-        paths = {seed: path / f"{name}.csv" for seed, path in folders if (path / f"{name}.csv").is_file()}
         try:
-            return {seed: pd.read_csv(path) for seed, path in paths.items()}
+            return {seed: pd.read_csv(path) for seed, path in self.paths(variant, name).items()}
         except ValueError as error:
             raise PositionsError(f"a {name}.csv in {self.folder} is damaged ({error}); expected a table.") from error
 
-    def files(self, variant: str, name: str) -> list[str]:
-        """Where these tables are."""
-        return [f"{self.folder}/{variant}-{seed}/{name}.csv" for seed in self.tables(variant, name)]
+    def files(self, variant: str, *names: str) -> list[str]:
+        """The names of these files, as RESULTS.md gives them."""
+        return [path.as_posix() for name in names for path in self.paths(variant, name).values()]
 
     def diverged(self, variant: str) -> str:
         """The seeds of a variant whose loss stopped being a number, each with its step."""
@@ -164,7 +166,7 @@ def loss_neutral(suite: Suite) -> Finding:
             verdict = "undecided"
         each = " and ".join(
             f"{NAMES[variant]} {row['difference']:+.4f} ({_ends(row['seeds_low'], row['seeds_high'])}, "
-            f"{_paired_seeds(row)} seeds)"
+            f"{paired_seeds(row)} seeds)"
             for variant, row in rows.items()
         )
         sentence = f"Against static RoPE at the same seeds the loss differs by {each} nats per byte."
@@ -267,10 +269,7 @@ def kinds_of_bytes(variant: str, reported: dict[str, float], title: str, where: 
             "|---|---|" + "---|" * len(tables),
         ]
         for kind in kinds:
-            cells = [
-                f"{row['mean']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
-                for row in (t.loc[kind] for t in tables.values())
-            ]
+            cells = [_between(table.loc[kind], "mean", ".2f") for table in tables.values()]
             lines.append(f"| {kind} | {reported[kind]:.2f} | {' | '.join(cells)} |")
         ranks = [float(stats.spearmanr([*reported.values()], t.loc[kinds, "mean"]).statistic) for t in tables.values()]
         verdict: Verdict = "different"
@@ -304,13 +303,12 @@ def word_boundaries(suite: Suite) -> Finding:
     title = "Middle layers know Chinese word boundaries"
     if not suite.tables("per_layer", "boundaries"):
         return Finding(title, reported, *_not_run("per_layer", suite), rule)
-    files, known, beyond, at_chance, best = [], [], [], [], []
+    known, beyond, at_chance, best = [], [], [], []
     lines: list[str] = []
     statistic = np.nan
     for (variant, seed), table in tables.items():
-        files.append(f"{suite.folder}/{variant}-{seed}/boundaries.csv")
         for words in ("human", "jieba"):
-            own = table[(table["words"] == words) & (table["measure"] == "increment")].set_index("layer")
+            own = areas(table, words=words).set_index("layer")
             if not lines:
                 lines = [
                     "| run | words | " + " | ".join(f"layer {layer:.0f}" for layer in own.index) + " |",
@@ -318,9 +316,8 @@ def word_boundaries(suite: Suite) -> Finding:
                 ]
             cells = [_between(row, "auc", ".3f") for _, row in own.iterrows()]
             lines.append(f"| {variant}-{seed} | {words} | {' | '.join(cells)} |")
-        own = table[(table["words"] == "human") & (table["measure"] == "increment")].set_index("layer")
-        shuffled = table[(table["words"] == "human") & (table["measure"] == "labels shuffled")].set_index("layer")
-        statistic = table[(table["words"] == "human") & (table["measure"] == "mutual information")]["auc"].iloc[0]
+        own, shuffled = (areas(table, measure).set_index("layer") for measure in ("increment", "labels shuffled"))
+        statistic = areas(table, "mutual information")["auc"].iloc[0]
         if variant == "per_layer":
             above = own[own.index > 0]
             known.append(bool((above["low"] > ABOVE_CHANCE).any()))
@@ -348,6 +345,7 @@ def word_boundaries(suite: Suite) -> Finding:
         f"The best layer above 0 reaches an AUC of {largest} (by seed), where counting pairs of characters in the "
         f"training text reaches {statistic:.3f}."
     )
+    files = [name for variant in VARIANTS for name in suite.files(variant, "boundaries")]
     return Finding(title, reported, verdict, sentence, rule, lines, files)
 
 
@@ -434,7 +432,7 @@ def code_delimiters(suite: Suite) -> Finding:
     found = sum(marks)
     sentence = f"A layer above 0 sets newlines or brackets apart at {found} of {len(marks)} seeds."
     return Finding(
-        title, reported, verdict, sentence, rule, lines, _files(suite, "per_layer", "kinds_code", "specialisation")
+        title, reported, verdict, sentence, rule, lines, suite.files("per_layer", "kinds_code", "specialisation")
     )
 
 
@@ -485,8 +483,8 @@ def caps_and_signs(suite: Suite) -> Finding:
                 lines.append(f"| {variant}-{seed} | {row['layer']} | {interval} | {row['max']:.2f} |")
             if variant == "per_layer":
                 at_cap.append(table["share"].max())
+    files += suite.files("signed", "below_zero")
     for seed, table in suite.tables("signed", "below_zero").items():
-        files += suite.files("signed", "below_zero")
         for row in table.to_dict("records"):
             interval = f"{_between(row, 'share', '.1%')} below 0"
             lines.append(f"| signed-{seed} | {row['layer']} | {interval} | least {row['min']:.2f} |")
@@ -543,7 +541,7 @@ def what_increments_cause(suite: Suite) -> Finding:
             if by.loc["token", "low"] > NEEDED:
                 knows.append(f"{layer} ({corpus}, seed {seed})")
             if corpus == "chinese" and boundaries is not None:
-                own = boundaries[(boundaries["measure"] == "increment") & (boundaries["words"] == "human")]
+                own = areas(boundaries)
                 looks.append(abs(float(own.loc[own["layer"] == int(layer), "auc"].iloc[0]) - 0.5))
                 causes.append(float(by.loc["mean", "change"]))
         if len(looks) > 2:
@@ -562,7 +560,7 @@ def what_increments_cause(suite: Suite) -> Finding:
         "",
         "Change of loss in nats per predicted byte with the increments of a layer replaced, intervals over documents.",
     ]
-    return Finding(title, reported, "new", sentence, rule, lines, _files(suite, "per_layer", "ablation", "boundaries"))
+    return Finding(title, reported, "new", sentence, rule, lines, suite.files("per_layer", "ablation", "boundaries"))
 
 
 def grafts(suite: Suite) -> Finding:
@@ -607,24 +605,26 @@ FINDINGS: tuple[Callable[[Suite], Finding], ...] = (
 )
 
 
+def areas(table: pd.DataFrame, measure: str = "increment", words: str = "human") -> pd.DataFrame:
+    """The rows of boundaries.csv for one measure and one segmentation."""
+    return table[(table["measure"] == measure) & (table["words"] == words)]
+
+
+def paired_seeds(row: Any) -> int:
+    """How many seeds of a row of the loss table static has too."""
+    return 0 if pd.isna(row["seeds"]) else len(str(row["seeds"]).split())
+
+
 def _not_run(variant: str, suite: Suite) -> tuple[Verdict, str]:
     if gone := suite.diverged(variant):
         return "not reproduced", f"The variant {variant} diverged: {gone}."
     return "not measured", f"The variant {variant} has not been run and measured yet."
 
 
-def _paired_seeds(row: Any) -> int:
-    return 0 if pd.isna(row["seeds"]) else len(str(row["seeds"]).split())
-
-
 def _seeds(row: Any) -> str:
     """How many seeds a row has, and how many of them static has too."""
-    paired = _paired_seeds(row)
+    paired = paired_seeds(row)
     return f"{row['n_seeds']}" + (f" ({paired} paired)" if paired and paired != row["n_seeds"] else "")
-
-
-def _files(suite: Suite, variant: str, *names: str) -> list[str]:
-    return [path for name in names for path in suite.files(variant, name)]
 
 
 def _between(row: Any, column: str, written: str) -> str:

@@ -99,6 +99,15 @@ class Text:
         """Python."""
         return corpora.heldout_excerpts("code", CHARACTERS)
 
+    @cached_property
+    def ablated(self) -> dict[str, tuple[list[str], list[str]]]:
+        """By language, training text for each byte's mean increment, and held-out text."""
+        size = ABLATED_CHARACTERS
+        return {
+            corpus: (corpora.training_excerpts(corpus, size), corpora.heldout_excerpts(corpus, size))
+            for corpus in ("english", "chinese")
+        }
+
 
 class Subject:
     """A model to measure, and what is read of it once for several measurements."""
@@ -137,9 +146,8 @@ def _specialisation(subject: Subject) -> pd.DataFrame:
 
 def _ablation(subject: Subject) -> pd.DataFrame:
     tables = []
-    for corpus in ("english", "chinese"):
-        means = causal.token_means(subject.model, corpora.training_excerpts(corpus, ABLATED_CHARACTERS))
-        texts = corpora.heldout_excerpts(corpus, ABLATED_CHARACTERS)
+    for corpus, (counted, texts) in subject.text.ablated.items():
+        means = causal.token_means(subject.model, counted)
         tables.append(causal.ablation_table(subject.model, texts, means=means).loss.assign(corpus=corpus))
     return pd.concat(tables, ignore_index=True)
 

@@ -14,7 +14,7 @@ from lens_positions.errors import PositionsError
 from lens_positions.viz.measurements import auc_chart, differences_chart
 
 from .data import write_whole
-from .findings import FINDINGS, NAMES, Finding, Suite
+from .findings import FINDINGS, NAMES, Finding, Suite, areas, paired_seeds
 from .suite import VARIANTS, read_json
 
 
@@ -134,7 +134,7 @@ def _draw_losses(suite: Suite, asked: ResultsConfig) -> list[str]:
         several = not np.isnan(row["seeds_low"])
         ends = ("seeds_low", "seeds_high") if several else ("documents_low", "documents_high")
         group = "interval over seeds" if several else "one seed, interval over documents"
-        name = f"{NAMES[variant]}  ({len(str(row['seeds']).split())})"
+        name = f"{NAMES[variant]}  ({paired_seeds(row)})"
         rows.append(
             {"name": name, "difference": row["difference"], "low": row[ends[0]], "high": row[ends[1]], "group": group}
         )
@@ -155,11 +155,10 @@ def _draw_boundaries(suite: Suite, asked: ResultsConfig) -> list[str]:
     tables = []
     for variant in ("per_layer", "shared"):
         for seed, table in suite.tables(variant, "boundaries").items():
-            own = table[(table["words"] == "human") & (table["measure"] == "increment")]
-            tables.append(own.assign(measure=f"{NAMES[variant]}, seed {seed}"))
+            tables.append(areas(table).assign(measure=f"{NAMES[variant]}, seed {seed}"))
+            statistic = areas(table, "mutual information")  # of the text, and so the same for every run
     if not tables:
         return []
-    statistic = table[(table["words"] == "human") & (table["measure"] == "mutual information")]
     found = pd.concat([*tables, statistic], ignore_index=True)
     first = found.iloc[0]
     caption = (

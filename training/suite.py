@@ -420,6 +420,12 @@ def _device() -> str:
     return f"{platform.processor() or platform.machine()} CPU, threads: {torch.get_num_threads()}"
 
 
+def by_seed(results: Path, variant: str) -> dict[int, Path]:
+    """The folders of results of a variant, by seed and in its order."""
+    found = {folder.name.removeprefix(f"{variant}-"): folder for folder in results.glob(f"{variant}-*")}
+    return {seed: found[str(seed)] for seed in sorted(int(name) for name in found if name.isdecimal())}
+
+
 def loss_table(results: Path) -> pd.DataFrame:
     """The loss of every variant at every length, and its difference to static, from the files of results alone.
 
@@ -442,10 +448,8 @@ def loss_table(results: Path) -> pd.DataFrame:
     diverged: dict[str, str] = {}
     sizes: pd.Series[int] | None = None
     for variant in VARIANTS:
-        folders = {folder.name.removeprefix(f"{variant}-"): folder for folder in results.glob(f"{variant}-*")}
-        seeds = {int(seed): folders[seed] for seed in sorted(folders) if seed.isdecimal()}
         scored[variant], steps = {}, []
-        for seed, folder in sorted(seeds.items()):
+        for seed, folder in by_seed(results, variant).items():
             if (folder / "diverged.json").is_file():
                 steps.append(f"seed {seed} at step {read_json(folder / 'diverged.json')['step']}")
             elif (folder / "heldout.csv").is_file():

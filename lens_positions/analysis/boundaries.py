@@ -30,7 +30,7 @@ from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
 from ..tokenizer import character_spans
 from .categories import is_han
-from .intervals import auc_interval, resamples
+from .intervals import auc_interval, resamples, shuffled_within
 from .reading import WINDOW, read
 
 Association = Callable[[str, str], float]
@@ -92,8 +92,7 @@ def boundary_auc(
     gaps = gaps_of(model, texts, words)
     layers, increments = gap_increments(model, gaps)
     draws = resamples(len(texts), seed)
-    keys = np.random.default_rng(seed).random(len(gaps.line))
-    shuffled = gaps.boundary[np.lexsort((keys, gaps.line))]  # gaps stand line by line, so each line keeps its own
+    shuffled = gaps.boundary[shuffled_within(gaps.line, seed)]
     lines = len(np.unique(gaps.line))
     rows = []
 

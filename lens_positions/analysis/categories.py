@@ -179,7 +179,7 @@ def increments_by_category(
     if heads == "mean":
         value = value.mean(axis=1, keepdims=True)
     draws = resamples(len(documents), seed)
-    sums, counts = _by_document(value, reading.document, len(documents))
+    sums, counts = by_document(value, reading.document, len(documents))
     overall = drawn_means(sums, counts, draws)
     positive = np.nanpercentile(overall, 2.5, axis=0) > 0  # no ratio to a mean that may be nothing
     rows = []
@@ -188,7 +188,7 @@ def increments_by_category(
         if not of_kind.any():
             continue
         found = value[..., of_kind]
-        sums, counts = _by_document(found, reading.document[of_kind], len(documents))
+        sums, counts = by_document(found, reading.document[of_kind], len(documents))
         means = drawn_means(sums, counts, draws)
         several = np.count_nonzero(counts) > 1
         low, high = interval_of(means) if several else (np.full(found.shape[:2], np.nan),) * 2
@@ -217,7 +217,7 @@ def increments_by_category(
     return table if heads == "all" else table.drop(columns="head")
 
 
-def _by_document(
+def by_document(
     values: Float64[np.ndarray, "layer head token"], owners: Int64[np.ndarray, " token"], documents: int
 ) -> tuple[Float64[np.ndarray, "document layer head"], Int64[np.ndarray, " document"]]:
     """Sums and numbers of values by the document that they stand in."""

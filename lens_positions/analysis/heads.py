@@ -20,11 +20,12 @@ from scipy import stats
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
+from ..causal.metrics import look_back
 from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
 from ..interventions import HOOK, hook_names
 from ..progress import tracked
-from .intervals import Tally, resamples
+from .intervals import Tally, resamples, shuffled_within
 from .reading import Texts, windows
 
 PERMUTATIONS = 10_000
@@ -63,11 +64,11 @@ def head_profile(model: HookedPositionTransformer, texts: Texts, seed: int = 0) 
         with torch.no_grad():
             model.run_with_hooks(rows, fwd_hooks=hooks, return_type=None)
         for layer, tally in tallies.items():
-            look_back = found["look_back"][layer]
-            own = found["increment"][layer][:, model.position_config.effective].to(look_back)
+            back = found["look_back"][layer]
+            own = found["increment"][layer][:, model.position_config.effective].to(back)
             own = own[..., None] if own.ndim == 2 else own
-            own = own.repeat_interleave(look_back.shape[-1] // own.shape[-1], dim=-1)
-            tally.add([number for number, _, _ in batch], torch.stack([own, look_back], dim=-1))
+            own = own.repeat_interleave(back.shape[-1] // own.shape[-1], dim=-1)
+            tally.add([number for number, _, _ in batch], torch.stack([own, back], dim=-1))
     draws = resamples(len(documents), seed)
     table = []
     for layer, tally in tallies.items():
@@ -134,11 +135,7 @@ def _correlated(pair: Float64[np.ndarray, "2 sample"], groups: np.ndarray, seed:
     freedom = len(x) - len(means[0]) - 2  # n - 3 for one group
     reach = NormalDist().inv_cdf(0.975) / np.sqrt(freedom) if freedom > 0 else np.inf
     centre = np.arctanh(np.clip(found, -1 + 1e-12, 1 - 1e-12))
-    keys = np.random.default_rng(seed).random((PERMUTATIONS, len(x)))
-    by_group, by_key = np.argsort(group, kind="stable"), np.lexsort((keys, np.broadcast_to(group, keys.shape)))
-    permuted = np.empty_like(by_key)
-    permuted[:, by_group] = by_key
-    by_chance = correlation(x[None], y[permuted])
+    by_chance = correlation(x[None], y[shuffled_within(group, seed, (PERMUTATIONS,))])
     p = (1 + np.count_nonzero(np.abs(by_chance) >= abs(found) - 1e-12)) / (1 + PERMUTATIONS)
     return {"correlation": found, "low": float(np.tanh(centre - reach)), "high": float(np.tanh(centre + reach)), "p": p}
 
@@ -151,6 +148,4 @@ def _keep_look_back(
     kept: dict[int, Tensor], layer: int, pattern: Float[Tensor, "batch head query key"], hook: HookPoint
 ) -> None:
     """How many tokens back each query attends on average, [batch, query, head], the first query left out."""
-    queries, keys = (torch.arange(n, device=pattern.device) for n in pattern.shape[2:])
-    back = (queries[:, None] - keys).to(torch.float32)
-    kept[layer] = (pattern.detach().float() * back).sum(-1)[..., 1:].transpose(1, 2)
+    kept[layer] = look_back(pattern.detach().float())[..., 1:].transpose(1, 2)

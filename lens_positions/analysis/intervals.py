@@ -52,6 +52,16 @@ def interval_of(means: Float64[np.ndarray, "draw *shape"]) -> tuple[np.ndarray, 
     return low, high
 
 
+def shuffled_within(
+    groups: Int64[np.ndarray, " sample"], seed: int, times: tuple[int, ...] = ()
+) -> Int64[np.ndarray, "*times sample"]:
+    """Indices that exchange samples within their groups: for every sample the one whose value it gets."""
+    keys = np.random.default_rng(seed).random((*times, len(groups)))
+    exchanged = np.empty(keys.shape, dtype=np.int64)
+    exchanged[..., np.argsort(groups, kind="stable")] = np.lexsort((keys, np.broadcast_to(groups, keys.shape)))
+    return exchanged
+
+
 def auc_interval(
     values: Float64[np.ndarray, " sample"],
     labels: Bool[np.ndarray, " sample"],

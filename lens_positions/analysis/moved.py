@@ -79,10 +79,8 @@ def vocabulary(model: HookedPositionTransformer) -> pd.DataFrame:
 
 
 def _of_texts(model: HookedPositionTransformer, reading: Reading, top: int) -> pd.DataFrame:
-    ids = torch.cat(reading.documents).numpy()
-    starts = torch.tensor([0, *map(len, reading.documents)]).cumsum(0).numpy()
     tokens = pd.DataFrame({"document": reading.document, "index": reading.index})
-    tokens["id"] = ids[starts[reading.document] + reading.index]
+    tokens["id"] = reading.ids()
     tokens["kind"] = kinds_read(model, reading)
     tables = []
     for layer, values in zip(reading.layers, reading.increments.mean(axis=1), strict=True):

@@ -46,6 +46,11 @@ class Reading:
     layers: list[int]
     increments: Float64[np.ndarray, "layer head token"]
 
+    def ids(self) -> Int64[np.ndarray, " token"]:
+        """The id of each token measured."""
+        starts = np.cumsum([0, *map(len, self.documents)])
+        return torch.cat(self.documents).cpu().numpy()[starts[self.document] + self.index]
+
     def at(
         self, document: Int64[np.ndarray, " asked"], index: Int64[np.ndarray, " asked"]
     ) -> Float64[np.ndarray, "layer head asked"]:

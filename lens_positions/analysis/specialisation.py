@@ -11,8 +11,8 @@ from jaxtyping import Bool, Float64, Int64
 
 from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
-from .categories import Alphabet, increments_by_category, kinds_read
-from .intervals import drawn_means, interval_of, resamples
+from .categories import Alphabet, by_document, increments_by_category, kinds_read
+from .intervals import drawn_means, interval_of, resamples, shuffled_within
 from .reading import Reading, Texts, read
 
 AT_CAP = 0.99
@@ -34,13 +34,12 @@ def saturation(model: HookedPositionTransformer, texts: Texts | Reading, seed: i
     Raises:
         PositionsError: increments that have no cap, and as `reading.read`.
     """
-    config = model.position_config
-    if not config.learned or config.activation != "sigmoid":
-        given = f"activation {config.activation!r}" if config.learned else f"the source {config.source!r}"
+    if (given := _other_activation(model, "sigmoid")) is not None:
         raise PositionsError(f"the model has {given}, which has no cap; expected learned increments with a sigmoid.")
+    cap = model.position_config.max_increment
     reading = read(model, texts)
-    table = _shares(reading, reading.increments >= AT_CAP * config.max_increment, seed)
-    table.insert(3, "cap", config.max_increment)
+    table = _shares(reading, reading.increments >= AT_CAP * cap, seed)
+    table.insert(3, "cap", cap)
     return table.assign(max=reading.increments.max(axis=(1, 2)))
 
 
@@ -53,24 +52,28 @@ def below_zero(model: HookedPositionTransformer, texts: Texts | Reading, seed: i
     Raises:
         PositionsError: increments that are bounded below, and as `reading.read`.
     """
-    config = model.position_config
-    if not config.learned or config.activation != "none":
-        given = f"activation {config.activation!r}" if config.learned else f"the source {config.source!r}"
+    if (given := _other_activation(model, "none")) is not None:
         raise PositionsError(f'the model has {given}; expected learned increments with activation "none".')
     reading = read(model, texts)
     return _shares(reading, reading.increments < 0, seed).assign(min=reading.increments.min(axis=(1, 2)))
 
 
+def _other_activation(model: HookedPositionTransformer, wanted: str) -> str | None:
+    """What a model has in place of learned increments with this activation; None where it has them."""
+    config = model.position_config
+    if not config.learned:
+        return f"the source {config.source!r}"
+    return None if config.activation == wanted else f"activation {config.activation!r}"
+
+
 def _shares(reading: Reading, chosen: Bool[np.ndarray, "layer head token"], seed: int) -> pd.DataFrame:
     """The share of increments chosen, by layer, with its interval over documents."""
     documents = len(reading.documents)
-    counts = np.bincount(reading.document, minlength=documents) * chosen.shape[1]
-    sums = np.zeros((documents, len(chosen)))
-    np.add.at(sums, reading.document, chosen.sum(axis=1).T)
+    sums, counts = by_document(chosen.mean(axis=1, keepdims=True), reading.document, documents)
     low, high = np.full((2, len(chosen)), np.nan)
     if documents > 1:
-        low, high = interval_of(drawn_means(sums, counts, resamples(documents, seed)))
-    columns = {"layer": reading.layers, "n": counts.sum(), "documents": documents}
+        low, high = interval_of(drawn_means(sums[..., 0], counts, resamples(documents, seed)))
+    columns = {"layer": reading.layers, "n": chosen[0].size, "documents": documents}
     return pd.DataFrame(columns | {"share": chosen.mean(axis=(1, 2)), "low": low, "high": high})
 
 
@@ -99,10 +102,7 @@ def specialisation(
     reading = read(model, texts)
     table = increments_by_category(model, reading, seed=seed, alphabet=alphabet)
     names, kind = np.unique(kinds_read(model, reading, alphabet), return_inverse=True)
-    keys = np.random.default_rng(seed).random(len(kind))
-    order = np.argsort(reading.document, kind="stable")
-    shuffled = np.empty_like(kind)
-    shuffled[order] = kind[np.lexsort((keys, reading.document))]
+    shuffled = kind[shuffled_within(reading.document, seed)]
     documents = len(reading.documents)
     draws = resamples(documents, seed) if documents > 1 else np.empty((0, 1), dtype=np.int64)
     whole = np.ones((1, documents), dtype=np.int64)

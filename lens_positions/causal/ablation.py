@@ -28,7 +28,7 @@ from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
 from ..interventions import HOOK, Hooks, Some, ablate, finite, hook_names, index_of, streams_of
 from ..progress import tracked
-from .metrics import token_losses
+from .metrics import look_back, token_losses
 from .replay import Replay
 from .sweeps import SITES
 
@@ -160,9 +160,7 @@ def token_means(model: TransformerBridge, corpus: Texts | Reading) -> Float[Tens
     """
     streams_of(model)
     reading = read(cast(HookedPositionTransformer, model), corpus)
-    ids = torch.cat(reading.documents)
-    starts = torch.tensor([0, *map(len, reading.documents)]).cumsum(0)
-    of_token = ids[starts[torch.from_numpy(reading.document)] + torch.from_numpy(reading.index)]
+    of_token = torch.from_numpy(reading.ids())
     values = torch.from_numpy(reading.increments)
     shape = (*values.shape[:2], cast(Any, model.cfg.d_vocab))
     sums = torch.zeros(shape, dtype=values.dtype).index_add(2, of_token, values)
@@ -197,8 +195,6 @@ def _compared(
     own: Float[Tensor, "batch head query key"], ablated: Float[Tensor, "batch head query key"]
 ) -> Float[Tensor, "batch next 3 head"]:
     """Total variation, look-back and its change of every query that has a choice: all but the first."""
-    queries, keys = (torch.arange(n, device=own.device) for n in own.shape[2:])
-    back = (queries[:, None] - keys).to(own)
-    look_back, after = (own * back).sum(-1), (ablated * back).sum(-1)
+    before, after = look_back(own), look_back(ablated)
     distance = (own - ablated).abs().sum(-1) / 2
-    return torch.stack([distance, look_back, after - look_back], dim=-1)[:, :, 1:].permute(0, 2, 3, 1)
+    return torch.stack([distance, before, after - before], dim=-1)[:, :, 1:].permute(0, 2, 3, 1)

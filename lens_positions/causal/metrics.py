@@ -115,3 +115,9 @@ def measured(metric: Metric, logits: Float[Tensor, "batch pos vocab"]) -> Float[
 def baseline_of(metric: Metric, logits: Float[Tensor, "1 pos vocab"]) -> float:
     """The metric of a prompt, asked for with two equal rows: a metric that mixes its rows is found out."""
     return float(measured(metric, logits.expand(2, -1, -1))[0].detach())
+
+
+def look_back(pattern: Float[Tensor, "batch head query key"]) -> Float[Tensor, "batch head query"]:
+    """How many tokens back each query attends, on average over its pattern."""
+    queries, keys = (torch.arange(n, device=pattern.device) for n in pattern.shape[2:])
+    return (pattern * (queries[:, None] - keys).to(pattern)).sum(-1)

@@ -2,13 +2,16 @@
 
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import tyro
+from rich.console import Console
 
 from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
+from ..terminal import print_line
 from ..viz import style
 
 DESCRIPTION = "What a model's increments are and what they cause, in a terminal."
@@ -64,3 +67,14 @@ def check_learned(model: HookedPositionTransformer, so: str, expected: str) -> N
 def complain(sentence: str) -> None:
     """Say on standard error, in one line, what went wrong or was left out."""
     print(f"lens-positions: {' '.join(sentence.split())}", file=sys.stderr)
+
+
+@contextmanager
+def drawn(console: Console, figure: Path) -> Iterator[None]:
+    """Say where the figure is that is drawn inside, or that there is none for want of a font."""
+    try:
+        yield
+    except style.MissingFontError as error:
+        complain(f"no figure was drawn: {error}")
+    else:
+        print_line(console, f"figure: {figure}")

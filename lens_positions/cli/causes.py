@@ -20,7 +20,7 @@ from ..hooked import HookedPositionTransformer
 from ..terminal import effect_cell, print_grid, print_line
 from ..viz import style
 from ..viz.effects import ABLATION_LABELS, ablation_bars, effect_map
-from .app import app, check_learned, check_outputs, check_text, complain
+from .app import app, check_learned, check_outputs, check_text, drawn
 
 
 @app.command
@@ -156,8 +156,8 @@ def ablate(
         print_line(console, f"loss: {csv}, attention: {beside}")
     if figure is not None:
         caption = f"{loaded.name}; {of_text}. Intervals: 95% of resamples of documents, seed {seed}."
-        ablation_bars(found.loss, caption=caption, path=figure)
-        print_line(console, f"figure: {figure}")
+        with drawn(console, figure):
+            ablation_bars(found.loss, caption=caption, path=figure)
 
 
 def _metric(
@@ -220,12 +220,8 @@ def _show_effects(
         print_line(console, f"effects: {csv}")
     if figure is not None:
         title = "Effect of each layer and token"
-        try:
+        with drawn(console, figure):
             effect_map(effects, numbers, labels, title, f"change of {unit}", what, figure)
-        except style.MissingFontError as error:
-            complain(f"no figure was drawn: {error}")
-        else:
-            print_line(console, f"figure: {figure}")
 
 
 def _print_ablations(console: Console, found: causal.Ablations) -> None:

@@ -21,7 +21,7 @@ from ..viz.characters import spacing
 from ..viz.onefile import report as write_report
 from ..viz.placed import Placed, layers_to_show, place
 from ..viz.views import check_page, spacing_view
-from .app import app, check_outputs, check_text, complain
+from .app import app, check_outputs, check_text, complain, drawn
 
 
 @app.command
@@ -66,16 +66,12 @@ def show(
     if placed.cut():
         complain(placed.cut().replace("drawn", "shown"))
     if figure is not None:
-        try:
+        with drawn(console, figure):
             if explored:
                 spacing_view(loaded, text, layers or None).save(figure)
             else:
                 divisible = all(placed.mean_increment(entry) > 0 for entry in rows)
                 spacing(loaded, text, layers or None, "relative" if divisible else "common", figure)
-        except style.MissingFontError as error:
-            complain(f"no figure was drawn: {error}")
-        else:
-            print_line(console, f"figure: {figure}")
 
 
 @app.command

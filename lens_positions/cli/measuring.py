@@ -21,9 +21,8 @@ from ..analysis.specialisation import specialisation as explained_by_kind
 from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
 from ..terminal import print_grid, print_line
-from ..viz import style
 from ..viz.measurements import auc_chart, kinds_chart
-from .app import app, check_learned, check_outputs, complain
+from .app import app, check_learned, check_outputs, complain, drawn
 
 Model = Annotated[Positional[str], arg(metavar="MODEL", help="a folder, an adapter, a packaged or a hub model.")]
 Corpus = Annotated[str, arg(help="held-out text to read: english, chinese, bilingual, code, a file or a folder.")]
@@ -62,8 +61,8 @@ def kinds(
     _grid(console, table, "kind", "layer", lambda row: _with_interval(row, "relative", "relative_"), names)
     _written(console, table, csv)
     if figure is not None:
-        kinds_chart(table, f"{loaded.name}; {what}. Intervals: 95% of resamples of documents, seed {seed}.", figure)
-        print_line(console, f"figure: {figure}")
+        with drawn(console, figure):
+            kinds_chart(table, f"{loaded.name}; {what}. Intervals: 95% of resamples of documents, seed {seed}.", figure)
 
 
 @app.command
@@ -111,12 +110,8 @@ def boundaries(
     if figure is not None:
         caption = f"{loaded.name}; {what}. Intervals: 95% of resamples of lines, seed {seed}."
         title = "Increments at Chinese word boundaries"
-        try:
+        with drawn(console, figure):
             auc_chart(table, title, caption, figure)
-        except style.MissingFontError as error:
-            complain(f"no figure was drawn: {error}")
-        else:
-            print_line(console, f"figure: {figure}")
 
 
 @app.command
