@@ -28,7 +28,7 @@ from typing import Any
 import pandas as pd
 
 from lens_positions import causal, corpora
-from lens_positions.analysis.boundaries import Association, boundary_auc, mutual_information
+from lens_positions.analysis.boundaries import Association, gap_areas, gap_increments, gaps_of, mutual_information
 from lens_positions.analysis.categories import increments_by_category
 from lens_positions.analysis.entities import NAMES, entity_grouping, matched_pairs
 from lens_positions.analysis.heads import head_correlations, head_profile
@@ -133,9 +133,14 @@ class Subject:
 
 def _boundaries(subject: Subject) -> pd.DataFrame:
     text, model = subject.text, subject.model
-    human = boundary_auc(model, text.lines, text.segmented, text.association).assign(words="human")
-    jieba = boundary_auc(model, text.lines, text.by_jieba, text.association).assign(words="jieba")
-    return pd.concat([human, jieba], ignore_index=True)
+    human = gaps_of(model, text.lines, text.segmented)
+    layers, increments = gap_increments(model, human)  # of the same gaps, whoever finds the words
+    jieba = gaps_of(model, text.lines, text.by_jieba)
+    tables = [
+        gap_areas(gaps, layers, increments, text.association).assign(words=words)
+        for words, gaps in (("human", human), ("jieba", jieba))
+    ]
+    return pd.concat(tables, ignore_index=True)
 
 
 def _specialisation(subject: Subject) -> pd.DataFrame:

@@ -44,6 +44,7 @@ class Gaps:
     """The gaps between two Chinese characters of some lines, in order.
 
     Attributes:
+        lines: how many lines there are, those without a gap included.
         line: the line that each gap is in.
         boundary: whether words meet there.
         pair: the characters on both sides.
@@ -52,6 +53,7 @@ class Gaps:
         tokens: the tokens of each piece, with what the tokenizer puts in front of a text in the first of each line.
     """
 
+    lines: int
     line: Int64[np.ndarray, " gap"]
     boundary: Bool[np.ndarray, " gap"]
     pair: list[tuple[str, str]]
@@ -90,8 +92,18 @@ def boundary_auc(
             not spell their line, or not as many of them.
     """
     gaps = gaps_of(model, texts, words)
-    layers, increments = gap_increments(model, gaps)
-    draws = resamples(len(texts), seed)
+    return gap_areas(gaps, *gap_increments(model, gaps), training, seed)
+
+
+def gap_areas(
+    gaps: Gaps,
+    layers: list[int],
+    increments: Float64[np.ndarray, "layer gap"],
+    training: Iterable[str] | Association | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """What `boundary_auc` returns, from what `gaps_of` and `gap_increments` do."""
+    draws = resamples(gaps.lines, seed)
     shuffled = gaps.boundary[shuffled_within(gaps.line, seed)]
     lines = len(np.unique(gaps.line))
     rows = []
@@ -155,7 +167,7 @@ def gaps_of(
             f"{boundaries} of {len(boundary)} gaps between Chinese characters are word boundaries; expected some that "
             "are and some that are not."
         )
-    return Gaps(np.array(line), np.array(boundary), list(pair), np.array(piece), np.array(token), pieces)
+    return Gaps(len(texts), np.array(line), np.array(boundary), list(pair), np.array(piece), np.array(token), pieces)
 
 
 def _pieces(
