@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -12,7 +14,9 @@ from scipy import stats
 from lens_positions import PositionsError, causal, corpora
 from lens_positions.analysis.boundaries import boundary_auc, mutual_information
 from lens_positions.analysis.specialisation import specialisation
+from lens_positions.viz.style import MissingFontError
 from training import measure as measure_module
+from training import results as results_module
 from training.__main__ import main
 from training.findings import FINDINGS, LAYER_0_REPORTED, Suite, word_boundaries
 from training.measure import MEASUREMENTS, MeasureConfig, measure
@@ -177,8 +181,8 @@ def written(folder):
 def test_the_same_files_give_the_same_text_and_figures(results):
     write_results(written(results))
     before = on_disk(results)
-    assert (results / "results_losses.png").is_file()
-    assert (results / "results_boundaries.png").is_file()
+    assert (results / "results_losses_tiny.png").is_file()
+    assert (results / "results_boundaries_tiny.png").is_file()
     write_results(written(results))
     assert on_disk(results) == before
 
@@ -222,6 +226,39 @@ def test_seeds_that_static_lacks_have_no_difference(results):
     assert "| Learned increments cost no loss | **not measured** |" in said
     assert "| per layer | 3 (1 paired) |" in said
     assert "nan" not in said
+
+
+def test_another_suite_is_told_beside_with_what_it_has(results):
+    base = results / "results" / "base"
+    for variant in ("static", "per_layer"):
+        shutil.copytree(results / "results" / "tiny" / f"{variant}-0", base / f"{variant}-0")
+    text = write_results(written(results)).read_text()
+    above, beside = text.split("## The same on models of the preset base")
+    assert "one seed" in beside
+    assert "not run |" not in beside
+    assert "| Learned increments cost no loss |" not in beside  # not at one seed
+    assert "| Middle layers know Chinese word boundaries | **different** |" in beside
+    assert beside.count("0.600 (0.590 to 0.610)") == 2
+    assert above.count("0.600 (0.590 to 0.610)") == 12
+    assert "--preset base --variants static per_layer --seeds 0\n" in beside
+    assert (results / "results_boundaries_base.png").is_file()
+
+
+def test_sentences_are_drawn_with_the_shipped_model(results, tiny_model, monkeypatch, capsys):
+    monkeypatch.setattr(results_module, "shipped_names", lambda: [results_module.DRAWN])
+    monkeypatch.setattr(
+        results_module, "HookedPositionTransformer", SimpleNamespace(from_pretrained=lambda name: tiny_model())
+    )
+    assert "results_chinese.png)" in write_results(written(results)).read_text()
+    assert (results / "results_english.png").is_file()
+    (results / "results_english.png").unlink()
+
+    def fontless(*args, **kwargs):
+        raise MissingFontError("no font")
+
+    monkeypatch.setattr(results_module, "spacing", fontless)
+    assert "results_english.png)" in write_results(written(results)).read_text()
+    assert "results_english.png was not drawn: no font" in capsys.readouterr().err.replace("\n", "")
 
 
 @pytest.mark.parametrize(

@@ -277,10 +277,8 @@ def kinds_of_bytes(variant: str, reported: dict[str, float], title: str, where: 
             verdict = "reproduced"
         elif max(ranks) < 0.3:
             verdict = "not reproduced"
-        given = ", ".join(f"{rank:+.2f}" for rank in ranks)
-        sentence = (
-            f"The order of kinds agrees with the reported one at rank correlations of {given} ({len(ranks)} seeds)."
-        )
+        given = f"{', '.join(f'{rank:+.2f}' for rank in ranks)} ({_count_seeds(len(ranks))})"
+        sentence = f"The order of kinds agrees with the reported one at a rank correlation of {given}."
         n = next(iter(tables.values()))["n"].sum()
         lines += ["", f"Means and intervals over documents, {n:,} bytes {where}."]
         return Finding(title, said, verdict, sentence, rule, lines, suite.files(variant, "kinds"))
@@ -625,6 +623,10 @@ def _seeds(row: Any) -> str:
     """How many seeds a row has, and how many of them static has too."""
     paired = paired_seeds(row)
     return f"{row['n_seeds']}" + (f" ({paired} paired)" if paired and paired != row["n_seeds"] else "")
+
+
+def _count_seeds(count: int) -> str:
+    return "1 seed" if count == 1 else f"{count} seeds"
 
 
 def _between(row: Any, column: str, written: str) -> str:

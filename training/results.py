@@ -1,6 +1,7 @@
 """RESULTS.md and its figures, written from the files of runs alone.
 
-No model is loaded, so that the same files give the same text and figures, whoever writes them.
+The same files give the same text and figures, whoever writes them. No model is loaded but the shipped one that
+sentences are drawn with.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,11 +12,38 @@ import numpy as np
 import pandas as pd
 
 from lens_positions.errors import PositionsError
+from lens_positions.hooked import HookedPositionTransformer
+from lens_positions.pretrained import shipped_names
+from lens_positions.viz.characters import spacing
 from lens_positions.viz.measurements import auc_chart, differences_chart
+from lens_positions.viz.style import MissingFontError
 
 from .data import write_whole
-from .findings import FINDINGS, NAMES, Finding, Suite, areas, paired_seeds
-from .suite import VARIANTS, read_json
+from .findings import (
+    FINDINGS,
+    NAMES,
+    Finding,
+    Suite,
+    areas,
+    grafts,
+    loss_neutral,
+    paired_seeds,
+    what_increments_cause,
+    word_boundaries,
+)
+from .suite import VARIANTS, read_json, say
+
+DRAWN = "bilingual-per-layer"
+"""The shipped model that sentences are drawn with."""
+
+SENTENCES = {
+    "english": "The President of the United States spoke to Congress on Monday.",
+    "chinese": "中国政府今天在北京举行新闻发布会。",
+}
+"""Those of the demo, which were written before any model was trained."""
+
+DETAILED = (word_boundaries, what_increments_cause)
+"""Findings that are given whole for the second suite too: these depend on the layer."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +53,14 @@ class ResultsConfig:
     Args:
         results: the folder of results, with one folder for each suite in it.
         preset: the suite that findings are taken from.
+        beside: a suite whose findings are told after them, if it has results.
         output: the text to write.
         figures: the folder of figures, beside it.
     """
 
     results: Path = Path("results")
     preset: str = "tiny"
+    beside: str = "base"
     output: Path = Path("RESULTS.md")
     figures: Path = Path("docs")
 
@@ -44,37 +74,48 @@ def write_results(asked: ResultsConfig) -> Path:
     folder = asked.results / asked.preset
     if not list(folder.glob("*/run.json")):
         raise PositionsError(f"{folder} has no results of runs; expected python -m training suite before.")
-    suite = Suite(folder)
     if not asked.output.parent.is_dir() or not asked.figures.is_dir():
         raise PositionsError(
             f"{asked.output} or {asked.figures} cannot be written; expected existing folders for both."
         )
-    try:
-        findings = [find(suite) for find in FINDINGS]
-    except (KeyError, IndexError) as error:
-        raise PositionsError(
-            f"a table in {folder} lacks {error}; expected what the suite and measure wrote."
-        ) from error
-    figures = [line for draw in FIGURES for line in draw(suite, asked)]
-    text = "\n".join(_page(suite, findings, figures, asked)).rstrip() + "\n"
+    suite, beside = Suite(folder), Suite(asked.results / asked.beside)
+    lines = [*_page(suite, asked), *_beside(beside, asked), *_traces([suite, beside])]
+    text = "\n".join(lines).rstrip() + "\n"
     write_whole(asked.output, lambda file: file.write(text.encode()))
     return asked.output
 
 
-def _page(suite: Suite, findings: list[Finding], figures: list[str], asked: ResultsConfig) -> Iterator[str]:
+def _found(suite: Suite, find: Callable[[Suite], Finding]) -> Finding:
+    try:
+        return find(suite)
+    except (KeyError, IndexError) as error:
+        raise PositionsError(
+            f"a table in {suite.folder} lacks {error}; expected what the suite and measure wrote."
+        ) from error
+
+
+def _setting(suite: Suite) -> str:
+    """What the models of a suite are, from one of them."""
+    config = read_json(next(iter(sorted(suite.folder.glob("*/run.json")))))["config"]
+    model = config["model"]
+    seen = config["steps"] * config["batch_size"] * model["n_ctx"]
+    return (
+        f"of the preset `{suite.folder.name}` ({model['n_layers']} layers, width {model['d_model']}, "
+        f"{model['n_heads']} heads, context {model['n_ctx']}; {config['steps']:,} steps, {seen / 1e6:.1f}M bytes seen, "
+        f"corpus {config['corpus']})"
+    )
+
+
+def _page(suite: Suite, asked: ResultsConfig) -> Iterator[str]:
+    findings = [_found(suite, find) for find in FINDINGS]
     yield "# Results"
     yield ""
-    first = read_json(next(iter(sorted(suite.folder.glob("*/run.json")))))
-    config, model = first["config"], first["config"]["model"]
-    seen = config["steps"] * config["batch_size"] * model["n_ctx"]
     yield (
-        f"Found on models of the preset `{asked.preset}` ({model['n_layers']} layers, width {model['d_model']}, "
-        f"{model['n_heads']} heads, context {model['n_ctx']}; {config['steps']:,} steps, {seen / 1e6:.1f}M bytes seen, "
-        f"corpus {config['corpus']}), beside what Long (2026) reports of 6.4M parameters at one seed. Losses and "
-        "increments are those of held-out text; names and pairs of words are chosen by their counts in the training "
-        "text. Nothing was tuned, but when the rules of the verdicts were first written one run (per_layer-0) and the "
-        "grafts had been measured, and they were made stricter once after that. Intervals are of 95%: over seeds "
-        "(Student's t), or where 1,000 resamples of whole documents or lines lie, as each says."
+        f"Found on models {_setting(suite)}, beside what Long (2026) reports of 6.4M parameters at one seed. Losses "
+        "and increments are those of held-out text; names and pairs of words are chosen by their counts in the "
+        "training text. Nothing was tuned, but when the rules of the verdicts were first written one run "
+        "(per_layer-0) and the grafts had been measured, and they were made stricter once after that. Intervals are "
+        "of 95%: over seeds (Student's t), or where 1,000 resamples of whole documents or lines lie, as each says."
     )
     yield ""
     yield "| finding | verdict | in one sentence |"
@@ -82,7 +123,9 @@ def _page(suite: Suite, findings: list[Finding], figures: list[str], asked: Resu
     for finding in findings:
         yield f"| {finding.title} | **{finding.verdict}** | {finding.sentence} |"
     yield ""
-    yield from figures
+    yield from _draw_sentences(asked)
+    yield from _draw_losses(suite, asked)
+    yield from _draw_boundaries(suite, asked)
     for finding in findings:
         yield f"## {finding.title}"
         yield ""
@@ -98,34 +141,96 @@ def _page(suite: Suite, findings: list[Finding], figures: list[str], asked: Resu
         if finding.files:
             yield "From " + ", ".join(f"`{name}`" for name in finding.files) + "."
             yield ""
-    yield from _traces(suite, asked)
 
 
-def _traces(suite: Suite, asked: ResultsConfig) -> Iterator[str]:
+def _beside(suite: Suite, asked: ResultsConfig) -> Iterator[str]:
+    """The findings of another suite, those that it has, in short."""
+    if not suite.runs("static"):
+        return
+    yield f"## The same on models of the preset {suite.folder.name}"
+    yield ""
+    yield (
+        f"Models {_setting(suite)}. Verdicts are by the rules above; what was not run is left out. Where there is one "
+        "seed, that is all there is: a difference may be the seed's."
+    )
+    yield ""
+    yield from (line for line in _found(suite, loss_neutral).lines if "| not run |" not in line)
+    yield ""
+    findings = [_found(suite, find) for find in FINDINGS if find is not grafts]
+    measured = [finding for finding in findings if finding.verdict != "not measured"]
+    yield "| finding | verdict | in one sentence | from |"
+    yield "|---|---|---|---|"
+    for finding in measured:
+        files = ", ".join(f"`{name}`" for name in finding.files)
+        yield f"| {finding.title} | **{finding.verdict}** | {finding.sentence} | {files} |"
+    yield ""
+    for find in DETAILED:
+        finding = _found(suite, find)
+        if finding.lines:
+            yield f"{finding.title}:"
+            yield ""
+            yield from finding.lines
+            yield ""
+    yield from _draw_boundaries(suite, asked)
+
+
+def _traces(suites: list[Suite]) -> Iterator[str]:
     yield "## Where the numbers come from"
     yield ""
     yield "The runs, and the code that they were scored with; each folder of results has the whole configuration."
     yield ""
     yield "| run | command | parameters | weights (sha256) | commit | torch | device |"
     yield "|---|---|---|---|---|---|---|"
-    for variant in VARIANTS:
-        for seed, folder in suite.runs(variant).items():
-            run = read_json(folder / "run.json")
-            git = run["git"] or {"commit": "none", "changed": False}
-            yield (
-                f"| {variant}-{seed} | `{run['command']}` | {run['parameters']:,} | "
-                f"{run['sha256']['model.safetensors'][:12]} | {git['commit'][:10]}{'+' if git['changed'] else ''} | "
-                f"{run['versions']['torch']} | {run['device']} |"
-            )
+    for suite in suites:
+        for variant in VARIANTS:
+            for seed, folder in suite.runs(variant).items():
+                run = read_json(folder / "run.json")
+                git = run["git"] or {"commit": "none", "changed": False}
+                weights = run["sha256"]["model.safetensors"]
+                yield (
+                    f"| {suite.folder.name} {variant}-{seed} | `{run['command']}` | {run['parameters']:,} | "
+                    f"{weights[:12]} | {git['commit'][:10]}{'+' if git['changed'] else ''} | "
+                    f"{run['versions']['torch']} | {run['device']} |"
+                )
     yield ""
     yield "A commit with + had changes beside it that were not committed yet. The commands, in order:"
     yield ""
-    yield f"    python -m training suite --preset {asked.preset}"
-    yield f"    python -m training measure --preset {asked.preset}"
-    yield f"    python -m training results --preset {asked.preset}"
+    for suite in suites:
+        for seeds, variants in _run_together(suite).items():
+            options = f"--variants {' '.join(variants)} --seeds {' '.join(map(str, seeds))}"
+            yield f"    python -m training suite --preset {suite.folder.name} {options}"
+        if suite.runs("static"):
+            yield f"    python -m training measure --preset {suite.folder.name}"
+    yield "    python -m training ship"
+    yield "    python -m training results"
 
 
-def _draw_losses(suite: Suite, asked: ResultsConfig) -> list[str]:
+def _run_together(suite: Suite) -> dict[tuple[int, ...], list[str]]:
+    """Variants by the seeds that they were run at."""
+    together: dict[tuple[int, ...], list[str]] = {}
+    for variant in VARIANTS:
+        if seeds := tuple(suite.runs(variant)):
+            together.setdefault(seeds, []).append(variant)
+    return together
+
+
+def _draw_sentences(asked: ResultsConfig) -> Iterator[str]:
+    """The sentences as the shipped model places them; figures stay as they are where there is no font for one."""
+    if DRAWN not in shipped_names():
+        return
+    model = HookedPositionTransformer.from_pretrained(DRAWN)
+    for language, sentence in SENTENCES.items():
+        path = asked.figures / f"results_{language}.png"
+        try:
+            spacing(model, sentence, path=path)
+        except MissingFontError as error:
+            say(f"{path} was not drawn: {error}")
+        title = language.capitalize()
+        yield f"![{title}: characters of a sentence at their learned positions, one row a layer, in {DRAWN}]({path})"
+        yield ""
+
+
+def _draw_losses(suite: Suite, asked: ResultsConfig) -> Iterator[str]:
     rows = []
     for variant in list(VARIANTS)[1:]:
         row = suite.paired(variant)
@@ -139,36 +244,35 @@ def _draw_losses(suite: Suite, asked: ResultsConfig) -> list[str]:
             {"name": name, "difference": row["difference"], "low": row[ends[0]], "high": row[ends[1]], "group": group}
         )
     if not rows:
-        return []
+        return
     static = suite.loss("static")
     assert static is not None
     caption = (
-        f"Preset {asked.preset}; {static['bytes']:,.0f} held-out bytes of {static['documents']:,.0f} documents, "
+        f"Preset {suite.folder.name}; {static['bytes']:,.0f} held-out bytes of {static['documents']:,.0f} documents, "
         "English and Chinese; in brackets the number of seeds. Intervals: 95%."
     )
-    path = asked.figures / "results_losses.png"
+    path = asked.figures / f"results_losses_{suite.folder.name}.png"
     differences_chart(pd.DataFrame(rows), "Loss of each source minus static RoPE", "nats per byte", caption, path)
-    return [f"![Loss of each source minus that of static RoPE]({path})", ""]
+    yield f"![Loss of each source minus that of static RoPE]({path})"
+    yield ""
 
 
-def _draw_boundaries(suite: Suite, asked: ResultsConfig) -> list[str]:
+def _draw_boundaries(suite: Suite, asked: ResultsConfig) -> Iterator[str]:
     tables = []
     for variant in ("per_layer", "shared"):
         for seed, table in suite.tables(variant, "boundaries").items():
             tables.append(areas(table).assign(measure=f"{NAMES[variant]}, seed {seed}"))
             statistic = areas(table, "mutual information")  # of the text, and so the same for every run
     if not tables:
-        return []
+        return
     found = pd.concat([*tables, statistic], ignore_index=True)
     first = found.iloc[0]
     caption = (
-        f"Preset {asked.preset}; {first['n']:,} gaps between Chinese characters in {first['lines']:,} held-out lines "
-        "of the People's Daily, segmented by people. Mutual information: of the two characters, from the training "
-        "text. Intervals: 95% of resamples of lines."
+        f"Preset {suite.folder.name}; {first['n']:,} gaps between Chinese characters in {first['lines']:,} "
+        "held-out lines of the People's Daily, segmented by people. Mutual information: of the two characters, from "
+        "the training text. Intervals: 95% of resamples of lines."
     )
-    path = asked.figures / "results_boundaries.png"
+    path = asked.figures / f"results_boundaries_{suite.folder.name}.png"
     auc_chart(found, "Increments at Chinese word boundaries", caption, path)
-    return [f"![Area under the ROC curve of increments at Chinese word boundaries, by layer]({path})", ""]
-
-
-FIGURES: tuple[Callable[[Suite, ResultsConfig], list[str]], ...] = (_draw_losses, _draw_boundaries)
+    yield f"![Area under the ROC curve of increments at Chinese word boundaries, by layer]({path})"
+    yield ""
