@@ -11,7 +11,6 @@ import importlib.util
 import io
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
@@ -372,25 +371,24 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     Raises:
         PositionsError: the place cannot be written.
     """
-    staging = None
     if path.exists() and not path.is_dir():
         raise PositionsError(f"{path} is a file; expected a folder.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        yield staging
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-            os.replace(path, old / path.name)
-            os.replace(staging, path)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(staging, path)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True) as room:
+            staging, old = Path(room) / "new", Path(room) / "old"
+            staging.mkdir()
+            yield staging
+            try:
+                if path.exists():
+                    os.replace(path, old)
+                os.replace(staging, path)
+            except BaseException:
+                if old.exists() and not path.exists():
+                    os.replace(old, path)
+                raise
     except (OSError, SafetensorError) as error:
         raise PositionsError(f"{path} cannot be written: {error}; expected a writable folder with room.") from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Adapters hold streams without their base, know it, and refuse another; a base is itself in any dtype and bridge."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 import lens_positions as lp
-from lens_positions.pretrained import fingerprint, load_base, load_pretrained, save_pretrained
+from lens_positions import PositionsError
+from lens_positions.pretrained import fingerprint, load_base, load_pretrained, replaced_folder, save_pretrained
 from lens_positions.tokenizer import byte_tokenizer
 
 TOKENS = torch.randint(0, 257, (2, 11), generator=torch.Generator().manual_seed(6))
@@ -303,3 +305,26 @@ def test_the_description_names_the_base(grafted, base, tmp_path):
         "sha256": fingerprint(load_base(base)[0]),
         "dtype": "float32",
     }
+
+
+def test_a_replaced_folder_is_as_readable_as_any_and_comes_back_if_the_last_step_fails(tmp_path, monkeypatch):
+    path = tmp_path / "model"
+    with replaced_folder(path) as folder:
+        (folder / "a").write_text("first")
+    (tmp_path / "other").mkdir()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+    moves = []
+
+    def failing(source, target):
+        moves.append(target)
+        if len(moves) == 2:
+            raise OSError("no room")
+        rename(source, target)
+
+    rename = os.replace
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(PositionsError, match="no room"), replaced_folder(path) as folder:
+        (folder / "a").write_text("second")
+    assert len(moves) == 3
+    assert (path / "a").read_text() == "first"
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["model", "other"]

@@ -276,11 +276,8 @@ def _write_header(file: IO[bytes], length: int, dtype: str) -> None:
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Write under a temporary name in the same folder and rename, so that `path` never holds half a file."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        staging = Path(folder) / path.name
+        with staging.open("wb") as file:
             write(file)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        os.replace(staging, path)
