@@ -99,6 +99,14 @@ def test_what_is_measured_is_left_and_new_weights_are_measured_anew(trained, cap
     assert "what was measured stays" in capsys.readouterr().err
 
 
+def test_some_measurements_can_be_asked_for_and_the_rest_come_later(trained):
+    measure(asked(trained, tables=("saturation", "kinds")))
+    described = trained / "results" / "per_layer-0" / "measured.json"
+    assert list(json.loads(described.read_text())) == ["kinds", "saturation"]
+    measure(asked(trained))
+    assert set(json.loads(described.read_text())) == set(MEASUREMENTS)
+
+
 def test_an_interruption_keeps_the_measurements_that_are_done(trained, monkeypatch):
     def stop(subject):
         raise KeyboardInterrupt
@@ -115,6 +123,7 @@ def test_an_interruption_keeps_the_measurements_that_are_done(trained, monkeypat
     [
         (["measure", "--only", "shared-7"], "has no scored run 'shared-7'"),
         (["measure", "--only", "static-0"], "no scored run with increments"),
+        (["measure", "--tables", "colours"], "there is no measurement 'colours'; expected some of boundaries, kinds"),
     ],
 )
 def test_bad_requests_end_in_one_sentence(trained, arguments, says, capsys):

@@ -53,12 +53,14 @@ class MeasureConfig:
         output: the folder of the runs; runs/suite/PRESET where none is given.
         results: the folder of the results; results/PRESET where none is given.
         only: some of the runs, such as per_layer-0; all finished and scored ones if none is named.
+        tables: some of the measurements, such as boundaries; all if none is named.
     """
 
     preset: str = "tiny"
     output: Path | None = None
     results: Path | None = None
     only: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
 
 
 class Text:
@@ -182,8 +184,10 @@ def measure(asked: MeasureConfig) -> list[str]:
     weights have changed since is measured anew; one whose weights are not here keeps the files that it has.
 
     Raises:
-        PositionsError: no scored run with increments of its own, or an unknown one.
+        PositionsError: no scored run with increments of its own, or an unknown one, or an unknown measurement.
     """
+    if wrong := set(asked.tables) - set(MEASUREMENTS):
+        raise PositionsError(f"there is no measurement {min(wrong)!r}; expected some of {', '.join(MEASUREMENTS)}.")
     runs = asked.output or Path("runs/suite") / asked.preset
     results = asked.results or Path("results") / asked.preset
     scored = [path.parent for path in sorted(results.glob("*/run.json"))]
@@ -197,17 +201,18 @@ def measure(asked: MeasureConfig) -> list[str]:
             "python -m training suite before."
         )
     text, measured = Text(), []
+    names = [name for name in MEASUREMENTS if name in asked.tables or not asked.tables]
     for number, folder in enumerate(chosen, 1):
         run = runs / folder.name
         if not finished(run):
             say(f"{folder.name}: its weights are not in {run}; what was measured stays")
             continue
-        _measure(run, folder, text, f"{folder.name} ({number} of {len(chosen)})")
+        _measure(run, folder, text, names, f"{folder.name} ({number} of {len(chosen)})")
         measured.append(folder.name)
     return measured
 
 
-def _measure(run: Path, folder: Path, text: Text, title: str) -> None:
+def _measure(run: Path, folder: Path, text: Text, names: list[str], title: str) -> None:
     model, weights = run / "model", weights_of(run)
     if weights != read_json(folder / "run.json")["sha256"]:
         raise PositionsError(
@@ -215,7 +220,7 @@ def _measure(run: Path, folder: Path, text: Text, title: str) -> None:
         )
     described = folder / "measured.json"
     done: dict[str, Any] = read_json(described) if described.exists() else {}
-    left = [name for name in MEASUREMENTS if done.get(name, {}).get("sha256") != weights]
+    left = [name for name in names if done.get(name, {}).get("sha256") != weights]
     if not left:
         return
     subject = Subject(HookedPositionTransformer.from_pretrained(str(model)), text)
