@@ -31,7 +31,6 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-from ..causal.replay import evaluating
 from ..causal.sweeps import one_prompt
 from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
@@ -40,6 +39,7 @@ from ..interventions import HOOK, Hooks, Some, finite, hook_names, index_of
 from ..progress import tracked
 from .intervals import Tally, drawn_means, interval_of, resamples, shuffled_within
 from .reading import Texts, windows
+from .running import EARLIEST, attention_names, keep, run
 
 ROTATION = HOOK.format("rotation")
 SIDES = ("query", "key")
@@ -115,8 +115,8 @@ def rotary_layout(model: TransformerBridge, layers: Some = None) -> dict[int, Ro
         hooks: Hooks = [(name, partial(_turn_by_known, angles, layer, turned)) for layer, name in rotations.items()]
         # Patterns are held, so that every layer sees in both runs what it sees in the first.
         hooks += [(name, partial(_hold, held)) for name in patterns.values() if name in model.hook_dict]
-        hooks += [(n, partial(_keep, seen, layer)) for layer in rotations for n in _names(model, layer, "rot_q")]
-        _run(model, tokens, hooks)
+        hooks += [(n, partial(keep, seen, layer)) for layer in rotations for n in _names(model, layer, "rot_q")]
+        run(model, tokens, hooks)
         runs.append(seen)
     layouts = {}
     for layer in rotations:
@@ -184,9 +184,9 @@ def _layout_of_scores(model: TransformerBridge, tokens: Int[Tensor, "1 pos"], la
     sites = {what: _names(model, layer, what) for what in ("rotation", "q", "k", "attn_scores")}
     seen: dict[str, Tensor] = {}
     frequencies: list[Tensor] = []
-    hooks: Hooks = [(name, partial(_keep, seen, what)) for what, names in sites.items() for name in names]
+    hooks: Hooks = [(name, partial(keep, seen, what)) for what, names in sites.items() for name in names]
     hooks += [(name, partial(_note_frequencies, frequencies)) for name in sites["rotation"]]
-    _run(model, tokens, hooks)
+    run(model, tokens, hooks)
     if len(seen) == len(sites) and seen["q"].ndim == seen["k"].ndim == 4 and seen["rotation"].ndim == 4:
         own = frequencies[0]
         components = torch.tensor([i for i, w in enumerate(own) if w not in own[:i]])
@@ -245,7 +245,7 @@ def frequency_norms(model: HookedPositionTransformer, texts: Texts, layers: Some
         for layer, layout in layouts.items():
             for side in SIDES:
                 hooks += _states_hooks(model, layer, layout, side, partial(tally, side, layer, owners))
-        _run(model, rows, hooks)
+        run(model, rows, hooks)
     draws = resamples(len(documents), seed)
     table = []
     for layer, layout in layouts.items():
@@ -313,7 +313,7 @@ def _each_score(
         for side in SIDES:
             hooks += _states_hooks(model, layer, layout, side, partial(seen.__setitem__, side))
         hooks.append((scores[0], partial(_split, layer, layout, seen, use)))
-    _run(model, rows, hooks)
+    run(model, rows, hooks)
 
 
 def _states_hooks(
@@ -484,8 +484,6 @@ def _truncated(
 
 
 OFFSETS = 8
-EARLIEST = 16
-"""Queries before this one are left out: they have few offsets to choose from."""
 
 POSITIONAL = 0.5
 
@@ -516,9 +514,7 @@ def positional_heads(
     batches = [batch for batch in batches if batch[0][2] - batch[0][1] > EARLIEST]
     if not batches:
         raise PositionsError(f"no text has {EARLIEST + 1} tokens; expected at least one, to see offsets from afar.")
-    patterns = dict(hook_names(model, layers, "attn.hook_pattern"))
-    if missing := [layer for layer, name in patterns.items() if name not in model.hook_dict]:
-        raise PositionsError(f"layer {missing[0]} has no attention patterns in TransformerLens; expected some.")
+    patterns = attention_names(model, layers, "pattern")
     tallies = {(layer, shuffled): Tally(len(documents)) for layer in patterns for shuffled in (False, True)}
 
     def tally(layer: int, shuffled: bool, owners: list[int], pattern: Tensor, hook: HookPoint) -> None:
@@ -531,7 +527,7 @@ def positional_heads(
         order = shuffled_within(np.arange(rows.numel()) // rows.shape[1], seed + number)
         for shuffled, tokens in ((False, rows), (True, rows.flatten()[torch.from_numpy(order)].view_as(rows))):
             hooks: Hooks = [(name, partial(tally, layer, shuffled, owners)) for layer, name in patterns.items()]
-            _run(model, tokens, hooks)
+            run(model, tokens, hooks)
     draws = resamples(len(documents), seed)
     table = []
     for layer in patterns:
@@ -615,18 +611,9 @@ def _turned(states: Tensor, distances: Tensor, frequencies: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def _run(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], hooks: Hooks) -> None:
-    with evaluating(model), torch.no_grad():
-        model.run_with_hooks(tokens, fwd_hooks=cast(Any, hooks), return_type=None)
-
-
 def _names(model: TransformerBridge, layer: int, what: str) -> list[str]:
     """The name of a hook point in the attention of a layer, if the model has it."""
     return [name for _, name in hook_names(model, layer, HOOK.format(what)) if name in model.hook_dict]
-
-
-def _keep(kept: dict[Any, Tensor], what: Any, states: Tensor, hook: HookPoint) -> None:
-    kept[what] = states.detach()
 
 
 def _hold(held: dict[str, Tensor], pattern: Tensor, hook: HookPoint) -> Tensor:

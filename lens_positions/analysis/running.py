@@ -1,0 +1,39 @@
+"""Running a model for what its attention does: hooks that look, and no gradients."""
+
+from typing import Any, cast
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
+
+from ..causal.replay import evaluating
+from ..errors import PositionsError
+from ..interventions import HOOK, Hooks, Some, hook_names
+
+EARLIEST = 16
+"""Queries before this one are left out where attention is judged from afar: they have few keys to choose from."""
+
+
+def attention_names(model: TransformerBridge, layers: Some, what: str) -> dict[int, str]:
+    """The hook point of "pattern" or "attn_scores" by layer.
+
+    Raises:
+        PositionsError: no such layer, or one whose attention TransformerLens does not show.
+    """
+    names = dict(hook_names(model, layers, HOOK.format(what)))
+    if missing := [layer for layer, name in names.items() if name not in model.hook_dict]:
+        raise PositionsError(f"layer {missing[0]} shows no {what} in TransformerLens; expected attention that does.")
+    return names
+
+
+def run(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], hooks: Hooks) -> None:
+    """Run rows for what hooks see of them."""
+    with evaluating(model), torch.no_grad():
+        model.run_with_hooks(tokens, fwd_hooks=cast(Any, hooks), return_type=None)
+
+
+def keep(kept: dict[Any, Tensor], what: Any, states: Tensor, hook: HookPoint) -> None:
+    """A hook function that keeps what it sees."""
+    kept[what] = states.detach()
