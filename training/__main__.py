@@ -12,6 +12,7 @@ from lens_positions.errors import PositionsError
 from .config import GraftConfig, TrainConfig, load_preset, preset_names, updated
 from .graft import PARTS, graft
 from .loop import newest_checkpoint, read_description, train
+from .maximum import MaximumConfig, maximum, print_accuracies
 from .measure import MEASUREMENTS, MeasureConfig, measure
 from .results import ResultsConfig, write_results
 from .ship import SHIPPED, ShipConfig, ship
@@ -58,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         "measure": measure_command,
         "results": results_command,
         "ship": ship_command,
+        "maximum": maximum_command,
     }
     try:
         if not argv or argv[0] not in commands:
@@ -124,6 +126,14 @@ def results_command(argv: list[str]) -> int:
     """Write RESULTS.md from the files of results."""
     description = "Write RESULTS.md and its figures from the files of results alone."
     print(write_results(tyro.cli(ResultsConfig, prog="python -m training results", description=description, args=argv)))
+    return 0
+
+
+def maximum_command(argv: list[str]) -> int:
+    """Train the maximum-retrieval task and print its accuracy by number of items."""
+    description = "Which class has the largest of n items? Trained on 5 to 16, tested on more, by Veličković et al."
+    table = maximum(tyro.cli(MaximumConfig, prog="python -m training maximum", description=description, args=argv))
+    print_accuracies(table)
     return 0
 
 

@@ -1,5 +1,7 @@
 """Running a model for what its attention does: hooks that look, and no gradients."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -28,10 +30,17 @@ def attention_names(model: TransformerBridge, layers: Some, what: str) -> dict[i
     return names
 
 
+@contextmanager
+def evaluated(model: TransformerBridge, hooks: Hooks) -> Iterator[None]:
+    """In eval mode, without gradients, and with these hooks."""
+    with evaluating(model), torch.no_grad(), model.hooks(fwd_hooks=cast(Any, hooks)):
+        yield
+
+
 def run(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], hooks: Hooks) -> None:
     """Run rows for what hooks see of them."""
-    with evaluating(model), torch.no_grad():
-        model.run_with_hooks(tokens, fwd_hooks=cast(Any, hooks), return_type=None)
+    with evaluated(model, hooks):
+        model(tokens, return_type=None)
 
 
 def keep(kept: dict[Any, Tensor], what: Any, states: Tensor, hook: HookPoint) -> None:

@@ -1,18 +1,25 @@
-"""How a model uses RoPE itself: `frequencies`."""
+"""How a model uses RoPE itself: `frequencies`, `absolute` and `dispersion`."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 import torch
 from rich.text import Text
+from tyro.conf import arg
 
+from .. import corpora
+from ..analysis.absolute_position import absolute_variation, attention_sinks, replacement_effects
+from ..analysis.dispersion import adaptive_temperature, attention_dispersion, loss_by_length
 from ..analysis.frequencies import SIDES, frequency_norms, high_frequency_use, positional_heads
+from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
+from ..interventions import ablate
 from ..terminal import print_grid, print_line
-from ..viz.measurements import frequency_map
+from ..viz.measurements import frequency_map, lines_chart
 from .app import app, check_outputs, drawn
 from .measuring import Characters, Chart, Corpus, Csv, Model, Seed, headed, read_heldout, written
 
@@ -71,6 +78,136 @@ def frequencies(
         caption = f"{loaded.name}; {what}. Means over heads and tokens."
         with drawn(console, figure):
             _draw(loaded, norms, caption, figure)
+
+
+@app.command
+def absolute(
+    model: Model,
+    corpus: Corpus = "english",
+    texts: Annotated[int, arg(help="how many pieces of held-out documents give their beginnings.")] = 24,
+    hold: Annotated[bool, arg(help="hold positions on a ruler, so that learned increments tell nothing.")] = False,
+    seed: Seed = 0,
+    csv: Csv = None,
+    figure: Chart = None,
+) -> None:
+    """Show where absolute position comes from, layer by layer, on texts whose beginning repeats.
+
+    The log attention at a fixed distance varies over repeats through the score (the residual stream) and through the
+    sum over all keys (the causal mask); then, what goes when the first token's embedding is replaced.
+    """
+    check_outputs(csv, figure)
+    loaded = HookedPositionTransformer.from_pretrained(model)
+    if texts < 2:
+        raise PositionsError(f"--texts is {texts}; expected at least 2, for intervals.")
+    given = _pieces(corpora.load(corpus)["heldout"]["text"], texts)
+    hooks = ablate(loaded, to=1.0, site="positions") if hold else None
+    table = absolute_variation(loaded, given, hooks=hooks, seed=seed)
+    drops = replacement_effects(loaded, given, hooks=hooks, seed=seed)
+    sinks = attention_sinks(loaded, given, hooks=hooks, seed=seed).groupby("layer")["share"]
+    repeats = int(table["repeat"].max())
+    quarter = max(1, repeats // 4)
+    what = f"the beginnings of {len(given)} pieces of held-out {corpus}, {repeats + 1} times over"
+    console = headed(
+        f"{loaded.name}: variation of log attention with absolute position, {what}",
+        "nats squared, mean over heads, early and late quarter of the repeats; attention to position 0 (largest head)",
+    )
+    sides = {"early": table["repeat"] <= quarter, "late": table["repeat"] > repeats - quarter}
+    means = {name: table[where].groupby("layer")[["residual", "mask"]].mean() for name, where in sides.items()}
+    layers = list(dict.fromkeys(table["layer"]))
+    columns = [f"{part}, {name}" for name in sides for part in ("residual", "mask")] + ["sink"]
+    cells = []
+    for layer in layers:
+        values = [f"{means[name].loc[layer, part]:.4f}" for name in sides for part in ("residual", "mask")]
+        cells.append([Text(value) for value in (*values, f"{sinks.mean()[layer]:.0%} ({sinks.max()[layer]:.0%})")])
+    print_grid(console, [f"layer {layer}" for layer in layers], columns, cells)
+    print_line(console, "the residual part that goes when the embedding at position 0 is replaced (95% intervals):\n")
+    rows: Any = drops[drops["layer"] == "all"].itertuples()
+    for row in rows:
+        print_line(
+            console, f"  {row.replacement:6} {row.queries:5}  {row.drop:+.0%} ({row.low:+.0%} to {row.high:+.0%})"
+        )
+    written(console, table, csv)
+    if figure is not None:
+        lines = pd.concat(
+            [
+                means[name][part].rename("value").reset_index().assign(measure=f"{part}, {name}")
+                for part in ("residual", "mask")
+                for name in sides
+            ]
+        )
+        lines = lines.rename(columns={"layer": "at"}).assign(low=math.nan, high=math.nan)
+        caption = f"{loaded.name}; {what}. Means over heads. log attention = score (residual) - log Z (mask)."
+        unit = "variance over repeats, nats squared"
+        with drawn(console, figure):
+            lines_chart(lines, "Absolute position by layer", unit, "layer", layers, 0.0, caption, figure)
+
+
+EXCERPT = 200
+"""Characters of a document that are enough for a block of tokens."""
+
+
+def _pieces(documents: Sequence[str], count: int) -> list[str]:
+    """So many pieces of the documents, spread evenly over all their text."""
+    pieces = [text[i : i + EXCERPT] for text in documents for i in range(0, len(text) - EXCERPT + 1, EXCERPT)]
+    if len(pieces) < count:
+        raise PositionsError(f"the held-out text has {len(pieces)} pieces of {EXCERPT} characters; expected {count}.")
+    return [pieces[i * len(pieces) // count] for i in range(count)]
+
+
+@app.command
+def dispersion(
+    model: Model,
+    corpus: Corpus = "english",
+    characters: Characters = 20_000,
+    lengths: Annotated[tuple[int, ...], arg(help="tokens of a window at which the loss is measured.")] = (64, 128, 256),
+    seed: Seed = 0,
+    csv: Csv = None,
+    figure: Chart = None,
+) -> None:
+    """Show how attention spreads with the number of items, and what an adaptive temperature does to the loss."""
+    check_outputs(csv, figure)
+    loaded, texts, what = read_heldout(model, corpus, characters)
+    hooks = adaptive_temperature(loaded)
+    table = attention_dispersion(loaded, texts, seed=seed)
+    losses = loss_by_length(loaded, texts, hooks, lengths, seed)
+    console = headed(
+        f"{loaded.name}: attention by the number of items, {what}",
+        "entropy in nats (largest weight), mean over heads; the entropy of even attention below",
+    )
+    groups = table.groupby(["layer", "items"])[["entropy", "largest", "log_items"]].mean()
+    layers, items = list(dict.fromkeys(table["layer"])), sorted(set(table["items"]))
+    cells = [
+        [
+            Text(f"{row['entropy']:.2f} ({row['largest']:.2f})")
+            for row in groups.loc[layer].loc[items].to_dict("records")
+        ]
+        for layer in layers
+    ]
+    even = table.groupby("items")["log_items"].mean()
+    cells.append([Text(f"{even[n]:.2f}") for n in items])
+    print_grid(console, [*(f"layer {layer}" for layer in layers), "even"], [f"{n:,}" for n in items], cells)
+    print_line(console, "loss with every score at an adaptive temperature, nats per token (95% intervals):\n")
+    rows: Any = losses.itertuples()
+    for row in rows:
+        interval = "" if math.isnan(row.low) else f" ({row.low:+.4f} to {row.high:+.4f})"
+        print_line(
+            console,
+            f"  {row.length:,} tokens: {row.loss:.4f}, with it {row.changed:.4f}, {row.difference:+.4f}{interval}, "
+            f"n = {row.n:,}",
+        )
+    written(console, table, csv)
+    if figure is not None:
+        shown = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
+        lines = [
+            groups.loc[layer]["entropy"].rename("value").reset_index().assign(measure=f"layer {layer}")
+            for layer in shown
+        ]
+        lines.append(even.rename("value").reset_index().assign(measure="even: log n"))
+        drawn_table = pd.concat(lines).rename(columns={"items": "at"}).assign(low=math.nan, high=math.nan)
+        caption = f"{loaded.name}; {what}. Means over heads."
+        with drawn(console, figure):
+            title, across = "Entropy by number of items", "items from, to twice as many"
+            lines_chart(drawn_table, title, "nats", across, items, 0.0, caption, figure, octaves=True)
 
 
 def _bands(norms: pd.DataFrame) -> "pd.Series[str]":

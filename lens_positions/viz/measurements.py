@@ -98,24 +98,60 @@ def auc_chart(table: pd.DataFrame, title: str, caption: str = "", path: str | Pa
     if missing := {"measure", "layer", "auc", "low", "high"} - set(table):
         raise PositionsError(f"the table lacks {', '.join(sorted(missing))}; expected measure, layer, auc, low, high.")
     numbers = sorted({int(layer) for layer in table["layer"].dropna()})
+    lines = table.rename(columns={"layer": "at", "auc": "value"})
+    return lines_chart(lines, title, "area under the ROC curve; 0.5 is chance", "layer", numbers, 0.5, caption, path)
+
+
+def lines_chart(
+    table: pd.DataFrame,
+    title: str,
+    unit: str,
+    across: str,
+    ticks: Sequence[float],
+    level: float | None = None,
+    caption: str = "",
+    path: str | Path | None = None,
+    octaves: bool = False,
+) -> Figure:
+    """Draw values along something, one line a measure, with intervals.
+
+    Args:
+        table: a row for each `measure` and place `at` with `value` and its interval `low` to `high` (NaN for none); a
+            measure without a place (NaN) becomes a level line.
+        title: what is drawn.
+        unit: of the values.
+        across: what runs along the horizontal axis.
+        ticks: its marks.
+        level: where a faint level line is drawn; None for none.
+        caption: what is shown, of which model and text.
+        path: where to write the figure as well, as .png, .svg or .pdf.
+        octaves: whether every doubling takes as much room.
+
+    Raises:
+        PositionsError: missing columns, or a path that cannot be written.
+    """
+    if missing := {"measure", "at", "value", "low", "high"} - set(table):
+        raise PositionsError(f"the table lacks {', '.join(sorted(missing))}; expected measure, at, value, low, high.")
     with style.context():
-        size = (max(0.35 * len(numbers), 3.4), 2.4)
-        figure, axes = style.framed(
-            size, title, "area under the ROC curve; 0.5 is chance", caption, (0.6, 0.3, 0.95, 0.5)
-        )
-        axes.axhline(0.5, color=style.FAINT, linewidth=0.8, zorder=0)
+        size = (max(0.35 * len(ticks), 3.4), 2.4)
+        figure, axes = style.framed(size, title, unit, caption, (0.6, 0.3, 1.15, 0.5))
+        if octaves:
+            axes.set_xscale("log", base=2)
+        if level is not None:
+            axes.axhline(level, color=style.FAINT, linewidth=0.8, zorder=0)
         for i, (measure, rows) in enumerate(table.groupby("measure", sort=False)):
             colour = MEASURE_COLOURS[i % len(MEASURE_COLOURS)]
-            if rows["layer"].isna().all():
+            if rows["at"].isna().all():
                 row = rows.iloc[0]
                 axes.axhspan(row["low"], row["high"], color=colour, alpha=0.15, linewidth=0)
-                axes.axhline(row["auc"], color=colour, linestyle="--", linewidth=1.2, label=measure)
+                axes.axhline(row["value"], color=colour, linestyle="--", linewidth=1.2, label=measure)
                 continue
-            places = rows["layer"].astype(int) + (i - 0.5) * 0.06
+            places = rows["at"] * 2 ** ((i - 0.5) * 0.04) if octaves else rows["at"] + (i - 0.5) * 0.06
             axes.vlines(places, rows["low"], rows["high"], color=colour, linewidth=1.2)
-            axes.plot(places, rows["auc"], "o-", color=colour, markersize=4, linewidth=1, label=measure)
-        axes.set_xticks(numbers)
-        axes.set_xlabel("layer")
+            axes.plot(places, rows["value"], "o-", color=colour, markersize=4, linewidth=1, label=measure)
+        axes.set_xticks(list(ticks), [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel(across)
         axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
     if path is not None:
         style.save(figure, path)
