@@ -16,7 +16,7 @@ from .maximum import MaximumConfig, maximum, print_accuracies
 from .measure import MEASUREMENTS, MeasureConfig, measure
 from .results import ResultsConfig, write_results
 from .ship import SHIPPED, ShipConfig, ship
-from .suite import VARIANTS, SuiteConfig, suite
+from .suite import ROPE_VARIANTS, VARIANTS, SuiteConfig, suite
 
 TRAIN = """Train a model with position streams from fresh weights.
 
@@ -33,7 +33,8 @@ GRAFT = """Learn position streams on a pretrained model, and compare it with the
 
 SUITE = """Train every variant of increments at several seeds with the same data, and compare their losses.
 
-The variants are %s. Runs that are finished are kept, interrupted ones go on, and several of these commands may share
+The variants are %s; and, of RoPE itself,
+%s. Runs that are finished are kept, interrupted ones go on, and several of these commands may share
 the work of one folder. The presets are %s.
 """
 
@@ -103,7 +104,7 @@ def graft_command(argv: list[str]) -> int:
 
 def suite_command(argv: list[str]) -> int:
     """Train, score and compare what is left of a suite."""
-    description = SUITE % (", ".join(VARIANTS), ", ".join(preset_names()))
+    description = SUITE % (", ".join(VARIANTS), ", ".join(ROPE_VARIANTS), ", ".join(preset_names()))
     config = tyro.cli(SuiteConfig, prog="python -m training suite", description=description, args=argv)
     try:
         suite(config)

@@ -99,7 +99,7 @@ def absolute(
     loaded = HookedPositionTransformer.from_pretrained(model)
     if texts < 2:
         raise PositionsError(f"--texts is {texts}; expected at least 2, for intervals.")
-    given = _pieces(corpora.load(corpus)["heldout"]["text"], texts)
+    given = _pieces(list(corpora.load(corpus)["heldout"]["text"]), texts)
     hooks = ablate(loaded, to=1.0, site="positions") if hold else None
     table = absolute_variation(loaded, given, hooks=hooks, seed=seed)
     drops = replacement_effects(loaded, given, hooks=hooks, seed=seed)
