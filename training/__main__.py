@@ -12,6 +12,8 @@ from lens_positions.errors import PositionsError
 from .config import GraftConfig, TrainConfig, load_preset, preset_names, updated
 from .graft import PARTS, graft
 from .loop import newest_checkpoint, read_description, train
+from .machinery import MEASUREMENTS as MACHINERY
+from .machinery import MachineryConfig, machinery
 from .maximum import MaximumConfig, maximum, print_accuracies
 from .measure import MEASUREMENTS, MeasureConfig, measure
 from .results import ResultsConfig, write_results
@@ -60,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         "measure": measure_command,
         "results": results_command,
         "ship": ship_command,
+        "machinery": machinery_command,
         "maximum": maximum_command,
     }
     try:
@@ -127,6 +130,16 @@ def results_command(argv: list[str]) -> int:
     """Write RESULTS.md from the files of results."""
     description = "Write RESULTS.md and its figures from the files of results alone."
     print(write_results(tyro.cli(ResultsConfig, prog="python -m training results", description=description, args=argv)))
+    return 0
+
+
+def machinery_command(argv: list[str]) -> int:
+    """Measure how models use RoPE itself."""
+    description = f"Frequencies, absolute position and dispersion: {', '.join(MACHINERY)}. What is measured is left."
+    names = machinery(
+        tyro.cli(MachineryConfig, prog="python -m training machinery", description=description, args=argv)
+    )
+    print(f"measured: {', '.join(names)}")
     return 0
 
 

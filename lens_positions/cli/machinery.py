@@ -1,7 +1,6 @@
 """How a model uses RoPE itself: `frequencies`, `absolute` and `dispersion`."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -99,7 +98,7 @@ def absolute(
     loaded = HookedPositionTransformer.from_pretrained(model)
     if texts < 2:
         raise PositionsError(f"--texts is {texts}; expected at least 2, for intervals.")
-    given = _pieces(list(corpora.load(corpus)["heldout"]["text"]), texts)
+    given = corpora.heldout_pieces(corpus, texts)
     hooks = ablate(loaded, to=1.0, site="positions") if hold else None
     table = absolute_variation(loaded, given, hooks=hooks, seed=seed)
     drops = replacement_effects(loaded, given, hooks=hooks, seed=seed)
@@ -140,18 +139,6 @@ def absolute(
         unit = "variance over repeats, nats squared"
         with drawn(console, figure):
             lines_chart(lines, "Absolute position by layer", unit, "layer", layers, 0.0, caption, figure)
-
-
-EXCERPT = 200
-"""Characters of a document that are enough for a block of tokens."""
-
-
-def _pieces(documents: Sequence[str], count: int) -> list[str]:
-    """So many pieces of the documents, spread evenly over all their text."""
-    pieces = [text[i : i + EXCERPT] for text in documents for i in range(0, len(text) - EXCERPT + 1, EXCERPT)]
-    if len(pieces) < count:
-        raise PositionsError(f"the held-out text has {len(pieces)} pieces of {EXCERPT} characters; expected {count}.")
-    return [pieces[i * len(pieces) // count] for i in range(count)]
 
 
 @app.command
