@@ -87,7 +87,8 @@ def auc_chart(table: pd.DataFrame, title: str, caption: str = "", path: str | Pa
 
     Args:
         table: a row for each `measure` and `layer` (its number) with `auc` and its interval `low` to `high`; a measure
-            that has no layer (a statistic of the text) has NaN there and becomes a level line.
+            that has no layer (a statistic of the text) has NaN there and becomes a level line; with a column `run`, a
+            measure has a line for each of its runs.
         title: what is told from what.
         caption: what is shown, of which model and text.
         path: where to write the figure as well, as .png, .svg or .pdf.
@@ -111,9 +112,12 @@ def auc_chart(table: pd.DataFrame, title: str, caption: str = "", path: str | Pa
                 axes.axhspan(row["low"], row["high"], color=colour, alpha=0.15, linewidth=0)
                 axes.axhline(row["auc"], color=colour, linestyle="--", linewidth=1.2, label=measure)
                 continue
-            places = rows["layer"].astype(int) + (i - 0.5) * 0.06
-            axes.vlines(places, rows["low"], rows["high"], color=colour, linewidth=1.2)
-            axes.plot(places, rows["auc"], "o-", color=colour, markersize=4, linewidth=1, label=measure)
+            runs = [rows] if "run" not in table else [of_run for _, of_run in rows.groupby("run")]
+            for number, of_run in enumerate(runs):
+                places = of_run["layer"].astype(int) + (i - 0.5) * 0.06 + number * 0.02
+                label = measure if number == 0 else None
+                axes.vlines(places, of_run["low"], of_run["high"], color=colour, linewidth=1.2)
+                axes.plot(places, of_run["auc"], "o-", color=colour, markersize=4, linewidth=1, label=label)
         axes.set_xticks(numbers)
         axes.set_xlabel("layer")
         axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
