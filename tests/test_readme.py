@@ -40,7 +40,7 @@ def test_python_snippets_run_in_order(tmp_path, monkeypatch, smollm2):
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), names)
     increments, logits, stretched = names["increments"], names["logits"], names["stretched"]
-    assert increments.shape[:2] == (2, 1)
+    assert increments.shape[:2] == (6, 1)
     assert (logits[:, :3] == stretched[:, :3]).all()
     assert (logits[:, 3:] != stretched[:, 3:]).any()
 

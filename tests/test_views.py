@@ -295,6 +295,10 @@ def test_an_auc_stands_at_its_layer_and_a_statistic_of_the_text_is_level():
     assert list(lines["increment"].get_ydata()) == [0.5, 0.55, 0.6, 0.65]
     assert np.round(lines["increment"].get_xdata()).tolist() == [0, 1, 2, 3]
     assert list(lines["bigrams"].get_ydata()) == [0.6, 0.6]
+    twice = pd.DataFrame([row | {"run": run} for row in rows[:4] for run in (0, 1)])
+    first, second = [line for line in viz.auc_chart(twice, "Runs").axes[0].lines if line.get_marker() == "o"]
+    assert first.get_color() == second.get_color()
+    assert [first.get_label(), second.get_label()[0]] == ["increment", "_"]
     with pytest.raises(lp.PositionsError, match="the table lacks auc"):
         viz.auc_chart(pd.DataFrame(rows).drop(columns="auc"), "Word boundaries")
 

@@ -261,7 +261,7 @@ def _draw_boundaries(suite: Suite, asked: ResultsConfig) -> Iterator[str]:
     tables = []
     for variant in ("per_layer", "shared"):
         for seed, table in suite.tables(variant, "boundaries").items():
-            tables.append(areas(table).assign(measure=f"{NAMES[variant]}, seed {seed}"))
+            tables.append(areas(table).assign(measure=NAMES[variant], run=seed))
             statistic = areas(table, "mutual information")  # of the text, and so the same for every run
     if not tables:
         return
@@ -269,8 +269,8 @@ def _draw_boundaries(suite: Suite, asked: ResultsConfig) -> Iterator[str]:
     first = found.iloc[0]
     caption = (
         f"Preset {suite.folder.name}; {first['n']:,} gaps between Chinese characters in {first['lines']:,} "
-        "held-out lines of the People's Daily, segmented by people. Mutual information: of the two characters, from "
-        "the training text. Intervals: 95% of resamples of lines."
+        "held-out lines of the People's Daily, segmented by people; a line each seed. Mutual information: of the two "
+        "characters, from the training text. Intervals: 95% of resamples of lines."
     )
     path = asked.figures / f"results_boundaries_{suite.folder.name}.png"
     auc_chart(found, "Increments at Chinese word boundaries", caption, path)

@@ -87,7 +87,8 @@ def auc_chart(table: pd.DataFrame, title: str, caption: str = "", path: str | Pa
 
     Args:
         table: a row for each `measure` and `layer` (its number) with `auc` and its interval `low` to `high`; a measure
-            that has no layer (a statistic of the text) has NaN there and becomes a level line.
+            that has no layer (a statistic of the text) has NaN there and becomes a level line; with a column `run`, a
+            measure has a line for each of its runs.
         title: what is told from what.
         caption: what is shown, of which model and text.
         path: where to write the figure as well, as .png, .svg or .pdf.
@@ -117,7 +118,7 @@ def lines_chart(
 
     Args:
         table: a row for each `measure` and place `at` with `value` and its interval `low` to `high` (NaN for none); a
-            measure without a place (NaN) becomes a level line.
+            measure without a place (NaN) becomes a level line, and with a column `run` one has a line for each of them.
         title: what is drawn.
         unit: of the values.
         across: what runs along the horizontal axis.
@@ -134,7 +135,7 @@ def lines_chart(
         raise PositionsError(f"the table lacks {', '.join(sorted(missing))}; expected measure, at, value, low, high.")
     with style.context():
         size = (max(0.35 * len(ticks), 3.4), 2.4)
-        figure, axes = style.framed(size, title, unit, caption, (0.6, 0.3, 1.15, 0.5))
+        figure, axes = style.framed(size, title, unit, caption, (0.6, 0.3, 0.95, 0.5))
         if octaves:
             axes.set_xscale("log", base=2)
         if level is not None:
@@ -146,9 +147,13 @@ def lines_chart(
                 axes.axhspan(row["low"], row["high"], color=colour, alpha=0.15, linewidth=0)
                 axes.axhline(row["value"], color=colour, linestyle="--", linewidth=1.2, label=measure)
                 continue
-            places = rows["at"] * 2 ** ((i - 0.5) * 0.04) if octaves else rows["at"] + (i - 0.5) * 0.06
-            axes.vlines(places, rows["low"], rows["high"], color=colour, linewidth=1.2)
-            axes.plot(places, rows["value"], "o-", color=colour, markersize=4, linewidth=1, label=measure)
+            runs = [rows] if "run" not in table else [of_run for _, of_run in rows.groupby("run")]
+            for number, of_run in enumerate(runs):
+                aside = i - 0.5 + number / 3
+                places = of_run["at"] * 2 ** (aside * 0.04) if octaves else of_run["at"] + aside * 0.06
+                label = measure if number == 0 else None
+                axes.vlines(places, of_run["low"], of_run["high"], color=colour, linewidth=1.2)
+                axes.plot(places, of_run["value"], "o-", color=colour, markersize=4, linewidth=1, label=label)
         axes.set_xticks(list(ticks), [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
         axes.set_xlabel(across)
