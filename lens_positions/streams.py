@@ -133,7 +133,8 @@ class PositionStream(nn.Module):
         self, rotation: Rotation | None, positions: Tensor, call: RotaryCall, tokens: HookedTokens
     ) -> Rotation | None:
         """The rotation after its hook point, [batch pos *head 2 d_rotary] with cos before sin; None as it was given."""
-        given = torch.stack(call.cos_sin(rotation), dim=-2)
+        own = torch.stack(call.cos_sin(rotation), dim=-2)
+        given = own.expand(positions.shape[0] if rotation is None else own.shape[0], *own.shape[1:])
         tokens = replace(tokens, frequencies=call.frequencies(positions.flatten(1)))
         returned = run_hook(self.hook_rotation, given, tokens)
         if returned is given:

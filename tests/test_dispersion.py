@@ -2,11 +2,14 @@
 
 import json
 import math
+import shlex
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import tyro
 
 import lens_positions as lp
 from lens_positions.analysis.dispersion import (
@@ -69,6 +72,19 @@ def test_even_attention_has_the_entropy_of_the_number_of_keys(tiny_model):
     assert first["largest"] == pytest.approx(np.mean([1 / n for n in (4, 5, 6, 7)]))
     assert first["log_items"] == pytest.approx(np.mean(np.log([4, 5, 6, 7])))
     assert list(dict.fromkeys(table["items"])) == [2, 4, 8, 16, 32]
+
+
+def test_a_sliding_window_has_no_more_items_than_it_holds(randomize):
+    config = lp.PositionModelConfig(
+        d_model=32, n_layers=1, n_heads=2, n_ctx=64, sliding_window=4, positions=lp.PositionConfig(source="static")
+    )
+    model = randomize(lp.HookedPositionTransformer.from_config(config))
+    with torch.no_grad():
+        model.original_model.model.layers[0].self_attn.q_proj.weight.zero_()
+    table = attention_dispersion(model, TEXTS)
+    late = table[table["items"] >= 4]
+    assert late["log_items"].tolist() == pytest.approx([math.log(4)] * len(late))
+    assert late["entropy"].tolist() == pytest.approx([math.log(4)] * len(late), rel=1e-5)
 
 
 def test_entropy_and_largest_weight_are_those_of_the_patterns(tiny_model):
@@ -136,7 +152,12 @@ def test_seeds_are_kept_and_not_trained_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("training.maximum.train_retriever", None)
     pd.testing.assert_frame_equal(maximum(asked), table)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    assert json.loads(before["seed-1.json"])["command"] == "python -m training maximum --seeds 1"
+    words = shlex.split(json.loads(before["seed-1.json"])["command"])
+    assert words[:4] == ["python", "-m", "training", "maximum"]
+    again = tyro.cli(MaximumConfig, args=[*words[4:], "--results", str(tmp_path)])
+    assert again == replace(asked, seeds=(1,))
+    with pytest.raises(lp.PositionsError, match="is of another configuration"):
+        maximum(replace(asked, steps=3))
     assert "seed 0: done before" in capsys.readouterr().err
 
 
@@ -158,10 +179,18 @@ def test_bad_requests_are_one_sentence(tiny_model, tmp_path, capsys):
     for call, says in {
         lambda: adaptive_temperature(model, heads=[9]): "there is no head 9; expected heads from 0 to 3",
         lambda: adaptive_temperature(model, layers=5): "layer 5 has no positions of its own",
-        lambda: loss_by_length(model, TEXTS, [], lengths=(12, 32)): "expected numbers from 2 that divide the longest",
+        lambda: loss_by_length(
+            model, TEXTS, [], lengths=(12, 32)
+        ): "expected whole numbers from 2 that divide the longest",
         lambda: loss_by_length(model, TEXTS, [], lengths=(512,)): "no text has 512 tokens",
     }.items():
         with pytest.raises(lp.PositionsError, match=says):
             call()
+    for words, says in {
+        ("--seeds", "0", "0"): "a seed or a size was given twice",
+        ("--learning-rate", "nan"): "learning_rate is nan; expected a positive number",
+    }.items():
+        assert main(["maximum", *words, "--results", str(tmp_path)]) == 2
+        assert says in capsys.readouterr().err
     assert main(["maximum", "--tested", "0", "--results", str(tmp_path)]) == 2
     assert "a number of the task is too small" in capsys.readouterr().err

@@ -1,10 +1,12 @@
 """The three measurements of RoPE itself as commands, and as files of several models."""
 
 import json
+import re
 
 import pandas as pd
 import pytest
 
+import lens_positions as lp
 from lens_positions import cli, corpora
 from training import machinery as machinery_module
 from training.__main__ import main
@@ -14,10 +16,12 @@ PROSE = [f"The cat sat on mat {i} and slept, and nobody knew why it rained {i * 
 
 
 @pytest.fixture
-def saved(tiny_model, tmp_path, monkeypatch):
+def saved(randomize, tmp_path, monkeypatch):
     """Two small models on disk, and a little text."""
     for name in ("per_layer", "static"):
-        tiny_model(source=name).save_pretrained(tmp_path / name)
+        positions = lp.PositionConfig(source=name)
+        config = lp.PositionModelConfig(d_model=32, n_layers=2, n_heads=2, n_ctx=176, positions=positions)
+        randomize(lp.HookedPositionTransformer.from_config(config)).save_pretrained(tmp_path / name)
     monkeypatch.setattr(corpora, "heldout_excerpts", lambda corpus, characters: PROSE)
     monkeypatch.setattr(corpora, "heldout_pieces", lambda corpus, count: PROSE[:4])
     return tmp_path
@@ -29,7 +33,7 @@ def test_absolute_prints_draws_and_writes(saved, capsys):
     assert cli.main(given) == 0
     printed = capsys.readouterr().out
     assert "residual, early" in printed
-    assert printed.count("early  ") == 4
+    assert len(re.findall(r"^  (?:token|mean|zeros|noise) +early  ", printed, re.MULTILINE)) == 4
     assert {"residual", "mask", "covariance", "total"} <= set(pd.read_csv(csv))
     assert figure.stat().st_size > 1000
     assert cli.main(["absolute", str(saved / "static"), "--texts", "1"]) == 2
@@ -57,7 +61,7 @@ def test_dispersion_prints_draws_and_writes(saved, capsys):
     assert set(pd.read_csv(csv)["layer"]) == {0, 1}
     assert figure.stat().st_size > 1000
     assert cli.main(["dispersion", str(saved / "static"), "--lengths", "12", "32"]) == 2
-    assert "expected numbers from 2 that divide the longest" in capsys.readouterr().err
+    assert "expected whole numbers from 2 that divide the longest" in capsys.readouterr().err
 
 
 def test_tables_of_several_models_are_kept_and_left(saved, monkeypatch):

@@ -205,6 +205,7 @@ def changes(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> 
     """
     for name, value in after.items():
         if isinstance(value, dict):
-            yield from changes(before.get(name, {}), value, f"{prefix}{name}.")
+            known = before.get(name)
+            yield from changes(known if isinstance(known, dict) else {}, value, f"{prefix}{name}.")
         elif value != before.get(name):
             yield prefix + name, value

@@ -114,7 +114,7 @@ def machinery(asked: MachineryConfig) -> list[str]:
     found = []
     for number, given in enumerate(asked.models or _all_models(asked.runs), 1):
         path = Path(given)
-        name = path.parent.name if path.name == "model" else path.name
+        name = "-".join(path.parts[-3:-1]) if path.name == "model" else path.name  # tiny-static-0
         model = HookedPositionTransformer.from_pretrained(given)
         command = f"python -m training machinery --models {given} --tables"
         tables = {table: (partial(MEASUREMENTS[table], model), f"{command} {table}") for table in names}

@@ -12,9 +12,10 @@ A seed whose files are there is not trained again.
 
 import json
 import math
+import shlex
 import time
 from collections.abc import Hashable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from lens_positions.progress import tracked
 from lens_positions.terminal import print_grid, print_line
 
 from .data import write_whole
-from .suite import say
+from .suite import read_json, say
 
 FEWEST, MOST = 5, 16
 """Items in training."""
@@ -147,6 +148,10 @@ def maximum(asked: MaximumConfig) -> pd.DataFrame:
     Raises:
         PositionsError: no seeds or sizes, or numbers below 1.
     """
+    if len(set(asked.seeds)) < len(asked.seeds) or len(set(asked.sizes)) < len(asked.sizes):
+        raise PositionsError("a seed or a size was given twice; expected distinct ones.")
+    if not 0 < asked.learning_rate < math.inf:
+        raise PositionsError(f"learning_rate is {asked.learning_rate}; expected a positive number.")
     numbers = (asked.steps, asked.batch_size, asked.width, asked.tested, *asked.sizes)
     if not asked.seeds or not asked.sizes or min(*numbers, asked.classes - 1) < 1 or min(asked.seeds) < 0:
         raise PositionsError("a number of the task is too small; expected seeds from 0, 2 classes and all else from 1.")
@@ -155,19 +160,31 @@ def maximum(asked: MaximumConfig) -> pd.DataFrame:
         described, table = asked.results / f"seed-{seed}.json", asked.results / f"seed-{seed}.csv"
         config = {name: value for name, value in asdict(asked).items() if name not in ("seeds", "results")}
         config = json.loads(json.dumps(config))
-        if described.is_file() and table.is_file() and json.loads(described.read_text("utf-8"))["config"] == config:
+        if described.is_file() and table.is_file() and read_json(described).get("config") == config:
             say(f"seed {seed}: done before")
             continue
+        if described.is_file():
+            raise PositionsError(f"{described} is of another configuration; expected another --results, or none there.")
         began = time.monotonic()
         model, loss = train_retriever(asked, seed)
         csv = scored(model, asked, seed).to_csv(index=False, float_format="%.6g").encode()
         described.unlink(missing_ok=True)
         write_whole(table, lambda file, csv=csv: file.write(csv))  # type: ignore[misc]
-        text = {"command": f"python -m training maximum --seeds {seed}", "config": config, "loss": round(loss, 6)}
+        text = {"command": _command(asked, seed), "config": config, "loss": round(loss, 6)}
         text |= {"seconds": math.ceil(time.monotonic() - began)}
         written = (json.dumps(text, indent=2) + "\n").encode()
         write_whole(described, lambda file, written=written: file.write(written))  # type: ignore[misc]
     return accuracy_table(pd.concat([pd.read_csv(asked.results / f"seed-{seed}.csv") for seed in asked.seeds]))
+
+
+def _command(asked: MaximumConfig, seed: int) -> str:
+    """What trains and tests this seed again."""
+    words = ["python", "-m", "training", "maximum", "--seeds", str(seed)]
+    for field in fields(asked):
+        value = getattr(asked, field.name)
+        if field.name not in ("seeds", "results") and value != field.default:
+            words += [f"--{field.name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
+    return shlex.join(words)
 
 
 def accuracy_table(tests: pd.DataFrame) -> pd.DataFrame:

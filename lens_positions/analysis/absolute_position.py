@@ -7,9 +7,12 @@ positions. The log of their attention is split exactly:
     log pattern[i, j] = score[i, j] - log Z[i]
 
 The score varies over repeats only if the residual stream differs (the residual part); log Z, the sum over all keys that
-the causal mask leaves, grows with their number (the mask part). With deviations from the mean over repeats,
+the causal mask leaves, grows with their number (the mask part). With variances over the repeats of a quarter of the
+input, so that early and late queries are told apart,
 
     total = residual + mask - 2 covariance
+
+The first two repeats are left out: keys of the first have no repeat before them, and its second meeting is the first.
 
 Token 0 attends to itself alone, so its states say which token is first, and whatever reads them is told where it
 starts: heads that attend to it are sinks (`attention_sinks`), and `replace_first` takes that token's embedding away.
@@ -46,9 +49,23 @@ BLOCK = 16
 OFFSETS = 8
 """Distances that are looked at: 0 (the token itself) to 7."""
 
-ROWS_A_BATCH = 8
+TOKENS_A_BATCH = 2048
+
+QUARTERS = 4
+"""Stretches of the input that are told apart, the earliest queries first."""
+
+SKIPPED = 2
+"""Repeats at the start that are left out."""
+
+FEWEST_REPEATS = SKIPPED + 2 * QUARTERS
+
+DRAWS = 4
+"""How often another token or noise is drawn, for the mean over draws."""
 
 PARTS = ("residual", "mask", "covariance")
+
+ROUNDING = 1e-9
+"""Nats squared: a part below this is rounding, and has nothing to lose."""
 
 Replacement = Literal["token", "mean", "zeros", "noise"]
 REPLACEMENTS: tuple[Replacement, ...] = ("token", "mean", "zeros", "noise")
@@ -66,17 +83,18 @@ def repeated(
         length: tokens at most, the one in front included; None is the model's context, at most 512.
 
     Raises:
-        PositionsError: no texts, one that is shorter than a block, or no room for three repeats.
+        PositionsError: no texts, one that is shorter than a block, or no room for ten repeats.
     """
+    if isinstance(texts, str) or not len(texts):
+        raise PositionsError(f"texts is {texts!r:.40}; expected a list of texts.")
     block = index_of(block, "block", "a whole number of tokens from 1", least=1)
     room = min(model.cfg.n_ctx, WINDOW) if length is None else index_of(length, "length", "a number of tokens", least=1)
     repeats = (room - 1) // block
-    if repeats < 3:
+    if repeats < FEWEST_REPEATS:
         raise PositionsError(
-            f"{room} tokens have room for {repeats} repeats of {block}; expected at least 3, to see absolute positions."
+            f"{room} tokens have room for {repeats} repeats of {block}; expected at least {FEWEST_REPEATS}, to see "
+            "absolute positions (a smaller block, or a longer context)."
         )
-    if isinstance(texts, str) or not len(texts):
-        raise PositionsError(f"texts is {texts!r:.40}; expected a list of texts.")
     first = first_token(model)
     rows = []
     for number, text in enumerate(texts):
@@ -120,28 +138,31 @@ def absolute_variation(
         seed: of the bootstrap.
 
     Returns:
-        One row for each `layer`, `head` and `repeat` (1 the second one, which is the first whose keys are all repeats):
-        `position`, that of its first query, `n` (pairs of query and key), `documents`, and the mean squared deviation
-        from the mean over repeats of the score, `residual`, and of log Z, `mask`, with their mean product,
-        `covariance`, and `total`, that of the log attention; all in nats squared, each with `_low` and `_high`, where
+        One row for each `layer`, `head` ("all" is their mean) and `quarter` (0 has the earliest queries): `start` and
+        `stop`, the positions of its queries, `n` (pairs of query and key), `documents`, and the variance over repeats
+        of the score, `residual`, and of log Z, `mask`, with their `covariance`, and `total`, that of the log attention,
+        each a mean over the tokens of a block and the distances; all in nats squared, with `_low` and `_high`, where
         it lies in 95% of 1,000 resamples of texts (NaN for one text).
 
     Raises:
         PositionsError: as `repeated`; no attention scores, or patterns that are not their softmax.
     """
-    rows, sums, counts = _deviations(model, texts, layers, hooks, block, offsets, length)
+    rows, found = _variances(model, texts, layers, hooks, block, offsets, length)
     draws = resamples(len(rows), seed)
-    repeats = (rows.shape[1] - 1) // block
+    size = ((rows.shape[1] - 1) // block - SKIPPED) // QUARTERS
     table = []
-    for layer, of_layer in sums.items():  # [text head repeat part]
+    for layer, of_layer in found.items():  # [text head quarter part]
+        of_layer = np.concatenate([of_layer.mean(1, keepdims=True), of_layer], axis=1)
         parts = np.concatenate([of_layer, (of_layer @ [1, 1, -2])[..., None]], axis=-1)
-        mean, low, high = _over_texts(parts / counts, draws)
+        mean, low, high = _over_texts(parts, draws)
         for head in range(parts.shape[1]):
-            for repeat in range(1, repeats):
-                row: dict[str, Any] = {"layer": layer, "head": head, "repeat": repeat, "position": 1 + repeat * block}
-                row |= {"n": len(rows) * counts, "documents": len(rows)}
+            for quarter in range(QUARTERS):
+                start = 1 + (SKIPPED + quarter * size) * block
+                row: dict[str, Any] = {"layer": layer, "head": "all" if head == 0 else head - 1, "quarter": quarter}
+                row |= {"start": start, "stop": start + size * block, "n": len(rows) * size * block * offsets}
+                row |= {"documents": len(rows)}
                 for i, part in enumerate((*PARTS, "total")):
-                    at = head, repeat - 1, i
+                    at = head, quarter, i
                     row |= {part: mean[at], f"{part}_low": low[at], f"{part}_high": high[at]}
                 table.append(row)
     return pd.DataFrame(table)
@@ -160,7 +181,8 @@ def replacement_effects(
 ) -> pd.DataFrame:
     """How much of the residual part goes when the embedding at position 0 is replaced, at early and late queries.
 
-    Ruscio et al. report 40% at early queries. Early are the first quarter of the repeats, late the last.
+    Ruscio et al. report 40% at early queries. Early is the first quarter of the input, late the last. Another token and
+    noise are drawn four times, anew for each text, and averaged.
 
     Args, errors: as `absolute_variation` and `replace_first`.
 
@@ -169,29 +191,32 @@ def replacement_effects(
         `before` and `after`, the residual part without and with it (nats squared, mean over heads), and `drop`, one
         minus their ratio, with `low` to `high`, where it lies in 95% of 1,000 resamples of texts (NaN for one).
     """
-    rows, own, counts = _deviations(model, texts, layers, hooks, block, offsets, length)
+    rows, own = _variances(model, texts, layers, hooks, block, offsets, length)
     draws = resamples(len(rows), seed)
-    quarter = max(1, ((rows.shape[1] - 1) // block - 1) // 4)
+    numbers: list[int | str] = ["all", *own]
     table = []
     for replacement in replacements:
-        replaced = [*(hooks or []), *replace_first(model, replacement, seed)]
-        _, other, _ = _deviations(model, texts, layers, replaced, block, offsets, length)
-        numbers: list[int | str] = ["all", *own]
+        others: list[dict[int, np.ndarray]] = []
+        for i in range(DRAWS if replacement in ("token", "noise") else 1):
+            replaced = [*(hooks or []), *replace_first(model, replacement, DRAWS * seed + i)]
+            others.append(_variances(model, texts, layers, replaced, block, offsets, length)[1])
+        other = {layer: np.mean([of[layer] for of in others], axis=0) for layer in own}
         for layer in numbers:
             pairs = [
-                np.stack([values[n][..., 0].mean(1) for n in own if layer in ("all", n)]).mean(0) / counts
+                np.mean([values[n][..., 0].mean(1) for n in own if layer in ("all", n)], axis=0)
                 for values in (own, other)
             ]
-            for queries, where in (("early", slice(None, quarter)), ("late", slice(-quarter, None))):
-                before, after = (values[:, where].mean(1) for values in pairs)
-                low = high = math.nan
-                if len(rows) > 1:
-                    ends = interval_of((1 - draws @ after / np.maximum(draws @ before, 1e-30))[:, None])
-                    low, high = (float(end[0]) for end in ends)
+            for queries, quarter in (("early", 0), ("late", QUARTERS - 1)):
+                before, after = (values[:, quarter] for values in pairs)
+                drop = low = high = math.nan
+                if before.mean() > ROUNDING:
+                    drop = 1 - after.sum() / before.sum()
+                    if len(rows) > 1:
+                        ends = interval_of((1 - draws @ after / (draws @ before))[:, None])
+                        low, high = (float(end[0]) for end in ends)
                 row: dict[str, Any] = {"replacement": replacement, "layer": layer, "queries": queries}
                 row |= {"documents": len(rows), "before": before.mean(), "after": after.mean()}
-                gone = 1 - after.sum() / before.sum() if before.sum() > 1e-12 else math.nan
-                table.append(row | {"drop": gone, "low": low, "high": high})
+                table.append(row | {"drop": drop, "low": low, "high": high})
     return pd.DataFrame(table)
 
 
@@ -203,7 +228,7 @@ def _over_texts(values: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.n
     return mean, *interval_of(np.tensordot(draws, values, axes=1) / len(values))
 
 
-def _deviations(
+def _variances(
     model: HookedPositionTransformer,
     texts: Sequence[str],
     layers: Some,
@@ -211,42 +236,45 @@ def _deviations(
     block: int,
     offsets: int,
     length: int | None,
-) -> tuple[Int[Tensor, "text pos"], dict[int, np.ndarray], int]:
-    """By layer, sums over pairs of the three products of deviations, [text head repeat part]; how many pairs."""
+) -> tuple[Int[Tensor, "text pos"], dict[int, np.ndarray]]:
+    """The repeated rows; by layer the variances of score and log Z and their covariance, [text head quarter part]."""
     offsets = index_of(offsets, "offsets", f"a whole number from 1 to {block}, a block", least=1, most=block)
     rows = repeated(model, texts, block, length)
     names = attention_names(model, layers, "attn_scores")
     found: dict[int, list[np.ndarray]] = {layer: [] for layer in names}
+    size = ((rows.shape[1] - 1) // block - SKIPPED) // QUARTERS
+    start = 1 + SKIPPED * block
+    queries = torch.arange(start, start + QUARTERS * size * block)
+    keys = queries[:, None] - torch.arange(offsets)
 
     def collect(layer: int, scores: Float[Tensor, "batch head query key"], hook: HookPoint) -> None:
-        normaliser = scores.detach().double().logsumexp(-1)
-        queries = torch.arange(1 + block, rows.shape[1], device=scores.device)
-        keys = queries[:, None] - torch.arange(offsets, device=scores.device)
-        pairs = scores.detach().double()[..., queries[:, None], keys]  # [batch head query offset]
-        parts = [
-            values.unflatten(2, (-1, block)) for values in (pairs, normaliser[..., queries, None].expand_as(pairs))
-        ]
-        score, mask = (values - values.mean(2, keepdim=True) for values in parts)
-        products = torch.stack([score * score, mask * mask, score * mask], dim=-1)
-        found[layer].append(products.sum((3, 4)).cpu().numpy())
+        own = scores.detach()[..., queries, :].double()
+        score = own.gather(-1, keys.to(own.device).expand(*own.shape[:2], -1, -1))
+        log_z = own.logsumexp(-1, keepdim=True).expand_as(score)
+        by_repeat = [values.unflatten(2, (QUARTERS, size, block)) for values in (score, log_z)]
+        score, log_z = (values - values.mean(3, keepdim=True) for values in by_repeat)
+        products = torch.stack([score * score, log_z * log_z, score * log_z], dim=-1)
+        found[layer].append(products.mean((3, 4, 5)).cpu().numpy())
 
-    for batch in tracked(rows.split(ROWS_A_BATCH), "absolute position", quick=rows.numel() < 512):
+    batches = rows.split(max(1, TOKENS_A_BATCH // rows.shape[1]))
+    for batch in tracked(batches, "absolute position", quick=rows.numel() < 512):
         listen = [(name, partial(collect, layer)) for layer, name in names.items()]
-        run(model, batch, [*(hooks or []), *_softmax_checks(model, names), *listen])
-    return rows, {layer: np.concatenate(sums) for layer, sums in found.items()}, block * offsets
+        run(model, batch, [*(hooks or []), *_softmax_checks(names), *listen])
+    return rows, {layer: np.concatenate(parts) for layer, parts in found.items()}
 
 
-def _softmax_checks(model: TransformerBridge, names: dict[int, str]) -> Hooks:
+def _softmax_checks(names: dict[int, str]) -> Hooks:
     """Hooks that refuse patterns which are not the softmax of the scores that are read."""
     hooks: Hooks = []
     for layer, name in names.items():
         seen: list[Tensor] = []
 
         def note(scores: Tensor, hook: HookPoint, seen: list[Tensor] = seen) -> None:
-            seen[:] = [scores[:, :, -1].detach()]
+            seen[:] = [scores[:, :, [scores.shape[2] // 2, -1]].detach()]
 
         def check(pattern: Tensor, hook: HookPoint, seen: list[Tensor] = seen, layer: int = layer) -> None:
-            if (seen[0].float().softmax(-1) - pattern[:, :, -1].detach().float()).abs().max() > 1e-2:
+            own = pattern[:, :, [pattern.shape[2] // 2, -1]].detach().float()
+            if (seen[0].float().softmax(-1) - own).abs().max() > 1e-2:
                 raise PositionsError(
                     f"the patterns of layer {layer} are not the softmax of its scores (it may have a sink of its own); "
                     "expected plain attention."
@@ -261,7 +289,8 @@ def replace_first(model: TransformerBridge, how: Replacement, seed: int = 0) -> 
 
     Args:
         model: a bridge.
-        how: "token" (another token's, drawn), "mean" (of all tokens), "zeros", or "noise" (Gaussian, as long as it).
+        how: "token" (another token's, drawn for each row), "mean" (of all tokens), "zeros", or "noise" (Gaussian, drawn
+            for each row, as long as it).
         seed: of the token and of the noise.
 
     Returns:
@@ -280,25 +309,32 @@ def replace_first(model: TransformerBridge, how: Replacement, seed: int = 0) -> 
     embedding = unbridged(model).get_input_embeddings()
     embedding = getattr(embedding, "original_component", embedding)  # without its hooks
     ids = torch.arange(embedding.weight.shape[0], device=embedding.weight.device)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        value = {
-            "token": lambda: embedding(ids[torch.randint(len(ids), (1,), generator=generator)])[0],
-            "mean": lambda: embedding(ids).mean(0),
-            "zeros": lambda: torch.zeros_like(embedding(ids[:1])[0]),
-            "noise": lambda: torch.randn(embedding.weight.shape[1], generator=generator),
-        }[how]()
-    return [(name, partial(_replaced, value, how == "noise"))]
+    return [(name, partial(_replaced, embedding, ids, how, seed))]
 
 
+@torch.no_grad()
 def _replaced(
-    value: Float[Tensor, " d_model"], as_long: bool, embeddings: Float[Tensor, "batch pos d_model"], hook: HookPoint
+    embedding: Any,
+    ids: Int[Tensor, " vocab"],
+    how: Replacement,
+    seed: int,
+    embeddings: Float[Tensor, "batch pos d_model"],
+    hook: HookPoint,
 ) -> Float[Tensor, "batch pos d_model"]:
     if embeddings.shape[1] == 1:
         return embeddings
-    given = value.to(embeddings)
-    if as_long:
-        given = given / given.norm() * embeddings[:, 0].norm(dim=-1, keepdim=True)
+    first, generator = embeddings[:, 0], torch.Generator().manual_seed(seed)
+    if how == "token":
+        drawn = torch.randint(len(ids) - 1, (len(first),), generator=generator).to(ids.device)
+        given = embedding(ids[drawn])
+        given = torch.where((given == first).all(-1, keepdim=True), embedding(ids[drawn + 1]), given)
+    elif how == "mean":
+        given = embedding(ids).mean(0).expand_as(first)
+    elif how == "zeros":
+        given = torch.zeros_like(first)
+    else:
+        noise = torch.randn(first.shape, generator=generator).to(first)
+        given = noise / noise.norm(dim=-1, keepdim=True) * first.norm(dim=-1, keepdim=True)
     changed = embeddings.clone()
     changed[:, 0] = given
     return changed
@@ -314,7 +350,8 @@ def attention_sinks(
     """The share of attention that goes to position 0, by head, on texts as they are.
 
     Returns:
-        One row for each `layer` and `head`: `n` (queries from the 17th token on), `documents`, `share` and `low` to
+        One row for each `layer` and `head`: `n` (queries from the 17th token on, those too that a sliding window keeps
+        from seeing position 0), `documents`, `share` and `low` to
         `high`, where it lies in 95% of 1,000 resamples of documents (NaN for one).
 
     Raises:
@@ -356,17 +393,17 @@ def fingerprints(model: HookedPositionTransformer, texts: Sequence[str], layers:
         `_high`, where it lies in 95% of 1,000 resamples of texts (pairs of a text with itself left out).
 
     Raises:
-        PositionsError: fewer than two texts, or one of fewer than 17 tokens.
+        PositionsError: fewer than three texts, or one of fewer than 17 tokens.
     """
-    if isinstance(texts, str) or len(texts) < 2:
-        raise PositionsError(f"texts is {texts!r:.40}; expected at least two texts, to compare them.")
+    if isinstance(texts, str) or len(texts) < 3:
+        raise PositionsError(f"texts is {texts!r:.40}; expected at least three texts, to compare them.")
     names = dict(hook_names(model, layers, "hook_resid_pre"))
     own = [model.to_tokens(text, truncate=False, prepend_bos=False)[0, : EARLIEST + 1] for text in texts]
     if short := [number for number, tokens in enumerate(own) if len(tokens) <= EARLIEST]:
         raise PositionsError(f"text {short[0]} has {len(own[short[0]])} tokens; expected at least {EARLIEST + 1}.")
     rows = torch.stack(own)
     common = first_token(model)
-    front = rows[:1, :1] if common is None else torch.tensor([[common]])
+    front = rows[:1, :1] if common is None else rows.new_tensor([[common]])
     draws = resamples(len(rows), 0)
     table = []
     for first, tokens in (("common", torch.cat([front.expand(len(rows), 1), rows[:, :-1]], dim=1)), ("own", rows)):
@@ -378,7 +415,9 @@ def fingerprints(model: HookedPositionTransformer, texts: Sequence[str], layers:
                 unit = torch.nn.functional.normalize(states[:, place].double(), dim=-1)
                 cosines = (unit @ unit.T).fill_diagonal_(0).cpu().numpy()
                 others = 1 - np.eye(len(rows))
-                drawn = ((draws @ cosines) * draws).sum(1) / ((draws @ others) * draws).sum(1)
+                weights = ((draws @ others) * draws).sum(1).astype(float)
+                weights[weights == 0] = math.nan  # one text alone
+                drawn = ((draws @ cosines) * draws).sum(1) / weights
                 low, high = interval_of(drawn[:, None])
                 mean = cosines.sum() / others.sum()
                 row |= {column: mean, f"{column}_low": float(low[0]), f"{column}_high": float(high[0])}

@@ -102,10 +102,11 @@ def attention_dispersion(
         seed: of the bootstrap.
 
     Returns:
-        One row for each `layer`, `head` and octave of `items`: a query that sees n keys, itself included, counts for
-        the power of two that n reaches (64: 64 to 127). `n` is queries, of so many `documents`; `log_items` the mean of
-        log n, the entropy of attention that is spread evenly; mean `entropy` (nats) and mean `largest` weight have
-        `_low` and `_high`, where they lie in 95% of 1,000 resamples of documents (NaN for one).
+        One row for each `layer`, `head` and octave of `items`: a query with n tokens up to it, itself included, counts
+        for the power of two that n reaches (64: 64 to 127). `n` is queries, of so many `documents`; `log_items` the
+        mean of the log of the keys that they see (fewer in a sliding window), the entropy of attention that is spread
+        evenly; mean `entropy` (nats) and mean `largest` weight have `_low` and `_high`, where they lie in 95% of 1,000
+        resamples of documents (NaN for one).
 
     Raises:
         PositionsError: attention without patterns, and as `reading.read`.
@@ -113,14 +114,13 @@ def attention_dispersion(
     documents, batches = windows(model, texts)
     names = attention_names(model, layers, "pattern")
     longest = max(stop - start for batch in batches for _, start, stop in batch)
-    items = torch.arange(1, longest + 1)
-    octave = items.log2().floor().long()
+    octave = torch.arange(1, longest + 1).log2().floor().long()
     octaves = [2**i for i in range(1, int(octave[-1]) + 1)]
     tallies = {(layer, of): Tally(len(documents)) for layer in names for of in octaves}
 
     def tally(layer: int, owners: list[int], pattern: Float[Tensor, "batch head query key"], hook: HookPoint) -> None:
         pattern = pattern.detach().float()
-        sizes = items[: pattern.shape[2]].log().to(pattern).expand(pattern.shape[:3])
+        sizes = (pattern > 0).sum(-1).log()
         found = torch.stack([attention_entropy(pattern), pattern.amax(-1), sizes], dim=-1).transpose(1, 2)
         for i, of in enumerate(octaves, 1):
             within = (octave[: pattern.shape[2]] == i).nonzero().flatten()
@@ -172,10 +172,11 @@ def loss_by_length(
     Raises:
         PositionsError: lengths that do not divide the longest, no document as long as that, and as `reading.read`.
     """
-    lengths = sorted(set(indices_of(list(lengths), "tokens")))
+    whole = [isinstance(length, int) and length > 1 for length in lengths]
+    if not whole or not all(whole) or any(max(lengths) % length for length in lengths):
+        raise PositionsError(f"lengths are {list(lengths)}; expected whole numbers from 2 that divide the longest.")
+    lengths = sorted(set(lengths))
     longest = lengths[-1]
-    if lengths[0] < 2 or any(longest % length for length in lengths):
-        raise PositionsError(f"lengths are {lengths}; expected numbers from 2 that divide the longest.")
     documents = [tokens for tokens in windows(model, texts)[0] if len(tokens) >= longest]
     if not documents:
         raise PositionsError(f"no text has {longest} tokens; expected at least one as long as the longest length.")

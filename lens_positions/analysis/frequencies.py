@@ -25,12 +25,13 @@ from typing import Any, Literal, cast
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy import stats
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
+from ..attach import unbridged
 from ..causal.sweeps import one_prompt
 from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
@@ -106,7 +107,7 @@ def rotary_layout(model: TransformerBridge, layers: Some = None) -> dict[int, Ro
     rotations = dict(hook_names(model, layers, ROTATION))
     patterns = dict(hook_names(model, None, "attn.hook_pattern"))
     vocab, generator = cast(int, model.cfg.d_vocab), torch.Generator().manual_seed(0)
-    tokens = torch.randint(vocab, (1, min(PROBED, model.cfg.n_ctx)), generator=generator)
+    tokens = torch.randint(vocab, (1, min(PROBED, model.cfg.n_ctx)), generator=generator).to(unbridged(model).device)
     angles: dict[int, tuple[Tensor, Tensor]] = {}
     held: dict[str, Tensor] = {}
     runs = []
@@ -273,7 +274,8 @@ class Contributions:
 
     Attributes:
         frequencies: of each term, in radians per position, highest first; 0 for what is not turned.
-        terms: they sum over the chunks to the model's own scores, wherever the key is not after the query.
+        terms: they sum over the chunks to the model's own scores, wherever the query sees the key. They take the memory
+            of the scores times the number of chunks.
     """
 
     frequencies: Float[Tensor, " chunk"]
@@ -290,10 +292,10 @@ def frequency_contributions(model: TransformerBridge, tokens: Int[Tensor, "*one 
     layouts = rotary_layout(model, layer)
     found: list[Tensor] = []
 
-    def keep(_layer: int, terms: Iterator[Tensor], _scores: Tensor) -> None:
+    def collect(_layer: int, terms: Iterator[Tensor], _seen_keys: Tensor) -> None:
         found.append(torch.stack([term[0] for term in terms], dim=1))
 
-    _each_score(model, one_prompt(model, tokens), layouts, keep)
+    _each_score(model, one_prompt(model, tokens), layouts, collect)
     return Contributions(layouts[layer].all_frequencies, found[0])
 
 
@@ -301,9 +303,9 @@ def _each_score(
     model: TransformerBridge,
     rows: Int[Tensor, "batch pos"],
     layouts: dict[int, RotaryLayout],
-    use: Callable[[int, Iterator[Float[Tensor, "batch head query key"]], Float[Tensor, "batch head query key"]], None],
+    use: Callable[[int, Iterator[Float[Tensor, "batch head query key"]], Bool[Tensor, "batch head query key"]], None],
 ) -> None:
-    """Run some rows; each layer's number, the terms of its scores, chunk by chunk, and their sum are for `use`."""
+    """Run some rows; for `use` each layer's number, the terms of its scores, chunk by chunk, and the keys it sees."""
     hooks: Hooks = []
     for layer, layout in layouts.items():
         scores = _names(model, layer, "attn_scores")
@@ -352,7 +354,7 @@ def _split(
         )
     query, key = factor * query, key.repeat_interleave(query.shape[2] // key.shape[2], dim=2)
     terms = (_products(query, key, layout.chunk(i)) for i in range(len(layout.all_frequencies)))
-    use(layer, terms, _products(query, key, torch.arange(query.shape[-1])))
+    use(layer, terms, _seen(scores))
 
 
 def _fit(
@@ -363,12 +365,18 @@ def _fit(
     """The factor that makes products of queries and keys the scores, wherever a key is seen; None where none does."""
     key = key.repeat_interleave(query.shape[2] // key.shape[2], dim=2)
     products = _products(query, key, torch.arange(query.shape[-1]))
-    visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril().expand_as(scores)
-    visible = visible & (scores > torch.finfo(scores.dtype).min / 2)
+    visible = _seen(scores)
     ours, own = products[visible].double(), scores[visible].double()
     factor = (ours @ own) / (ours @ ours).clamp_min(1e-30)
-    close = (ours * factor - own).abs().max() <= TOLERANCE * own.abs().max().clamp_min(1)
+    tolerance = max(TOLERANCE, 8 * torch.finfo(scores.dtype).eps)
+    close = (ours * factor - own).abs().max() <= tolerance * own.abs().max().clamp_min(1)
     return float(factor) if close else None
+
+
+def _seen(scores: Float[Tensor, "batch head query key"]) -> Bool[Tensor, "batch head query key"]:
+    """Which keys a query sees: none after it, and none that the model's mask hides."""
+    causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    return causal & (scores > torch.finfo(scores.dtype).min / 2)
 
 
 def _products(query: Tensor, key: Tensor, components: Tensor) -> Float[Tensor, "batch head query key"]:
@@ -394,9 +402,8 @@ def frequency_shares(
     documents, batches = windows(model, texts)
     tallies = {layer: Tally(len(documents)) for layer in layouts}
 
-    def tally(owners: list[int], layer: int, terms: Iterator[Tensor], scores: Tensor) -> None:
-        covariances = [_covariances(term, scores) for term in terms]
-        tallies[layer].add(owners, torch.stack(covariances, dim=-1).transpose(1, 2))
+    def tally(owners: list[int], layer: int, terms: Iterator[Tensor], seen: Tensor) -> None:
+        tallies[layer].add(owners, _covariances(terms, seen))
 
     for batch in tracked(batches, "frequencies", quick=sum(map(len, documents)) < 512):
         rows = torch.stack([documents[number][start:stop] for number, start, stop in batch])
@@ -421,16 +428,14 @@ def frequency_shares(
 
 
 def _covariances(
-    term: Float[Tensor, "batch head query key"], scores: Float[Tensor, "batch head query key"]
-) -> Float[Tensor, "batch head query_less_one"]:
-    """Of a term with the scores over the keys that a query sees; the first query, which sees one, is left out."""
-    visible = torch.ones(scores.shape[-2:], device=scores.device).tril()
-    count = visible.sum(-1)
-
-    def mean(values: Tensor) -> Tensor:
-        return (values * visible).sum(-1) / count
-
-    return (mean(term * scores) - mean(term) * mean(scores))[..., 1:]
+    terms: Iterator[Float[Tensor, "batch head query key"]], seen: Bool[Tensor, "batch head query key"]
+) -> Float[Tensor, "batch query_less_one head chunk"]:
+    """Of each term with their sum over the keys that a query sees; the first query, which sees one, is left out."""
+    count = seen.sum(-1, keepdim=True)
+    centred = [((term - (term * seen).sum(-1, keepdim=True) / count) * seen) for term in terms]
+    total = torch.stack(centred).sum(0)
+    found = torch.stack([(term * total).sum(-1) / count[..., 0] for term in centred], dim=-1)
+    return found[:, :, 1:].transpose(1, 2)
 
 
 def truncate_frequencies(
@@ -469,14 +474,15 @@ def _truncated(
 ) -> Float[Tensor, "batch pos *head 2 d_rotary"]:
     own = cast(HookedTokens, hook.ctx["tokens"]).frequencies
     assert own is not None
-    distinct, counts = own.abs().unique(return_counts=True)
+    turns = own.abs() > 0
+    distinct, counts = own.abs()[turns].unique(return_counts=True)
+    if not len(distinct):
+        return rotation
     if drop == "lowest":
         distinct, counts = distinct.flip(0), counts.flip(0)
     # cos and sin name a frequency once or twice, by the layout, so it is the share of components that counts.
-    each = int(counts.min())
-    kept = math.floor(keep * (len(own) // each) + 1e-9) * each
-    stays = distinct[counts.cumsum(0) <= kept]
-    mask = torch.isin(own.abs(), stays)
+    kept = math.floor(keep * int(counts.sum()) / int(counts.min()) + 1e-9) * int(counts.min())
+    mask = torch.isin(own.abs(), distinct[counts.cumsum(0) <= kept]) | ~turns
     if bool(mask.all()):
         return rotation
     cos, sin = rotation.unbind(-2)
@@ -484,8 +490,10 @@ def _truncated(
 
 
 OFFSETS = 8
+"""How far back heads are followed: 0 (the token itself) to 7."""
 
 POSITIONAL = 0.5
+"""The share of attention at one offset from which a head counts as positional."""
 
 
 def positional_heads(
@@ -494,7 +502,8 @@ def positional_heads(
     """Heads that attend to a fixed offset, whatever the tokens are: the diagonal, the previous token, and so on.
 
     The offset is the one with the most attention in the text as it is; the control is the same text with the tokens of
-    each window in another order, which keeps positions and takes away what the tokens say in their order.
+    each window, but its first, in another order, which keeps positions and takes away what the order of tokens says.
+    At offset 0 it says less: every token still stands on its own diagonal.
 
     Args:
         model, texts, layers, seed: as for `frequency_norms`; the seed is also that of the shuffle.
@@ -524,8 +533,10 @@ def positional_heads(
     for number, batch in enumerate(tracked(batches, "heads", quick=sum(map(len, documents)) < 512)):
         rows = torch.stack([documents[n][start:stop] for n, start, stop in batch])
         owners = [n for n, _, _ in batch]
-        order = shuffled_within(np.arange(rows.numel()) // rows.shape[1], seed + number)
-        for shuffled, tokens in ((False, rows), (True, rows.flatten()[torch.from_numpy(order)].view_as(rows))):
+        rest = rows[:, 1:]
+        order = torch.from_numpy(shuffled_within(np.arange(rest.numel()) // rest.shape[1], seed + number))
+        exchanged = torch.cat([rows[:, :1], rest.flatten()[order.to(rest.device)].view_as(rest)], dim=1)
+        for shuffled, tokens in ((False, rows), (True, exchanged)):
             hooks: Hooks = [(name, partial(tally, layer, shuffled, owners)) for layer, name in patterns.items()]
             run(model, tokens, hooks)
     draws = resamples(len(documents), seed)
@@ -553,22 +564,28 @@ def high_frequency_use(norms: pd.DataFrame, heads: pd.DataFrame, highest: float 
 
     Returns:
         One row for each `side`: `n` positional heads (key-value heads count once, as positional if one of their query
-        heads is) and `others`, the mean share of squared norm in the high frequencies in both, as `positional` and
-        `other`, and `p`, of a two-sided Mann-Whitney test over heads, NaN where either group is empty.
+        heads is) and `others`, the mean share of the high frequencies in the squared norms of all chunks that turn, as
+        `positional` and `other`, and `p`, of a two-sided Mann-Whitney test over heads, NaN where either group is empty.
+
+    Raises:
+        PositionsError: tables of different layers, or no frequency that turns.
     """
     if not 0 < finite(highest, "highest", "a fraction above 0") < 1:
         raise PositionsError(f"highest is {highest}; expected a fraction between 0 and 1.")
+    if set(norms["layer"]) != set(heads["layer"]):
+        raise PositionsError("norms and heads are of different layers; expected both of the same model and layers.")
     rows = []
     for side in SIDES:
-        own = norms[norms["side"] == side]
-        turned = own[own["frequency"] > 0]
-        high = turned["index"] < math.ceil(highest * (turned["index"].max() + 1))
-        squares = own.assign(square=own["norm"] ** 2)
+        own = norms[(norms["side"] == side) & (norms["frequency"] > 0)]
+        if own.empty:
+            raise PositionsError("the model turns no frequency; expected rotary positions.")
         by: Any = ["layer", "head"]
-        share = squares.loc[high[high].index].groupby(by)["square"].sum() / squares.groupby(by)["square"].sum()
+        counts = own.groupby("layer")["index"].transform("max") + 1
+        squares = own.assign(square=own["norm"] ** 2, high=own["index"] < np.ceil(highest * counts))
+        share = squares[squares["high"]].groupby(by)["square"].sum() / squares.groupby(by)["square"].sum()
         grouped = int(heads["head"].max() + 1) // int(own["head"].max() + 1)
-        positional = heads.assign(head=heads["head"] // grouped).groupby(by)["positional"].any()
-        ours, others = share[positional.reindex(share.index)], share[~positional.reindex(share.index)]
+        positional = heads.assign(head=heads["head"] // grouped).groupby(by)["positional"].any().reindex(share.index)
+        ours, others = share[positional], share[~positional]
         row = {"side": side, "n": len(ours), "others": len(others), "positional": ours.mean(), "other": others.mean()}
         p = stats.mannwhitneyu(ours, others).pvalue if len(ours) and len(others) else math.nan
         rows.append(row | {"p": p})
@@ -583,7 +600,7 @@ def aligned_key(
     RoPE need not make attention decay with distance (Barbero et al., section 3): turned on by the distance, the query
     itself is that key. Components are in halves: the first half holds the first component of every pair.
     """
-    return _turned(query, torch.tensor(float(distance)), frequencies)
+    return _turned(query, query.new_tensor(float(distance)), frequencies)
 
 
 def scores_by_distance(

@@ -10,9 +10,11 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
+from ..attach import unbridged
 from ..causal.replay import evaluating
 from ..errors import PositionsError
 from ..interventions import HOOK, Hooks, Some, hook_names
+from ..sites import parameters
 
 EARLIEST = 16
 """Queries before this one are left out where attention is judged from afar: they have few keys to choose from."""
@@ -38,9 +40,11 @@ def evaluated(model: TransformerBridge, hooks: Hooks) -> Iterator[None]:
 
 
 def run(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], hooks: Hooks) -> None:
-    """Run rows for what hooks see of them."""
+    """Run rows for what hooks see of them; their logits are of no use."""
+    base = unbridged(model)
+    fewer = {"logits_to_keep": 1} if "logits_to_keep" in parameters(base) else {}
     with evaluated(model, hooks):
-        model(tokens, return_type=None)
+        model(tokens.to(base.device), return_type=None, use_cache=False, **fewer)
 
 
 def keep(kept: dict[Any, Tensor], what: Any, states: Tensor, hook: HookPoint) -> None:

@@ -11,7 +11,7 @@ from rich.text import Text
 from tyro.conf import arg
 
 from .. import corpora
-from ..analysis.absolute_position import absolute_variation, attention_sinks, replacement_effects
+from ..analysis.absolute_position import BLOCK, QUARTERS, absolute_variation, attention_sinks, replacement_effects
 from ..analysis.dispersion import adaptive_temperature, attention_dispersion, loss_by_length
 from ..analysis.frequencies import SIDES, frequency_norms, high_frequency_use, positional_heads
 from ..errors import PositionsError
@@ -84,6 +84,7 @@ def absolute(
     model: Model,
     corpus: Corpus = "english",
     texts: Annotated[int, arg(help="how many pieces of held-out documents give their beginnings.")] = 24,
+    block: Annotated[int, arg(help="tokens that repeat.")] = BLOCK,
     hold: Annotated[bool, arg(help="hold positions on a ruler, so that learned increments tell nothing.")] = False,
     seed: Seed = 0,
     csv: Csv = None,
@@ -100,41 +101,40 @@ def absolute(
         raise PositionsError(f"--texts is {texts}; expected at least 2, for intervals.")
     given = corpora.heldout_pieces(corpus, texts)
     hooks = ablate(loaded, to=1.0, site="positions") if hold else None
-    table = absolute_variation(loaded, given, hooks=hooks, seed=seed)
-    drops = replacement_effects(loaded, given, hooks=hooks, seed=seed)
+    table = absolute_variation(loaded, given, hooks=hooks, block=block, seed=seed)
+    drops = replacement_effects(loaded, given, hooks=hooks, block=block, seed=seed)
     sinks = attention_sinks(loaded, given, hooks=hooks, seed=seed).groupby("layer")["share"]
-    repeats = int(table["repeat"].max())
-    quarter = max(1, repeats // 4)
-    what = f"the beginnings of {len(given)} pieces of held-out {corpus}, {repeats + 1} times over"
+    overall = table[table["head"] == "all"]
+    what = f"the beginnings of {len(given)} pieces of held-out {corpus}, repeated"
     console = headed(
-        f"{loaded.name}: variation of log attention with absolute position, {what}",
-        "nats squared, mean over heads, early and late quarter of the repeats; attention to position 0 (largest head)",
+        f"{loaded.name}: variance of log attention over absolute positions, {what}",
+        "nats squared, mean over heads, early and late quarter of the input; attention to position 0 (largest head); "
+        "95% intervals resample pieces",
     )
-    sides = {"early": table["repeat"] <= quarter, "late": table["repeat"] > repeats - quarter}
-    means = {name: table[where].groupby("layer")[["residual", "mask"]].mean() for name, where in sides.items()}
+    sides = {"early": overall[overall["quarter"] == 0], "late": overall[overall["quarter"] == QUARTERS - 1]}
     layers = list(dict.fromkeys(table["layer"]))
-    columns = [f"{part}, {name}" for name in sides for part in ("residual", "mask")] + ["sink"]
+    columns = [f"{part}, {name}" for part in ("residual", "mask") for name in sides]
     cells = []
     for layer in layers:
-        values = [f"{means[name].loc[layer, part]:.4f}" for name in sides for part in ("residual", "mask")]
+        rows = [(own[own["layer"] == layer].iloc[0], part) for part in ("residual", "mask") for own in sides.values()]
+        values = [f"{row[part]:.4f} ({row[f'{part}_low']:.4f} to {row[f'{part}_high']:.4f})" for row, part in rows]
         cells.append([Text(value) for value in (*values, f"{sinks.mean()[layer]:.0%} ({sinks.max()[layer]:.0%})")])
-    print_grid(console, [f"layer {layer}" for layer in layers], columns, cells)
+    print_grid(console, [f"layer {layer}" for layer in layers], [*columns, "sink"], cells)
     print_line(console, "the residual part that goes when the embedding at position 0 is replaced (95% intervals):\n")
-    rows: Any = drops[drops["layer"] == "all"].itertuples()
-    for row in rows:
+    effects: Any = drops[drops["layer"] == "all"].itertuples()
+    for row in effects:
         print_line(
             console, f"  {row.replacement:6} {row.queries:5}  {row.drop:+.0%} ({row.low:+.0%} to {row.high:+.0%})"
         )
     written(console, table, csv)
     if figure is not None:
         lines = pd.concat(
-            [
-                means[name][part].rename("value").reset_index().assign(measure=f"{part}, {name}")
-                for part in ("residual", "mask")
-                for name in sides
-            ]
+            own[["layer", part, f"{part}_low", f"{part}_high"]]
+            .set_axis(["at", "value", "low", "high"], axis=1)
+            .assign(measure=f"{part}, {name}")
+            for part in ("residual", "mask")
+            for name, own in sides.items()
         )
-        lines = lines.rename(columns={"layer": "at"}).assign(low=math.nan, high=math.nan)
         caption = f"{loaded.name}; {what}. Means over heads. log attention = score (residual) - log Z (mask)."
         unit = "variance over repeats, nats squared"
         with drawn(console, figure):
