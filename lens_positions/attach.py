@@ -235,11 +235,11 @@ def attach_positions(
     """Make the increments and positions of every rotary layer of a model activations of their own.
 
     A fresh source gives increments of exactly 1.0, so the model computes what it computed before, to the bit
-    (per_head: to rounding). In a bridge the hook points are `blocks.{l}.attn.hook_increments` and
-    `blocks.{l}.attn.hook_positions`, and `hook_increments` at the root for a shared or frozen source. Layers without
-    RoPE have none; a forward pass over three tokens, in eval mode, shows which those are (hooks that are registered
-    already run then). Outside a bridge, a hook that edits embeddings or the residual stream is seen by a source if it
-    was registered before attaching; a bridge's hook points are always seen.
+    (per_head: to rounding). In a bridge the hook points are `blocks.{l}.attn.hook_increments`, `hook_positions` and
+    `hook_rotation`, and `hook_increments` at the root for a shared or frozen source. Layers without RoPE have none; a
+    forward pass over three tokens, in eval mode, shows which those are (hooks that are registered already run then).
+    Outside a bridge, a hook that edits embeddings or the residual stream is seen by a source if it was registered
+    before attaching; a bridge's hook points are always seen.
 
     Args:
         model: a `transformers` causal language model with rotary positions, or a TransformerBridge on one.
@@ -434,7 +434,7 @@ def _add_hook_points(bridge: Any, streams: PositionStreams, found: RotaryAttenti
             component = nn.Module()
             block._modules["attn"] = component
             added.append((block, "attn"))
-        for name in ("hook_increments", "hook_positions"):
+        for name in ("hook_increments", "hook_positions", "hook_rotation"):
             component.add_module(name, getattr(stream, name))
             added.append((component, name))
     bridge._scan_existing_hooks(bridge, "")

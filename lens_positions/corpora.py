@@ -90,6 +90,24 @@ def heldout_excerpts(name_or_path: str, characters: int, *, text_column: str = "
     return _excerpts(name_or_path, characters, text_column, "heldout")
 
 
+def heldout_pieces(name_or_path: str, count: int, characters: int = 200, *, text_column: str = "text") -> list[str]:
+    """So many short pieces of the held-out text, spread evenly over all of it.
+
+    Raises:
+        PositionsError: as `heldout_excerpts`, or there is less text.
+    """
+    if is_hub_dataset(name_or_path):
+        raise PositionsError(f"{name_or_path!r} is streamed from the hub: expected a named corpus, a file or a folder")
+    texts = load(name_or_path, text_column=text_column)["heldout"]["text"]
+    pieces = [text[i : i + characters] for text in texts for i in range(0, len(text) - characters + 1, characters)]
+    if not 1 <= count <= len(pieces):
+        raise PositionsError(
+            f"{count} pieces of {characters} characters were asked for; expected from 1 to {len(pieces)}, which the "
+            f"held-out text of {name_or_path} has."
+        )
+    return [pieces[i * len(pieces) // count] for i in range(count)]
+
+
 def training_excerpts(name_or_path: str, characters: int, *, text_column: str = "text") -> list[str]:
     """As `heldout_excerpts`, of the training text: to count or to average what held-out text is then measured with."""
     return _excerpts(name_or_path, characters, text_column, "train")

@@ -19,7 +19,7 @@ from transformer_lens.model_bridge.sources._bridge_builder import (
     build_bridge_config_from_hf,
     configure_tokenizer,
 )
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from .attach import PositionStreams, attach_positions
 from .errors import PositionsError
@@ -44,6 +44,7 @@ class PositionModelConfig:
         rope_theta: the rotary base.
         rope_fraction: the fraction of rotary frequencies kept, the highest first: 1 is RoPE, 0 no encoding
             (p-RoPE, Barbero et al., arXiv 2410.06205).
+        sliding_window: each token sees so many tokens, itself included; None is all before it.
         positions: the increment source.
 
     Raises:
@@ -57,12 +58,13 @@ class PositionModelConfig:
     n_ctx: int = 512
     rope_theta: float = 10_000.0
     rope_fraction: float = 1.0
+    sliding_window: int | None = None
     positions: PositionConfig = field(default_factory=PositionConfig)
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "n_layers", "n_heads", "n_ctx", "d_mlp"):
-            size = getattr(self, name)
-            if not (isinstance(size, int) and size >= 1) and not (name == "d_mlp" and size is None):
+        for name in ("d_model", "n_layers", "n_heads", "n_ctx", "d_mlp", "sliding_window"):
+            size, optional = getattr(self, name), name in ("d_mlp", "sliding_window")
+            if not (isinstance(size, int) and size >= 1) and not (optional and size is None):
                 raise PositionsError(f"{name} is {size}; expected a whole number of at least 1.")
         if self.d_model % self.n_heads or (self.d_model // self.n_heads) % 2:
             raise PositionsError(
@@ -74,36 +76,41 @@ class PositionModelConfig:
         if not 0 <= self.rope_fraction <= 1:
             raise PositionsError(f"rope_fraction is {self.rope_fraction}; expected a number from 0 to 1.")
 
-    def to_transformers(self) -> LlamaConfig:
-        """The Llama that this configuration describes."""
+    def to_transformers(self) -> LlamaConfig | MistralConfig:
+        """The Llama that this configuration describes; with a sliding window a Mistral, which is otherwise one."""
         rope: dict[str, Any] = {"rope_type": "default", "rope_theta": self.rope_theta}
         if self.rope_fraction < 1:
             rope |= {"rope_type": "proportional", "partial_rotary_factor": self.rope_fraction}
-        return LlamaConfig(
-            vocab_size=END_OF_DOCUMENT + 1,
-            hidden_size=self.d_model,
-            intermediate_size=self.d_mlp or 4 * self.d_model,
-            num_hidden_layers=self.n_layers,
-            num_attention_heads=self.n_heads,
-            max_position_embeddings=self.n_ctx,
-            rope_parameters=rope,
-            tie_word_embeddings=True,
-            bos_token_id=END_OF_DOCUMENT,
-            eos_token_id=END_OF_DOCUMENT,
-            pad_token_id=END_OF_DOCUMENT,
-        )
+        settings: dict[str, Any] = {
+            "vocab_size": END_OF_DOCUMENT + 1,
+            "hidden_size": self.d_model,
+            "intermediate_size": self.d_mlp or 4 * self.d_model,
+            "num_hidden_layers": self.n_layers,
+            "num_attention_heads": self.n_heads,
+            "num_key_value_heads": self.n_heads,
+            "max_position_embeddings": self.n_ctx,
+            "rope_parameters": rope,
+            "tie_word_embeddings": True,
+            "bos_token_id": END_OF_DOCUMENT,
+            "eos_token_id": END_OF_DOCUMENT,
+            "pad_token_id": END_OF_DOCUMENT,
+        }
+        if self.sliding_window is None:
+            return LlamaConfig(**settings)
+        return MistralConfig(**settings, sliding_window=self.sliding_window)
 
 
 def build_model(
     config: PositionModelConfig, *, seed: int, table: Float[Tensor, "vocab *head"] | None = None
-) -> LlamaForCausalLM:
-    """A fresh Llama with its position streams attached, float32, outside any bridge: what training runs.
+) -> LlamaForCausalLM | MistralForCausalLM:
+    """A fresh Llama (or Mistral) with its position streams attached, float32, outside any bridge: what training runs.
 
     The base weights depend on the sizes and the seed alone, so models that differ in their source start alike.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config.to_transformers())
+        described = config.to_transformers()
+        model = MistralForCausalLM(described) if isinstance(described, MistralConfig) else LlamaForCausalLM(described)
         torch.manual_seed(seed)
         attach_positions(model, config.positions, table=table)
     return model

@@ -1,4 +1,4 @@
-"""Pass increments and positions through TransformerLens' hook points, and know whether anything changed."""
+"""Pass increments, positions and rotations through TransformerLens' hook points, and know whether anything changed."""
 
 from dataclasses import dataclass
 
@@ -19,12 +19,14 @@ class HookedTokens:
         ids: the model's own whole positions.
         gap: the convention of the increments.
         mask: the real tokens of the sequence, those of the cache included; None: all are.
+        frequencies: at a rotation, of each component of its cos and sin, in radians per position.
     """
 
     past: int
     ids: Int[Tensor, "#batch pos"]
     gap: str
     mask: Bool[Tensor, "batch total"] | None = None
+    frequencies: Float[Tensor, " d_rotary"] | None = None
 
     def real(self) -> Bool[Tensor, "#batch pos"]:
         """The tokens that are not padding."""
@@ -42,15 +44,15 @@ class HookedTokens:
 
 
 def run_hook(
-    hook: HookPoint, activation: Float[Tensor, "batch pos *head"], tokens: HookedTokens | None = None
-) -> Float[Tensor, "batch pos *head"]:
+    hook: HookPoint, activation: Float[Tensor, "batch pos *rest"], tokens: HookedTokens | None = None
+) -> Float[Tensor, "batch pos *rest"]:
     """Pass an activation through its hook point; the same object comes back where nothing changed it.
 
     Hook functions get a copy, so that one that edits in place does not reach other layers.
 
     Args:
         hook: the hook point.
-        activation: increments or positions.
+        activation: increments, positions or a rotation.
         tokens: what hook functions may know of the tokens, where the hook point belongs to a layer.
 
     Raises:

@@ -43,9 +43,14 @@ class RotaryCall:
             positions = positions + self.axes.repeat_interleave(positions.shape[-1] // self.axes.shape[-1], dim=-1)
         return self._turn(positions, self.states if states is None else states)
 
-    def _turn(self, positions: Tensor, states: Tensor) -> CosSin:
-        rotation = self.module.forward(states, positions, *self.args, **self.kwargs)
+    def cos_sin(self, rotation: Rotation | None) -> CosSin:
+        """A rotation of this call, or the model's own where it is None, as cos and sin."""
+        if rotation is None:
+            rotation = self.rotation if self.rotation is not None else self.at(self.position_ids.float())
         return (rotation.real, rotation.imag) if isinstance(rotation, Tensor) else rotation
+
+    def _turn(self, positions: Tensor, states: Tensor) -> CosSin:
+        return self.cos_sin(self.module.forward(states, positions, *self.args, **self.kwargs))
 
     def like_the_module(self, cos_sin: CosSin) -> Rotation:
         """cos and sin in the form in which the module returns them."""

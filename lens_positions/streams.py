@@ -2,7 +2,7 @@
 
     increments  d[batch, pos]   from the source                                     hook_increments
     positions   p[batch, pos]   the model's own position ids + running sum of d - 1   hook_positions
-    cos, sin    the model's own rotary module, called with these positions
+    cos, sin    the model's own rotary module, called with these positions              hook_rotation
 
 Writing the sum around the model's own position ids keeps everything that they know (padding, the offset of a
 cache, packed documents), and all-ones increments give the model's positions back to the bit. Without padding
@@ -14,7 +14,7 @@ frozen one computes them once per forward pass. With a key-value cache a stream 
 stopped: the running sum is kept in the cache object itself, follows its reordering and cropping, and ends with it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ class ForwardPass:
 
 
 class PositionStream(nn.Module):
-    """Increments to positions to cos and sin at one layer, with a hook point at each of the first two."""
+    """Increments to positions to cos and sin at one layer, with a hook point at each."""
 
     def __init__(self, config: PositionConfig, index: int, layer: int, source: nn.Module | None, n_heads: int) -> None:
         super().__init__()
@@ -66,6 +66,7 @@ class PositionStream(nn.Module):
         self.source = source  # of this layer alone; None where static, shared or frozen
         self.hook_increments = HookPoint()
         self.hook_positions = HookPoint()
+        self.hook_rotation = HookPoint()
 
     def forward(self, states: Tensor, call: RotaryCall | None, step: ForwardPass) -> Rotation | None:
         """The rotation for the attention of this layer, or None where it is the model's own.
@@ -85,7 +86,8 @@ class PositionStream(nn.Module):
         step.calls[self.index] = step.calls.get(self.index, -1) + 1
         past = self._past(states, step)
         static = self.config.source == "static"
-        if static and past is None and not (hooked_at(self.hook_increments) or hooked_at(self.hook_positions)):
+        hooks = (self.hook_increments, self.hook_positions, self.hook_rotation)
+        if static and past is None and not any(map(hooked_at, hooks)):
             return None
         if call is None:
             raise PositionsError(
@@ -114,16 +116,31 @@ class PositionStream(nn.Module):
                 remember(step.cache, (self.index, step.calls[self.index]), sums)
             positions = run_hook(self.hook_positions, base, tokens)
             if positions is base and not edited and static and past is None:
-                return None
-            if positions is not base:
+                rotation = None
+            elif positions is not base:
                 rotation = rotate(positions, call)
             else:
                 if (*key, 1) not in work:
                     work[*key, 1] = rotate(base, call)
                 rotation = work[*key, 1]
-            if self.followed:
+            if hooked_at(self.hook_rotation):
+                rotation = self._edited_rotation(rotation, positions, call, tokens)
+            if self.followed and rotation is not None:
                 step.turned[self.index] = positions, call, rotation
             return rotation
+
+    def _edited_rotation(
+        self, rotation: Rotation | None, positions: Tensor, call: RotaryCall, tokens: HookedTokens
+    ) -> Rotation | None:
+        """The rotation after its hook point, [batch pos *head 2 d_rotary] with cos before sin; None as it was given."""
+        own = torch.stack(call.cos_sin(rotation), dim=-2)
+        given = own.expand(positions.shape[0] if rotation is None else own.shape[0], *own.shape[1:])
+        tokens = replace(tokens, frequencies=call.frequencies(positions.flatten(1)))
+        returned = run_hook(self.hook_rotation, given, tokens)
+        if returned is given:
+            return rotation
+        cos_sin = returned[..., 0, :], returned[..., 1, :]
+        return cos_sin if self.config.per_head else call.like_the_module(cos_sin)
 
     def _given_increments(self, states: Tensor, step: ForwardPass) -> Float[Tensor, "batch pos *head"]:
         if self.source is not None:

@@ -73,7 +73,11 @@ def test_fresh_streams_leave_a_bridge_bit_identical(tiny_llama, source, dtype):
     shared = set(plain_cache) & set(cache)
     assert len(shared) > 60
     assert all(torch.equal(plain_cache[name].expand_as(cache[name]), cache[name]) for name in shared)
-    assert {n.rsplit(".", 1)[-1] for n in set(cache) - set(plain_cache)} == {"hook_increments", "hook_positions"}
+    assert {n.rsplit(".", 1)[-1] for n in set(cache) - set(plain_cache)} == {
+        "hook_increments",
+        "hook_positions",
+        "hook_rotation",
+    }
 
 
 def test_static_streams_in_a_bridge_with_gradients_are_bit_identical(tiny_llama):

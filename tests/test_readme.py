@@ -11,6 +11,8 @@ from conftest import SMOLLM2
 
 from lens_positions import cli, pretrained
 from training.__main__ import parse, parse_graft
+from training.machinery import MachineryConfig
+from training.maximum import MaximumConfig
 from training.measure import MeasureConfig
 from training.results import ResultsConfig
 from training.ship import ShipConfig
@@ -62,10 +64,13 @@ def test_graft_commands_parse(command):
     assert own.output is not None
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if re.search(r"-m training (suite|measure|results|ship)", c)])
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if re.search(r"-m training (suite|measure|results|ship|machinery|maximum)", c)]
+)
 def test_suite_commands_parse(command):
     name, *words = shlex.split(command)[3:]
-    config = {"suite": SuiteConfig, "measure": MeasureConfig, "results": ResultsConfig, "ship": ShipConfig}[name]
+    kinds = (SuiteConfig, MeasureConfig, ResultsConfig, ShipConfig, MachineryConfig, MaximumConfig)
+    config = {kind.__name__.removesuffix("Config").lower(): kind for kind in kinds}[name]
     assert tyro.cli(config, args=words) is not None
 
 

@@ -22,10 +22,19 @@ from lens_positions.hooked import build_model
 from lens_positions.pretrained import load_pretrained
 from training import suite as suite_module
 from training.__main__ import main, parse
-from training.config import TrainConfig, load_preset
+from training.config import TrainConfig, changes, load_preset
 from training.data import heldout_windows, tokenize_corpus
 from training.loop import Run, are_bytes, token_nats, train
-from training.suite import VARIANTS, SuiteConfig, evaluate_lengths, loss_table, over_seeds, planned, suite
+from training.suite import (
+    ROPE_VARIANTS,
+    VARIANTS,
+    SuiteConfig,
+    evaluate_lengths,
+    loss_table,
+    over_seeds,
+    planned,
+    suite,
+)
 
 STEPS = 4
 PER_BYTE = "heldout_nats_per_byte"
@@ -106,6 +115,26 @@ def test_the_variants_are_the_ones_that_are_written_about():
     assert VARIANTS["per_layer"] == PositionConfig(source="per_layer", activation="sigmoid", max_increment=10.0)
     assert VARIANTS["signed"].activation == "none"
     assert VARIANTS["cap_30"].max_increment == 30
+
+
+def test_variants_of_rope_change_the_model_and_have_static_increments(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(suite_module, "load_preset", load_preset)
+    runs = {run.variant: run.config.model for run in planned(SuiteConfig(seeds=(0,), variants=tuple(ROPE_VARIANTS)))}
+    assert [runs[f"rope_{part}"].rope_fraction for part in (75, 25, 0)] == [0.75, 0.25, 0.0]
+    assert runs["window"].sliding_window == 64
+    assert runs["ntk"].rope_theta == pytest.approx(10_000 * 8 ** (32 / 30), rel=1e-5)
+    assert {model.positions for model in runs.values()} == {VARIANTS["static"]}
+    for run in planned(SuiteConfig(seeds=(0,), variants=tuple(ROPE_VARIANTS))):
+        assert parse(shlex.split(run.command)[4:])[0] == run.config
+
+
+def test_what_was_written_before_a_field_was_added_is_still_the_same_run():
+    before = {"steps": 3, "model": {"d_model": 8}}
+    assert list(changes(before, {"steps": 3, "model": {"d_model": 8, "sliding_window": None}})) == []
+    assert list(changes(before, {"steps": 3, "model": {"d_model": 8, "sliding_window": 4}})) == [
+        ("model.sliding_window", 4)
+    ]
+    assert list(changes(before, {"steps": 4, "model": {"d_model": 9}})) == [("steps", 4), ("model.d_model", 9)]
 
 
 def test_runs_come_seed_by_seed_with_the_same_data_and_a_command_of_their_own(tiny, tmp_path, monkeypatch):

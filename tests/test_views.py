@@ -321,11 +321,11 @@ def test_a_difference_stands_at_its_value_with_its_interval_around():
 
 def test_frequencies_run_from_the_highest_to_the_lowest():
     amounts = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
-    figure = viz.frequency_map(amounts, [0, 5], [600.0, 6.3, 60.0], "Norms of queries", "mean 2-norm")
+    figure = viz.frequency_map({"query": amounts}, [0, 5], [600.0, 6.3, 60.0], "Norms of queries", "mean 2-norm")
     (image,) = figure.axes[0].get_images()
     assert image.get_array().tolist() == [[2, 3, 1], [5, 6, 4]]
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["6", "60", "600"]
     with pytest.raises(lp.PositionsError, match="the least amount is 0; expected positive ones"):
-        viz.frequency_map(amounts - 1, [0, 5], [600.0, 6.3, 60.0], "", "")
+        viz.frequency_map({"query": amounts - 1}, [0, 5], [600.0, 6.3, 60.0], "", "")
     with pytest.raises(lp.PositionsError, match=r"shape \(2, 3\), with 1 layers and 3 wavelengths"):
-        viz.frequency_map(amounts, [0], [600.0, 6.3, 60.0], "", "")
+        viz.frequency_map({"query": amounts}, [0], [600.0, 6.3, 60.0], "", "")

@@ -12,10 +12,13 @@ from lens_positions.errors import PositionsError
 from .config import GraftConfig, TrainConfig, load_preset, preset_names, updated
 from .graft import PARTS, graft
 from .loop import newest_checkpoint, read_description, train
+from .machinery import MEASUREMENTS as MACHINERY
+from .machinery import MachineryConfig, machinery
+from .maximum import MaximumConfig, maximum, print_accuracies
 from .measure import MEASUREMENTS, MeasureConfig, measure
 from .results import ResultsConfig, write_results
 from .ship import SHIPPED, ShipConfig, ship
-from .suite import VARIANTS, SuiteConfig, suite
+from .suite import ROPE_VARIANTS, VARIANTS, SuiteConfig, suite
 
 TRAIN = """Train a model with position streams from fresh weights.
 
@@ -32,7 +35,8 @@ GRAFT = """Learn position streams on a pretrained model, and compare it with the
 
 SUITE = """Train every variant of increments at several seeds with the same data, and compare their losses.
 
-The variants are %s. Runs that are finished are kept, interrupted ones go on, and several of these commands may share
+The variants are %s; and, of RoPE itself,
+%s. Runs that are finished are kept, interrupted ones go on, and several of these commands may share
 the work of one folder. The presets are %s.
 """
 
@@ -58,6 +62,8 @@ def main(argv: list[str] | None = None) -> int:
         "measure": measure_command,
         "results": results_command,
         "ship": ship_command,
+        "machinery": machinery_command,
+        "maximum": maximum_command,
     }
     try:
         if not argv or argv[0] not in commands:
@@ -101,7 +107,7 @@ def graft_command(argv: list[str]) -> int:
 
 def suite_command(argv: list[str]) -> int:
     """Train, score and compare what is left of a suite."""
-    description = SUITE % (", ".join(VARIANTS), ", ".join(preset_names()))
+    description = SUITE % (", ".join(VARIANTS), ", ".join(ROPE_VARIANTS), ", ".join(preset_names()))
     config = tyro.cli(SuiteConfig, prog="python -m training suite", description=description, args=argv)
     try:
         suite(config)
@@ -124,6 +130,24 @@ def results_command(argv: list[str]) -> int:
     """Write RESULTS.md from the files of results."""
     description = "Write RESULTS.md and its figures from the files of results alone."
     print(write_results(tyro.cli(ResultsConfig, prog="python -m training results", description=description, args=argv)))
+    return 0
+
+
+def machinery_command(argv: list[str]) -> int:
+    """Measure how models use RoPE itself."""
+    description = f"Frequencies, absolute position and dispersion: {', '.join(MACHINERY)}. What is measured is left."
+    names = machinery(
+        tyro.cli(MachineryConfig, prog="python -m training machinery", description=description, args=argv)
+    )
+    print(f"measured: {', '.join(names)}")
+    return 0
+
+
+def maximum_command(argv: list[str]) -> int:
+    """Train the maximum-retrieval task and print its accuracy by number of items."""
+    description = "Which class has the largest of n items? Trained on 5 to 16, tested on more, by Veličković et al."
+    table = maximum(tyro.cli(MaximumConfig, prog="python -m training maximum", description=description, args=argv))
+    print_accuracies(table)
     return 0
 
 

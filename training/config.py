@@ -1,6 +1,7 @@
 """What a run is: a dataclass for training from fresh weights, with presets in presets/*.toml, and one for grafts."""
 
 import tomllib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -195,3 +196,16 @@ def updated(config: Config, values: dict[str, Any], where: str) -> Config:
 def to_json(config: RunConfig) -> dict[str, Any]:
     """The configuration as plain values, which `updated` reads back."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
+
+
+def changes(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The fields of a configuration, as `to_json` writes it, that differ from another's, with their values.
+
+    A field that the other lacks counts as None: it was written before there was such a field.
+    """
+    for name, value in after.items():
+        if isinstance(value, dict):
+            known = before.get(name)
+            yield from changes(known if isinstance(known, dict) else {}, value, f"{prefix}{name}.")
+        elif value != before.get(name):
+            yield prefix + name, value

@@ -41,7 +41,7 @@ from lens_positions.hooked import build_model
 from lens_positions.pretrained import load_pretrained, replaced_folder, save_pretrained
 from lens_positions.tokenizer import END_OF_DOCUMENT, byte_tokenizer
 
-from .config import RunConfig, TrainConfig, to_json
+from .config import RunConfig, TrainConfig, changes, to_json
 from .data import TokenizedCorpus, batch, heldout_documents, heldout_windows, tokenize_corpus
 
 LOG_EVERY = 10
@@ -502,7 +502,7 @@ def refuse_other(run: Path, described: dict[str, Any]) -> None:
         PositionsError: it does, or it is damaged.
     """
     saved = read_description(run)
-    if any(saved.get(name) != value for name, value in json.loads(json.dumps(described)).items()):
+    if any(changes(saved, json.loads(json.dumps(described)))):
         raise PositionsError(f"{run} was started with another configuration or text; expected its training.json.")
 
 

@@ -19,9 +19,9 @@ training text. Nothing here is tuned: every option is the default of its command
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -218,19 +218,38 @@ def _measure(run: Path, folder: Path, text: Text, names: list[str], title: str) 
         raise PositionsError(
             f"{run} is not the run that {folder} was scored on; expected python -m training suite again."
         )
+    subject: list[Subject] = []  # loaded for the first measurement that is left
+
+    def loaded() -> Subject:
+        if not subject:
+            subject.append(Subject(HookedPositionTransformer.from_pretrained(str(model)), text))
+        return subject[0]
+
+    def of_subject(measurement: Callable[[Subject], pd.DataFrame]) -> pd.DataFrame:
+        return measurement(loaded())
+
+    tables = {
+        name: (partial(of_subject, measurement), f"lens-positions {command.format(model=model)}")
+        for name, (measurement, command) in MEASUREMENTS.items()
+        if name in names
+    }
+    measure_left(tables, folder, weights, title)
+
+
+def measure_left(
+    tables: Mapping[str, tuple[Callable[[], pd.DataFrame], str]], folder: Path, weights: dict[str, str], title: str
+) -> None:
+    """Write what is not measured yet of some weights, each table with the command that prints it, and measured.json."""
     described = folder / "measured.json"
     done: dict[str, Any] = read_json(described) if described.exists() else {}
-    left = [name for name in names if done.get(name, {}).get("sha256") != weights]
-    if not left:
-        return
-    subject = Subject(HookedPositionTransformer.from_pretrained(str(model)), text)
-    for name in left:
-        measurement, command = MEASUREMENTS[name]
+    for name, (measurement, command) in tables.items():
+        if done.get(name, {}).get("sha256") == weights:
+            continue
         began = time.monotonic()
-        entry: dict[str, Any] = {"sha256": weights, "command": f"lens-positions {command.format(model=model)}"}
+        entry: dict[str, Any] = {"sha256": weights, "command": command}
         try:
-            table = measurement(subject)
-        except PositionsError as error:  # a measurement that this source does not have
+            table = measurement()
+        except PositionsError as error:  # a measurement that this model does not have
             (folder / f"{name}.csv").unlink(missing_ok=True)
             entry |= {"rows": 0, "refused": str(error)}
         else:

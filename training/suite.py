@@ -18,7 +18,7 @@ import math
 import platform
 import shlex
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
@@ -43,7 +43,7 @@ from lens_positions.pretrained import load_pretrained, replaced_folder
 from lens_positions.progress import tracked
 from lens_positions.terminal import print_grid, print_line
 
-from .config import TrainConfig, load_preset, to_json
+from .config import TrainConfig, changes, load_preset, to_json
 from .data import TokenizedCorpus, heldout_documents, heldout_windows, sha256_of, tokenize_corpus, write_whole
 from .loop import (
     DivergedError,
@@ -67,6 +67,16 @@ VARIANTS: dict[str, PositionConfig] = {
     "cap_30": PositionConfig(source="per_layer", max_increment=30.0),
 }
 """What is compared; `frozen` has the increments that `shared` learned at the same seed, as a table."""
+
+ROPE_VARIANTS: dict[str, dict[str, Any]] = {
+    "rope_75": {"rope_fraction": 0.75},
+    "rope_25": {"rope_fraction": 0.25},
+    "rope_0": {"rope_fraction": 0.0},
+    "ntk": {"rope_theta": 91_896.0},
+    "window": {"sliding_window": 64},
+}
+"""Other uses of RoPE, with static increments, by what they change in the model: a fraction of the frequencies (Barbero
+et al.), a base as NTK scaling by 8 makes it of 10,000 in heads of 32 (10,000 * 8 ** (32 / 30)), a sliding window."""
 
 FACTORS = (1, 2, 4)
 """Lengths at which models are scored, in training contexts."""
@@ -158,8 +168,9 @@ def planned(asked: SuiteConfig) -> list[SuiteRun]:
         PositionsError: as `suite`.
     """
     preset = load_preset(asked.preset)
-    if unknown := [name for name in asked.variants if name not in VARIANTS]:
-        raise PositionsError(f"there is no variant {unknown[0]!r}; expected some of {', '.join(VARIANTS)}.")
+    known = [*VARIANTS, *ROPE_VARIANTS]
+    if unknown := [name for name in asked.variants if name not in known]:
+        raise PositionsError(f"there is no variant {unknown[0]!r}; expected some of {', '.join(known)}.")
     if not asked.variants or not asked.seeds or len(set(asked.seeds)) < len(asked.seeds):
         given = f"variants {' '.join(asked.variants) or 'none'} and seeds {' '.join(map(str, asked.seeds)) or 'none'}"
         raise PositionsError(f"the suite got {given}; expected at least one of each, and distinct seeds.")
@@ -173,14 +184,15 @@ def planned(asked: SuiteConfig) -> list[SuiteRun]:
     runs = []
     for seed in asked.seeds:
         shared = output / f"shared-{seed}"
-        for variant in (name for name in VARIANTS if name in asked.variants):
+        for variant in (name for name in known if name in asked.variants):
             folder = output / f"{variant}-{seed}"
             frozen = variant == "frozen"
             if frozen and not ("shared" in asked.variants or finished(shared) or finished(folder)):
                 raise PositionsError(
                     f"frozen at seed {seed} needs {shared}, which is not finished; expected the variant shared as well."
                 )
-            model = replace(common.model, positions=VARIANTS[variant])
+            increments = VARIANTS.get(variant, VARIANTS["static"])
+            model = replace(common.model, positions=increments, **ROPE_VARIANTS.get(variant, {}))
             config = replace(common, seed=seed, model=model, frozen_from=shared / "model" if frozen else None)
             command = command_of(config, asked.preset, preset, folder)
             runs.append(SuiteRun(variant, seed, config, folder, results / folder.name, command))
@@ -190,17 +202,9 @@ def planned(asked: SuiteConfig) -> list[SuiteRun]:
 def command_of(config: TrainConfig, name: str, preset: TrainConfig, folder: Path) -> str:
     """The command that trains this configuration alone, as a preset and what differs from it."""
     words = ["python", "-m", "training", "train", "--preset", name, "--output", str(folder)]
-    for field, value in _changes(to_json(preset) | {"seed": None}, to_json(config)):
+    for field, value in changes(to_json(preset) | {"seed": None}, to_json(config)):
         words += [f"--{field.replace('_', '-')}", *([] if value is True else [str(value)])]
     return shlex.join(words)
-
-
-def _changes(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in after.items():
-        if isinstance(value, dict):
-            yield from _changes(before.get(name, {}), value, f"{prefix}{name}.")
-        elif name not in before or value != before[name]:
-            yield prefix + name, value
 
 
 def finished(run: Path) -> bool:
@@ -210,14 +214,15 @@ def finished(run: Path) -> bool:
 
 def _refuse_other_results(results: Path, config: TrainConfig) -> None:
     """Refuse to mix results: only the variant and the seed may differ."""
+    own = {"positions", *(name for changed in ROPE_VARIANTS.values() for name in changed)}
 
     def in_common(values: dict[str, Any]) -> dict[str, Any]:
-        model = {name: value for name, value in values["model"].items() if name != "positions"}
+        model = {name: value for name, value in values["model"].items() if name not in own}
         return {name: value for name, value in values.items() if name not in ("seed", "frozen_from")} | {"model": model}
 
     wanted = in_common(json.loads(json.dumps(to_json(config))))
     for path in [*results.glob("*/run.json"), *results.glob("*/diverged.json")]:
-        for name, value in _changes(in_common(read_json(path)["config"]), wanted):
+        for name, value in changes(in_common(read_json(path)["config"]), wanted):
             raise PositionsError(
                 f"{path.parent} was trained with another {name} than {value}; expected a results folder for it alone."
             )
@@ -430,7 +435,7 @@ def loss_table(results: Path) -> pd.DataFrame:
     """The loss of every variant at every length, and its difference to static, from the files of results alone.
 
     Returns:
-        A row for each variant and length, in the order of VARIANTS:
+        A row for each variant and length, in the order of VARIANTS and ROPE_VARIANTS:
 
         - `variant`, `length` (tokens), `documents`, `bytes`: what was scored;
         - `n_seeds`, `loss`: the mean over so many seeds, in nats per byte;
@@ -447,7 +452,7 @@ def loss_table(results: Path) -> pd.DataFrame:
     scored: dict[str, dict[int, pd.Series[float]]] = {}
     diverged: dict[str, str] = {}
     sizes: pd.Series[int] | None = None
-    for variant in VARIANTS:
+    for variant in (*VARIANTS, *ROPE_VARIANTS):
         scored[variant], steps = {}, []
         for seed, folder in by_seed(results, variant).items():
             if (folder / "diverged.json").is_file():
@@ -460,7 +465,7 @@ def loss_table(results: Path) -> pd.DataFrame:
                 scored[variant][seed] = table["nats"]
         diverged[variant] = ", ".join(steps)
     rows = []
-    for variant in (name for name in VARIANTS if scored[name] or diverged[name]):
+    for variant in (name for name in scored if scored[name] or diverged[name]):
         paired = [seed for seed in scored[variant] if seed in scored["static"] and variant != "static"]
         common = {"variant": variant, "n_seeds": len(scored[variant]), "diverged": diverged[variant]}
         if sizes is None:

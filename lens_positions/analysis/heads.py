@@ -27,6 +27,7 @@ from ..interventions import HOOK, hook_names
 from ..progress import tracked
 from .intervals import Tally, resamples, shuffled_within
 from .reading import Texts, windows
+from .running import attention_names, keep
 
 PERMUTATIONS = 10_000
 
@@ -49,9 +50,7 @@ def head_profile(model: HookedPositionTransformer, texts: Texts, seed: int = 0) 
         PositionsError: attention without patterns, and as `reading.read`.
     """
     documents, batches = windows(model, texts)
-    patterns = dict(hook_names(model, None, "attn.hook_pattern"))
-    if missing := [layer for layer, name in patterns.items() if name not in model.hook_dict]:
-        raise PositionsError(f"layer {missing[0]} has no attention patterns in TransformerLens; expected some.")
+    patterns = attention_names(model, None, "pattern")
     increments = dict(hook_names(model, None, HOOK.format("increments")))
     tallies = {layer: Tally(len(documents)) for layer in patterns}
     for batch in tracked(batches, "heads", quick=sum(map(len, documents)) < 512):
@@ -60,7 +59,7 @@ def head_profile(model: HookedPositionTransformer, texts: Texts, seed: int = 0) 
         hooks: list[Any] = [
             (name, partial(_keep_look_back, found["look_back"], layer)) for layer, name in patterns.items()
         ]
-        hooks += [(name, partial(_keep, found["increment"], layer)) for layer, name in increments.items()]
+        hooks += [(name, partial(keep, found["increment"], layer)) for layer, name in increments.items()]
         with torch.no_grad():
             model.run_with_hooks(rows, fwd_hooks=hooks, return_type=None)
         for layer, tally in tallies.items():
@@ -138,10 +137,6 @@ def _correlated(pair: Float64[np.ndarray, "2 sample"], groups: np.ndarray, seed:
     by_chance = correlation(x[None], y[shuffled_within(group, seed, (PERMUTATIONS,))])
     p = (1 + np.count_nonzero(np.abs(by_chance) >= abs(found) - 1e-12)) / (1 + PERMUTATIONS)
     return {"correlation": found, "low": float(np.tanh(centre - reach)), "high": float(np.tanh(centre + reach)), "p": p}
-
-
-def _keep(kept: dict[int, Tensor], layer: int, increments: Tensor, hook: HookPoint) -> None:
-    kept[layer] = increments.detach()
 
 
 def _keep_look_back(

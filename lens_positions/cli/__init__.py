@@ -7,12 +7,16 @@ Colour says again what the printed numbers say, and is left out for a pipe, a du
 from .app import app, main
 from .causes import ablate, gaps, patch
 from .looking import moved, report, show
+from .machinery import absolute, dispersion, frequencies
 from .measuring import boundaries, heads, kinds, names, saturation, specialisation
 
 __all__ = [
     "ablate",
+    "absolute",
     "app",
     "boundaries",
+    "dispersion",
+    "frequencies",
     "gaps",
     "heads",
     "kinds",

@@ -52,14 +52,14 @@ def kinds(
         only: the kinds to show; all that occur if none is named.
     """
     check_outputs(csv, figure)
-    loaded, texts, what = _read(model, corpus, characters)
+    loaded, texts, what = read_heldout(model, corpus, characters)
     table = increments_by_category(loaded, texts, seed=seed, alphabet=alphabet, only=only or None)
-    console = _headed(f"{loaded.name}: increments by kind of token, {what}", f"mean (least to largest); {PER_TOKEN}")
+    console = headed(f"{loaded.name}: increments by kind of token, {what}", f"mean (least to largest); {PER_TOKEN}")
     names = [f"{kind} ({n:,})" for kind, n in table.groupby("kind", sort=False)["n"].first().items()]
     _grid(console, table, "kind", "layer", lambda row: f"{row.mean:.2f} ({row.min:.2f} to {row.max:.2f})", names)
     print_line(console, Text("divided by the mean of the layer, with its interval", "bold"))
     _grid(console, table, "kind", "layer", lambda row: _with_interval(row, "relative", "relative_"), names)
-    _written(console, table, csv)
+    written(console, table, csv)
     if figure is not None:
         with drawn(console, figure):
             kinds_chart(table, f"{loaded.name}; {what}. Intervals: 95% of resamples of documents, seed {seed}.", figure)
@@ -100,13 +100,13 @@ def boundaries(
     table = boundary_auc(loaded, texts, segmented, counted, seed)
     first = table.iloc[0]
     what = f"{first['n']:,} gaps between Chinese characters in {first['lines']:,} lines, {of_what}"
-    console = _headed(
+    console = headed(
         f"{loaded.name}: word boundaries, {first['boundaries']:,} of {what}",
         "area under the ROC curve, 0.5 is chance; 95% intervals resample lines",
     )
     layers = table.assign(layer=[f"layer {layer:.0f}" if layer == layer else "no layer" for layer in table["layer"]])
     _grid(console, layers, "layer", "measure", lambda row: _with_interval(row, "auc", ""))
-    _written(console, table, csv)
+    written(console, table, csv)
     if figure is not None:
         caption = f"{loaded.name}; {what}. Intervals: 95% of resamples of lines, seed {seed}."
         title = "Increments at Chinese word boundaries"
@@ -137,7 +137,7 @@ def names(
     loaded = HookedPositionTransformer.from_pretrained(model)
     check_learned(loaded, "names and other words are alike", "a model with learned increments")
     table = entity_grouping(loaded, corpora.load(corpus)["train"]["text"], given)
-    console = _headed(
+    console = headed(
         f"{loaded.name}: the increment at the space inside two words, real order minus reversed",
         "mean with a 95% interval, share nearer in the real order, Wilcoxon p (q over layers), over families of pairs "
         "that share words",
@@ -154,7 +154,7 @@ def names(
         print_line(console, Text(head, "bold"))
         for row in table[table["group"] == group].itertuples():
             print_line(console, f"  layer {row.layer}  {cell(row)}")
-    _written(console, table, csv)
+    written(console, table, csv)
 
 
 @app.command
@@ -163,10 +163,10 @@ def heads(
 ) -> None:
     """Show each head's mean increment and how far back it looks, and how the two go together."""
     check_outputs(csv, None)
-    loaded, texts, what = _read(model, corpus, characters)
+    loaded, texts, what = read_heldout(model, corpus, characters)
     check_learned(loaded, "there is nothing to compare", "a model with learned increments")
     table = head_profile(loaded, texts, seed)
-    console = _headed(f"{loaded.name}: heads, {what}", f"mean increment, and look-back in tokens; {PER_TOKEN}")
+    console = headed(f"{loaded.name}: heads, {what}", f"mean increment, and look-back in tokens; {PER_TOKEN}")
     named = table.assign(head=[f"{layer}.{head}" for layer, head in zip(table["layer"], table["head"], strict=True)])
     both = pd.concat(
         [
@@ -175,7 +175,7 @@ def heads(
         ]
     )
     _grid(console, both, "head", "what", lambda row: _with_interval(row, "value", ""))
-    _written(console, table, csv)
+    written(console, table, csv)
     try:
         correlations = head_correlations(table, seed)
     except PositionsError as error:
@@ -193,19 +193,19 @@ def saturation(
 ) -> None:
     """Show the share of increments that sit at their cap, or below zero where they are signed, layer by layer."""
     check_outputs(csv, None)
-    loaded, texts, what = _read(model, corpus, characters)
+    loaded, texts, what = read_heldout(model, corpus, characters)
     if loaded.position_config.learned and loaded.position_config.activation == "none":
         table = below_zero(loaded, texts, seed)
-        console = _headed(f"{loaded.name}: increments below zero, {what}", PER_TOKEN)
+        console = headed(f"{loaded.name}: increments below zero, {what}", PER_TOKEN)
         for row in table.itertuples():
             print_line(console, f"  layer {row.layer}  {_share(row, 'share')}  least {row.min:.2f}")
-        _written(console, table, csv)
+        written(console, table, csv)
         return
     table = shares_at_cap(loaded, texts, seed)
-    console = _headed(f"{loaded.name}: increments at the cap of {table['cap'].iloc[0]:g}, {what}", PER_TOKEN)
+    console = headed(f"{loaded.name}: increments at the cap of {table['cap'].iloc[0]:g}, {what}", PER_TOKEN)
     for row in table.itertuples():
         print_line(console, f"  layer {row.layer}  {_share(row, 'share')}  largest {row.max:.2f}")
-    _written(console, table, csv)
+    written(console, table, csv)
 
 
 @app.command
@@ -223,23 +223,23 @@ def specialisation(
         alphabet: kinds of prose, or those of program text (code).
     """
     check_outputs(csv, None)
-    loaded, texts, what = _read(model, corpus, characters)
+    loaded, texts, what = read_heldout(model, corpus, characters)
     check_learned(loaded, "no kind stands out", "a model with learned increments")
     table = explained_by_kind(loaded, texts, alphabet, seed)
-    console = _headed(
+    console = headed(
         f"{loaded.name}: what the kind of a token explains of its increment, {what}",
         f"share of the variance (with kinds shuffled in each document); × is to the mean of the layer; {PER_TOKEN}",
     )
     for row in table.itertuples():
         ends = (f"{end} {getattr(row, end)} ×{_with_interval(row, f'{end}_relative', f'{end}_')}" for end in ENDS)
         print_line(console, f"  layer {row.layer}  {_share(row, 'explained')} ({row.shuffled:.1%})  {', '.join(ends)}")
-    _written(console, table, csv)
+    written(console, table, csv)
 
 
 ENDS = ("farthest", "nearest")
 
 
-def _read(model: str, corpus: str, characters: int) -> tuple[HookedPositionTransformer, list[str], str]:
+def read_heldout(model: str, corpus: str, characters: int) -> tuple[HookedPositionTransformer, list[str], str]:
     """The model, held-out text, and how to name that text."""
     loaded = HookedPositionTransformer.from_pretrained(model)
     texts = corpora.heldout_excerpts(corpus, characters)
@@ -270,7 +270,8 @@ def _segmented(words: str, corpus: str | None) -> tuple[list[str], Any, str]:
     return ["".join(line) for line in segmented], segmented, f"lines of {path}"
 
 
-def _headed(first: str, second: str) -> Console:
+def headed(first: str, second: str) -> Console:
+    """Print what is shown, and in what unit; where to print the rest."""
     console = Console(highlight=False)
     print_line(console, first)
     print_line(console, second + "\n")
@@ -303,7 +304,8 @@ def _share(row: Any, column: str) -> str:
     return f"{getattr(row, column):.1%}{interval}"
 
 
-def _written(console: Console, table: pd.DataFrame, csv: Path | None) -> None:
+def written(console: Console, table: pd.DataFrame, csv: Path | None) -> None:
+    """Write a table where that is asked for, and say where."""
     if csv is not None:
         table.to_csv(csv, index=False)
         print_line(console, f"table: {csv}")

@@ -2,7 +2,7 @@
 
 from .characters import spacing
 from .effects import ablation_bars, effect_map
-from .measurements import auc_chart, differences_chart, frequency_map, kinds_chart
+from .measurements import auc_chart, differences_chart, frequency_map, kinds_chart, lines_chart
 from .onefile import report
 from .rulers import arcs
 from .style import MissingFontError
@@ -19,6 +19,7 @@ __all__ = [
     "effect_map",
     "frequency_map",
     "kinds_chart",
+    "lines_chart",
     "report",
     "spacing",
     "spacing_view",

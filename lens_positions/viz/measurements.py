@@ -1,12 +1,12 @@
 """Measurements drawn: increments by kind of token, word boundaries by layer, rotary frequencies by layer."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -99,27 +99,64 @@ def auc_chart(table: pd.DataFrame, title: str, caption: str = "", path: str | Pa
     if missing := {"measure", "layer", "auc", "low", "high"} - set(table):
         raise PositionsError(f"the table lacks {', '.join(sorted(missing))}; expected measure, layer, auc, low, high.")
     numbers = sorted({int(layer) for layer in table["layer"].dropna()})
+    lines = table.rename(columns={"layer": "at", "auc": "value"})
+    return lines_chart(lines, title, "area under the ROC curve; 0.5 is chance", "layer", numbers, 0.5, caption, path)
+
+
+def lines_chart(
+    table: pd.DataFrame,
+    title: str,
+    unit: str,
+    across: str,
+    ticks: Sequence[float],
+    level: float | None = None,
+    caption: str = "",
+    path: str | Path | None = None,
+    octaves: bool = False,
+) -> Figure:
+    """Draw values along something, one line a measure, with intervals.
+
+    Args:
+        table: a row for each `measure` and place `at` with `value` and its interval `low` to `high` (NaN for none); a
+            measure without a place (NaN) becomes a level line, and with a column `run` one has a line for each of them.
+        title: what is drawn.
+        unit: of the values.
+        across: what runs along the horizontal axis.
+        ticks: its marks.
+        level: where a faint level line is drawn; None for none.
+        caption: what is shown, of which model and text.
+        path: where to write the figure as well, as .png, .svg or .pdf.
+        octaves: whether every doubling takes as much room.
+
+    Raises:
+        PositionsError: missing columns, or a path that cannot be written.
+    """
+    if missing := {"measure", "at", "value", "low", "high"} - set(table):
+        raise PositionsError(f"the table lacks {', '.join(sorted(missing))}; expected measure, at, value, low, high.")
     with style.context():
-        size = (max(0.35 * len(numbers), 3.4), 2.4)
-        figure, axes = style.framed(
-            size, title, "area under the ROC curve; 0.5 is chance", caption, (0.6, 0.3, 0.95, 0.5)
-        )
-        axes.axhline(0.5, color=style.FAINT, linewidth=0.8, zorder=0)
+        size = (max(0.35 * len(ticks), 3.4), 2.4)
+        figure, axes = style.framed(size, title, unit, caption, (0.6, 0.3, 0.95, 0.5))
+        if octaves:
+            axes.set_xscale("log", base=2)
+        if level is not None:
+            axes.axhline(level, color=style.FAINT, linewidth=0.8, zorder=0)
         for i, (measure, rows) in enumerate(table.groupby("measure", sort=False)):
             colour = MEASURE_COLOURS[i % len(MEASURE_COLOURS)]
-            if rows["layer"].isna().all():
+            if rows["at"].isna().all():
                 row = rows.iloc[0]
                 axes.axhspan(row["low"], row["high"], color=colour, alpha=0.15, linewidth=0)
-                axes.axhline(row["auc"], color=colour, linestyle="--", linewidth=1.2, label=measure)
+                axes.axhline(row["value"], color=colour, linestyle="--", linewidth=1.2, label=measure)
                 continue
             runs = [rows] if "run" not in table else [of_run for _, of_run in rows.groupby("run")]
             for number, of_run in enumerate(runs):
-                places = of_run["layer"].astype(int) + (i - 0.5) * 0.06 + number * 0.02
+                aside = i - 0.5 + number / 3
+                places = of_run["at"] * 2 ** (aside * 0.04) if octaves else of_run["at"] + aside * 0.06
                 label = measure if number == 0 else None
                 axes.vlines(places, of_run["low"], of_run["high"], color=colour, linewidth=1.2)
-                axes.plot(places, of_run["auc"], "o-", color=colour, markersize=4, linewidth=1, label=label)
-        axes.set_xticks(numbers)
-        axes.set_xlabel("layer")
+                axes.plot(places, of_run["value"], "o-", color=colour, markersize=4, linewidth=1, label=label)
+        axes.set_xticks(list(ticks), [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel(across)
         axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
     if path is not None:
         style.save(figure, path)
@@ -165,50 +202,67 @@ def differences_chart(
 
 
 def frequency_map(
-    amounts: Float[Tensor, "layer frequency"],
+    amounts: Mapping[str, Float[Tensor, "layer frequency"]],
     layers: Sequence[int],
-    wavelengths: Sequence[float],
+    wavelengths: Sequence[float] | Float64[np.ndarray, " frequency"] | None,
     title: str,
     unit: str,
     caption: str = "",
     path: str | Path | None = None,
 ) -> Figure:
-    """Draw an amount by layer and rotary frequency, the highest frequency at the left, on a logarithmic scale.
+    """Draw amounts by layer and rotary frequency side by side, on one logarithmic scale; highest frequency at the left.
 
     Args:
-        amounts: positive numbers, such as the mean 2-norm of the query's chunk of that frequency.
+        amounts: by name, positive numbers, such as the mean 2-norm of the query's chunk of that frequency.
         layers: the model's own number of each row; layer 0 is at the bottom.
-        wavelengths: of each frequency, in positions.
+        wavelengths: of each frequency, in positions; None where layers differ in them, and only their order is given.
         title: what the amounts are.
         unit: theirs.
         caption: what is shown, of which model and text.
         path: where to write the figure as well, as .png, .svg or .pdf.
 
     Raises:
-        PositionsError: layers or wavelengths that are not as many as the amounts have, amounts that are not positive,
-            or a path that cannot be written.
+        PositionsError: no amounts, layers or wavelengths that are not as many as the amounts have, amounts that are not
+            positive, or a path that cannot be written.
     """
-    if amounts.shape != (len(layers), len(wavelengths)):
-        raise PositionsError(
-            f"amounts have shape {tuple(amounts.shape)}, with {len(layers)} layers and {len(wavelengths)} wavelengths; "
-            "expected [layer, frequency] to match."
-        )
-    if not (amounts > 0).all():
-        raise PositionsError(f"the least amount is {float(amounts.min()):.3g}; expected positive ones.")
-    order = np.argsort(wavelengths)
-    values = amounts.detach().cpu().double().numpy()[:, order]
+    if not amounts:
+        raise PositionsError("there are no amounts; expected at least one map of layers by frequencies.")
+    count = next(iter(amounts.values())).shape[-1] if wavelengths is None else len(wavelengths)
+    for amount in amounts.values():
+        if amount.shape != (len(layers), count):
+            raise PositionsError(
+                f"amounts have shape {tuple(amount.shape)}, with {len(layers)} layers and {count} wavelengths; "
+                "expected [layer, frequency] to match."
+            )
+        if not (amount > 0).all():
+            raise PositionsError(f"the least amount is {float(amount.min()):.3g}; expected positive ones.")
+    order = np.arange(count) if wavelengths is None else np.argsort(wavelengths)
+    maps = {name: amount.detach().cpu().double().numpy()[:, order] for name, amount in amounts.items()}
+    least, most = (float(end([end(values) for values in maps.values()])) for end in (np.min, np.max))
+    norm = LogNorm(least, max(most, least * 1.001))
     with style.context():
-        size = (max(0.16 * len(wavelengths), 3.0), max(0.16 * len(layers), 0.9))
-        figure, axes = style.framed(size, title, unit, caption, (0.75, 1.05, 0.75, 0.5))
-        norm = LogNorm(float(values.min()), max(float(values.max()), float(values.min()) * 1.001))
-        image = axes.imshow(values, cmap=SEQUENTIAL, norm=norm, aspect="auto", origin="lower")
-        axes.set_ylabel("layer")
-        step = max(1, round(len(layers) / 10))
-        axes.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
-        columns = range(0, len(wavelengths), max(1, len(wavelengths) // 8))
-        axes.set_xticks(columns, [f"{wavelengths[order[i]]:,.0f}" for i in columns])
-        axes.set_xlabel("wavelength, positions (highest frequency at the left)")
-        axes.tick_params(length=0)
+        width, gap = max(0.16 * count, 3.0), 0.35
+        size = (width * len(maps) + gap * (len(maps) - 1), max(0.16 * len(layers), 0.9))
+        figure, whole = style.framed(size, title, unit, caption, (0.75, 1.05, 0.95, 0.5))
+        frame = whole.get_position()
+        whole.remove()
+        scale = frame.width / size[0]
+        for column, (name, values) in enumerate(maps.items()):
+            left = frame.x0 + column * (width + gap) * scale
+            axes = figure.add_axes((left, frame.y0, width * scale, frame.height))
+            image = axes.imshow(values, cmap=SEQUENTIAL, norm=norm, aspect="auto", origin="lower")
+            axes.set_title(name, fontsize=9, color=style.QUIET)
+            step = max(1, round(len(layers) / 10))
+            axes.set_yticks(range(0, len(layers), step), [str(n) for n in layers[::step]] if column == 0 else None)
+            if column == 0:
+                axes.set_ylabel("layer")
+            else:
+                axes.tick_params(labelleft=False)
+            columns = range(0, count, max(1, count // 6))
+            named = [f"{wavelengths[order[i]]:,.0f}" for i in columns] if wavelengths is not None else map(str, columns)
+            axes.set_xticks(columns, list(named))
+            axes.set_xlabel("wavelength, positions" if wavelengths is not None else "frequency, highest first")
+            axes.tick_params(length=0)
         style.colour_bar(figure, axes, image)
     if path is not None:
         style.save(figure, path)

@@ -14,8 +14,10 @@ from typing import Any
 
 from matplotlib import font_manager, rc_context
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from matplotlib.ticker import LogFormatter
 
 from ..analysis.categories import is_chinese_punctuation, is_han
 from ..errors import PositionsError
@@ -170,7 +172,10 @@ def colour_bar(figure: Figure, axes: Axes, image: Any) -> None:
     frame = axes.get_position()
     width = figure.get_size_inches()[0]
     bar = figure.add_axes((frame.x1 + 0.15 / width, frame.y0, 0.12 / width, frame.height))
-    figure.colorbar(image, cax=bar).outline.set_visible(False)
+    scale = figure.colorbar(image, cax=bar)
+    scale.outline.set_visible(False)
+    if isinstance(image.norm, LogNorm):  # else 4 is written as 4 × 10⁰
+        scale.formatter = scale.minorformatter = LogFormatter(minor_thresholds=(2, 0.5))
     bar.tick_params(length=0)
 
 

@@ -1,0 +1,425 @@
+"""Where does absolute position come from, in a model whose rotation knows only distances?
+
+Ruscio et al., "Where does Absolute Position come from in decoder-only Transformers?" (arXiv 2606.06160). On an input
+whose content repeats, a query and a key at a fixed distance are the same tokens again and again, at other absolute
+positions. The log of their attention is split exactly:
+
+    log pattern[i, j] = score[i, j] - log Z[i]
+
+The score varies over repeats only if the residual stream differs (the residual part); log Z, the sum over all keys that
+the causal mask leaves, grows with their number (the mask part). With variances over the repeats of a quarter of the
+input, so that early and late queries are told apart,
+
+    total = residual + mask - 2 covariance
+
+The first two repeats are left out: keys of the first have no repeat before them, and its second meeting is the first.
+
+Token 0 attends to itself alone, so its states say which token is first, and whatever reads them is told where it
+starts: heads that attend to it are sinks (`attention_sinks`), and `replace_first` takes that token's embedding away.
+`hooks` are any interventions, active throughout: with `lp.ablate(model, site="positions")` every position is one step
+after the last, whatever was learned, so that the rotation can leak nothing.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
+
+from ..attach import unbridged
+from ..errors import PositionsError
+from ..hooked import HookedPositionTransformer
+from ..interventions import Hooks, Some, hook_names, index_of
+from ..progress import tracked
+from ..tokenizer import END_OF_DOCUMENT, is_byte_tokenizer
+from .intervals import Tally, interval_of, resamples
+from .reading import WINDOW, windows
+from .running import EARLIEST, attention_names, keep, run
+
+BLOCK = 16
+"""Tokens that repeat."""
+
+OFFSETS = 8
+"""Distances that are looked at: 0 (the token itself) to 7."""
+
+TOKENS_A_BATCH = 2048
+
+QUARTERS = 4
+"""Stretches of the input that are told apart, the earliest queries first."""
+
+SKIPPED = 2
+"""Repeats at the start that are left out."""
+
+FEWEST_REPEATS = SKIPPED + 2 * QUARTERS
+
+DRAWS = 4
+"""How often another token or noise is drawn, for the mean over draws."""
+
+PARTS = ("residual", "mask", "covariance")
+
+ROUNDING = 1e-9
+"""Nats squared: a part below this is rounding, and has nothing to lose."""
+
+Replacement = Literal["token", "mean", "zeros", "noise"]
+REPLACEMENTS: tuple[Replacement, ...] = ("token", "mean", "zeros", "noise")
+
+
+def repeated(
+    model: HookedPositionTransformer, texts: Sequence[str], block: int = BLOCK, length: int | None = None
+) -> Int[Tensor, "text pos"]:
+    """The first tokens of each text, repeated; in front the token that texts begin with in this model.
+
+    Args:
+        model: the model; a byte model's texts begin after an end of document.
+        texts: each with as many tokens as a block at least.
+        block: tokens that repeat.
+        length: tokens at most, the one in front included; None is the model's context, at most 512.
+
+    Raises:
+        PositionsError: no texts, one that is shorter than a block, or no room for ten repeats.
+    """
+    if isinstance(texts, str) or not len(texts):
+        raise PositionsError(f"texts is {texts!r:.40}; expected a list of texts.")
+    block = index_of(block, "block", "a whole number of tokens from 1", least=1)
+    room = min(model.cfg.n_ctx, WINDOW) if length is None else index_of(length, "length", "a number of tokens", least=1)
+    repeats = (room - 1) // block
+    if repeats < FEWEST_REPEATS:
+        raise PositionsError(
+            f"{room} tokens have room for {repeats} repeats of {block}; expected at least {FEWEST_REPEATS}, to see "
+            "absolute positions (a smaller block, or a longer context)."
+        )
+    first = first_token(model)
+    rows = []
+    for number, text in enumerate(texts):
+        tokens = model.to_tokens(text, truncate=False, prepend_bos=False)[0]
+        if len(tokens) < block + (first is None):
+            raise PositionsError(
+                f"text {number} has {len(tokens)} tokens; expected at least {block + (first is None)}, a block."
+            )
+        front = tokens[:1] if first is None else tokens.new_tensor([first])
+        own = tokens[1:] if first is None else tokens
+        rows.append(torch.cat([front, own[:block].repeat(repeats)]))
+    return torch.stack(rows)
+
+
+def first_token(model: HookedPositionTransformer) -> int | None:
+    """The token that texts begin with: an end of document in a byte model, else the tokenizer's, if it has one."""
+    if getattr(model, "tokenizer", None) is None:
+        raise PositionsError("the model has no tokenizer; expected one, to read texts.")
+    return END_OF_DOCUMENT if is_byte_tokenizer(model.tokenizer) else model.tokenizer.bos_token_id
+
+
+def absolute_variation(
+    model: HookedPositionTransformer,
+    texts: Sequence[str],
+    layers: Some = None,
+    hooks: Hooks | None = None,
+    block: int = BLOCK,
+    offsets: int = OFFSETS,
+    length: int | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """How much the log attention at a fixed distance varies with absolute position, and through what.
+
+    Args:
+        model: the model.
+        texts: the source of repeated content, a document each.
+        layers: the model's own layer numbers; None is all that rotate.
+        hooks: interventions to measure under, such as those of `replace_first`.
+        block, length: as for `repeated`.
+        offsets: distances that are looked at, from 0; at most a block.
+        seed: of the bootstrap.
+
+    Returns:
+        One row for each `layer`, `head` ("all" is their mean) and `quarter` (0 has the earliest queries): `start` and
+        `stop`, the positions of its queries, `n` (pairs of query and key), `documents`, and the variance over repeats
+        of the score, `residual`, and of log Z, `mask`, with their `covariance`, and `total`, that of the log attention,
+        each a mean over the tokens of a block and the distances; all in nats squared, with `_low` and `_high`, where
+        it lies in 95% of 1,000 resamples of texts (NaN for one text).
+
+    Raises:
+        PositionsError: as `repeated`; no attention scores, or patterns that are not their softmax.
+    """
+    rows, found = _variances(model, texts, layers, hooks, block, offsets, length)
+    draws = resamples(len(rows), seed)
+    size = ((rows.shape[1] - 1) // block - SKIPPED) // QUARTERS
+    table = []
+    for layer, of_layer in found.items():  # [text head quarter part]
+        of_layer = np.concatenate([of_layer.mean(1, keepdims=True), of_layer], axis=1)
+        parts = np.concatenate([of_layer, (of_layer @ [1, 1, -2])[..., None]], axis=-1)
+        mean, low, high = _over_texts(parts, draws)
+        for head in range(parts.shape[1]):
+            for quarter in range(QUARTERS):
+                start = 1 + (SKIPPED + quarter * size) * block
+                row: dict[str, Any] = {"layer": layer, "head": "all" if head == 0 else head - 1, "quarter": quarter}
+                row |= {"start": start, "stop": start + size * block, "n": len(rows) * size * block * offsets}
+                row |= {"documents": len(rows)}
+                for i, part in enumerate((*PARTS, "total")):
+                    at = head, quarter, i
+                    row |= {part: mean[at], f"{part}_low": low[at], f"{part}_high": high[at]}
+                table.append(row)
+    return pd.DataFrame(table)
+
+
+def replacement_effects(
+    model: HookedPositionTransformer,
+    texts: Sequence[str],
+    replacements: Sequence[Replacement] = REPLACEMENTS,
+    layers: Some = None,
+    hooks: Hooks | None = None,
+    block: int = BLOCK,
+    offsets: int = OFFSETS,
+    length: int | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """How much of the residual part goes when the embedding at position 0 is replaced, at early and late queries.
+
+    Ruscio et al. report 40% at early queries. Early is the first quarter of the input, late the last. Another token and
+    noise are drawn four times, anew for each text, and averaged.
+
+    Args, errors: as `absolute_variation` and `replace_first`.
+
+    Returns:
+        One row for each `replacement`, `layer` ("all" or its number) and `queries` ("early", "late"): `documents`,
+        `before` and `after`, the residual part without and with it (nats squared, mean over heads), and `drop`, one
+        minus their ratio, with `low` to `high`, where it lies in 95% of 1,000 resamples of texts (NaN for one).
+    """
+    rows, own = _variances(model, texts, layers, hooks, block, offsets, length)
+    draws = resamples(len(rows), seed)
+    numbers: list[int | str] = ["all", *own]
+    table = []
+    for replacement in replacements:
+        others: list[dict[int, np.ndarray]] = []
+        for i in range(DRAWS if replacement in ("token", "noise") else 1):
+            replaced = [*(hooks or []), *replace_first(model, replacement, DRAWS * seed + i)]
+            others.append(_variances(model, texts, layers, replaced, block, offsets, length)[1])
+        other = {layer: np.mean([of[layer] for of in others], axis=0) for layer in own}
+        for layer in numbers:
+            pairs = [
+                np.mean([values[n][..., 0].mean(1) for n in own if layer in ("all", n)], axis=0)
+                for values in (own, other)
+            ]
+            for queries, quarter in (("early", 0), ("late", QUARTERS - 1)):
+                before, after = (values[:, quarter] for values in pairs)
+                drop = low = high = math.nan
+                if before.mean() > ROUNDING:
+                    drop = 1 - after.sum() / before.sum()
+                    if len(rows) > 1:
+                        ends = interval_of((1 - draws @ after / (draws @ before))[:, None])
+                        low, high = (float(end[0]) for end in ends)
+                row: dict[str, Any] = {"replacement": replacement, "layer": layer, "queries": queries}
+                row |= {"documents": len(rows), "before": before.mean(), "after": after.mean()}
+                table.append(row | {"drop": drop, "low": low, "high": high})
+    return pd.DataFrame(table)
+
+
+def _over_texts(values: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean over texts, and its interval."""
+    mean = values.mean(0)
+    if len(values) < 2:
+        return mean, np.full_like(mean, math.nan), np.full_like(mean, math.nan)
+    return mean, *interval_of(np.tensordot(draws, values, axes=1) / len(values))
+
+
+def _variances(
+    model: HookedPositionTransformer,
+    texts: Sequence[str],
+    layers: Some,
+    hooks: Hooks | None,
+    block: int,
+    offsets: int,
+    length: int | None,
+) -> tuple[Int[Tensor, "text pos"], dict[int, np.ndarray]]:
+    """The repeated rows; by layer the variances of score and log Z and their covariance, [text head quarter part]."""
+    offsets = index_of(offsets, "offsets", f"a whole number from 1 to {block}, a block", least=1, most=block)
+    rows = repeated(model, texts, block, length)
+    names = attention_names(model, layers, "attn_scores")
+    found: dict[int, list[np.ndarray]] = {layer: [] for layer in names}
+    size = ((rows.shape[1] - 1) // block - SKIPPED) // QUARTERS
+    start = 1 + SKIPPED * block
+    queries = torch.arange(start, start + QUARTERS * size * block)
+    keys = queries[:, None] - torch.arange(offsets)
+
+    def collect(layer: int, scores: Float[Tensor, "batch head query key"], hook: HookPoint) -> None:
+        own = scores.detach()[..., queries, :].double()
+        score = own.gather(-1, keys.to(own.device).expand(*own.shape[:2], -1, -1))
+        log_z = own.logsumexp(-1, keepdim=True).expand_as(score)
+        by_repeat = [values.unflatten(2, (QUARTERS, size, block)) for values in (score, log_z)]
+        score, log_z = (values - values.mean(3, keepdim=True) for values in by_repeat)
+        products = torch.stack([score * score, log_z * log_z, score * log_z], dim=-1)
+        found[layer].append(products.mean((3, 4, 5)).cpu().numpy())
+
+    batches = rows.split(max(1, TOKENS_A_BATCH // rows.shape[1]))
+    for batch in tracked(batches, "absolute position", quick=rows.numel() < 512):
+        listen = [(name, partial(collect, layer)) for layer, name in names.items()]
+        run(model, batch, [*(hooks or []), *_softmax_checks(names), *listen])
+    return rows, {layer: np.concatenate(parts) for layer, parts in found.items()}
+
+
+def _softmax_checks(names: dict[int, str]) -> Hooks:
+    """Hooks that refuse patterns which are not the softmax of the scores that are read."""
+    hooks: Hooks = []
+    for layer, name in names.items():
+        seen: list[Tensor] = []
+
+        def note(scores: Tensor, hook: HookPoint, seen: list[Tensor] = seen) -> None:
+            seen[:] = [scores[:, :, [scores.shape[2] // 2, -1]].detach()]
+
+        def check(pattern: Tensor, hook: HookPoint, seen: list[Tensor] = seen, layer: int = layer) -> None:
+            own = pattern[:, :, [pattern.shape[2] // 2, -1]].detach().float()
+            if (seen[0].float().softmax(-1) - own).abs().max() > 1e-2:
+                raise PositionsError(
+                    f"the patterns of layer {layer} are not the softmax of its scores (it may have a sink of its own); "
+                    "expected plain attention."
+                )
+
+        hooks += [(name, note), (name.replace("hook_attn_scores", "hook_pattern"), check)]
+    return hooks
+
+
+def replace_first(model: TransformerBridge, how: Replacement, seed: int = 0) -> Hooks:
+    """Replace the embedding of the token at position 0, before everything else.
+
+    Args:
+        model: a bridge.
+        how: "token" (another token's, drawn for each row), "mean" (of all tokens), "zeros", or "noise" (Gaussian, drawn
+            for each row, as long as it).
+        seed: of the token and of the noise.
+
+    Returns:
+        (hook name, hook function) pairs, as `lp.ablate` returns them. An input of one token is left as it is: with a
+        key-value cache it is a new one.
+
+    Raises:
+        PositionsError: another `how`, or no embeddings in TransformerLens.
+    """
+    if how not in REPLACEMENTS:
+        raise PositionsError(f"how is {how!r}; expected one of {', '.join(REPLACEMENTS)}.")
+    seed = index_of(seed, "seed", "a whole number from 0")
+    name = "embed.hook_out"
+    if name not in model.hook_dict:
+        raise PositionsError(f"the model has no {name}; expected one whose embeddings TransformerLens shows.")
+    embedding = unbridged(model).get_input_embeddings()
+    embedding = getattr(embedding, "original_component", embedding)  # without its hooks
+    ids = torch.arange(embedding.weight.shape[0], device=embedding.weight.device)
+    return [(name, partial(_replaced, embedding, ids, how, seed))]
+
+
+@torch.no_grad()
+def _replaced(
+    embedding: Any,
+    ids: Int[Tensor, " vocab"],
+    how: Replacement,
+    seed: int,
+    embeddings: Float[Tensor, "batch pos d_model"],
+    hook: HookPoint,
+) -> Float[Tensor, "batch pos d_model"]:
+    if embeddings.shape[1] == 1:
+        return embeddings
+    first, generator = embeddings[:, 0], torch.Generator().manual_seed(seed)
+    if how == "token":
+        drawn = torch.randint(len(ids) - 1, (len(first),), generator=generator).to(ids.device)
+        given = embedding(ids[drawn])
+        given = torch.where((given == first).all(-1, keepdim=True), embedding(ids[drawn + 1]), given)
+    elif how == "mean":
+        given = embedding(ids).mean(0).expand_as(first)
+    elif how == "zeros":
+        given = torch.zeros_like(first)
+    else:
+        noise = torch.randn(first.shape, generator=generator).to(first)
+        given = noise / noise.norm(dim=-1, keepdim=True) * first.norm(dim=-1, keepdim=True)
+    changed = embeddings.clone()
+    changed[:, 0] = given
+    return changed
+
+
+def attention_sinks(
+    model: HookedPositionTransformer,
+    texts: Sequence[str],
+    layers: Some = None,
+    hooks: Hooks | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """The share of attention that goes to position 0, by head, on texts as they are.
+
+    Returns:
+        One row for each `layer` and `head`: `n` (queries from the 17th token on, those too that a sliding window keeps
+        from seeing position 0), `documents`, `share` and `low` to
+        `high`, where it lies in 95% of 1,000 resamples of documents (NaN for one).
+
+    Raises:
+        PositionsError: attention without patterns, texts without a window of 17 tokens, and as `reading.read`.
+    """
+    documents, batches = windows(model, texts)
+    batches = [batch for batch in batches if batch[0][1] == 0 and batch[0][2] > EARLIEST]
+    if not batches:
+        raise PositionsError(f"no text has {EARLIEST + 1} tokens; expected at least one, to see a sink from afar.")
+    names = attention_names(model, layers, "pattern")
+    tallies = {layer: Tally(len(documents)) for layer in names}
+
+    def tally(layer: int, owners: list[int], pattern: Float[Tensor, "batch head query key"], hook: HookPoint) -> None:
+        tallies[layer].add(owners, pattern[:, :, EARLIEST:, 0].detach().float().transpose(1, 2))
+
+    for batch in tracked(batches, "sinks", quick=sum(map(len, documents)) < 512):
+        rows = torch.stack([documents[number][start:stop] for number, start, stop in batch])
+        owners = [number for number, _, _ in batch]
+        listen: Hooks = [(name, partial(tally, layer, owners)) for layer, name in names.items()]
+        run(model, rows, [*(hooks or []), *listen])
+    draws = resamples(len(documents), seed)
+    table = []
+    for layer, tally_of in tallies.items():
+        for head, (share, low, high) in enumerate(zip(*tally_of.summary(draws), strict=True)):
+            row = {"layer": layer, "head": head, "n": int(tally_of.counts.sum()), "documents": len(documents)}
+            table.append(row | {"share": share, "low": low, "high": high})
+    return pd.DataFrame(table)
+
+
+def fingerprints(model: HookedPositionTransformer, texts: Sequence[str], layers: Some = None) -> pd.DataFrame:
+    """How alike the states at position 0 are across texts, with a common first token and with the texts' own.
+
+    A causal model's state at position 0 is a function of its token alone: with a common one it is the same in every
+    text, and with the texts' own it says which token that is.
+
+    Returns:
+        One row for each `layer` and `first` ("common", "own"): `n` pairs of texts, and the mean cosine of the residual
+        streams that enter the layer there, as `first_token`, and at the 17th token, as `later`; each with `_low` and
+        `_high`, where it lies in 95% of 1,000 resamples of texts (pairs of a text with itself left out).
+
+    Raises:
+        PositionsError: fewer than three texts, or one of fewer than 17 tokens.
+    """
+    if isinstance(texts, str) or len(texts) < 3:
+        raise PositionsError(f"texts is {texts!r:.40}; expected at least three texts, to compare them.")
+    names = dict(hook_names(model, layers, "hook_resid_pre"))
+    own = [model.to_tokens(text, truncate=False, prepend_bos=False)[0, : EARLIEST + 1] for text in texts]
+    if short := [number for number, tokens in enumerate(own) if len(tokens) <= EARLIEST]:
+        raise PositionsError(f"text {short[0]} has {len(own[short[0]])} tokens; expected at least {EARLIEST + 1}.")
+    rows = torch.stack(own)
+    common = first_token(model)
+    front = rows[:1, :1] if common is None else rows.new_tensor([[common]])
+    draws = resamples(len(rows), 0)
+    table = []
+    for first, tokens in (("common", torch.cat([front.expand(len(rows), 1), rows[:, :-1]], dim=1)), ("own", rows)):
+        seen: dict[int, Tensor] = {}
+        run(model, tokens, [(name, partial(keep, seen, layer)) for layer, name in names.items()])
+        for layer, states in seen.items():
+            row: dict[str, Any] = {"layer": layer, "first": first, "n": len(rows) * (len(rows) - 1) // 2}
+            for column, place in (("first_token", 0), ("later", EARLIEST)):
+                unit = torch.nn.functional.normalize(states[:, place].double(), dim=-1)
+                cosines = (unit @ unit.T).fill_diagonal_(0).cpu().numpy()
+                others = 1 - np.eye(len(rows))
+                weights = ((draws @ others) * draws).sum(1).astype(float)
+                weights[weights == 0] = math.nan  # one text alone
+                drawn = ((draws @ cosines) * draws).sum(1) / weights
+                low, high = interval_of(drawn[:, None])
+                mean = cosines.sum() / others.sum()
+                row |= {column: mean, f"{column}_low": float(low[0]), f"{column}_high": float(high[0])}
+            table.append(row)
+    return pd.DataFrame(table)

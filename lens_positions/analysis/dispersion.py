@@ -1,0 +1,207 @@
+"""Does attention stay sharp when there is more to attend to?
+
+Veličković et al., "softmax is not enough (for sharp out-of-distribution)" (arXiv 2410.01104): with scores that are
+bounded every weight of a softmax falls like one over the number of items, so heads that are sharp on short inputs
+disperse on long ones. `attention_dispersion` measures it, `adaptive_temperature` is the paper's remedy as an
+intervention, and `loss_by_length` asks whether a language model is better for it. The paper's task, to find the largest
+of n items, is `python -m training maximum`.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
+
+from ..causal.metrics import token_losses
+from ..errors import PositionsError
+from ..hooked import HookedPositionTransformer
+from ..interventions import Hooks, Some, indices_of
+from ..progress import tracked
+from .intervals import Tally, drawn_means, interval_of, resamples
+from .reading import Texts, windows
+from .running import attention_names, evaluated, run
+
+COEFFICIENTS = (-0.037, 0.481, -2.3, 4.917, -1.791)
+"""Of the inverse temperature as a polynomial in the entropy, the highest power first (Veličković et al., section 5)."""
+
+DISPERSED = 0.5
+"""Nats of entropy from which a row is made sharper."""
+
+
+def sharpened(scores: Float[Tensor, "*rows item"]) -> Float[Tensor, "*rows item"]:
+    """Scores times an inverse temperature of at least 1, chosen by the entropy of their softmax.
+
+    beta = max(polynomial(entropy), 1) where the entropy is above 0.5 nats, else 1 (Veličković et al., section 5).
+    """
+    entropy = attention_entropy(scores.float().softmax(-1))
+    beta = torch.zeros_like(entropy)
+    for coefficient in COEFFICIENTS:
+        beta = beta * entropy + coefficient
+    beta = beta.clamp(min=1).where(entropy > DISPERSED, 1.0)[..., None].to(scores)
+    hidden = scores <= torch.finfo(scores.dtype).min / 2  # a mask, which no factor should push over the edge
+    return scores.where(hidden, scores * beta)
+
+
+def adaptive_temperature(model: TransformerBridge, layers: Some = None, heads: Some = None) -> Hooks:
+    """Sharper attention without training: every row of scores at the temperature of `sharpened`.
+
+    Args:
+        model: a bridge with position streams.
+        layers: the model's own layer numbers; None is all that rotate.
+        heads: query heads; None is all.
+
+    Returns:
+        (hook name, hook function) pairs, one a layer, as `lp.ablate` returns them.
+
+    Raises:
+        PositionsError: no such layer or head, or attention whose scores TransformerLens does not show.
+    """
+    chosen = None if heads is None else indices_of(heads, "a head")
+    names = attention_names(model, layers, "attn_scores")
+    if chosen and max(chosen) >= model.cfg.n_heads:
+        raise PositionsError(f"there is no head {max(chosen)}; expected heads from 0 to {model.cfg.n_heads - 1}.")
+    return [(name, partial(_sharpen, chosen)) for name in names.values()]
+
+
+def _sharpen(
+    heads: list[int] | None, scores: Float[Tensor, "batch head query key"], hook: HookPoint
+) -> Float[Tensor, "batch head query key"]:
+    if heads is None:
+        return sharpened(scores)
+    changed = scores.clone()
+    changed[:, heads] = sharpened(scores[:, heads])
+    return changed
+
+
+def attention_entropy(weights: Float[Tensor, "*rows item"]) -> Float[Tensor, "*rows"]:
+    """In nats."""
+    return -torch.special.xlogy(weights, weights).sum(-1)
+
+
+def attention_dispersion(
+    model: HookedPositionTransformer,
+    texts: Texts,
+    layers: Some = None,
+    hooks: Hooks | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Entropy and largest weight of every head's attention, by how many items there are.
+
+    Args:
+        model: the model.
+        texts: documents, as for `increments_by_category`.
+        layers: the model's own layer numbers; None is all that rotate.
+        hooks: interventions to measure under, such as `adaptive_temperature`.
+        seed: of the bootstrap.
+
+    Returns:
+        One row for each `layer`, `head` and octave of `items`: a query with n tokens up to it, itself included, counts
+        for the power of two that n reaches (64: 64 to 127). `n` is queries, of so many `documents`; `log_items` the
+        mean of the log of the keys that they see (fewer in a sliding window), the entropy of attention that is spread
+        evenly; mean `entropy` (nats) and mean `largest` weight have `_low` and `_high`, where they lie in 95% of 1,000
+        resamples of documents (NaN for one).
+
+    Raises:
+        PositionsError: attention without patterns, and as `reading.read`.
+    """
+    documents, batches = windows(model, texts)
+    names = attention_names(model, layers, "pattern")
+    longest = max(stop - start for batch in batches for _, start, stop in batch)
+    octave = torch.arange(1, longest + 1).log2().floor().long()
+    octaves = [2**i for i in range(1, int(octave[-1]) + 1)]
+    tallies = {(layer, of): Tally(len(documents)) for layer in names for of in octaves}
+
+    def tally(layer: int, owners: list[int], pattern: Float[Tensor, "batch head query key"], hook: HookPoint) -> None:
+        pattern = pattern.detach().float()
+        sizes = (pattern > 0).sum(-1).log()
+        found = torch.stack([attention_entropy(pattern), pattern.amax(-1), sizes], dim=-1).transpose(1, 2)
+        for i, of in enumerate(octaves, 1):
+            within = (octave[: pattern.shape[2]] == i).nonzero().flatten()
+            if len(within):
+                tallies[layer, of].add(owners, found[:, within])
+
+    for batch in tracked(batches, "dispersion", quick=sum(map(len, documents)) < 512):
+        rows = torch.stack([documents[number][start:stop] for number, start, stop in batch])
+        owners = [number for number, _, _ in batch]
+        listen: Hooks = [(name, partial(tally, layer, owners)) for layer, name in names.items()]
+        run(model, rows, [*(hooks or []), *listen])
+    draws = resamples(len(documents), seed)
+    table = []
+    for layer in names:
+        for of in octaves:
+            own = tallies[layer, of]
+            mean, low, high = own.summary(draws)
+            for head in range(len(mean)):
+                row: dict[str, Any] = {"layer": layer, "head": head, "items": of, "log_items": mean[head, 2]}
+                row |= {"n": int(own.counts.sum()), "documents": int((own.counts > 0).sum())}
+                for j, column in enumerate(("entropy", "largest")):
+                    row |= {column: mean[head, j], f"{column}_low": low[head, j], f"{column}_high": high[head, j]}
+                table.append(row)
+    return pd.DataFrame(table)
+
+
+def loss_by_length(
+    model: HookedPositionTransformer,
+    texts: Texts,
+    hooks: Hooks,
+    lengths: Sequence[int] = (64, 128, 256, 512),
+    seed: int = 0,
+) -> pd.DataFrame:
+    """The loss with and without an intervention, on the same tokens read in windows of several lengths.
+
+    Args:
+        model: the model.
+        texts: documents, as for `increments_by_category`; those shorter than the longest length are left out, and the
+            others cut to a multiple of it.
+        hooks: the intervention, such as that of `adaptive_temperature`.
+        lengths: tokens of a window; each divides the longest. Longer than the model's context is extrapolation.
+        seed: of the bootstrap.
+
+    Returns:
+        One row for each `length`: `n` (predicted tokens, the same in number at every length but for the first of each
+        window), `documents`, `loss` without and `changed` with the intervention (nats per token), and `difference`,
+        with minus without, with `low` to `high`, where it lies in 95% of 1,000 resamples of documents (NaN for one).
+
+    Raises:
+        PositionsError: lengths that do not divide the longest, no document as long as that, and as `reading.read`.
+    """
+    whole = [isinstance(length, int) and length > 1 for length in lengths]
+    if not whole or not all(whole) or any(max(lengths) % length for length in lengths):
+        raise PositionsError(f"lengths are {list(lengths)}; expected whole numbers from 2 that divide the longest.")
+    lengths = sorted(set(lengths))
+    longest = lengths[-1]
+    documents = [tokens for tokens in windows(model, texts)[0] if len(tokens) >= longest]
+    if not documents:
+        raise PositionsError(f"no text has {longest} tokens; expected at least one as long as the longest length.")
+    draws = resamples(len(documents), seed)
+    table = []
+    for length in lengths:
+        own = Tally(len(documents))
+        pieces = [
+            (number, tokens[: len(tokens) // longest * longest].view(-1, length))
+            for number, tokens in enumerate(documents)
+        ]
+        parts = [(number, part) for number, rows in pieces for part in rows.split(max(1, 2048 // length))]
+        for number, rows in tracked(parts, f"loss at {length} tokens", quick=sum(map(len, documents)) < 2048):
+            losses = []
+            for active in ([], hooks):
+                with evaluated(model, active):
+                    losses.append(token_losses(model(rows), rows[:, 1:]))
+            own.add([number] * len(rows), torch.stack(losses, dim=-1))
+        assert own.sums is not None
+        without, with_it = own.sums.sum(0) / own.counts.sum()
+        difference = own.sums[:, 1] - own.sums[:, 0]
+        low = high = math.nan
+        if len(documents) > 1:
+            ends = interval_of(drawn_means(difference[:, None], own.counts, draws))
+            low, high = (float(end[0]) for end in ends)
+        row = {"length": length, "n": int(own.counts.sum()), "documents": len(documents), "loss": without}
+        table.append(row | {"changed": with_it, "difference": with_it - without, "low": low, "high": high})
+    return pd.DataFrame(table)

@@ -1,0 +1,637 @@
+"""Which rotary frequencies does a model use, and what for?
+
+Barbero et al., "Round and Round We Go! What makes Rotary Positional Encodings useful?" (arXiv 2410.06205). RoPE turns
+each pair of components of queries and keys by an angle of its own per position, its frequency, so a query and a key are
+lists of two-dimensional chunks, one for each frequency, and their score is a sum with one term for each:
+
+    frequency_norms          how long the chunks are
+    frequency_contributions  the terms: they sum to the model's own scores
+    frequency_shares         how much of the variation of a head's scores over keys each term makes
+    positional_heads         heads that attend to a fixed offset whatever the tokens are
+    truncate_frequencies     the model without its lowest, or its highest, frequencies
+    aligned_key, scores_by_distance   what RoPE can do with one query and one key
+
+Which components belong together is found by trying (`rotary_layout`): halves, neighbours and partial rotary alike.
+Where TransformerLens shows queries and keys before the rotation alone (GPT-NeoX, Phi-3, Falcon), they are turned here.
+Components that no frequency turns are a chunk of frequency 0, whose norm is scaled to that of a pair.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, cast
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from scipy import stats
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
+
+from ..attach import unbridged
+from ..causal.sweeps import one_prompt
+from ..errors import PositionsError
+from ..hooked import HookedPositionTransformer
+from ..hooks import HookedTokens
+from ..interventions import HOOK, Hooks, Some, finite, hook_names, index_of
+from ..progress import tracked
+from .intervals import Tally, drawn_means, interval_of, resamples, shuffled_within
+from .reading import Texts, windows
+from .running import EARLIEST, attention_names, keep, run
+
+ROTATION = HOOK.format("rotation")
+SIDES = ("query", "key")
+PROBED = 24
+"""Tokens that the layout is found with."""
+
+TOLERANCE = 1e-4
+"""By how much of their spread scores may differ from the sum of their terms."""
+
+
+@dataclass(frozen=True)
+class RotaryLayout:
+    """How the components of a head make chunks, the same for all heads of a layer, highest frequency first.
+
+    Attributes:
+        frequencies: in radians per position; a wavelength is 2 pi over it.
+        pairs: the two components of each chunk.
+        rest: the components that are not turned.
+        components: where cos and sin have the angle of each chunk; None where TransformerLens shows rotated queries.
+    """
+
+    frequencies: Float[Tensor, " frequency"]
+    pairs: Int[Tensor, "frequency 2"]
+    rest: Int[Tensor, " component"]
+    components: Int[Tensor, " frequency"] | None = None
+
+    @property
+    def all_frequencies(self) -> Float[Tensor, " chunk"]:
+        """The frequency of every chunk, 0 for what is not turned."""
+        return torch.cat([self.frequencies, self.frequencies.new_zeros(min(len(self.rest), 1))])
+
+    def norms(self, states: Float[Tensor, "*shape d_head"]) -> Float[Tensor, "*shape chunk"]:
+        """The 2-norm of each chunk; of what is not turned, that of an average pair of it."""
+        norms = states[..., self.pairs].square().sum(-1).sqrt()
+        if not len(self.rest):
+            return norms
+        rest = (2 * states[..., self.rest].square().mean(-1, keepdim=True)).sqrt()
+        return torch.cat([norms, rest], dim=-1)
+
+    def turned(
+        self, states: Float[Tensor, "batch pos head d_head"], rotation: Float[Tensor, "#batch pos 2 d_rotary"]
+    ) -> Float[Tensor, "batch pos head d_head"]:
+        """Queries or keys after a rotation."""
+        assert self.components is not None
+        cos, sin = rotation[..., None, :, self.components].to(states).unbind(-2)
+        first, second = states[..., self.pairs[:, 0]], states[..., self.pairs[:, 1]]
+        turned = states.clone()
+        turned[..., self.pairs[:, 0]] = first * cos - second * sin
+        turned[..., self.pairs[:, 1]] = second * cos + first * sin
+        return turned
+
+    def chunk(self, i: int) -> Int[Tensor, " component"]:
+        """The components of a chunk."""
+        return self.pairs[i] if i < len(self.pairs) else self.rest
+
+
+def rotary_layout(model: TransformerBridge, layers: Some = None) -> dict[int, RotaryLayout]:
+    """How the components of queries and keys are paired, by layer, found by turning each frequency by its own angle.
+
+    Raises:
+        PositionsError: no streams, no such layer, queries that TransformerLens does not show, or a rotation that does
+            not turn pairs of components.
+    """
+    rotations = dict(hook_names(model, layers, ROTATION))
+    patterns = dict(hook_names(model, None, "attn.hook_pattern"))
+    vocab, generator = cast(int, model.cfg.d_vocab), torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocab, (1, min(PROBED, model.cfg.n_ctx)), generator=generator).to(unbridged(model).device)
+    angles: dict[int, tuple[Tensor, Tensor]] = {}
+    held: dict[str, Tensor] = {}
+    runs = []
+    for turned in (False, True):
+        seen: dict[int, Tensor] = {}
+        hooks: Hooks = [(name, partial(_turn_by_known, angles, layer, turned)) for layer, name in rotations.items()]
+        # Patterns are held, so that every layer sees in both runs what it sees in the first.
+        hooks += [(name, partial(_hold, held)) for name in patterns.values() if name in model.hook_dict]
+        hooks += [(n, partial(keep, seen, layer)) for layer in rotations for n in _names(model, layer, "rot_q")]
+        run(model, tokens, hooks)
+        runs.append(seen)
+    layouts = {}
+    for layer in rotations:
+        if layer in runs[0]:
+            layouts[layer] = _layout(layer, runs[0][layer], runs[1][layer], *angles[layer])
+        else:
+            layouts[layer] = _layout_of_scores(model, tokens, layer)
+    return layouts
+
+
+def _turn_by_known(
+    angles: dict[int, tuple[Tensor, Tensor]],
+    layer: int,
+    turned: bool,
+    rotation: Float[Tensor, "batch pos *head 2 d_rotary"],
+    hook: HookPoint,
+) -> Float[Tensor, "batch pos *head 2 d_rotary"]:
+    """No rotation, or each frequency by an angle of its own between 0 and pi."""
+    own = cast(HookedTokens, hook.ctx["tokens"]).frequencies
+    assert own is not None
+    distinct, which = own.abs().unique(return_inverse=True)
+    known = math.pi * torch.arange(1, len(distinct) + 1, device=own.device) / (len(distinct) + 1)
+    angles[layer] = known.where(distinct > 0, 0.0), distinct
+    angle = angles[layer][0][which].to(rotation) * turned
+    length = rotation.norm(dim=-2, keepdim=True)  # some scalings of RoPE also scale cos and sin
+    return torch.cat([length * angle.cos(), length * angle.sin()], dim=-2)
+
+
+def _layout(
+    layer: int,
+    before: Float[Tensor, "1 pos head d_head"],
+    after: Float[Tensor, "1 pos head d_head"],
+    angles: Float[Tensor, " distinct"],
+    frequencies: Float[Tensor, " distinct"],
+) -> RotaryLayout:
+    """Pairs keep their energy while they turn, and turn by an angle that says which frequency is theirs."""
+    x, y = (states.double().flatten(0, 2) for states in (before, after))
+    size = x.abs().amax(0)
+    moves = (y - x).abs().amax(0) > 1e-4 * size.max()
+    energy = (y.square() - x.square()).T
+    apart = torch.cdist(energy, -energy).fill_diagonal_(math.inf)
+    apart[:, ~moves] = math.inf
+    partner = apart.argmin(1)
+    turned = [i for i in range(len(size)) if moves[i]]
+    pairs = [(i, int(partner[i])) for i in turned if i < partner[i]]
+    if any(int(partner[partner[i]]) != i for i in turned):
+        raise PositionsError(f"layer {layer} does not turn pairs of components; expected rotary positions.")
+    found = []
+    for i, j in pairs:
+        cos, sin = (x[:, i] * y[:, i] + x[:, j] * y[:, j]).sum(), (x[:, i] * y[:, j] - x[:, j] * y[:, i]).sum()
+        away = (angles - torch.atan2(sin.abs(), cos)).abs()
+        if away.min() > math.pi / (len(angles) + 1) / 4:
+            raise PositionsError(f"layer {layer} turns components {i} and {j} by no known angle; expected a rotation.")
+        found.append(float(frequencies[away.argmin()]))
+    order = sorted(range(len(pairs)), key=lambda k: -found[k])
+    return RotaryLayout(
+        torch.tensor([found[k] for k in order], dtype=torch.float64),
+        torch.tensor([pairs[k] for k in order], dtype=torch.long).view(-1, 2),
+        torch.tensor([i for i in range(len(size)) if not moves[i]], dtype=torch.long),
+    )
+
+
+def _layout_of_scores(model: TransformerBridge, tokens: Int[Tensor, "1 pos"], layer: int) -> RotaryLayout:
+    """Halves or neighbours: what gives the layer's own scores when queries and keys are turned so."""
+    sites = {what: _names(model, layer, what) for what in ("rotation", "q", "k", "attn_scores")}
+    seen: dict[str, Tensor] = {}
+    frequencies: list[Tensor] = []
+    hooks: Hooks = [(name, partial(keep, seen, what)) for what, names in sites.items() for name in names]
+    hooks += [(name, partial(_note_frequencies, frequencies)) for name in sites["rotation"]]
+    run(model, tokens, hooks)
+    if len(seen) == len(sites) and seen["q"].ndim == seen["k"].ndim == 4 and seen["rotation"].ndim == 4:
+        own = frequencies[0]
+        components = torch.tensor([i for i, w in enumerate(own) if w not in own[:i]])
+        n = len(components)
+        order = own[components].argsort(descending=True)
+        indices = torch.arange(2 * n)
+        for pairs in (indices.view(2, n).T, indices.view(n, 2)):
+            rest = torch.arange(2 * n, seen["q"].shape[-1])
+            layout = RotaryLayout(own[components][order].double(), pairs[order], rest, components[order])
+            if 2 * n > seen["q"].shape[-1]:
+                break
+            query, key = (layout.turned(seen[side].float(), seen["rotation"]) for side in ("q", "k"))
+            if _fit(query, key, seen["attn_scores"]) is not None:
+                return layout
+    raise PositionsError(
+        f"layer {layer} shows in TransformerLens no queries and keys that its scores could be split by; expected "
+        "hook_rot_q and hook_rot_k, or hook_q and hook_k straight before the rotation."
+    )
+
+
+def _note_frequencies(noted: list[Tensor], rotation: Tensor, hook: HookPoint) -> None:
+    own = cast(HookedTokens, hook.ctx["tokens"]).frequencies
+    assert own is not None
+    noted.append(own.abs().cpu())
+
+
+def frequency_norms(model: HookedPositionTransformer, texts: Texts, layers: Some = None, seed: int = 0) -> pd.DataFrame:
+    """The mean 2-norm of the chunks of queries and keys, by frequency, layer and head (Barbero et al., section 4).
+
+    Args:
+        model: the model.
+        texts: documents, as for `increments_by_category`.
+        layers: the model's own layer numbers; None is all that rotate.
+        seed: of the bootstrap.
+
+    Returns:
+        One row for each `layer`, `side` ("query", "key"), `head` and chunk: its `index`, 0 for the highest frequency,
+        the `frequency` (radians per position; 0 for what is not turned), `n` (tokens), `documents` and the mean
+        `norm` over tokens with `low` to `high`, where it lies in 95% of 1,000 resamples of documents (NaN for one).
+
+    Raises:
+        PositionsError: as `rotary_layout` and `reading.read`.
+    """
+    layouts = rotary_layout(model, layers)
+    documents, batches = windows(model, texts)
+    tallies: dict[tuple[int, str], Tally] = {}
+
+    def tally(side: str, layer: int, owners: list[int], states: Tensor) -> None:
+        own = tallies.setdefault((layer, side), Tally(len(documents)))
+        own.add(owners, layouts[layer].norms(states.detach().float()))
+
+    for batch in tracked(batches, "frequencies", quick=sum(map(len, documents)) < 512):
+        rows = torch.stack([documents[number][start:stop] for number, start, stop in batch])
+        owners = [number for number, _, _ in batch]
+        hooks: Hooks = []
+        for layer, layout in layouts.items():
+            for side in SIDES:
+                hooks += _states_hooks(model, layer, layout, side, partial(tally, side, layer, owners))
+        run(model, rows, hooks)
+    draws = resamples(len(documents), seed)
+    table = []
+    for layer, layout in layouts.items():
+        for side in SIDES:
+            own = tallies[layer, side]
+            summary = [values.flatten() for values in own.summary(draws)]
+            heads, chunks = cast(np.ndarray, own.sums).shape[1:]
+            columns = {
+                "layer": layer,
+                "side": side,
+                "head": np.repeat(np.arange(heads), chunks),
+                "index": np.tile(np.arange(chunks), heads),
+                "frequency": np.tile(layout.all_frequencies.numpy(), heads),
+                "n": int(own.counts.sum()),
+                "documents": len(documents),
+                **dict(zip(("norm", "low", "high"), summary, strict=True)),
+            }
+            table.append(pd.DataFrame(columns))
+    return pd.concat(table, ignore_index=True)
+
+
+@dataclass(frozen=True)
+class Contributions:
+    """The terms of a layer's attention scores.
+
+    Attributes:
+        frequencies: of each term, in radians per position, highest first; 0 for what is not turned.
+        terms: they sum over the chunks to the model's own scores, wherever the query sees the key. They take the memory
+            of the scores times the number of chunks.
+    """
+
+    frequencies: Float[Tensor, " chunk"]
+    terms: Float[Tensor, "head chunk query key"]
+
+
+def frequency_contributions(model: TransformerBridge, tokens: Int[Tensor, "*one pos"], layer: int) -> Contributions:
+    """The attention scores of a layer on a prompt, split exactly into one term for each frequency.
+
+    Raises:
+        PositionsError: no such layer, as `rotary_layout`, or scores that are more than scaled products of queries and
+            keys (capped, or with a bias).
+    """
+    layouts = rotary_layout(model, layer)
+    found: list[Tensor] = []
+
+    def collect(_layer: int, terms: Iterator[Tensor], _seen_keys: Tensor) -> None:
+        found.append(torch.stack([term[0] for term in terms], dim=1))
+
+    _each_score(model, one_prompt(model, tokens), layouts, collect)
+    return Contributions(layouts[layer].all_frequencies, found[0])
+
+
+def _each_score(
+    model: TransformerBridge,
+    rows: Int[Tensor, "batch pos"],
+    layouts: dict[int, RotaryLayout],
+    use: Callable[[int, Iterator[Float[Tensor, "batch head query key"]], Bool[Tensor, "batch head query key"]], None],
+) -> None:
+    """Run some rows; for `use` each layer's number, the terms of its scores, chunk by chunk, and the keys it sees."""
+    hooks: Hooks = []
+    for layer, layout in layouts.items():
+        scores = _names(model, layer, "attn_scores")
+        if not scores:
+            raise PositionsError(f"layer {layer} has no attention scores in TransformerLens; expected some.")
+        seen: dict[str, Tensor] = {}
+        for side in SIDES:
+            hooks += _states_hooks(model, layer, layout, side, partial(seen.__setitem__, side))
+        hooks.append((scores[0], partial(_split, layer, layout, seen, use)))
+    run(model, rows, hooks)
+
+
+def _states_hooks(
+    model: TransformerBridge, layer: int, layout: RotaryLayout, side: str, use: Callable[[Tensor], None]
+) -> Hooks:
+    """Hooks that hand rotated queries or keys, [batch pos head d_head], to `use`."""
+    if layout.components is None:
+        return [(name, partial(_hand_over, use)) for name in _names(model, layer, f"rot_{side[0]}")]
+    rotation: list[Tensor] = []
+
+    def turn(states: Tensor) -> None:
+        use(layout.turned(states.float(), rotation[-1]))
+
+    (first,), (second,) = _names(model, layer, "rotation"), _names(model, layer, side[0])
+    return [(first, partial(_hand_over, rotation.append)), (second, partial(_hand_over, turn))]
+
+
+def _hand_over(use: Callable[[Tensor], None], states: Tensor, hook: HookPoint) -> None:
+    use(states.detach())
+
+
+def _split(
+    layer: int,
+    layout: RotaryLayout,
+    seen: dict[str, Tensor],
+    use: Callable[..., None],
+    scores: Float[Tensor, "batch head query key"],
+    hook: HookPoint,
+) -> None:
+    query, key = (seen.pop(side).float() for side in SIDES)
+    factor = _fit(query, key, scores)
+    if factor is None:
+        raise PositionsError(
+            f"the scores of layer {layer} are not its queries times its keys (they may be capped or biased); expected "
+            "plain attention."
+        )
+    query, key = factor * query, key.repeat_interleave(query.shape[2] // key.shape[2], dim=2)
+    terms = (_products(query, key, layout.chunk(i)) for i in range(len(layout.all_frequencies)))
+    use(layer, terms, _seen(scores))
+
+
+def _fit(
+    query: Float[Tensor, "batch pos head d_head"],
+    key: Float[Tensor, "batch pos kv_head d_head"],
+    scores: Float[Tensor, "batch head query key"],
+) -> float | None:
+    """The factor that makes products of queries and keys the scores, wherever a key is seen; None where none does."""
+    key = key.repeat_interleave(query.shape[2] // key.shape[2], dim=2)
+    products = _products(query, key, torch.arange(query.shape[-1]))
+    visible = _seen(scores)
+    ours, own = products[visible].double(), scores[visible].double()
+    factor = (ours @ own) / (ours @ ours).clamp_min(1e-30)
+    tolerance = max(TOLERANCE, 8 * torch.finfo(scores.dtype).eps)
+    close = (ours * factor - own).abs().max() <= tolerance * own.abs().max().clamp_min(1)
+    return float(factor) if close else None
+
+
+def _seen(scores: Float[Tensor, "batch head query key"]) -> Bool[Tensor, "batch head query key"]:
+    """Which keys a query sees: none after it, and none that the model's mask hides."""
+    causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    return causal & (scores > torch.finfo(scores.dtype).min / 2)
+
+
+def _products(query: Tensor, key: Tensor, components: Tensor) -> Float[Tensor, "batch head query key"]:
+    return torch.einsum("bqhd,bkhd->bhqk", query[..., components], key[..., components])
+
+
+def frequency_shares(
+    model: HookedPositionTransformer, texts: Texts, layers: Some = None, seed: int = 0
+) -> pd.DataFrame:
+    """How much of the variation of a head's scores over keys each frequency makes.
+
+    The share is the covariance of the term with the score over the keys that a query sees, summed over queries, over
+    the sum of the variances of the scores: shares sum to 1 over the chunks of a head, and a share below 0 works
+    against the rest.
+
+    Args, errors: as `frequency_norms`, and as `frequency_contributions`.
+
+    Returns:
+        One row for each `layer`, `head` and chunk: `index`, `frequency`, `n` (queries that see two keys or more),
+        `documents`, `share` and `low` to `high`, as in `frequency_norms`.
+    """
+    layouts = rotary_layout(model, layers)
+    documents, batches = windows(model, texts)
+    tallies = {layer: Tally(len(documents)) for layer in layouts}
+
+    def tally(owners: list[int], layer: int, terms: Iterator[Tensor], seen: Tensor) -> None:
+        tallies[layer].add(owners, _covariances(terms, seen))
+
+    for batch in tracked(batches, "frequencies", quick=sum(map(len, documents)) < 512):
+        rows = torch.stack([documents[number][start:stop] for number, start, stop in batch])
+        _each_score(model, rows, layouts, partial(tally, [number for number, _, _ in batch]))
+    draws = resamples(len(documents), seed)
+    table = []
+    for layer, layout in layouts.items():
+        own = tallies[layer]
+        sums = cast(np.ndarray, own.sums)  # [document head chunk]
+        share = sums.sum(0) / sums.sum((0, 2))[:, None]
+        low = high = np.full_like(share, math.nan)
+        if np.count_nonzero(own.counts) > 1:
+            means = drawn_means(sums, own.counts, draws)
+            low, high = interval_of(means / means.sum(2, keepdims=True))
+        for head, of_head in enumerate(share):
+            for index, value in enumerate(of_head):
+                row: dict[str, Any] = {"layer": layer, "head": head, "index": index}
+                row |= {"frequency": float(layout.all_frequencies[index]), "n": int(own.counts.sum())}
+                row |= {"documents": len(documents), "share": value, "low": low[head, index], "high": high[head, index]}
+                table.append(row)
+    return pd.DataFrame(table)
+
+
+def _covariances(
+    terms: Iterator[Float[Tensor, "batch head query key"]], seen: Bool[Tensor, "batch head query key"]
+) -> Float[Tensor, "batch query_less_one head chunk"]:
+    """Of each term with their sum over the keys that a query sees; the first query, which sees one, is left out."""
+    count = seen.sum(-1, keepdim=True)
+    centred = [((term - (term * seen).sum(-1, keepdim=True) / count) * seen) for term in terms]
+    total = torch.stack(centred).sum(0)
+    found = torch.stack([(term * total).sum(-1) / count[..., 0] for term in centred], dim=-1)
+    return found[:, :, 1:].transpose(1, 2)
+
+
+def truncate_frequencies(
+    model: TransformerBridge,
+    keep: float,
+    drop: Literal["lowest", "highest"] = "lowest",
+    layers: Some = None,
+) -> Hooks:
+    """p-RoPE as an intervention: only a fraction of the rotary frequencies still turns queries and keys.
+
+    Keeps floor(keep * frequencies) of those that the model turns, as a model trained with `rope_fraction` does; equal
+    frequencies go together. Dropped chunks stay as they are before the rotation.
+
+    Args:
+        model: a bridge with position streams.
+        keep: the fraction that stays; 1 is the identity, to the bit, and 0 no rotary encoding at all.
+        drop: "lowest" (p-RoPE) or, the reverse, "highest".
+        layers: the model's own layer numbers; None is all that rotate.
+
+    Returns:
+        (hook name, hook function) pairs, one a layer, as `lp.ablate` returns them.
+
+    Raises:
+        PositionsError: no streams, no such layer, keep outside [0, 1], or another `drop`.
+    """
+    expected = "a fraction of the frequencies from 0 to 1"
+    if not 0 <= finite(keep, "keep", expected) <= 1:
+        raise PositionsError(f"keep is {keep}; expected {expected}.")
+    if drop not in ("lowest", "highest"):
+        raise PositionsError(f'drop is {drop!r}; expected "lowest" or "highest".')
+    return [(name, partial(_truncated, keep, drop)) for _, name in hook_names(model, layers, ROTATION)]
+
+
+def _truncated(
+    keep: float, drop: str, rotation: Float[Tensor, "batch pos *head 2 d_rotary"], hook: HookPoint
+) -> Float[Tensor, "batch pos *head 2 d_rotary"]:
+    own = cast(HookedTokens, hook.ctx["tokens"]).frequencies
+    assert own is not None
+    turns = own.abs() > 0
+    distinct, counts = own.abs()[turns].unique(return_counts=True)
+    if not len(distinct):
+        return rotation
+    if drop == "lowest":
+        distinct, counts = distinct.flip(0), counts.flip(0)
+    # cos and sin name a frequency once or twice, by the layout, so it is the share of components that counts.
+    kept = math.floor(keep * int(counts.sum()) / int(counts.min()) + 1e-9) * int(counts.min())
+    mask = torch.isin(own.abs(), distinct[counts.cumsum(0) <= kept]) | ~turns
+    if bool(mask.all()):
+        return rotation
+    cos, sin = rotation.unbind(-2)
+    return torch.stack([cos.where(mask, cos.hypot(sin)), sin.where(mask, 0.0)], dim=-2)
+
+
+OFFSETS = 8
+"""How far back heads are followed: 0 (the token itself) to 7."""
+
+POSITIONAL = 0.5
+"""The share of attention at one offset from which a head counts as positional."""
+
+
+def positional_heads(
+    model: HookedPositionTransformer, texts: Texts, layers: Some = None, offsets: int = OFFSETS, seed: int = 0
+) -> pd.DataFrame:
+    """Heads that attend to a fixed offset, whatever the tokens are: the diagonal, the previous token, and so on.
+
+    The offset is the one with the most attention in the text as it is; the control is the same text with the tokens of
+    each window, but its first, in another order, which keeps positions and takes away what the order of tokens says.
+    At offset 0 it says less: every token still stands on its own diagonal.
+
+    Args:
+        model, texts, layers, seed: as for `frequency_norms`; the seed is also that of the shuffle.
+        offsets: how many offsets are looked at, 0 (the token itself) first.
+
+    Returns:
+        One row for each `layer` and `head`: `offset` (tokens back), `n` (queries from the 17th token of a window on),
+        `documents`, the mean `share` of attention at that offset, the same in `shuffled` text, each with `_low` and
+        `_high`, where it lies in 95% of 1,000 resamples of documents (NaN for one), and `positional`, whether more than
+        half of the attention goes there in both.
+
+    Raises:
+        PositionsError: attention without patterns, texts without a window of 17 tokens, and as `reading.read`.
+    """
+    offsets = index_of(offsets, "offsets", f"a whole number from 1 to {EARLIEST}", least=1, most=EARLIEST)
+    documents, batches = windows(model, texts)
+    batches = [batch for batch in batches if batch[0][2] - batch[0][1] > EARLIEST]
+    if not batches:
+        raise PositionsError(f"no text has {EARLIEST + 1} tokens; expected at least one, to see offsets from afar.")
+    patterns = attention_names(model, layers, "pattern")
+    tallies = {(layer, shuffled): Tally(len(documents)) for layer in patterns for shuffled in (False, True)}
+
+    def tally(layer: int, shuffled: bool, owners: list[int], pattern: Tensor, hook: HookPoint) -> None:
+        back = [pattern.diagonal(-offset, -2, -1)[..., EARLIEST - offset :] for offset in range(offsets)]
+        tallies[layer, shuffled].add(owners, torch.stack(back, dim=-1).detach().float().transpose(1, 2))
+
+    for number, batch in enumerate(tracked(batches, "heads", quick=sum(map(len, documents)) < 512)):
+        rows = torch.stack([documents[n][start:stop] for n, start, stop in batch])
+        owners = [n for n, _, _ in batch]
+        rest = rows[:, 1:]
+        order = torch.from_numpy(shuffled_within(np.arange(rest.numel()) // rest.shape[1], seed + number))
+        exchanged = torch.cat([rows[:, :1], rest.flatten()[order.to(rest.device)].view_as(rest)], dim=1)
+        for shuffled, tokens in ((False, rows), (True, exchanged)):
+            hooks: Hooks = [(name, partial(tally, layer, shuffled, owners)) for layer, name in patterns.items()]
+            run(model, tokens, hooks)
+    draws = resamples(len(documents), seed)
+    table = []
+    for layer in patterns:
+        natural, control = (tallies[layer, shuffled].summary(draws) for shuffled in (False, True))
+        for head, shares in enumerate(natural[0]):
+            offset = int(shares.argmax())
+            row: dict[str, Any] = {"layer": layer, "head": head, "offset": offset}
+            row |= {"n": int(tallies[layer, False].counts.sum()), "documents": len(documents)}
+            for name, summary in (("share", natural), ("shuffled", control)):
+                mean, low, high = (values[head, offset] for values in summary)
+                row |= {name: mean, f"{name}_low": low, f"{name}_high": high}
+            table.append(row | {"positional": bool(min(row["share"], row["shuffled"]) > POSITIONAL)})
+    return pd.DataFrame(table)
+
+
+def high_frequency_use(norms: pd.DataFrame, heads: pd.DataFrame, highest: float = 0.25) -> pd.DataFrame:
+    """Do positional heads use high frequencies more than the others do?
+
+    Args:
+        norms: from `frequency_norms`.
+        heads: from `positional_heads`, of the same model.
+        highest: the fraction of the frequencies that counts as high.
+
+    Returns:
+        One row for each `side`: `n` positional heads (key-value heads count once, as positional if one of their query
+        heads is) and `others`, the mean share of the high frequencies in the squared norms of all chunks that turn, as
+        `positional` and `other`, and `p`, of a two-sided Mann-Whitney test over heads, NaN where either group is empty.
+
+    Raises:
+        PositionsError: tables of different layers, or no frequency that turns.
+    """
+    if not 0 < finite(highest, "highest", "a fraction above 0") < 1:
+        raise PositionsError(f"highest is {highest}; expected a fraction between 0 and 1.")
+    if set(norms["layer"]) != set(heads["layer"]):
+        raise PositionsError("norms and heads are of different layers; expected both of the same model and layers.")
+    rows = []
+    for side in SIDES:
+        own = norms[(norms["side"] == side) & (norms["frequency"] > 0)]
+        if own.empty:
+            raise PositionsError("the model turns no frequency; expected rotary positions.")
+        by: Any = ["layer", "head"]
+        counts = own.groupby("layer")["index"].transform("max") + 1
+        squares = own.assign(square=own["norm"] ** 2, high=own["index"] < np.ceil(highest * counts))
+        share = squares[squares["high"]].groupby(by)["square"].sum() / squares.groupby(by)["square"].sum()
+        grouped = int(heads["head"].max() + 1) // int(own["head"].max() + 1)
+        positional = heads.assign(head=heads["head"] // grouped).groupby(by)["positional"].any().reindex(share.index)
+        ours, others = share[positional], share[~positional]
+        row = {"side": side, "n": len(ours), "others": len(others), "positional": ours.mean(), "other": others.mean()}
+        p = stats.mannwhitneyu(ours, others).pvalue if len(ours) and len(others) else math.nan
+        rows.append(row | {"p": p})
+    return pd.DataFrame(rows)
+
+
+def aligned_key(
+    query: Float[Tensor, "*shape d_rotary"], distance: float, frequencies: Float[Tensor, " frequency"]
+) -> Float[Tensor, "*shape d_rotary"]:
+    """The key, as long as the query, whose score with it is largest when it stands exactly so many positions before.
+
+    RoPE need not make attention decay with distance (Barbero et al., section 3): turned on by the distance, the query
+    itself is that key. Components are in halves: the first half holds the first component of every pair.
+    """
+    return _turned(query, query.new_tensor(float(distance)), frequencies)
+
+
+def scores_by_distance(
+    query: Float[Tensor, "*shape d_rotary"],
+    key: Float[Tensor, "*shape d_rotary"],
+    distances: Float[Tensor, " distance"],
+    frequencies: Float[Tensor, " frequency"],
+) -> Float[Tensor, "*shape distance"]:
+    """The score, before any scaling, of a query with a key that stands so many positions before it.
+
+    Over independent Gaussian queries and keys its mean is 0 at every distance (Barbero et al., section 3).
+    """
+    turned = _turned(key[..., None, :], -distances.to(key), frequencies)
+    return (query[..., None, :] * turned).sum(-1)
+
+
+def _turned(states: Tensor, distances: Tensor, frequencies: Tensor) -> Tensor:
+    if states.shape[-1] != 2 * len(frequencies):
+        raise PositionsError(
+            f"there are {states.shape[-1]} components and {len(frequencies)} frequencies; expected two for each."
+        )
+    angle = distances[..., None] * frequencies.to(states)
+    cos, sin = angle.cos(), angle.sin()
+    first, second = states.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def _names(model: TransformerBridge, layer: int, what: str) -> list[str]:
+    """The name of a hook point in the attention of a layer, if the model has it."""
+    return [name for _, name in hook_names(model, layer, HOOK.format(what)) if name in model.hook_dict]
+
+
+def _hold(held: dict[str, Tensor], pattern: Tensor, hook: HookPoint) -> Tensor:
+    return held.setdefault(cast(str, hook.name), pattern.detach())

@@ -1,0 +1,220 @@
+"""How a model uses RoPE itself: `frequencies`, `absolute` and `dispersion`."""
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from rich.text import Text
+from tyro.conf import arg
+
+from .. import corpora
+from ..analysis.absolute_position import BLOCK, QUARTERS, absolute_variation, attention_sinks, replacement_effects
+from ..analysis.dispersion import adaptive_temperature, attention_dispersion, loss_by_length
+from ..analysis.frequencies import SIDES, frequency_norms, high_frequency_use, positional_heads
+from ..errors import PositionsError
+from ..hooked import HookedPositionTransformer
+from ..interventions import ablate
+from ..terminal import print_grid, print_line
+from ..viz.measurements import frequency_map, lines_chart
+from .app import app, check_outputs, drawn
+from .measuring import Characters, Chart, Corpus, Csv, Model, Seed, headed, read_heldout, written
+
+BANDS = ("highest quarter", "second", "third", "lowest quarter", "not turned")
+
+
+@app.command
+def frequencies(
+    model: Model,
+    corpus: Corpus = "english",
+    characters: Characters = 20_000,
+    seed: Seed = 0,
+    csv: Csv = None,
+    figure: Chart = None,
+) -> None:
+    """Show which rotary frequencies queries and keys are large at, layer by layer, and which heads go by position.
+
+    Works on any RoPE model that streams attach to, learned increments or not.
+    """
+    check_outputs(csv, figure)
+    loaded, texts, what = read_heldout(model, corpus, characters)
+    norms = frequency_norms(loaded, texts, seed=seed)
+    heads = positional_heads(loaded, texts, seed=seed)
+    console = headed(
+        f"{loaded.name}: mean 2-norm of queries and keys by rotary frequency, {what}",
+        "mean over tokens, heads and the frequencies of a quarter",
+    )
+    norms["band"] = _bands(norms)
+    layers = list(dict.fromkeys(norms["layer"]))
+    for side in SIDES:
+        own = norms[norms["side"] == side]
+        bands = [band for band in BANDS if (own["band"] == band).any()]
+        means = own.groupby(["layer", "band"])["norm"].mean()
+        cells = [[Text(f"{means[layer, band]:.2f}") for band in bands] for layer in layers]
+        print_grid(console, [f"{side}, layer {layer}" for layer in layers], bands, cells)
+    found = heads[heads["positional"]]
+    print_line(console, f"{len(found)} of {len(heads)} heads give over half of their attention to one offset, whatever")
+    print_line(console, "the tokens are (share of attention, and with the tokens in another order; 95% intervals):\n")
+    rows: Any = found.itertuples()
+    for row in rows:
+        shares = (
+            f"{getattr(row, name):.0%}" + ("" if math.isnan(getattr(row, f"{name}_low")) else f" ({_ends(row, name)})")
+            for name in ("share", "shuffled")
+        )
+        print_line(console, f"  layer {row.layer} head {row.head}: {row.offset} back, {' and '.join(shares)}")
+    rows = high_frequency_use(norms, heads).itertuples()
+    for row in rows:
+        if row.n and row.others:
+            print_line(
+                console,
+                f"  {row.side}: share of squared norm in the highest quarter {row.positional:.1%} in {row.n} of them, "
+                f"{row.other:.1%} in the {row.others} others (Mann-Whitney p = {row.p:.2g})",
+            )
+    written(console, norms.drop(columns="band"), csv)
+    if figure is not None:
+        caption = f"{loaded.name}; {what}. Means over heads and tokens."
+        with drawn(console, figure):
+            _draw(loaded, norms, caption, figure)
+
+
+@app.command
+def absolute(
+    model: Model,
+    corpus: Corpus = "english",
+    texts: Annotated[int, arg(help="how many pieces of held-out documents give their beginnings.")] = 24,
+    block: Annotated[int, arg(help="tokens that repeat.")] = BLOCK,
+    hold: Annotated[bool, arg(help="hold positions on a ruler, so that learned increments tell nothing.")] = False,
+    seed: Seed = 0,
+    csv: Csv = None,
+    figure: Chart = None,
+) -> None:
+    """Show where absolute position comes from, layer by layer, on texts whose beginning repeats.
+
+    The log attention at a fixed distance varies over repeats through the score (the residual stream) and through the
+    sum over all keys (the causal mask); then, what goes when the first token's embedding is replaced.
+    """
+    check_outputs(csv, figure)
+    loaded = HookedPositionTransformer.from_pretrained(model)
+    if texts < 2:
+        raise PositionsError(f"--texts is {texts}; expected at least 2, for intervals.")
+    given = corpora.heldout_pieces(corpus, texts)
+    hooks = ablate(loaded, to=1.0, site="positions") if hold else None
+    table = absolute_variation(loaded, given, hooks=hooks, block=block, seed=seed)
+    drops = replacement_effects(loaded, given, hooks=hooks, block=block, seed=seed)
+    sinks = attention_sinks(loaded, given, hooks=hooks, seed=seed).groupby("layer")["share"]
+    overall = table[table["head"] == "all"]
+    what = f"the beginnings of {len(given)} pieces of held-out {corpus}, repeated"
+    console = headed(
+        f"{loaded.name}: variance of log attention over absolute positions, {what}",
+        "nats squared, mean over heads, early and late quarter of the input; attention to position 0 (largest head); "
+        "95% intervals resample pieces",
+    )
+    sides = {"early": overall[overall["quarter"] == 0], "late": overall[overall["quarter"] == QUARTERS - 1]}
+    layers = list(dict.fromkeys(table["layer"]))
+    columns = [f"{part}, {name}" for part in ("residual", "mask") for name in sides]
+    cells = []
+    for layer in layers:
+        rows = [(own[own["layer"] == layer].iloc[0], part) for part in ("residual", "mask") for own in sides.values()]
+        values = [f"{row[part]:.4f} ({row[f'{part}_low']:.4f} to {row[f'{part}_high']:.4f})" for row, part in rows]
+        cells.append([Text(value) for value in (*values, f"{sinks.mean()[layer]:.0%} ({sinks.max()[layer]:.0%})")])
+    print_grid(console, [f"layer {layer}" for layer in layers], [*columns, "sink"], cells)
+    print_line(console, "the residual part that goes when the embedding at position 0 is replaced (95% intervals):\n")
+    effects: Any = drops[drops["layer"] == "all"].itertuples()
+    for row in effects:
+        print_line(
+            console, f"  {row.replacement:6} {row.queries:5}  {row.drop:+.0%} ({row.low:+.0%} to {row.high:+.0%})"
+        )
+    written(console, table, csv)
+    if figure is not None:
+        lines = pd.concat(
+            own[["layer", part, f"{part}_low", f"{part}_high"]]
+            .set_axis(["at", "value", "low", "high"], axis=1)
+            .assign(measure=f"{part}, {name}")
+            for part in ("residual", "mask")
+            for name, own in sides.items()
+        )
+        caption = f"{loaded.name}; {what}. Means over heads. log attention = score (residual) - log Z (mask)."
+        unit = "variance over repeats, nats squared"
+        with drawn(console, figure):
+            lines_chart(lines, "Absolute position by layer", unit, "layer", layers, 0.0, caption, figure)
+
+
+@app.command
+def dispersion(
+    model: Model,
+    corpus: Corpus = "english",
+    characters: Characters = 20_000,
+    lengths: Annotated[tuple[int, ...], arg(help="tokens of a window at which the loss is measured.")] = (64, 128, 256),
+    seed: Seed = 0,
+    csv: Csv = None,
+    figure: Chart = None,
+) -> None:
+    """Show how attention spreads with the number of items, and what an adaptive temperature does to the loss."""
+    check_outputs(csv, figure)
+    loaded, texts, what = read_heldout(model, corpus, characters)
+    hooks = adaptive_temperature(loaded)
+    table = attention_dispersion(loaded, texts, seed=seed)
+    losses = loss_by_length(loaded, texts, hooks, lengths, seed)
+    console = headed(
+        f"{loaded.name}: attention by the number of items, {what}",
+        "entropy in nats (largest weight), mean over heads; the entropy of even attention below",
+    )
+    groups = table.groupby(["layer", "items"])[["entropy", "largest", "log_items"]].mean()
+    layers, items = list(dict.fromkeys(table["layer"])), sorted(set(table["items"]))
+    cells = [
+        [
+            Text(f"{row['entropy']:.2f} ({row['largest']:.2f})")
+            for row in groups.loc[layer].loc[items].to_dict("records")
+        ]
+        for layer in layers
+    ]
+    even = table.groupby("items")["log_items"].mean()
+    cells.append([Text(f"{even[n]:.2f}") for n in items])
+    print_grid(console, [*(f"layer {layer}" for layer in layers), "even"], [f"{n:,}" for n in items], cells)
+    print_line(console, "loss with every score at an adaptive temperature, nats per token (95% intervals):\n")
+    rows: Any = losses.itertuples()
+    for row in rows:
+        interval = "" if math.isnan(row.low) else f" ({row.low:+.4f} to {row.high:+.4f})"
+        print_line(
+            console,
+            f"  {row.length:,} tokens: {row.loss:.4f}, with it {row.changed:.4f}, {row.difference:+.4f}{interval}, "
+            f"n = {row.n:,}",
+        )
+    written(console, table, csv)
+    if figure is not None:
+        shown = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
+        lines = [
+            groups.loc[layer]["entropy"].rename("value").reset_index().assign(measure=f"layer {layer}")
+            for layer in shown
+        ]
+        lines.append(even.rename("value").reset_index().assign(measure="even: log n"))
+        drawn_table = pd.concat(lines).rename(columns={"items": "at"}).assign(low=math.nan, high=math.nan)
+        caption = f"{loaded.name}; {what}. Means over heads."
+        with drawn(console, figure):
+            title, across = "Entropy by number of items", "items from, to twice as many"
+            lines_chart(drawn_table, title, "nats", across, items, 0.0, caption, figure, octaves=True)
+
+
+def _bands(norms: pd.DataFrame) -> "pd.Series[str]":
+    """The quarter of its layer's frequencies that each chunk is in."""
+    turned = norms["frequency"] > 0
+    counts = norms["index"].where(turned).groupby(norms["layer"]).transform("max") + 1
+    quarter = (4 * norms["index"] / counts).where(turned, 4).astype(int)
+    return quarter.map(dict(enumerate(BANDS)))
+
+
+def _ends(row: Any, name: str) -> str:
+    return f"{getattr(row, f'{name}_low'):.0%} to {getattr(row, f'{name}_high'):.0%}"
+
+
+def _draw(model: HookedPositionTransformer, norms: pd.DataFrame, caption: str, path: Path) -> None:
+    turned = norms[norms["frequency"] > 0]
+    means = turned.groupby(["side", "layer", "index"])["norm"].mean()
+    amounts = {f"{side} norm": torch.tensor(means[side].unstack().to_numpy()) for side in SIDES}
+    same = turned.groupby("index")["frequency"].nunique().eq(1).all()
+    wavelengths = 2 * np.pi / turned.groupby("index")["frequency"].first().to_numpy() if same else None
+    frequency_map(
+        amounts, model.position_layers, wavelengths, "Norms by rotary frequency", "mean 2-norm", caption, path
+    )

@@ -1,0 +1,99 @@
+"""The three measurements of RoPE itself as commands, and as files of several models."""
+
+import json
+import re
+
+import pandas as pd
+import pytest
+
+import lens_positions as lp
+from lens_positions import cli, corpora
+from training import machinery as machinery_module
+from training.__main__ import main
+from training.machinery import MEASUREMENTS, MachineryConfig, machinery
+
+PROSE = [f"The cat sat on mat {i} and slept, and nobody knew why it rained {i * i} times. " * 3 for i in range(5)]
+
+
+@pytest.fixture
+def saved(randomize, tmp_path, monkeypatch):
+    """Two small models on disk, and a little text."""
+    for name in ("per_layer", "static"):
+        positions = lp.PositionConfig(source=name)
+        config = lp.PositionModelConfig(d_model=32, n_layers=2, n_heads=2, n_ctx=176, positions=positions)
+        randomize(lp.HookedPositionTransformer.from_config(config)).save_pretrained(tmp_path / name)
+    monkeypatch.setattr(corpora, "heldout_excerpts", lambda corpus, characters: PROSE)
+    monkeypatch.setattr(corpora, "heldout_pieces", lambda corpus, count: PROSE[:4])
+    return tmp_path
+
+
+def test_absolute_prints_draws_and_writes(saved, capsys):
+    csv, figure = saved / "absolute.csv", saved / "absolute.png"
+    given = ["absolute", str(saved / "per_layer"), "--texts", "4", "--csv", str(csv), "--figure", str(figure)]
+    assert cli.main(given) == 0
+    printed = capsys.readouterr().out
+    assert "residual, early" in printed
+    assert len(re.findall(r"^  (?:token|mean|zeros|noise) +early  ", printed, re.MULTILINE)) == 4
+    assert {"residual", "mask", "covariance", "total"} <= set(pd.read_csv(csv))
+    assert figure.stat().st_size > 1000
+    assert cli.main(["absolute", str(saved / "static"), "--texts", "1"]) == 2
+    assert "--texts is 1; expected at least 2" in capsys.readouterr().err
+
+
+def test_positions_can_be_held(saved, capsys):
+    """Of learned increments the residual part changes, of standard RoPE nothing does."""
+    printed = {}
+    for name in ("per_layer", "static"):
+        for held in ([], ["--hold"]):
+            assert cli.main(["absolute", str(saved / name), "--texts", "4", *held]) == 0
+            printed[name, bool(held)] = capsys.readouterr().out
+    assert printed["static", False] == printed["static", True]
+    assert printed["per_layer", False] != printed["per_layer", True]
+
+
+def test_dispersion_prints_draws_and_writes(saved, capsys):
+    csv, figure = saved / "dispersion.csv", saved / "dispersion.png"
+    given = ["dispersion", str(saved / "static"), "--lengths", "16", "32", "--csv", str(csv), "--figure", str(figure)]
+    assert cli.main(given) == 0
+    printed = capsys.readouterr().out
+    assert "even" in printed
+    assert "16 tokens: " in printed
+    assert set(pd.read_csv(csv)["layer"]) == {0, 1}
+    assert figure.stat().st_size > 1000
+    assert cli.main(["dispersion", str(saved / "static"), "--lengths", "12", "32"]) == 2
+    assert "expected whole numbers from 2 that divide the longest" in capsys.readouterr().err
+
+
+def test_tables_of_several_models_are_kept_and_left(saved, monkeypatch):
+    monkeypatch.setattr(machinery_module, "LENGTHS", (16, 32))
+    models = tuple(str(saved / name) for name in ("per_layer", "static"))
+    asked = MachineryConfig(models=models, results=saved / "results")
+    assert machinery(asked) == ["per_layer", "static"]
+    for name in ("per_layer", "static"):
+        folder = saved / "results" / name
+        done = json.loads((folder / "measured.json").read_text())
+        assert list(done) == list(MEASUREMENTS)
+        assert all(entry["rows"] == len(pd.read_csv(folder / f"{table}.csv")) for table, entry in done.items())
+    truncated = pd.read_csv(saved / "results" / "static" / "truncated.csv")
+    assert truncated[["keep", "drop"]].values.tolist()[:3] == [[0.75, "lowest"], [0.75, "highest"], [0.5, "lowest"]]
+    before = {path: path.read_bytes() for path in (saved / "results").rglob("*.*")}
+    monkeypatch.setattr(machinery_module, "_texts", None)
+    machinery(asked)
+    assert {path: path.read_bytes() for path in (saved / "results").rglob("*.*")} == before
+
+
+def test_bad_requests_are_one_sentence(tmp_path, capsys):
+    assert main(["machinery", "--tables", "colours"]) == 2
+    assert "there is no measurement 'colours'; expected some of norms" in capsys.readouterr().err
+    assert main(["machinery", "--models", str(tmp_path), "--results", str(tmp_path)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_pieces_are_spread_over_the_text(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"Document {i} has a few words of its own, {i * i}." for i in range(60)), "utf-8")
+    pieces = corpora.heldout_pieces(str(text), 2, 20)
+    assert len(set(pieces)) == 2
+    assert {len(piece) for piece in pieces} == {20}
+    with pytest.raises(corpora.PositionsError, match="999 pieces of 20 characters were asked for; expected from 1 to"):
+        corpora.heldout_pieces(str(text), 999, 20)
