@@ -109,7 +109,7 @@ def killed_midway(corpus, cache):
 
     def killing(split):
         for number, one in enumerate(documents(split)):
-            if number == 5 and list(cache.rglob("train*.tmp")):
+            if number == 5 and list(cache.rglob(".train*/new")):
                 os.kill(os.getpid(), signal.SIGKILL)
             yield one
 
@@ -123,7 +123,7 @@ def test_a_killed_writer_leaves_no_half_file_and_the_next_one_succeeds(corpus, c
     writer.start()
     writer.join()
     assert writer.exitcode == -signal.SIGKILL
-    assert list(cache.rglob("train.npy*.tmp"))
+    assert list(cache.rglob(".train.npy*/new"))
     assert not list(cache.rglob("train.npy"))
     assert not list(cache.rglob("digests.json"))
     assert len(tokenize_corpus(corpus, cache).train_starts) == 38

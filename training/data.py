@@ -277,7 +277,7 @@ def _write_header(file: IO[bytes], length: int, dtype: str) -> None:
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Write under a temporary name in the same folder and rename, so that `path` never holds half a file."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        staging = Path(folder) / path.name
+        staging = Path(folder) / "new"
         with staging.open("wb") as file:
             write(file)
         os.replace(staging, path)
