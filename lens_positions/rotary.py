@@ -3,12 +3,15 @@
 Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (arXiv 2104.09864).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from .hooks import HookedTokens, run_hook
 
 CosSin = tuple[Float[Tensor, "batch pos *head d_rotary"], Float[Tensor, "batch pos *head d_rotary"]]
 Rotation = CosSin | Complex[Tensor, "batch pos *head d_rotary"]
@@ -123,6 +126,23 @@ def rotate(positions: Float[Tensor, "batch pos *head"], call: RotaryCall) -> Rot
         return call.like_the_module(cast(CosSin, Rotate.apply(positions, call)))
     cos, sin = Rotate.apply(positions.flatten(1), call)
     return cos.unflatten(1, positions.shape[1:]), sin.unflatten(1, positions.shape[1:])
+
+
+def hooked_rotation(
+    hook: HookPoint,
+    rotation: Rotation | None,
+    positions: Float[Tensor, "batch pos *head"],
+    call: RotaryCall,
+    tokens: HookedTokens,
+) -> Rotation | None:
+    """The rotation after its hook point, [batch pos *head 2 d_rotary] with cos before sin; None as it was given."""
+    own = torch.stack(call.cos_sin(rotation), dim=-2)
+    given = own.expand(positions.shape[0] if rotation is None else own.shape[0], *own.shape[1:])
+    returned = run_hook(hook, given, replace(tokens, frequencies=call.frequencies(positions.flatten(1))))
+    if returned is given:
+        return rotation
+    cos_sin = returned[..., 0, :], returned[..., 1, :]
+    return cos_sin if positions.ndim == 3 else call.like_the_module(cos_sin)
 
 
 def rotate_heads(

@@ -14,7 +14,7 @@ frozen one computes them once per forward pass. With a key-value cache a stream 
 stopped: the running sum is kept in the cache object itself, follows its reordering and cropping, and ends with it.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from .errors import PositionsError
 from .hooks import HookedTokens, hooked_at, run_hook
 from .increments import PositionConfig
 from .memory import remember, with_past
-from .rotary import CosSin, RotaryCall, Rotation, rotate
+from .rotary import CosSin, RotaryCall, Rotation, hooked_rotation, rotate
 
 
 @dataclass(eq=False)
@@ -124,23 +124,10 @@ class PositionStream(nn.Module):
                     work[*key, 1] = rotate(base, call)
                 rotation = work[*key, 1]
             if hooked_at(self.hook_rotation):
-                rotation = self._edited_rotation(rotation, positions, call, tokens)
+                rotation = hooked_rotation(self.hook_rotation, rotation, positions, call, tokens)
             if self.followed and rotation is not None:
                 step.turned[self.index] = positions, call, rotation
             return rotation
-
-    def _edited_rotation(
-        self, rotation: Rotation | None, positions: Tensor, call: RotaryCall, tokens: HookedTokens
-    ) -> Rotation | None:
-        """The rotation after its hook point, [batch pos *head 2 d_rotary] with cos before sin; None as it was given."""
-        own = torch.stack(call.cos_sin(rotation), dim=-2)
-        given = own.expand(positions.shape[0] if rotation is None else own.shape[0], *own.shape[1:])
-        tokens = replace(tokens, frequencies=call.frequencies(positions.flatten(1)))
-        returned = run_hook(self.hook_rotation, given, tokens)
-        if returned is given:
-            return rotation
-        cos_sin = returned[..., 0, :], returned[..., 1, :]
-        return cos_sin if self.config.per_head else call.like_the_module(cos_sin)
 
     def _given_increments(self, states: Tensor, step: ForwardPass) -> Float[Tensor, "batch pos *head"]:
         if self.source is not None:

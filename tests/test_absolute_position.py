@@ -55,7 +55,7 @@ def test_uniform_attention_has_the_log_of_the_number_of_keys(randomize):
     log_z = np.log(np.arange(9, 57) + 1).reshape(4, 3, 4)  # quarter, repeat, place in the block
     expected = log_z.var(1).mean(1)
     for head in (0, 1, "all"):
-        rows = table[table["head"] == head]
+        rows = table[(table["head"] == head) & (table["layer"] == 0)]
         assert rows["mask"].tolist() == pytest.approx(expected.tolist(), rel=1e-4)
         assert rows["start"].tolist() == [9, 21, 33, 45]
         assert rows["residual"].max() < 1e-12
@@ -76,7 +76,20 @@ def test_parts_are_those_of_the_patterns(randomize):
     assert parts.tolist() == pytest.approx(own["total"].tolist())
     assert own["residual_low"].isna().all()  # one text
     heads = table[table["head"] != "all"].groupby("quarter")["mask"].mean()
-    assert table[table["head"] == "all"]["mask"].tolist() == pytest.approx(heads.tolist())
+    for layer in (1, "all"):  # the mean over heads, and over the one layer that was asked for
+        mean = table[(table["head"] == "all") & (table["layer"] == layer)]["mask"]
+        assert mean.tolist() == pytest.approx(heads.tolist())
+
+
+def test_the_mean_over_layers_has_an_interval_of_its_own(randomize):
+    table = absolute_variation(model_of(randomize), TEXTS, block=4, offsets=4)
+    over_heads = table[(table["head"] == "all") & (table["layer"] != "all")]
+    means, of_all = over_heads.groupby("quarter")[["residual", "mask"]].mean(), table[table["layer"] == "all"]
+    assert list(of_all["head"]) == ["all"] * 4
+    for part in ("residual", "mask"):
+        assert of_all[part].tolist() == pytest.approx(means[part].tolist())
+        assert (of_all[f"{part}_low"] <= of_all[part]).all()
+        assert (of_all[part] <= of_all[f"{part}_high"]).all()
 
 
 def test_the_rotation_leaks_nothing_about_absolute_position(randomize):
@@ -103,7 +116,7 @@ def test_a_sliding_window_has_no_mask_part_once_it_is_full(randomize):
     assert type(model.original_model).__name__ == "MistralForCausalLM"
     table = absolute_variation(model, TEXTS, block=4, offsets=2)
     full = table["start"] > 12 + 4  # the window holds whole repeats alone
-    assert full.sum() == 3 * 3
+    assert full.sum() == 3 * 4
     assert table[full]["mask"].max() < 1e-12
     whole = absolute_variation(model_of(randomize, n_layers=1), TEXTS, block=4, offsets=2)
     assert whole["mask"].min() > 1e-6

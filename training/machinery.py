@@ -4,18 +4,20 @@
     results/machinery/smollm2-135m-instruct/positional.csv  heads that attend to a fixed offset
     results/machinery/smollm2-135m-instruct/truncated.csv   the loss without the lowest, or the highest, frequencies
     results/machinery/smollm2-135m-instruct/absolute.csv    the two parts of absolute position
+    results/machinery/smollm2-135m-instruct/held.csv        the same with every position one step after the last
     results/machinery/smollm2-135m-instruct/drops.csv       what goes with the first token's embedding
     results/machinery/smollm2-135m-instruct/sinks.csv       attention to position 0
     results/machinery/smollm2-135m-instruct/fingerprints.csv  how alike its states are
     results/machinery/smollm2-135m-instruct/dispersion.csv  entropy by number of items
     results/machinery/smollm2-135m-instruct/temperature.csv the loss with an adaptive temperature, by length
 
-Models are the shipped ones, SmolLM2-135M, and finished runs of a suite. All text is held out, and English.
+Models are the shipped ones, SmolLM2-135M, and finished runs of a suite: RoPE, its variants, and learned increments,
+whose seeds say what a difference between shipped models is worth. All text is held out, and English.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pandas as pd
@@ -32,6 +34,7 @@ from lens_positions.analysis.frequencies import frequency_norms, positional_head
 from lens_positions.analysis.reading import WINDOW
 from lens_positions.errors import PositionsError
 from lens_positions.hooked import HookedPositionTransformer
+from lens_positions.interventions import ablate
 from lens_positions.pretrained import fingerprint, shipped_names
 
 from .measure import measure_left
@@ -41,6 +44,7 @@ SMOLLM2 = "smollm2-135m-instruct"
 CHARACTERS = 60_000
 PIECES = 24
 KEPT = (0.75, 0.5, 0.25, 0.0)
+COMPARED = ("static", "shared", "per_layer", *ROPE_VARIANTS)
 LENGTHS = (64, 128, 256, 512)
 """Tokens of the windows that losses are measured at, up to the model's context."""
 
@@ -50,7 +54,7 @@ class MachineryConfig:
     """What is measured.
 
     Args:
-        models: names or folders; the shipped models, SmolLM2 and the finished runs of RoPE variants if none is given.
+        models: names or folders; the shipped models, SmolLM2 and the finished runs of those variants if none is given.
         runs: the folder of those runs.
         results: the folder of the tables.
         tables: some of the measurements, such as norms; all if none is named.
@@ -62,10 +66,12 @@ class MachineryConfig:
     tables: tuple[str, ...] = ()
 
 
+@cache
 def _texts() -> list[str]:
     return corpora.heldout_excerpts("english", CHARACTERS)
 
 
+@cache
 def _pieces() -> list[str]:
     return corpora.heldout_pieces("english", PIECES)
 
@@ -92,6 +98,7 @@ MEASUREMENTS: dict[str, Callable[[HookedPositionTransformer], pd.DataFrame]] = {
     "positional": lambda model: positional_heads(model, _texts()),
     "truncated": _truncated,
     "absolute": lambda model: absolute_variation(model, _pieces()),
+    "held": lambda model: absolute_variation(model, _pieces(), hooks=ablate(model, to=1.0, site="positions")),
     "drops": lambda model: replacement_effects(model, _pieces()),
     "sinks": lambda model: attention_sinks(model, _pieces()),
     "fingerprints": lambda model: fingerprints(model, _pieces()),
@@ -126,10 +133,10 @@ def machinery(asked: MachineryConfig) -> list[str]:
 
 
 def _all_models(runs: Path) -> list[str]:
-    """The shipped models, SmolLM2, and the finished runs of RoPE variants beside static."""
+    """The shipped models, SmolLM2, and the finished runs of a suite, variant by variant."""
     finished_runs = [
         str(run / "model")
-        for variant in ("static", *ROPE_VARIANTS)
+        for variant in COMPARED
         for run in sorted(runs.glob(f"{variant}-[0-9]*"))
         if run.is_dir() and finished(run)
     ]

@@ -154,10 +154,10 @@ def _beside(suite: Suite, asked: ResultsConfig) -> Iterator[str]:
         "seed, that is all there is: a difference may be the seed's."
     )
     yield ""
-    yield from (line for line in _found(suite, loss_neutral).lines if "| not run |" not in line)
+    findings = {find: _found(suite, find) for find in FINDINGS if find is not grafts}
+    yield from (line for line in findings[loss_neutral].lines if "| not run |" not in line)
     yield ""
-    findings = [_found(suite, find) for find in FINDINGS if find is not grafts]
-    measured = [finding for finding in findings if finding.verdict != "not measured"]
+    measured = [finding for finding in findings.values() if finding.verdict != "not measured"]
     yield "| finding | verdict | in one sentence | from |"
     yield "|---|---|---|---|"
     for finding in measured:
@@ -165,7 +165,7 @@ def _beside(suite: Suite, asked: ResultsConfig) -> Iterator[str]:
         yield f"| {finding.title} | **{finding.verdict}** | {finding.sentence} | {files} |"
     yield ""
     for find in DETAILED:
-        finding = _found(suite, find)
+        finding = findings[find]
         if finding.lines:
             yield f"{finding.title}:"
             yield ""

@@ -23,7 +23,7 @@ after the last, whatever was learned, so that the rotation can leak nothing.
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -40,7 +40,7 @@ from ..interventions import Hooks, Some, hook_names, index_of
 from ..progress import tracked
 from ..tokenizer import END_OF_DOCUMENT, is_byte_tokenizer
 from .intervals import Tally, interval_of, resamples
-from .reading import WINDOW, windows
+from .reading import WINDOW, rows_of, windows
 from .running import EARLIEST, attention_names, keep, run
 
 BLOCK = 16
@@ -68,7 +68,7 @@ ROUNDING = 1e-9
 """Nats squared: a part below this is rounding, and has nothing to lose."""
 
 Replacement = Literal["token", "mean", "zeros", "noise"]
-REPLACEMENTS: tuple[Replacement, ...] = ("token", "mean", "zeros", "noise")
+REPLACEMENTS: tuple[Replacement, ...] = get_args(Replacement)
 
 
 def repeated(
@@ -138,21 +138,23 @@ def absolute_variation(
         seed: of the bootstrap.
 
     Returns:
-        One row for each `layer`, `head` ("all" is their mean) and `quarter` (0 has the earliest queries): `start` and
-        `stop`, the positions of its queries, `n` (pairs of query and key), `documents`, and the variance over repeats
-        of the score, `residual`, and of log Z, `mask`, with their `covariance`, and `total`, that of the log attention,
-        each a mean over the tokens of a block and the distances; all in nats squared, with `_low` and `_high`, where
-        it lies in 95% of 1,000 resamples of texts (NaN for one text).
+        One row for each `layer`, `head` ("all" is their mean) and `quarter` (0 has the earliest queries), before them
+        the mean over layers, with both "all": `start` and `stop`, the positions of its queries, `n` (pairs of query and
+        key), `documents`, and the variance over repeats of the score, `residual`, and of log Z, `mask`, with their
+        `covariance`, and `total`, that of the log attention, each a mean over the tokens of a block and the distances;
+        all in nats squared, with `_low` and `_high`, where it lies in 95% of 1,000 resamples of texts (NaN for one).
 
     Raises:
         PositionsError: as `repeated`; no attention scores, or patterns that are not their softmax.
     """
     rows, found = _variances(model, texts, layers, hooks, block, offsets, length)
     draws = resamples(len(rows), seed)
-    size = ((rows.shape[1] - 1) // block - SKIPPED) // QUARTERS
+    size = _repeats_a_quarter(rows, block)
     table = []
-    for layer, of_layer in found.items():  # [text head quarter part]
-        of_layer = np.concatenate([of_layer.mean(1, keepdims=True), of_layer], axis=1)
+    overall = {layer: of_layer.mean(1, keepdims=True) for layer, of_layer in found.items()}
+    groups: dict[int | str, np.ndarray] = {"all": np.mean(list(overall.values()), axis=0)}
+    groups |= {layer: np.concatenate([overall[layer], of_layer], axis=1) for layer, of_layer in found.items()}
+    for layer, of_layer in groups.items():  # [text head quarter part]
         parts = np.concatenate([of_layer, (of_layer @ [1, 1, -2])[..., None]], axis=-1)
         mean, low, high = _over_texts(parts, draws)
         for head in range(parts.shape[1]):
@@ -220,6 +222,10 @@ def replacement_effects(
     return pd.DataFrame(table)
 
 
+def _repeats_a_quarter(rows: Int[Tensor, "text pos"], block: int) -> int:
+    return ((rows.shape[1] - 1) // block - SKIPPED) // QUARTERS
+
+
 def _over_texts(values: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean over texts, and its interval."""
     mean = values.mean(0)
@@ -242,7 +248,7 @@ def _variances(
     rows = repeated(model, texts, block, length)
     names = attention_names(model, layers, "attn_scores")
     found: dict[int, list[np.ndarray]] = {layer: [] for layer in names}
-    size = ((rows.shape[1] - 1) // block - SKIPPED) // QUARTERS
+    size = _repeats_a_quarter(rows, block)
     start = 1 + SKIPPED * block
     queries = torch.arange(start, start + QUARTERS * size * block)
     keys = queries[:, None] - torch.arange(offsets)
@@ -367,9 +373,7 @@ def attention_sinks(
     def tally(layer: int, owners: list[int], pattern: Float[Tensor, "batch head query key"], hook: HookPoint) -> None:
         tallies[layer].add(owners, pattern[:, :, EARLIEST:, 0].detach().float().transpose(1, 2))
 
-    for batch in tracked(batches, "sinks", quick=sum(map(len, documents)) < 512):
-        rows = torch.stack([documents[number][start:stop] for number, start, stop in batch])
-        owners = [number for number, _, _ in batch]
+    for rows, owners in rows_of(documents, batches, "sinks"):
         listen: Hooks = [(name, partial(tally, layer, owners)) for layer, name in names.items()]
         run(model, rows, [*(hooks or []), *listen])
     draws = resamples(len(documents), seed)

@@ -25,8 +25,8 @@ from ..hooked import HookedPositionTransformer
 from ..interventions import Hooks, Some, indices_of
 from ..progress import tracked
 from .intervals import Tally, drawn_means, interval_of, resamples
-from .reading import Texts, windows
-from .running import attention_names, evaluated, run
+from .reading import Texts, rows_of, windows
+from .running import attention_names, evaluated, hidden, run
 
 COEFFICIENTS = (-0.037, 0.481, -2.3, 4.917, -1.791)
 """Of the inverse temperature as a polynomial in the entropy, the highest power first (Veličković et al., section 5)."""
@@ -45,8 +45,7 @@ def sharpened(scores: Float[Tensor, "*rows item"]) -> Float[Tensor, "*rows item"
     for coefficient in COEFFICIENTS:
         beta = beta * entropy + coefficient
     beta = beta.clamp(min=1).where(entropy > DISPERSED, 1.0)[..., None].to(scores)
-    hidden = scores <= torch.finfo(scores.dtype).min / 2  # a mask, which no factor should push over the edge
-    return scores.where(hidden, scores * beta)
+    return scores.where(hidden(scores), scores * beta)  # no factor should push a mask over the edge
 
 
 def adaptive_temperature(model: TransformerBridge, layers: Some = None, heads: Some = None) -> Hooks:
@@ -82,7 +81,7 @@ def _sharpen(
 
 def attention_entropy(weights: Float[Tensor, "*rows item"]) -> Float[Tensor, "*rows"]:
     """In nats."""
-    return -torch.special.xlogy(weights, weights).sum(-1)
+    return torch.special.entr(weights).sum(-1)
 
 
 def attention_dispersion(
@@ -127,9 +126,7 @@ def attention_dispersion(
             if len(within):
                 tallies[layer, of].add(owners, found[:, within])
 
-    for batch in tracked(batches, "dispersion", quick=sum(map(len, documents)) < 512):
-        rows = torch.stack([documents[number][start:stop] for number, start, stop in batch])
-        owners = [number for number, _, _ in batch]
+    for rows, owners in rows_of(documents, batches, "dispersion"):
         listen: Hooks = [(name, partial(tally, layer, owners)) for layer, name in names.items()]
         run(model, rows, [*(hooks or []), *listen])
     draws = resamples(len(documents), seed)

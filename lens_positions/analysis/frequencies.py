@@ -37,10 +37,9 @@ from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
 from ..hooks import HookedTokens
 from ..interventions import HOOK, Hooks, Some, finite, hook_names, index_of
-from ..progress import tracked
 from .intervals import Tally, drawn_means, interval_of, resamples, shuffled_within
-from .reading import Texts, windows
-from .running import EARLIEST, attention_names, keep, run
+from .reading import Texts, rows_of, windows
+from .running import EARLIEST, attention_names, hidden, keep, run
 
 ROTATION = HOOK.format("rotation")
 SIDES = ("query", "key")
@@ -136,9 +135,8 @@ def _turn_by_known(
     hook: HookPoint,
 ) -> Float[Tensor, "batch pos *head 2 d_rotary"]:
     """No rotation, or each frequency by an angle of its own between 0 and pi."""
-    own = cast(HookedTokens, hook.ctx["tokens"]).frequencies
-    assert own is not None
-    distinct, which = own.abs().unique(return_inverse=True)
+    own = _turning(hook)
+    distinct, which = own.unique(return_inverse=True)
     known = math.pi * torch.arange(1, len(distinct) + 1, device=own.device) / (len(distinct) + 1)
     angles[layer] = known.where(distinct > 0, 0.0), distinct
     angle = angles[layer][0][which].to(rotation) * turned
@@ -209,9 +207,14 @@ def _layout_of_scores(model: TransformerBridge, tokens: Int[Tensor, "1 pos"], la
 
 
 def _note_frequencies(noted: list[Tensor], rotation: Tensor, hook: HookPoint) -> None:
-    own = cast(HookedTokens, hook.ctx["tokens"]).frequencies
-    assert own is not None
-    noted.append(own.abs().cpu())
+    noted.append(_turning(hook).cpu())
+
+
+def _turning(hook: HookPoint) -> Float[Tensor, " d_rotary"]:
+    """How fast each component of cos and sin turns at a hooked rotation, whichever way."""
+    tokens: HookedTokens = hook.ctx["tokens"]
+    assert tokens.frequencies is not None
+    return tokens.frequencies.abs()
 
 
 def frequency_norms(model: HookedPositionTransformer, texts: Texts, layers: Some = None, seed: int = 0) -> pd.DataFrame:
@@ -239,9 +242,7 @@ def frequency_norms(model: HookedPositionTransformer, texts: Texts, layers: Some
         own = tallies.setdefault((layer, side), Tally(len(documents)))
         own.add(owners, layouts[layer].norms(states.detach().float()))
 
-    for batch in tracked(batches, "frequencies", quick=sum(map(len, documents)) < 512):
-        rows = torch.stack([documents[number][start:stop] for number, start, stop in batch])
-        owners = [number for number, _, _ in batch]
+    for rows, owners in rows_of(documents, batches, "frequencies"):
         hooks: Hooks = []
         for layer, layout in layouts.items():
             for side in SIDES:
@@ -352,8 +353,7 @@ def _split(
             f"the scores of layer {layer} are not its queries times its keys (they may be capped or biased); expected "
             "plain attention."
         )
-    query, key = factor * query, key.repeat_interleave(query.shape[2] // key.shape[2], dim=2)
-    terms = (_products(query, key, layout.chunk(i)) for i in range(len(layout.all_frequencies)))
+    terms = (_products(factor * query, key, layout.chunk(i)) for i in range(len(layout.all_frequencies)))
     use(layer, terms, _seen(scores))
 
 
@@ -363,7 +363,6 @@ def _fit(
     scores: Float[Tensor, "batch head query key"],
 ) -> float | None:
     """The factor that makes products of queries and keys the scores, wherever a key is seen; None where none does."""
-    key = key.repeat_interleave(query.shape[2] // key.shape[2], dim=2)
     products = _products(query, key, torch.arange(query.shape[-1]))
     visible = _seen(scores)
     ours, own = products[visible].double(), scores[visible].double()
@@ -376,11 +375,13 @@ def _fit(
 def _seen(scores: Float[Tensor, "batch head query key"]) -> Bool[Tensor, "batch head query key"]:
     """Which keys a query sees: none after it, and none that the model's mask hides."""
     causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    return causal & (scores > torch.finfo(scores.dtype).min / 2)
+    return causal & ~hidden(scores)
 
 
 def _products(query: Tensor, key: Tensor, components: Tensor) -> Float[Tensor, "batch head query key"]:
-    return torch.einsum("bqhd,bkhd->bhqk", query[..., components], key[..., components])
+    """Of some components, each query head with the key head that it shares."""
+    shared = key[..., components].repeat_interleave(query.shape[2] // key.shape[2], dim=2)
+    return torch.einsum("bqhd,bkhd->bhqk", query[..., components], shared)
 
 
 def frequency_shares(
@@ -405,9 +406,8 @@ def frequency_shares(
     def tally(owners: list[int], layer: int, terms: Iterator[Tensor], seen: Tensor) -> None:
         tallies[layer].add(owners, _covariances(terms, seen))
 
-    for batch in tracked(batches, "frequencies", quick=sum(map(len, documents)) < 512):
-        rows = torch.stack([documents[number][start:stop] for number, start, stop in batch])
-        _each_score(model, rows, layouts, partial(tally, [number for number, _, _ in batch]))
+    for rows, owners in rows_of(documents, batches, "frequencies"):
+        _each_score(model, rows, layouts, partial(tally, owners))
     draws = resamples(len(documents), seed)
     table = []
     for layer, layout in layouts.items():
@@ -472,17 +472,16 @@ def truncate_frequencies(
 def _truncated(
     keep: float, drop: str, rotation: Float[Tensor, "batch pos *head 2 d_rotary"], hook: HookPoint
 ) -> Float[Tensor, "batch pos *head 2 d_rotary"]:
-    own = cast(HookedTokens, hook.ctx["tokens"]).frequencies
-    assert own is not None
-    turns = own.abs() > 0
-    distinct, counts = own.abs()[turns].unique(return_counts=True)
+    own = _turning(hook)
+    turns = own > 0
+    distinct, counts = own[turns].unique(return_counts=True)
     if not len(distinct):
         return rotation
     if drop == "lowest":
         distinct, counts = distinct.flip(0), counts.flip(0)
     # cos and sin name a frequency once or twice, by the layout, so it is the share of components that counts.
     kept = math.floor(keep * int(counts.sum()) / int(counts.min()) + 1e-9) * int(counts.min())
-    mask = torch.isin(own.abs(), distinct[counts.cumsum(0) <= kept]) | ~turns
+    mask = torch.isin(own, distinct[counts.cumsum(0) <= kept]) | ~turns
     if bool(mask.all()):
         return rotation
     cos, sin = rotation.unbind(-2)
@@ -530,9 +529,7 @@ def positional_heads(
         back = [pattern.diagonal(-offset, -2, -1)[..., EARLIEST - offset :] for offset in range(offsets)]
         tallies[layer, shuffled].add(owners, torch.stack(back, dim=-1).detach().float().transpose(1, 2))
 
-    for number, batch in enumerate(tracked(batches, "heads", quick=sum(map(len, documents)) < 512)):
-        rows = torch.stack([documents[n][start:stop] for n, start, stop in batch])
-        owners = [n for n, _, _ in batch]
+    for number, (rows, owners) in enumerate(rows_of(documents, batches, "heads")):
         rest = rows[:, 1:]
         order = torch.from_numpy(shuffled_within(np.arange(rest.numel()) // rest.shape[1], seed + number))
         exchanged = torch.cat([rows[:, :1], rest.flatten()[order.to(rest.device)].view_as(rest)], dim=1)

@@ -24,9 +24,8 @@ from ..causal.metrics import look_back
 from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
 from ..interventions import HOOK, hook_names
-from ..progress import tracked
 from .intervals import Tally, resamples, shuffled_within
-from .reading import Texts, windows
+from .reading import Texts, rows_of, windows
 from .running import attention_names, keep
 
 PERMUTATIONS = 10_000
@@ -53,8 +52,7 @@ def head_profile(model: HookedPositionTransformer, texts: Texts, seed: int = 0) 
     patterns = attention_names(model, None, "pattern")
     increments = dict(hook_names(model, None, HOOK.format("increments")))
     tallies = {layer: Tally(len(documents)) for layer in patterns}
-    for batch in tracked(batches, "heads", quick=sum(map(len, documents)) < 512):
-        rows = torch.stack([documents[number][start:stop] for number, start, stop in batch])
+    for rows, owners in rows_of(documents, batches, "heads"):
         found: dict[str, dict[int, Tensor]] = {"increment": {}, "look_back": {}}
         hooks: list[Any] = [
             (name, partial(_keep_look_back, found["look_back"], layer)) for layer, name in patterns.items()
@@ -67,7 +65,7 @@ def head_profile(model: HookedPositionTransformer, texts: Texts, seed: int = 0) 
             own = found["increment"][layer][:, model.position_config.effective].to(back)
             own = own[..., None] if own.ndim == 2 else own
             own = own.repeat_interleave(back.shape[-1] // own.shape[-1], dim=-1)
-            tally.add([number for number, _, _ in batch], torch.stack([own, back], dim=-1))
+            tally.add(owners, torch.stack([own, back], dim=-1))
     draws = resamples(len(documents), seed)
     table = []
     for layer, tally in tallies.items():

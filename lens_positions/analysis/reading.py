@@ -109,6 +109,17 @@ def windows(
     return documents, list(_batches(documents, min(model.cfg.n_ctx, WINDOW)))
 
 
+def rows_of(
+    documents: list[Int[Tensor, " _pos"]], batches: list[list[tuple[int, int, int]]], what: str
+) -> Iterator[tuple[Int[Tensor, "batch pos"], list[int]]]:
+    """The rows of each batch of windows, and the document that each is of; `what` is done is what progress says."""
+    for batch in tracked(batches, what, quick=sum(map(len, documents)) < 512):
+        yield (
+            torch.stack([documents[number][start:stop] for number, start, stop in batch]),
+            [number for number, _, _ in batch],
+        )
+
+
 def _documents(model: HookedPositionTransformer, texts: Any) -> list[Int[Tensor, " _pos"]]:
     """Each document as tokens, at least two of them."""
     if isinstance(texts, str):

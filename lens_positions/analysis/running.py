@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
@@ -45,6 +45,11 @@ def run(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], hooks: Hooks
     fewer = {"logits_to_keep": 1} if "logits_to_keep" in parameters(base) else {}
     with evaluated(model, hooks):
         model(tokens.to(base.device), return_type=None, use_cache=False, **fewer)
+
+
+def hidden(scores: Float[Tensor, "*rows key"]) -> Bool[Tensor, "*rows key"]:
+    """Which keys a mask hides, whether by minus infinity or by the least number."""
+    return scores <= torch.finfo(scores.dtype).min / 2
 
 
 def keep(kept: dict[Any, Tensor], what: Any, states: Tensor, hook: HookPoint) -> None:

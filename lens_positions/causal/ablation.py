@@ -22,12 +22,11 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from ..analysis.intervals import Tally, resamples
-from ..analysis.reading import Reading, Texts, read, windows
+from ..analysis.reading import Reading, Texts, read, rows_of, windows
 from ..attach import unbridged
 from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
 from ..interventions import HOOK, Hooks, Some, ablate, finite, hook_names, index_of, streams_of
-from ..progress import tracked
 from .metrics import look_back, token_losses
 from .replay import Replay
 from .sweeps import SITES
@@ -102,9 +101,7 @@ def ablation_table(
     ablated = [(layer, how) for layer in which for how in to]
     tallies: dict[tuple[int | str, To, int | None], Tally] = {}
     base = Tally(len(documents))
-    for number, batch in enumerate(tracked(batches, "ablating", quick=sum(map(len, documents)) < 512)):
-        rows = torch.stack([documents[n][start:stop] for n, start, stop in batch])
-        owners = [n for n, _, _ in batch]
+    for number, (rows, owners) in enumerate(rows_of(documents, batches, "ablating")):
         targets = rows[:, 1:]
         own: dict[str, Tensor] = {}
         record: Hooks = [(name, partial(_keep, own)) for name in patterns.values()]

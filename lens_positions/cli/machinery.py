@@ -104,7 +104,7 @@ def absolute(
     table = absolute_variation(loaded, given, hooks=hooks, block=block, seed=seed)
     drops = replacement_effects(loaded, given, hooks=hooks, block=block, seed=seed)
     sinks = attention_sinks(loaded, given, hooks=hooks, seed=seed).groupby("layer")["share"]
-    overall = table[table["head"] == "all"]
+    overall = table[(table["head"] == "all") & (table["layer"] != "all")]
     what = f"the beginnings of {len(given)} pieces of held-out {corpus}, repeated"
     console = headed(
         f"{loaded.name}: variance of log attention over absolute positions, {what}",
@@ -112,7 +112,7 @@ def absolute(
         "95% intervals resample pieces",
     )
     sides = {"early": overall[overall["quarter"] == 0], "late": overall[overall["quarter"] == QUARTERS - 1]}
-    layers = list(dict.fromkeys(table["layer"]))
+    layers = list(dict.fromkeys(sinks.groups))
     columns = [f"{part}, {name}" for part in ("residual", "mask") for name in sides]
     cells = []
     for layer in layers:
