@@ -112,7 +112,7 @@ def absolute(
         "95% intervals resample pieces",
     )
     sides = {"early": overall[overall["quarter"] == 0], "late": overall[overall["quarter"] == QUARTERS - 1]}
-    layers = list(dict.fromkeys(sinks.groups))
+    layers = list(dict.fromkeys(overall["layer"]))
     columns = [f"{part}, {name}" for part in ("residual", "mask") for name in sides]
     cells = []
     for layer in layers:
