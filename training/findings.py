@@ -116,6 +116,17 @@ class Suite:
         row = self.loss(variant, contexts)
         return None if row is None or pd.isna(row["difference"]) else row
 
+    def difference(self, variant: str, other: str) -> dict[str, float] | None:
+        """The loss of a variant minus another's, as `paired_difference`; None without a seed that both have."""
+        seeds = sorted(set(self.runs(variant)) & set(self.runs(other)))
+        if not seeds:
+            return None
+        scores = [[read_scores(self.runs(name)[seed] / "heldout.csv") for seed in seeds] for name in (variant, other)]
+        shortest = min(scores[0][0].index.unique("length"))
+        size = scores[0][0].loc[shortest, "bytes"].to_numpy()
+        ours, theirs = (np.stack([table.loc[shortest, "nats"] for table in tables], axis=1) for tables in scores)
+        return paired_difference(ours - theirs, size)
+
     def loss(self, variant: str, contexts: int = 1) -> "pd.Series[Any] | None":
         """The row of the loss table for a variant, read in pieces of so many training contexts; None without one."""
         rows = self.losses[self.losses["variant"] == variant]
@@ -218,14 +229,9 @@ def frozen_increments(suite: Suite) -> Finding:
     verdict: Verdict
     parts, ends = [], []
     for other in ("static", "shared"):
-        seeds = sorted(set(suite.runs("frozen")) & set(suite.runs(other)))
-        if not seeds:
+        found = suite.difference("frozen", other)
+        if found is None:
             continue
-        scores = [[read_scores(suite.runs(name)[seed] / "heldout.csv") for seed in seeds] for name in ("frozen", other)]
-        shortest = min(scores[0][0].index.unique("length"))
-        size = scores[0][0].loc[shortest, "bytes"].to_numpy()
-        ours, theirs = (np.stack([table.loc[shortest, "nats"] for table in tables], axis=1) for tables in scores)
-        found = paired_difference(ours - theirs, size)
         ends.append((found["documents_low"], found["documents_high"]))
         parts.append(f"{other} {found['difference']:+.4f} ({ends[-1][0]:+.4f} to {ends[-1][1]:+.4f})")
     if len(parts) < 2:

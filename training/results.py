@@ -10,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from lens_positions.errors import PositionsError
 from lens_positions.hooked import HookedPositionTransformer
 from lens_positions.pretrained import shipped_names
 from lens_positions.viz.characters import spacing
-from lens_positions.viz.measurements import auc_chart, differences_chart
+from lens_positions.viz.machinery import absolute_chart, entropy_chart, norms_map
+from lens_positions.viz.measurements import auc_chart, differences_chart, lines_chart
 from lens_positions.viz.style import MissingFontError
 
 from .data import write_whole
@@ -31,7 +33,10 @@ from .findings import (
     what_increments_cause,
     word_boundaries,
 )
-from .suite import VARIANTS, read_json, say
+from .findings_rope import ROPE_FINDINGS, Machinery
+from .machinery import SMOLLM2
+from .maximum import MOST, accuracy_table
+from .suite import ROPE_VARIANTS, VARIANTS, read_json, say
 
 DRAWN = "bilingual-per-layer"
 """The shipped model that sentences are drawn with."""
@@ -53,7 +58,8 @@ class ResultsConfig:
     Args:
         results: the folder of results, with one folder for each suite in it.
         preset: the suite that findings are taken from.
-        beside: a suite whose findings are told after them, if it has results.
+        beside: a suite whose findings are told after them, if it has results; how RoPE itself is used comes last, from
+            the folders machinery and maximum, if they are there.
         output: the text to write.
         figures: the folder of figures, beside it.
     """
@@ -79,19 +85,17 @@ def write_results(asked: ResultsConfig) -> Path:
             f"{asked.output} or {asked.figures} cannot be written; expected existing folders for both."
         )
     suite, beside = Suite(folder), Suite(asked.results / asked.beside)
-    lines = [*_page(suite, asked), *_beside(beside, asked), *_traces([suite, beside])]
+    machinery = Machinery(asked.results / "machinery", suite, asked.results / "maximum")
+    try:
+        lines = [*_page(suite, asked), *_beside(beside, asked), *_rope(machinery, asked)]
+        lines += _traces([suite, beside], machinery)
+    except (KeyError, IndexError) as error:
+        raise PositionsError(
+            f"a file in {asked.results} lacks {error}; expected what suite, measure, machinery and maximum wrote."
+        ) from error
     text = "\n".join(lines).rstrip() + "\n"
     write_whole(asked.output, lambda file: file.write(text.encode()))
     return asked.output
-
-
-def _found(suite: Suite, find: Callable[[Suite], Finding]) -> Finding:
-    try:
-        return find(suite)
-    except (KeyError, IndexError) as error:
-        raise PositionsError(
-            f"a table in {suite.folder} lacks {error}; expected what the suite and measure wrote."
-        ) from error
 
 
 def _setting(suite: Suite) -> str:
@@ -107,7 +111,7 @@ def _setting(suite: Suite) -> str:
 
 
 def _page(suite: Suite, asked: ResultsConfig) -> Iterator[str]:
-    findings = [_found(suite, find) for find in FINDINGS]
+    findings = [find(suite) for find in FINDINGS]
     yield "# Results"
     yield ""
     yield (
@@ -118,16 +122,24 @@ def _page(suite: Suite, asked: ResultsConfig) -> Iterator[str]:
         "of 95%: over seeds (Student's t), or where 1,000 resamples of whole documents or lines lie, as each says."
     )
     yield ""
+    yield from _summary(findings)
+    yield from _draw_sentences(asked)
+    yield from _draw_losses(suite, asked)
+    yield from _draw_boundaries(suite, asked)
+    yield from _in_full(findings, "##")
+
+
+def _summary(findings: list[Finding]) -> Iterator[str]:
     yield "| finding | verdict | in one sentence |"
     yield "|---|---|---|"
     for finding in findings:
         yield f"| {finding.title} | **{finding.verdict}** | {finding.sentence} |"
     yield ""
-    yield from _draw_sentences(asked)
-    yield from _draw_losses(suite, asked)
-    yield from _draw_boundaries(suite, asked)
+
+
+def _in_full(findings: list[Finding], heading: str) -> Iterator[str]:
     for finding in findings:
-        yield f"## {finding.title}"
+        yield f"{heading} {finding.title}"
         yield ""
         yield f"**{finding.verdict[0].upper()}{finding.verdict[1:]}.** {finding.sentence}"
         yield ""
@@ -154,7 +166,7 @@ def _beside(suite: Suite, asked: ResultsConfig) -> Iterator[str]:
         "seed, that is all there is: a difference may be the seed's."
     )
     yield ""
-    findings = {find: _found(suite, find) for find in FINDINGS if find is not grafts}
+    findings = {find: find(suite) for find in FINDINGS if find is not grafts}
     yield from (line for line in findings[loss_neutral].lines if "| not run |" not in line)
     yield ""
     measured = [finding for finding in findings.values() if finding.verdict != "not measured"]
@@ -174,7 +186,29 @@ def _beside(suite: Suite, asked: ResultsConfig) -> Iterator[str]:
     yield from _draw_boundaries(suite, asked)
 
 
-def _traces(suites: list[Suite]) -> Iterator[str]:
+def _rope(machinery: Machinery, asked: ResultsConfig) -> Iterator[str]:
+    """How RoPE itself is used, what has been measured of it."""
+    findings = [finding for find in ROPE_FINDINGS if (finding := find(machinery)).verdict != "not measured"]
+    if not findings:
+        return
+    yield "## How RoPE itself is used"
+    yield ""
+    yield (
+        "Beside what Barbero et al. (frequencies), Ruscio et al. (absolute position) and Veličković et al. "
+        "(dispersion) report, on SmolLM2-135M-Instruct (4-bit weights), on the shipped models and on small models "
+        "trained alike. Text is held-out English; intervals are of 95%, over 1,000 resamples of documents or over "
+        "seeds (Student's t), as each says. Barbero et al.'s two statements about what RoPE can do are tests: for any "
+        "query and distance a key whose score is largest exactly there, and a mean score of 0 at every distance for "
+        "Gaussian vectors "
+        "(`tests/test_frequencies.py`)."
+    )
+    yield ""
+    yield from _summary(findings)
+    yield from _draw_machinery(machinery, asked)
+    yield from _in_full(findings, "###")
+
+
+def _traces(suites: list[Suite], machinery: Machinery) -> Iterator[str]:
     yield "## Where the numbers come from"
     yield ""
     yield "The runs, and the code that they were scored with; each folder of results has the whole configuration."
@@ -182,7 +216,7 @@ def _traces(suites: list[Suite]) -> Iterator[str]:
     yield "| run | command | parameters | weights (sha256) | commit | torch | device |"
     yield "|---|---|---|---|---|---|---|"
     for suite in suites:
-        for variant in VARIANTS:
+        for variant in (*VARIANTS, *ROPE_VARIANTS):
             for seed, folder in suite.runs(variant).items():
                 run = read_json(folder / "run.json")
                 git = run["git"] or {"commit": "none", "changed": False}
@@ -202,13 +236,17 @@ def _traces(suites: list[Suite]) -> Iterator[str]:
         if suite.runs("static"):
             yield f"    python -m training measure --preset {suite.folder.name}"
     yield "    python -m training ship"
+    if machinery.folder.is_dir():
+        yield "    python -m training machinery"
+    if machinery.maximum.is_dir():
+        yield "    python -m training maximum"
     yield "    python -m training results"
 
 
 def _run_together(suite: Suite) -> dict[tuple[int, ...], list[str]]:
     """Variants by the seeds that they were run at."""
     together: dict[tuple[int, ...], list[str]] = {}
-    for variant in VARIANTS:
+    for variant in (*VARIANTS, *ROPE_VARIANTS):
         if seeds := tuple(suite.runs(variant)):
             together.setdefault(seeds, []).append(variant)
     return together
@@ -276,3 +314,37 @@ def _draw_boundaries(suite: Suite, asked: ResultsConfig) -> Iterator[str]:
     auc_chart(found, "Increments at Chinese word boundaries", caption, path)
     yield f"![Area under the ROC curve of increments at Chinese word boundaries, by layer]({path})"
     yield ""
+
+
+def _draw_machinery(machinery: Machinery, asked: ResultsConfig) -> Iterator[str]:
+    """Frequencies, absolute position and entropy of SmolLM2, and the task of the largest item."""
+    drawn: dict[str, tuple[Callable[..., Figure], str]] = {
+        "norms": (norms_map, "Mean 2-norm of queries and keys by layer and rotary frequency"),
+        "absolute": (absolute_chart, "The two parts of absolute position by layer"),
+        "dispersion": (entropy_chart, "Entropy of attention by number of items"),
+    }
+    for name, (draw, title) in drawn.items():
+        table = machinery.table(SMOLLM2, name)
+        if table is None:
+            continue
+        path = asked.figures / f"results_{name}.png"
+        first = table.iloc[0]
+        what = "pieces of held-out English, repeated" if name == "absolute" else "documents of held-out English"
+        draw(table, f"SmolLM2-135M; {first['documents']:,} {what}; means over heads.", path)
+        yield f"![{title}, in SmolLM2-135M]({path})"
+        yield ""
+    tests = [pd.read_csv(path) for path in sorted(machinery.maximum.glob("seed-*.csv"))]
+    if tests:
+        found = accuracy_table(pd.concat(tests))
+        path = asked.figures / "results_maximum.png"
+        lines = pd.concat(
+            found[["items", name, f"{name}_low", f"{name}_high"]]
+            .set_axis(["at", "value", "low", "high"], axis=1)
+            .assign(measure=measure)
+            for name, measure in (("learned", "as trained"), ("adaptive", "adaptive temperature"))
+        )
+        caption = f"{len(tests)} seeds, 95% intervals over them; trained on 5 to {MOST} items."
+        title, places = "Finding the largest of n items", list(found["items"])
+        lines_chart(lines, title, "accuracy", "items", places, None, caption, path, octaves=True)
+        yield f"![Accuracy at finding the largest item, with and without an adaptive temperature]({path})"
+        yield ""

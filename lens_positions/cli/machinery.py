@@ -1,12 +1,9 @@
 """How a model uses RoPE itself: `frequencies`, `absolute` and `dispersion`."""
 
 import math
-from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import pandas as pd
-import torch
 from rich.text import Text
 from tyro.conf import arg
 
@@ -18,7 +15,7 @@ from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
 from ..interventions import ablate
 from ..terminal import print_grid, print_line
-from ..viz.measurements import frequency_map, lines_chart
+from ..viz.machinery import absolute_chart, entropy_chart, norms_map
 from .app import app, check_outputs, drawn
 from .measuring import Characters, Chart, Corpus, Csv, Model, Seed, headed, read_heldout, written
 
@@ -76,7 +73,7 @@ def frequencies(
     if figure is not None:
         caption = f"{loaded.name}; {what}. Means over heads and tokens."
         with drawn(console, figure):
-            _draw(loaded, norms, caption, figure)
+            norms_map(norms, caption, figure)
 
 
 @app.command
@@ -128,17 +125,9 @@ def absolute(
         )
     written(console, table, csv)
     if figure is not None:
-        lines = pd.concat(
-            own[["layer", part, f"{part}_low", f"{part}_high"]]
-            .set_axis(["at", "value", "low", "high"], axis=1)
-            .assign(measure=f"{part}, {name}")
-            for part in ("residual", "mask")
-            for name, own in sides.items()
-        )
         caption = f"{loaded.name}; {what}. Means over heads. log attention = score (residual) - log Z (mask)."
-        unit = "variance over repeats, nats squared"
         with drawn(console, figure):
-            lines_chart(lines, "Absolute position by layer", unit, "layer", layers, 0.0, caption, figure)
+            absolute_chart(table, caption, figure)
 
 
 @app.command
@@ -184,17 +173,8 @@ def dispersion(
         )
     written(console, table, csv)
     if figure is not None:
-        shown = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
-        lines = [
-            groups.loc[layer]["entropy"].rename("value").reset_index().assign(measure=f"layer {layer}")
-            for layer in shown
-        ]
-        lines.append(even.rename("value").reset_index().assign(measure="even: log n"))
-        drawn_table = pd.concat(lines).rename(columns={"items": "at"}).assign(low=math.nan, high=math.nan)
-        caption = f"{loaded.name}; {what}. Means over heads."
         with drawn(console, figure):
-            title, across = "Entropy by number of items", "items from, to twice as many"
-            lines_chart(drawn_table, title, "nats", across, items, 0.0, caption, figure, octaves=True)
+            entropy_chart(table, f"{loaded.name}; {what}. Means over heads.", figure)
 
 
 def _bands(norms: pd.DataFrame) -> "pd.Series[str]":
@@ -207,14 +187,3 @@ def _bands(norms: pd.DataFrame) -> "pd.Series[str]":
 
 def _ends(row: Any, name: str) -> str:
     return f"{getattr(row, f'{name}_low'):.0%} to {getattr(row, f'{name}_high'):.0%}"
-
-
-def _draw(model: HookedPositionTransformer, norms: pd.DataFrame, caption: str, path: Path) -> None:
-    turned = norms[norms["frequency"] > 0]
-    means = turned.groupby(["side", "layer", "index"])["norm"].mean()
-    amounts = {f"{side} norm": torch.tensor(means[side].unstack().to_numpy()) for side in SIDES}
-    same = turned.groupby("index")["frequency"].nunique().eq(1).all()
-    wavelengths = 2 * np.pi / turned.groupby("index")["frequency"].first().to_numpy() if same else None
-    frequency_map(
-        amounts, model.position_layers, wavelengths, "Norms by rotary frequency", "mean 2-norm", caption, path
-    )

@@ -1,0 +1,80 @@
+"""How a model uses RoPE itself, drawn from the tables of `analysis`: frequencies, absolute position, dispersion."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from ..analysis.absolute_position import QUARTERS
+from ..analysis.frequencies import SIDES
+from .measurements import frequency_map, lines_chart
+
+
+def norms_map(norms: pd.DataFrame, caption: str = "", path: str | Path | None = None) -> Figure:
+    """Draw the norms of queries and keys by layer and rotary frequency, means over heads.
+
+    Args:
+        norms: from `frequency_norms`.
+        caption: what is shown, of which model and text.
+        path: where to write the figure as well, as .png, .svg or .pdf.
+
+    Raises:
+        PositionsError: layers with different numbers of frequencies, or a path that cannot be written.
+    """
+    turned = norms[norms["frequency"] > 0]
+    means = turned.groupby(["side", "layer", "index"])["norm"].mean()
+    amounts = {f"{side} norm": torch.tensor(means[side].unstack().to_numpy()) for side in SIDES}
+    same = turned.groupby("index")["frequency"].nunique().eq(1).all()
+    wavelengths = 2 * np.pi / turned.groupby("index")["frequency"].first().to_numpy() if same else None
+    layers = [int(layer) for layer in dict.fromkeys(turned["layer"])]
+    return frequency_map(amounts, layers, wavelengths, "Norms by rotary frequency", "mean 2-norm", caption, path)
+
+
+def absolute_chart(table: pd.DataFrame, caption: str = "", path: str | Path | None = None) -> Figure:
+    """Draw the two parts of absolute position by layer, at early and late queries, means over heads.
+
+    Args:
+        table: from `absolute_variation`.
+        caption: what is shown, of which model and text.
+        path: where to write the figure as well, as .png, .svg or .pdf.
+
+    Raises:
+        PositionsError: a path that cannot be written.
+    """
+    own = table[(table["head"] == "all") & (table["layer"] != "all")]
+    own = own.assign(at=own["layer"].astype(int))
+    lines = pd.concat(
+        own[own["quarter"] == quarter][["at", part, f"{part}_low", f"{part}_high"]]
+        .set_axis(["at", "value", "low", "high"], axis=1)
+        .assign(measure=f"{part}, {name}")
+        for part in ("residual", "mask")
+        for name, quarter in (("early", 0), ("late", QUARTERS - 1))
+    )
+    layers = sorted(set(own["at"]))
+    unit = "variance over repeats, nats squared"
+    return lines_chart(lines, "Absolute position by layer", unit, "layer", layers, 0.0, caption, path)
+
+
+def entropy_chart(table: pd.DataFrame, caption: str = "", path: str | Path | None = None) -> Figure:
+    """Draw the entropy of attention by number of items: first, middle and last layer, beside even attention.
+
+    Args:
+        table: from `attention_dispersion`.
+        caption: what is shown, of which model and text.
+        path: where to write the figure as well, as .png, .svg or .pdf.
+
+    Raises:
+        PositionsError: a path that cannot be written.
+    """
+    layers, items = list(dict.fromkeys(table["layer"])), sorted(set(table["items"]))
+    means = table.groupby(["layer", "items"])["entropy"].mean()
+    shown = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
+    lines = [means[layer].rename("value").reset_index().assign(measure=f"layer {layer}") for layer in shown]
+    even = table.groupby("items")["log_items"].mean().rename("value")
+    lines.append(even.reset_index().assign(measure="even: log n"))
+    drawn = pd.concat(lines).rename(columns={"items": "at"}).assign(low=math.nan, high=math.nan)
+    title, across = "Entropy by number of items", "items from, to twice as many"
+    return lines_chart(drawn, title, "nats", across, items, 0.0, caption, path, octaves=True)

@@ -1,0 +1,257 @@
+"""Verdicts about RoPE itself, from files with planted answers."""
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lens_positions import PositionsError
+from training.findings import Suite
+from training.findings_rope import (
+    FRACTIONS,
+    ROPE_FINDINGS,
+    Machinery,
+    absolute_position,
+    first_embedding,
+    heads_by_position,
+    heads_disperse,
+    low_frequencies,
+    maximum_task,
+    p_rope,
+    sinks_carry_a_fingerprint,
+    together,
+)
+from training.machinery import SMOLLM2
+from training.results import ResultsConfig, write_results
+from training.ship import SHIPPED
+
+FREQUENCIES = 8
+
+
+@pytest.fixture
+def machinery(tmp_path):
+    return Machinery(tmp_path / "machinery", Suite(tmp_path / "tiny"), tmp_path / "maximum")
+
+
+def keep(machinery, model, name, rows):
+    path = machinery.path(model, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows).to_csv(path, index=False)
+
+
+def norms(growth, positional=(), layers=4):
+    """Norms that change by a factor from the highest frequency to the lowest; positional heads the other way."""
+    return [
+        {
+            "layer": layer,
+            "side": side,
+            "head": head,
+            "index": index,
+            "frequency": 10.0**-index,
+            "n": 100,
+            "documents": 4,
+            "norm": (1 / growth if (layer, head) in positional else growth) ** (index / FREQUENCIES),
+        }
+        for layer in range(layers)
+        for side in ("query", "key")
+        for head in range(8)
+        for index in range(FREQUENCIES)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("growth", "verdict"), [(2.0, "reproduced"), (0.5, "not reproduced"), (None, "different")], ids=str
+)
+def test_the_shape_of_norms_is_judged_by_layers(machinery, growth, verdict):
+    rows = norms(growth or 2.0)
+    if growth is None:
+        rows = [row | {"norm": 1 / row["norm"]} if row["side"] == "key" else row for row in rows]
+    keep(machinery, SMOLLM2, "norms", rows)
+    assert low_frequencies(machinery).verdict == verdict
+
+
+def heads(positional, layers=4):
+    return [
+        {
+            "layer": layer,
+            "head": head,
+            "offset": 1,
+            "positional": (layer, head) in positional,
+            **{f"{name}{end}": 0.8 for name in ("share", "shuffled") for end in ("", "_low", "_high")},
+        }
+        for layer in range(layers)
+        for head in range(8)
+    ]
+
+
+def test_positional_heads_are_few_and_use_high_frequencies(machinery):
+    few = {(0, 1), (2, 3), (3, 3)}
+    keep(machinery, SMOLLM2, "norms", norms(4.0, few))
+    keep(machinery, SMOLLM2, "positional", heads(few))
+    found = heads_by_position(machinery)
+    assert found.verdict == "reproduced"
+    assert "3 of SmolLM2-135M's 32 heads" in found.sentence
+    keep(machinery, SMOLLM2, "norms", norms(4.0))  # their norms are like the others'
+    assert heads_by_position(machinery).verdict == "different"
+    keep(machinery, SMOLLM2, "positional", heads(set()))
+    assert heads_by_position(machinery).verdict == "not reproduced"
+
+
+def scored(machinery, losses, seeds=(0, 1)):
+    for variant, loss in losses.items():
+        for seed in seeds:
+            folder = machinery.suite.folder / f"{variant}-{seed}"
+            folder.mkdir(parents=True)
+            size = np.array([900, 1000, 1100])
+            nats = size * (loss + seed / 100 + np.random.default_rng(seed).normal(0, 1e-5, 3))
+            tables = [
+                pd.DataFrame({"document": range(3), "source": "x", "length": n, "bytes": size, "nats": nats})
+                for n in (256, 512, 1024)
+            ]
+            pd.concat(tables).to_csv(folder / "heldout.csv", index=False)
+            (folder / "run.json").write_text(json.dumps({"variant": variant, "seed": seed}))
+
+
+@pytest.mark.parametrize(
+    ("losses", "verdict"),
+    [
+        ((1.5, 1.49, 1.52, 1.6), "reproduced"),
+        ((1.5, 1.49, 1.6, 1.52), "different"),  # none is better than a quarter
+        ((1.5, 1.51, 1.49, 1.48), "not reproduced"),
+    ],
+)
+def test_fractions_are_judged_by_their_order(tmp_path, losses, verdict):
+    machinery = Machinery(tmp_path / "machinery", Suite(tmp_path / "tiny"), tmp_path / "maximum")
+    scored(machinery, dict(zip(FRACTIONS, losses, strict=True)))
+    machinery = Machinery(machinery.folder, Suite(machinery.suite.folder), machinery.maximum)
+    found = p_rope(machinery)
+    assert found.verdict == verdict
+    assert len([line for line in found.lines if line.startswith("| 0")]) == 3
+
+
+def absolute(residual, mask=0.1):
+    """The two parts, with intervals of a tenth either way; `residual` by layer."""
+    rows = []
+    for layer, value in {"all": np.mean(residual), **dict(enumerate(residual))}.items():
+        for quarter in range(4):
+            row = {"layer": layer, "head": "all", "quarter": quarter, "documents": 5}
+            for part, own in (("residual", value), ("mask", mask)):
+                row |= {part: own, f"{part}_low": 0.9 * own, f"{part}_high": 1.1 * own}
+            rows.append(row)
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("ntk", "window", "verdict"),
+    [
+        ((0, 0.1, 0.1, 0.1), (0, 0.1, 0.3, 0.9), "reproduced"),
+        ((0, 0.1, 0.1, 0.1), (0, 0.1, 0.1, 0.1), "different"),
+        ((0, 0.9, 0.9, 0.9), (0, 0.5, 0.3, 0.1), "not reproduced"),
+    ],
+)
+def test_architectures_are_judged_by_their_residual_part(machinery, ntk, window, verdict):
+    for variant, residual in (("static", (0, 0.3, 0.4, 0.5)), ("ntk", ntk), ("window", window)):
+        keep(machinery, f"tiny-{variant}-0", "absolute", absolute(residual))
+    assert absolute_position(machinery).verdict == "not measured"
+    keep(machinery, SMOLLM2, "absolute", absolute((0, *(0.1,) * 11)))
+    found = absolute_position(machinery)
+    assert found.verdict == verdict
+    assert sum(line.startswith("| RoPE, seed 0 |") for line in found.lines) == 5
+
+
+def drops(low):
+    return [
+        {"replacement": how, "layer": "all", "queries": queries, "drop": low + 0.1, "low": low, "high": low + 0.2}
+        for how in ("token", "mean", "zeros", "noise")
+        for queries in ("early", "late")
+    ]
+
+
+@pytest.mark.parametrize(("low", "verdict"), [(0.1, "reproduced"), (-0.1, "not reproduced")])
+def test_drops_are_judged_by_every_replacement(machinery, low, verdict):
+    keep(machinery, SMOLLM2, "drops", drops(low))
+    assert first_embedding(machinery).verdict == verdict
+    keep(machinery, SMOLLM2, "drops", [*drops(0.1)[:2], *drops(-0.1)[2:]])
+    assert first_embedding(machinery).verdict == "different"
+
+
+@pytest.mark.parametrize(
+    ("share", "cosine", "verdict"),
+    [(0.6, 0.5, "reproduced"), (0.6, 0.99, "different"), (0.1, 0.5, "not reproduced")],
+)
+def test_sinks_are_judged_by_what_their_states_say(machinery, share, cosine, verdict):
+    rows = [{"layer": layer, "head": 0, "share": share, "low": share - 0.01} for layer in range(3)]
+    keep(machinery, SMOLLM2, "sinks", rows)
+    rows = [
+        {"layer": layer, "first": first, "first_token": value, "first_token_high": value + 0.01, "later": 0.2}
+        for layer in range(3)
+        for first, value in (("common", 1.0), ("own", cosine))
+    ]
+    keep(machinery, SMOLLM2, "fingerprints", rows)
+    assert sinks_carry_a_fingerprint(machinery).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("gain", "verdict"), [(0.05, "reproduced"), (-0.05, "not reproduced"), (None, "different")], ids=str
+)
+def test_the_task_is_judged_beyond_four_times_its_size(machinery, gain, verdict):
+    machinery.maximum.mkdir()
+    for seed in range(5):
+        rows = []
+        for size in (16, 64, 128, 256):
+            more = gain if gain is not None else (0.05 if size < 256 else -0.05)
+            for temperature, accuracy in (("learned", 0.9), ("adaptive", 0.9 + more + seed / 1000)):
+                row = {"seed": seed, "items": size, "temperature": temperature, "accuracy": accuracy}
+                rows.append(row | {"entropy": math.log(size) / 2, "largest": 0.5})
+        pd.DataFrame(rows).to_csv(machinery.maximum / f"seed-{seed}.csv", index=False)
+    assert maximum_task(machinery).verdict == verdict
+
+
+@pytest.mark.parametrize(("grows", "verdict"), [(8, "reproduced"), (5, "different"), (2, "not reproduced")])
+def test_heads_disperse_where_most_of_them_do(machinery, grows, verdict):
+    rows = [
+        {"layer": 0, "head": head, "items": items, "documents": 3, "log_items": math.log(items), "largest": 0.5}
+        | {"entropy": value, "entropy_low": value - 0.1, "entropy_high": value + 0.1}
+        for head in range(8)
+        for items in (16, 64)
+        for value in [1.0 + (items == 64 and head < grows)]
+    ]
+    keep(machinery, SMOLLM2, "dispersion", rows)
+    assert heads_disperse(machinery).verdict == verdict
+
+
+def test_what_increments_change_is_over_seeds(machinery):
+    """A third of the norm moves at every seed of per layer, and nothing does in shared."""
+    for model in SHIPPED:
+        keep(machinery, model, "norms", norms(2.0))
+    for seed in range(3):
+        for variant, growth in (("static", 2.0), ("shared", 2.0 + (seed - 1) / 10), ("per_layer", 6.0)):
+            keep(machinery, f"tiny-{variant}-{seed}", "norms", norms(growth + seed / 100))
+    found = together(machinery)
+    assert found.verdict == "new"
+    assert "Over 3 seeds these change: squared norm of queries in the highest quarter" in found.sentence
+    assert "(per layer -" in found.sentence
+    assert "shared" not in found.sentence
+    assert any("not measured" in line for line in found.lines)  # the other tables
+
+
+def test_what_was_not_measured_is_said_not_guessed(machinery):
+    for find in ROPE_FINDINGS:
+        found = find(machinery)
+        assert found.verdict == "not measured"
+        assert not found.lines
+
+
+def test_damaged_and_foreign_files_are_one_sentence(machinery, tmp_path):
+    path = machinery.path(SMOLLM2, "norms")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(PositionsError, match=r"norms.csv is damaged"):
+        low_frequencies(machinery)
+    path.write_text("a,b\n1,2\n")
+    scored(machinery, {"static": 1.5})
+    asked = ResultsConfig(results=tmp_path, output=tmp_path / "RESULTS.md", figures=tmp_path)
+    with pytest.raises(PositionsError, match=r"a file in .* lacks 'config'; expected what suite, measure, machinery"):
+        write_results(asked)
