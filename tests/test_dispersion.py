@@ -99,6 +99,8 @@ def test_entropy_and_largest_weight_are_those_of_the_patterns(tiny_model):
     assert row["entropy"] == pytest.approx(np.mean([float(-(w * w.log()).sum()) for w in weights]), rel=1e-4)
     assert row["largest"] == pytest.approx(np.mean([float(w.max()) for w in weights]), rel=1e-4)
     assert row["n"] == len(weights) == 32
+    heads = table[table["head"] != "all"].groupby("items")[["entropy", "largest", "log_items"]].mean()
+    pd.testing.assert_frame_equal(table[table["head"] == "all"].set_index("items")[[*heads]], heads, rtol=1e-6)
     sharper = attention_dispersion(model, TEXTS, layers=1, hooks=adaptive_temperature(model))
     assert (sharper["entropy"] <= table["entropy"] + 1e-6).all()
 

@@ -214,9 +214,9 @@ def test_heads_disperse_where_most_of_them_do(machinery, grows, verdict):
     rows = [
         {"layer": 0, "head": head, "items": items, "documents": 3, "log_items": math.log(items), "largest": 0.5}
         | {"entropy": value, "entropy_low": value - 0.1, "entropy_high": value + 0.1}
-        for head in range(8)
+        for head in ("all", *range(8))
         for items in (16, 64)
-        for value in [1.0 + (items == 64 and head < grows)]
+        for value in [1.0 + (items == 64 and (head == "all" or head < grows))]
     ]
     keep(machinery, SMOLLM2, "dispersion", rows)
     assert heads_disperse(machinery).verdict == verdict

@@ -77,6 +77,21 @@ def test_terms_sum_to_the_scores_of_learned_increments(tiny_model, per_head):
         assert (terms.sum(1) - cache[f"blocks.{layer}.attn.hook_attn_scores"][0])[:, past].abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPTNeoXForCausalLM"])
+@pytest.mark.usefixtures("unchecked")
+def test_terms_are_those_of_an_intervention(name):
+    """Scores under truncated frequencies are split too, in layouts that are read before and after the rotation."""
+    model = family(name)
+    half = truncate_frequencies(model, 0.5)
+    site = "blocks.1.attn.hook_attn_scores"
+    with model.hooks(fwd_hooks=half), torch.no_grad():
+        scores = model.run_with_cache(TOKENS, names_filter=site)[1][site][0]
+    terms = frequency_contributions(model, TOKENS, 1, hooks=half).terms
+    past = torch.ones(12, 12).tril().bool()
+    assert (terms.sum(1) - scores)[:, past].abs().max() < 1e-4
+    assert (terms - frequency_contributions(model, TOKENS, 1).terms).abs().max() > 1e-3
+
+
 def test_norms_are_those_of_the_chunks_with_intervals_over_documents(tiny_model):
     model = tiny_model(source="per_layer")
     texts = ["The cat sat on the mat.", "天气很好。", "One more."]
@@ -225,6 +240,8 @@ def test_a_head_that_was_built_to_look_so_far_back_is_found(distance):
     assert built["share"] > 0.9
     assert not other["positional"]
     assert built["n"] == sum(model.to_tokens(text).shape[1] + 1 - 16 for text in texts)
+    unturned = positional_heads(model, texts, hooks=truncate_frequencies(model, 0.0))
+    assert not unturned["positional"].any()
 
 
 def test_a_head_that_reads_tokens_is_not_called_positional():

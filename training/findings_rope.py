@@ -459,17 +459,19 @@ def heads_disperse(of: Machinery) -> Finding:
     ]
     shares: dict[str, float] = {}
     for model, table in tables.items():
-        for items, own in table.groupby("items"):
+        by_head = table[table["head"] != "all"]
+        for items, own in by_head.groupby("items"):
             cells = [own["entropy"].mean(), own["log_items"].mean(), own["entropy"].min(), own["largest"].mean()]
             lines.append(f"| {model} | {items} | {' | '.join(f'{cell:.2f}' for cell in cells)} |")
         ends: list[Any] = [
-            table[table["items"] == end].set_index(["layer", "head"])
-            for end in (table["items"].min(), table["items"].max())
+            by_head[by_head["items"] == end].set_index(["layer", "head"])
+            for end in (by_head["items"].min(), by_head["items"].max())
         ]
         shares[model] = float((ends[1]["entropy_low"] > ends[0]["entropy_high"]).mean())
     n = tables[SMOLLM2].iloc[0]
     lines += ["", f"Nats; a row is a query with so many tokens up to it, to twice as many; {n['documents']} documents."]
-    own = tables[SMOLLM2].groupby("items")[["entropy", "log_items"]].mean()
+    table = tables[SMOLLM2]
+    own = table[table["head"] == "all"].groupby("items")[["entropy", "log_items"]].mean()
     verdict: Verdict = "different"
     if shares[SMOLLM2] >= 0.75:
         verdict = "reproduced"
@@ -546,7 +548,7 @@ def _spread(of: Machinery, model: str) -> float | None:
     table = of.table(model, "dispersion")
     if table is None:
         return None
-    means = table.groupby("items")["entropy"].mean()
+    means = table[table["head"] == "all"].groupby("items")["entropy"].mean()
     return float(means.loc[means.index.max()] - means.loc[means.index.min()])
 
 

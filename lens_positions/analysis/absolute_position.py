@@ -385,7 +385,9 @@ def attention_sinks(
     return pd.DataFrame(table)
 
 
-def fingerprints(model: HookedPositionTransformer, texts: Sequence[str], layers: Some = None) -> pd.DataFrame:
+def fingerprints(
+    model: HookedPositionTransformer, texts: Sequence[str], layers: Some = None, hooks: Hooks | None = None
+) -> pd.DataFrame:
     """How alike the states at position 0 are across texts, with a common first token and with the texts' own.
 
     A causal model's state at position 0 is a function of its token alone: with a common one it is the same in every
@@ -412,7 +414,8 @@ def fingerprints(model: HookedPositionTransformer, texts: Sequence[str], layers:
     table = []
     for first, tokens in (("common", torch.cat([front.expand(len(rows), 1), rows[:, :-1]], dim=1)), ("own", rows)):
         seen: dict[int, Tensor] = {}
-        run(model, tokens, [(name, partial(keep, seen, layer)) for layer, name in names.items()])
+        listen: Hooks = [(name, partial(keep, seen, layer)) for layer, name in names.items()]
+        run(model, tokens, [*(hooks or []), *listen])
         for layer, states in seen.items():
             row: dict[str, Any] = {"layer": layer, "first": first, "n": len(rows) * (len(rows) - 1) // 2}
             for column, place in (("first_token", 0), ("later", EARLIEST)):

@@ -101,11 +101,11 @@ def attention_dispersion(
         seed: of the bootstrap.
 
     Returns:
-        One row for each `layer`, `head` and octave of `items`: a query with n tokens up to it, itself included, counts
-        for the power of two that n reaches (64: 64 to 127). `n` is queries, of so many `documents`; `log_items` the
-        mean of the log of the keys that they see (fewer in a sliding window), the entropy of attention that is spread
-        evenly; mean `entropy` (nats) and mean `largest` weight have `_low` and `_high`, where they lie in 95% of 1,000
-        resamples of documents (NaN for one).
+        One row for each `layer`, `head` ("all" is their mean) and octave of `items`: a query with n tokens up to it,
+        itself included, counts for the power of two that n reaches (64: 64 to 127). `n` is queries, of so many
+        `documents`; `log_items` the mean of the log of the keys that they see (fewer in a sliding window), the entropy
+        of attention that is spread evenly; mean `entropy` (nats) and mean `largest` weight have `_low` and `_high`,
+        where they lie in 95% of 1,000 resamples of documents (NaN for one).
 
     Raises:
         PositionsError: attention without patterns, and as `reading.read`.
@@ -121,6 +121,7 @@ def attention_dispersion(
         pattern = pattern.detach().float()
         sizes = (pattern > 0).sum(-1).log()
         found = torch.stack([attention_entropy(pattern), pattern.amax(-1), sizes], dim=-1).transpose(1, 2)
+        found = torch.cat([found.mean(2, keepdim=True), found], dim=2)
         for i, of in enumerate(octaves, 1):
             within = (octave[: pattern.shape[2]] == i).nonzero().flatten()
             if len(within):
@@ -136,7 +137,8 @@ def attention_dispersion(
             own = tallies[layer, of]
             mean, low, high = own.summary(draws)
             for head in range(len(mean)):
-                row: dict[str, Any] = {"layer": layer, "head": head, "items": of, "log_items": mean[head, 2]}
+                row: dict[str, Any] = {"layer": layer, "head": "all" if head == 0 else head - 1, "items": of}
+                row |= {"log_items": mean[head, 2]}
                 row |= {"n": int(own.counts.sum()), "documents": int((own.counts > 0).sum())}
                 for j, column in enumerate(("entropy", "largest")):
                     row |= {column: mean[head, j], f"{column}_low": low[head, j], f"{column}_high": high[head, j]}

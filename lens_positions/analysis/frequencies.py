@@ -217,13 +217,20 @@ def _turning(hook: HookPoint) -> Float[Tensor, " d_rotary"]:
     return tokens.frequencies.abs()
 
 
-def frequency_norms(model: HookedPositionTransformer, texts: Texts, layers: Some = None, seed: int = 0) -> pd.DataFrame:
+def frequency_norms(
+    model: HookedPositionTransformer,
+    texts: Texts,
+    layers: Some = None,
+    hooks: Hooks | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
     """The mean 2-norm of the chunks of queries and keys, by frequency, layer and head (Barbero et al., section 4).
 
     Args:
         model: the model.
         texts: documents, as for `increments_by_category`.
         layers: the model's own layer numbers; None is all that rotate.
+        hooks: interventions to measure under, such as those of `truncate_frequencies`.
         seed: of the bootstrap.
 
     Returns:
@@ -243,11 +250,11 @@ def frequency_norms(model: HookedPositionTransformer, texts: Texts, layers: Some
         own.add(owners, layouts[layer].norms(states.detach().float()))
 
     for rows, owners in rows_of(documents, batches, "frequencies"):
-        hooks: Hooks = []
+        listen: Hooks = []
         for layer, layout in layouts.items():
             for side in SIDES:
-                hooks += _states_hooks(model, layer, layout, side, partial(tally, side, layer, owners))
-        run(model, rows, hooks)
+                listen += _states_hooks(model, layer, layout, side, partial(tally, side, layer, owners))
+        run(model, rows, [*(hooks or []), *listen])
     draws = resamples(len(documents), seed)
     table = []
     for layer, layout in layouts.items():
@@ -283,8 +290,12 @@ class Contributions:
     terms: Float[Tensor, "head chunk query key"]
 
 
-def frequency_contributions(model: TransformerBridge, tokens: Int[Tensor, "*one pos"], layer: int) -> Contributions:
+def frequency_contributions(
+    model: TransformerBridge, tokens: Int[Tensor, "*one pos"], layer: int, hooks: Hooks | None = None
+) -> Contributions:
     """The attention scores of a layer on a prompt, split exactly into one term for each frequency.
+
+    `hooks` are interventions to split them under.
 
     Raises:
         PositionsError: no such layer, as `rotary_layout`, or scores that are more than scaled products of queries and
@@ -296,7 +307,7 @@ def frequency_contributions(model: TransformerBridge, tokens: Int[Tensor, "*one 
     def collect(_layer: int, terms: Iterator[Tensor], _seen_keys: Tensor) -> None:
         found.append(torch.stack([term[0] for term in terms], dim=1))
 
-    _each_score(model, one_prompt(model, tokens), layouts, collect)
+    _each_score(model, one_prompt(model, tokens), layouts, collect, hooks)
     return Contributions(layouts[layer].all_frequencies, found[0])
 
 
@@ -305,18 +316,19 @@ def _each_score(
     rows: Int[Tensor, "batch pos"],
     layouts: dict[int, RotaryLayout],
     use: Callable[[int, Iterator[Float[Tensor, "batch head query key"]], Bool[Tensor, "batch head query key"]], None],
+    hooks: Hooks | None,
 ) -> None:
     """Run some rows; for `use` each layer's number, the terms of its scores, chunk by chunk, and the keys it sees."""
-    hooks: Hooks = []
+    listen: Hooks = []
     for layer, layout in layouts.items():
         scores = _names(model, layer, "attn_scores")
         if not scores:
             raise PositionsError(f"layer {layer} has no attention scores in TransformerLens; expected some.")
         seen: dict[str, Tensor] = {}
         for side in SIDES:
-            hooks += _states_hooks(model, layer, layout, side, partial(seen.__setitem__, side))
-        hooks.append((scores[0], partial(_split, layer, layout, seen, use)))
-    run(model, rows, hooks)
+            listen += _states_hooks(model, layer, layout, side, partial(seen.__setitem__, side))
+        listen.append((scores[0], partial(_split, layer, layout, seen, use)))
+    run(model, rows, [*(hooks or []), *listen])
 
 
 def _states_hooks(
@@ -385,7 +397,11 @@ def _products(query: Tensor, key: Tensor, components: Tensor) -> Float[Tensor, "
 
 
 def frequency_shares(
-    model: HookedPositionTransformer, texts: Texts, layers: Some = None, seed: int = 0
+    model: HookedPositionTransformer,
+    texts: Texts,
+    layers: Some = None,
+    hooks: Hooks | None = None,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """How much of the variation of a head's scores over keys each frequency makes.
 
@@ -407,7 +423,7 @@ def frequency_shares(
         tallies[layer].add(owners, _covariances(terms, seen))
 
     for rows, owners in rows_of(documents, batches, "frequencies"):
-        _each_score(model, rows, layouts, partial(tally, owners))
+        _each_score(model, rows, layouts, partial(tally, owners), hooks)
     draws = resamples(len(documents), seed)
     table = []
     for layer, layout in layouts.items():
@@ -496,7 +512,12 @@ POSITIONAL = 0.5
 
 
 def positional_heads(
-    model: HookedPositionTransformer, texts: Texts, layers: Some = None, offsets: int = OFFSETS, seed: int = 0
+    model: HookedPositionTransformer,
+    texts: Texts,
+    layers: Some = None,
+    hooks: Hooks | None = None,
+    offsets: int = OFFSETS,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """Heads that attend to a fixed offset, whatever the tokens are: the diagonal, the previous token, and so on.
 
@@ -505,7 +526,7 @@ def positional_heads(
     At offset 0 it says less: every token still stands on its own diagonal.
 
     Args:
-        model, texts, layers, seed: as for `frequency_norms`; the seed is also that of the shuffle.
+        model, texts, layers, hooks, seed: as for `frequency_norms`; the seed is also that of the shuffle.
         offsets: how many offsets are looked at, 0 (the token itself) first.
 
     Returns:
@@ -534,8 +555,8 @@ def positional_heads(
         order = torch.from_numpy(shuffled_within(np.arange(rest.numel()) // rest.shape[1], seed + number))
         exchanged = torch.cat([rows[:, :1], rest.flatten()[order.to(rest.device)].view_as(rest)], dim=1)
         for shuffled, tokens in ((False, rows), (True, exchanged)):
-            hooks: Hooks = [(name, partial(tally, layer, shuffled, owners)) for layer, name in patterns.items()]
-            run(model, tokens, hooks)
+            listen: Hooks = [(name, partial(tally, layer, shuffled, owners)) for layer, name in patterns.items()]
+            run(model, tokens, [*(hooks or []), *listen])
     draws = resamples(len(documents), seed)
     table = []
     for layer in patterns:

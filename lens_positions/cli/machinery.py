@@ -148,18 +148,13 @@ def dispersion(
     losses = loss_by_length(loaded, texts, hooks, lengths, seed)
     console = headed(
         f"{loaded.name}: attention by the number of items, {what}",
-        "entropy in nats (largest weight), mean over heads; the entropy of even attention below",
+        "entropy in nats, mean over heads, with 95% intervals; the entropy of even attention below",
     )
-    groups = table.groupby(["layer", "items"])[["entropy", "largest", "log_items"]].mean()
-    layers, items = list(dict.fromkeys(table["layer"])), sorted(set(table["items"]))
-    cells = [
-        [
-            Text(f"{row['entropy']:.2f} ({row['largest']:.2f})")
-            for row in groups.loc[layer].loc[items].to_dict("records")
-        ]
-        for layer in layers
-    ]
-    even = table.groupby("items")["log_items"].mean()
+    means = table[table["head"] == "all"]
+    layers, items = list(dict.fromkeys(means["layer"])), sorted(set(means["items"]))
+    groups = means.set_index(["layer", "items"])
+    cells = [[Text(_entropy(groups.loc[(layer, n)])) for n in items] for layer in layers]
+    even = means.groupby("items")["log_items"].mean()
     cells.append([Text(f"{even[n]:.2f}") for n in items])
     print_grid(console, [*(f"layer {layer}" for layer in layers), "even"], [f"{n:,}" for n in items], cells)
     print_line(console, "loss with every score at an adaptive temperature, nats per token (95% intervals):\n")
@@ -183,6 +178,11 @@ def _bands(norms: pd.DataFrame) -> "pd.Series[str]":
     counts = norms["index"].where(turned).groupby(norms["layer"]).transform("max") + 1
     quarter = (4 * norms["index"] / counts).where(turned, 4).astype(int)
     return quarter.map(dict(enumerate(BANDS)))
+
+
+def _entropy(row: Any) -> str:
+    ends = "" if math.isnan(row["entropy_low"]) else f" ({row['entropy_low']:.2f} to {row['entropy_high']:.2f})"
+    return f"{row['entropy']:.2f}{ends}"
 
 
 def _ends(row: Any, name: str) -> str:

@@ -69,12 +69,13 @@ def entropy_chart(table: pd.DataFrame, caption: str = "", path: str | Path | Non
     Raises:
         PositionsError: a path that cannot be written.
     """
-    layers, items = list(dict.fromkeys(table["layer"])), sorted(set(table["items"]))
-    means = table.groupby(["layer", "items"])["entropy"].mean()
+    own = table[table["head"] == "all"].rename(columns={"items": "at"})
+    layers, items = list(dict.fromkeys(own["layer"])), sorted(set(own["at"]))
     shown = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
-    lines = [means[layer].rename("value").reset_index().assign(measure=f"layer {layer}") for layer in shown]
-    even = table.groupby("items")["log_items"].mean().rename("value")
-    lines.append(even.reset_index().assign(measure="even: log n"))
-    drawn = pd.concat(lines).rename(columns={"items": "at"}).assign(low=math.nan, high=math.nan)
+    columns = {"entropy": "value", "entropy_low": "low", "entropy_high": "high"}
+    lines = [own[own["layer"] == layer].rename(columns=columns).assign(measure=f"layer {layer}") for layer in shown]
+    even = own.groupby("at")["log_items"].mean().rename("value").reset_index()
+    lines.append(even.assign(measure="even: log n", low=math.nan, high=math.nan))
+    drawn = pd.concat([line[["measure", "at", "value", "low", "high"]] for line in lines])
     title, across = "Entropy by number of items", "items from, to twice as many"
     return lines_chart(drawn, title, "nats", across, items, 0.0, caption, path, octaves=True)
