@@ -487,6 +487,7 @@ def caps_and_signs(suite: Suite) -> Finding:
                 lines.append(f"| {variant}-{seed} | {row['layer']} | {interval} | {row['max']:.2f} |")
             if variant == "per_layer":
                 at_cap.append(table["share"].max())
+    higher = [table.loc[table["share"].idxmax()] for table in suite.tables("cap_30", "saturation").values()]
     files += suite.files("signed", "below_zero")
     for seed, table in suite.tables("signed", "below_zero").items():
         for row in table.to_dict("records"):
@@ -500,6 +501,9 @@ def caps_and_signs(suite: Suite) -> Finding:
             f"With the cap at 10 the layer nearest to it has {', '.join(f'{share:.0%}' for share in at_cap)} of its "
             f"increments there (by seed); of signed increments at most {max(signs):.1%} of a layer's are below 0."
         )
+        if higher:
+            shares = ", ".join(f"{row['share']:.0%} (layer {row['layer']:.0f})" for row in higher)
+            sentence += f" With the cap at 30 the layer nearest to it has {shares}."
     return Finding(
         "Some layers sit at the cap, and almost no increment becomes negative",
         "some layers sit at the cap of 10; no cap above it was tried; signed increments were: almost none negative.",

@@ -91,29 +91,38 @@ def low_frequencies(of: Machinery) -> Finding:
     norms = norms[norms["frequency"] > 0]
     quarter = (4 * norms["index"] / (norms["index"].max() + 1)).astype(int)
     lines = [
-        "| side | layers | highest quarter | second | third | lowest quarter | lowest above highest |",
-        "|---|---|---|---|---|---|---|",
+        "| side | layers | highest quarter | second | third | lowest quarter | lowest above highest | largest at |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    shares = []
+    shares, peaks = [], []
     for side in SIDES:
         own = norms["side"] == side
         means = norms[own].groupby([norms["layer"], quarter])["norm"].mean().unstack()
         shares.append(float((means[3] > means[0]).mean()))
+        by_frequency = norms[own].groupby(["layer", "frequency"])["norm"].mean().unstack()
+        wavelength = 2 * np.pi / by_frequency.idxmax(axis=1)
+        peaks.append(float(wavelength.median()))
         thirds = np.array_split(means.index.to_numpy(), 3)
         for part in (means.index.to_numpy(), *thirds):
             cells = [f"{means.loc[part, q].mean():.2f}" for q in range(4)]
             above = int((means.loc[part, 3] > means.loc[part, 0]).sum())
-            lines.append(f"| {side} | {part[0]} to {part[-1]} | {' | '.join(cells)} | {above} of {len(part)} layers |")
+            cells += [f"{above} of {len(part)} layers", f"{wavelength[part].median():,.0f} positions"]
+            lines.append(f"| {side} | {part[0]} to {part[-1]} | {' | '.join(cells)} |")
     verdict: Verdict = "different"
     if min(shares) >= 0.75:
         verdict = "reproduced"
     elif max(shares) <= 0.5:
         verdict = "not reproduced"
     n = norms.iloc[0]
-    lines += ["", f"SmolLM2-135M, {n['n']:,} tokens of {n['documents']} held-out documents; mean 2-norm of a chunk."]
+    lines += [
+        "",
+        f"SmolLM2-135M, {n['n']:,} tokens of {n['documents']} held-out documents; mean 2-norm of a chunk; last the "
+        "wavelength with the largest norm, the median over layers.",
+    ]
     sentence = (
         f"In SmolLM2-135M the lowest quarter is larger than the highest in {shares[0]:.0%} of the layers for queries "
-        f"and {shares[1]:.0%} for keys."
+        f"and {shares[1]:.0%} for keys; in the median layer the single largest norm is at a wavelength of "
+        f"{peaks[0]:,.0f} and {peaks[1]:,.0f} positions, of up to {2 * np.pi / norms['frequency'].min():,.0f}."
     )
     return Finding(title, reported, verdict, sentence, rule, lines, of.files(["norms"], SMOLLM2))
 

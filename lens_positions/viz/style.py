@@ -167,6 +167,13 @@ def framed(
     return figure, axes
 
 
+class _PlainLogFormatter(LogFormatter):
+    """The same marks, but 4 and not 4 × 10⁰, 0.6 and not 6e-01."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
 def colour_bar(figure: Figure, axes: Axes, image: Any) -> None:
     """The scale of an image, at the right of its axes."""
     frame = axes.get_position()
@@ -174,8 +181,8 @@ def colour_bar(figure: Figure, axes: Axes, image: Any) -> None:
     bar = figure.add_axes((frame.x1 + 0.15 / width, frame.y0, 0.12 / width, frame.height))
     scale = figure.colorbar(image, cax=bar)
     scale.outline.set_visible(False)
-    if isinstance(image.norm, LogNorm):  # else 4 is written as 4 × 10⁰
-        scale.formatter = scale.minorformatter = LogFormatter(minor_thresholds=(2, 0.5))
+    if isinstance(image.norm, LogNorm):
+        scale.formatter = scale.minorformatter = _PlainLogFormatter(minor_thresholds=(2, 0.5))
     bar.tick_params(length=0)
 
 
