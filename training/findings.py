@@ -487,7 +487,7 @@ def caps_and_signs(suite: Suite) -> Finding:
                 lines.append(f"| {variant}-{seed} | {row['layer']} | {interval} | {row['max']:.2f} |")
             if variant == "per_layer":
                 at_cap.append(table["share"].max())
-    higher = [table.loc[table["share"].idxmax()] for table in suite.tables("cap_30", "saturation").values()]
+    higher: list[Any] = [t.sort_values("share").iloc[-1] for t in suite.tables("cap_30", "saturation").values()]
     files += suite.files("signed", "below_zero")
     for seed, table in suite.tables("signed", "below_zero").items():
         for row in table.to_dict("records"):
