@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import lens_positions as lp
+from lens_positions.analysis import absolute_position
 from lens_positions.analysis.absolute_position import (
     REPLACEMENTS,
     absolute_variation,
@@ -146,6 +147,29 @@ def test_the_first_embedding_is_replaced_and_nothing_else(randomize, how):
         assert not torch.allclose(first, before[:, 0])
 
 
+def test_no_two_texts_share_a_draw(randomize, monkeypatch):
+    """Another token and noise are drawn for each text alone, in batches of any size."""
+    monkeypatch.setattr(absolute_position, "TOKENS_A_BATCH", 1)
+    model, seen = model_of(randomize), []
+    note = [("embed.hook_out", lambda embeddings, hook: embeddings)]
+    own = absolute_position.replace_first
+
+    def noted(model, how, seed):
+        seen.append(seed)
+        return own(model, how, seed)
+
+    monkeypatch.setattr(absolute_position, "replace_first", noted)
+    replacement_effects(model, TEXTS, ["noise"], hooks=note, block=4, offsets=4)
+    assert len(set(seen)) == len(seen) == 4 * len(TEXTS)
+
+
+def test_shares_are_those_of_both_parts(randomize):
+    table = absolute_variation(model_of(randomize), TEXTS, block=4, offsets=4)
+    both = table["residual"] + table["mask"]
+    assert table["share"].tolist() == pytest.approx((table["residual"] / both).tolist())
+    assert ((table["share_low"] <= table["share"]) & (table["share"] <= table["share_high"])).all()
+
+
 def test_the_drop_is_one_minus_the_ratio_of_the_parts(randomize):
     model = model_of(randomize)
     table = replacement_effects(model, TEXTS, ["zeros"], block=4, offsets=4)
@@ -185,9 +209,21 @@ def test_sinks_are_the_attention_at_position_0(randomize):
         tokens = torch.cat([model.to_tokens(text), torch.tensor([[END_OF_DOCUMENT]])], dim=1)
         _, cache = model.run_with_cache(tokens)
         shares.append(cache["pattern", 1][0, 0, 16:, 0])
-    row = table[(table["layer"] == 1) & (table["head"] == 0)].iloc[0]
+    row = table[(table["layer"] == 1) & (table["head"] == 0) & (table["first"] == "common")].iloc[0]
     assert row["share"] == pytest.approx(torch.cat(shares).mean().item(), rel=1e-5)
     assert row["n"] == sum(map(len, shares))
+    _, cache = model.run_with_cache(model.to_tokens(TEXTS[0], prepend_bos=False))
+    alone = attention_sinks(model, TEXTS[:1])
+    row = alone[(alone["layer"] == 1) & (alone["head"] == 0) & (alone["first"] == "own")].iloc[0]
+    assert row["n"] == cache["pattern", 1].shape[2] + 1 - 16  # and the end of the document
+
+
+def test_windows_in_the_middle_of_a_text_are_no_beginnings(randomize):
+    model = model_of(randomize)
+    long = TEXTS[0] * 8
+    table = attention_sinks(model, [long])
+    assert model.to_tokens(long, truncate=False).shape[1] > 2 * model.cfg.n_ctx
+    assert set(table.loc[table["first"] == "common", "n"]) == {model.cfg.n_ctx - 16}
 
 
 def test_the_state_at_position_0_is_a_fingerprint_of_its_token(randomize):
@@ -208,7 +244,8 @@ def test_bad_requests_are_one_sentence(tiny_model, tiny_llama):
         lambda: absolute_variation(model, TEXTS, block=4): "offsets is 8; expected a whole number from 1 to 4",
         lambda: replace_first(model, "another"): "how is 'another'; expected one of token, mean, zeros, noise",
         lambda: fingerprints(model, TEXTS[:1]): "expected at least three texts",
-        lambda: attention_sinks(model, ["a"]): "no text has 17 tokens",
+        lambda: attention_sinks(model, ["a"]): "no text has 18 tokens",
+        lambda: fingerprints(model, [TEXTS[0]] * 3): "all texts begin with the same token",
     }.items():
         with pytest.raises(lp.PositionsError, match=says):
             call()

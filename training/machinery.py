@@ -4,7 +4,7 @@
     results/machinery/smollm2-135m-instruct/positional.csv  heads that attend to a fixed offset
     results/machinery/smollm2-135m-instruct/truncated.csv   the loss without the lowest, or the highest, frequencies
     results/machinery/smollm2-135m-instruct/absolute.csv    the two parts of absolute position
-    results/machinery/smollm2-135m-instruct/held.csv        the same with every position one step after the last
+    results/machinery/bilingual-shared/held.csv             the same with every position one step after the last
     results/machinery/smollm2-135m-instruct/drops.csv       what goes with the first token's embedding
     results/machinery/smollm2-135m-instruct/sinks.csv       attention to position 0
     results/machinery/smollm2-135m-instruct/fingerprints.csv  how alike its states are
@@ -88,6 +88,13 @@ def _truncated(model: HookedPositionTransformer) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
+def _held(model: HookedPositionTransformer) -> pd.DataFrame:
+    """Absolute position with every position one step after the last, so that the rotation can leak nothing."""
+    if model.position_config.source == "static":
+        raise PositionsError("the positions of this model are held as they are; expected learned increments.")
+    return absolute_variation(model, _pieces(), hooks=ablate(model, to=1.0, site="positions"))
+
+
 def _temperature(model: HookedPositionTransformer) -> pd.DataFrame:
     lengths = [length for length in LENGTHS if length <= model.cfg.n_ctx]
     return loss_by_length(model, _texts(), adaptive_temperature(model), lengths)
@@ -98,7 +105,7 @@ MEASUREMENTS: dict[str, Callable[[HookedPositionTransformer], pd.DataFrame]] = {
     "positional": lambda model: positional_heads(model, _texts()),
     "truncated": _truncated,
     "absolute": lambda model: absolute_variation(model, _pieces()),
-    "held": lambda model: absolute_variation(model, _pieces(), hooks=ablate(model, to=1.0, site="positions")),
+    "held": _held,
     "drops": lambda model: replacement_effects(model, _pieces()),
     "sinks": lambda model: attention_sinks(model, _pieces()),
     "fingerprints": lambda model: fingerprints(model, _pieces()),

@@ -4,20 +4,19 @@ The same files give the same text and figures, whoever writes them. No model is 
 sentences are drawn with.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from lens_positions.errors import PositionsError
 from lens_positions.hooked import HookedPositionTransformer
 from lens_positions.pretrained import shipped_names
 from lens_positions.viz.characters import spacing
-from lens_positions.viz.machinery import absolute_chart, entropy_chart, norms_map
-from lens_positions.viz.measurements import auc_chart, differences_chart, lines_chart
+from lens_positions.viz.measurements import auc_chart, differences_chart
 from lens_positions.viz.style import MissingFontError
 
 from .data import write_whole
@@ -34,8 +33,6 @@ from .findings import (
     word_boundaries,
 )
 from .findings_rope import ROPE_FINDINGS, Machinery
-from .machinery import SMOLLM2
-from .maximum import MOST, accuracy_table
 from .suite import ROPE_VARIANTS, VARIANTS, read_json, say
 
 DRAWN = "bilingual-per-layer"
@@ -126,7 +123,7 @@ def _page(suite: Suite, asked: ResultsConfig) -> Iterator[str]:
     yield from _draw_sentences(asked)
     yield from _draw_losses(suite, asked)
     yield from _draw_boundaries(suite, asked)
-    yield from _in_full(findings, "##")
+    yield from _in_full(findings, "##", asked)
 
 
 def _summary(findings: list[Finding]) -> Iterator[str]:
@@ -137,7 +134,7 @@ def _summary(findings: list[Finding]) -> Iterator[str]:
     yield ""
 
 
-def _in_full(findings: list[Finding], heading: str) -> Iterator[str]:
+def _in_full(findings: list[Finding], heading: str, asked: ResultsConfig) -> Iterator[str]:
     for finding in findings:
         yield f"{heading} {finding.title}"
         yield ""
@@ -145,6 +142,12 @@ def _in_full(findings: list[Finding], heading: str) -> Iterator[str]:
         yield ""
         yield f"Reported: {finding.reported}"
         yield ""
+        if finding.figure is not None:
+            name, shows, draw = finding.figure
+            path = asked.figures / f"results_{name}.png"
+            draw(path)
+            yield f"![{shows}]({path})"
+            yield ""
         if finding.lines:
             yield from finding.lines
             yield ""
@@ -188,24 +191,26 @@ def _beside(suite: Suite, asked: ResultsConfig) -> Iterator[str]:
 
 def _rope(machinery: Machinery, asked: ResultsConfig) -> Iterator[str]:
     """How RoPE itself is used, what has been measured of it."""
-    findings = [finding for find in ROPE_FINDINGS if (finding := find(machinery)).verdict != "not measured"]
-    if not findings:
+    findings = [find(machinery) for find in ROPE_FINDINGS]
+    if all(finding.verdict == "not measured" for finding in findings):
         return
     yield "## How RoPE itself is used"
     yield ""
     yield (
         "Beside what Barbero et al. (frequencies), Ruscio et al. (absolute position) and Veličković et al. "
         "(dispersion) report, on SmolLM2-135M-Instruct (4-bit weights), on the shipped models and on small models "
-        "trained alike. Text is held-out English; intervals are of 95%, over 1,000 resamples of documents or over "
-        "seeds (Student's t), as each says. Barbero et al.'s two statements about what RoPE can do are tests: for any "
-        "query and distance a key whose score is largest exactly there, and a mean score of 0 at every distance for "
-        "Gaussian vectors "
+        "trained alike. Text is English, held out from these small models' training; whether SmolLM2 has read it is "
+        "not known. Intervals are of 95%, over 1,000 resamples of documents or over seeds (Student's t), as each says. "
+        "The rules were written when the tools had been tried on SmolLM2 and its norms and heads had been measured, "
+        "but not read; those of absolute position, sinks, p-RoPE and dispersion were made stricter once, before the "
+        "files that they judge were read. Barbero et al.'s two statements about what RoPE can do are checked by tests: "
+        "for any query and distance a key whose score is largest exactly there, and a mean score of 0 at every "
+        "distance for Gaussian vectors "
         "(`tests/test_frequencies.py`)."
     )
     yield ""
     yield from _summary(findings)
-    yield from _draw_machinery(machinery, asked)
-    yield from _in_full(findings, "###")
+    yield from _in_full([finding for finding in findings if finding.verdict != "not measured"], "###", asked)
 
 
 def _traces(suites: list[Suite], machinery: Machinery) -> Iterator[str]:
@@ -219,14 +224,14 @@ def _traces(suites: list[Suite], machinery: Machinery) -> Iterator[str]:
         for variant in (*VARIANTS, *ROPE_VARIANTS):
             for seed, folder in suite.runs(variant).items():
                 run = read_json(folder / "run.json")
-                git = run["git"] or {"commit": "none", "changed": False}
                 weights = run["sha256"]["model.safetensors"]
                 yield (
                     f"| {suite.folder.name} {variant}-{seed} | `{run['command']}` | {run['parameters']:,} | "
-                    f"{weights[:12]} | {git['commit'][:10]}{'+' if git['changed'] else ''} | "
+                    f"{weights[:12]} | {_commit(run['git'])} | "
                     f"{run['versions']['torch']} | {run['device']} |"
                 )
     yield ""
+    yield from _measured(machinery)
     yield "A commit with + had changes beside it that were not committed yet. The commands, in order:"
     yield ""
     for suite in suites:
@@ -241,6 +246,27 @@ def _traces(suites: list[Suite], machinery: Machinery) -> Iterator[str]:
     if machinery.maximum.is_dir():
         yield "    python -m training maximum"
     yield "    python -m training results"
+
+
+def _measured(machinery: Machinery) -> Iterator[str]:
+    """The weights behind the tables of RoPE itself, and the code that measured them."""
+    folders = sorted(path.parent for path in machinery.folder.glob("*/measured.json"))
+    if not folders:
+        return
+    yield "How RoPE itself is used was measured on these weights; each folder says how to measure a table again."
+    yield ""
+    yield "| tables | weights (sha256) | commits |"
+    yield "|---|---|---|"
+    for folder in folders:
+        done = read_json(folder / "measured.json")
+        weights = {sha256[:12] for entry in done.values() for sha256 in entry["sha256"].values()}
+        commits = {_commit(entry["git"]) for entry in done.values()}
+        yield f"| `{folder.as_posix()}` | {', '.join(sorted(weights))} | {', '.join(sorted(commits))} |"
+    yield ""
+
+
+def _commit(git: dict[str, Any] | None) -> str:
+    return "none" if git is None else f"{git['commit'][:10]}{'+' if git['changed'] else ''}"
 
 
 def _run_together(suite: Suite) -> dict[tuple[int, ...], list[str]]:
@@ -314,37 +340,3 @@ def _draw_boundaries(suite: Suite, asked: ResultsConfig) -> Iterator[str]:
     auc_chart(found, "Increments at Chinese word boundaries", caption, path)
     yield f"![Area under the ROC curve of increments at Chinese word boundaries, by layer]({path})"
     yield ""
-
-
-def _draw_machinery(machinery: Machinery, asked: ResultsConfig) -> Iterator[str]:
-    """Frequencies, absolute position and entropy of SmolLM2, and the task of the largest item."""
-    drawn: dict[str, tuple[Callable[..., Figure], str]] = {
-        "norms": (norms_map, "Mean 2-norm of queries and keys by layer and rotary frequency"),
-        "absolute": (absolute_chart, "The two parts of absolute position by layer"),
-        "dispersion": (entropy_chart, "Entropy of attention by number of items"),
-    }
-    for name, (draw, title) in drawn.items():
-        table = machinery.table(SMOLLM2, name)
-        if table is None:
-            continue
-        path = asked.figures / f"results_{name}.png"
-        first = table.iloc[0]
-        what = "pieces of held-out English, repeated" if name == "absolute" else "documents of held-out English"
-        draw(table, f"SmolLM2-135M; {first['documents']:,} {what}; means over heads.", path)
-        yield f"![{title}, in SmolLM2-135M]({path})"
-        yield ""
-    tests = [pd.read_csv(path) for path in sorted(machinery.maximum.glob("seed-*.csv"))]
-    if tests:
-        found = accuracy_table(pd.concat(tests))
-        path = asked.figures / "results_maximum.png"
-        lines = pd.concat(
-            found[["items", name, f"{name}_low", f"{name}_high"]]
-            .set_axis(["at", "value", "low", "high"], axis=1)
-            .assign(measure=measure)
-            for name, measure in (("learned", "as trained"), ("adaptive", "adaptive temperature"))
-        )
-        caption = f"{len(tests)} seeds, 95% intervals over them; trained on 5 to {MOST} items."
-        title, places = "Finding the largest of n items", list(found["items"])
-        lines_chart(lines, title, "accuracy", "items", places, None, caption, path, octaves=True)
-        yield f"![Accuracy at finding the largest item, with and without an adaptive temperature]({path})"
-        yield ""

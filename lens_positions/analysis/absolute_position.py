@@ -21,7 +21,7 @@ after the last, whatever was learned, so that the rotation can leak nothing.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -143,6 +143,7 @@ def absolute_variation(
         key), `documents`, and the variance over repeats of the score, `residual`, and of log Z, `mask`, with their
         `covariance`, and `total`, that of the log attention, each a mean over the tokens of a block and the distances;
         all in nats squared, with `_low` and `_high`, where it lies in 95% of 1,000 resamples of texts (NaN for one).
+        `share` is the residual part over the sum of both, likewise, and NaN where there is neither.
 
     Raises:
         PositionsError: as `repeated`; no attention scores, or patterns that are not their softmax.
@@ -157,6 +158,7 @@ def absolute_variation(
     for layer, of_layer in groups.items():  # [text head quarter part]
         parts = np.concatenate([of_layer, (of_layer @ [1, 1, -2])[..., None]], axis=-1)
         mean, low, high = _over_texts(parts, draws)
+        share, share_low, share_high = _shares(of_layer, draws)
         for head in range(parts.shape[1]):
             for quarter in range(QUARTERS):
                 start = 1 + (SKIPPED + quarter * size) * block
@@ -166,7 +168,8 @@ def absolute_variation(
                 for i, part in enumerate((*PARTS, "total")):
                     at = head, quarter, i
                     row |= {part: mean[at], f"{part}_low": low[at], f"{part}_high": high[at]}
-                table.append(row)
+                shares = (values[head, quarter] for values in (share, share_low, share_high))
+                table.append(row | dict(zip(("share", "share_low", "share_high"), shares, strict=True)))
     return pd.DataFrame(table)
 
 
@@ -184,7 +187,7 @@ def replacement_effects(
     """How much of the residual part goes when the embedding at position 0 is replaced, at early and late queries.
 
     Ruscio et al. report 40% at early queries. Early is the first quarter of the input, late the last. Another token and
-    noise are drawn four times, anew for each text, and averaged.
+    noise are drawn four times, each time for each text alone, and averaged.
 
     Args, errors: as `absolute_variation` and `replace_first`.
 
@@ -200,7 +203,7 @@ def replacement_effects(
     for replacement in replacements:
         others: list[dict[int, np.ndarray]] = []
         for i in range(DRAWS if replacement in ("token", "noise") else 1):
-            replaced = [*(hooks or []), *replace_first(model, replacement, DRAWS * seed + i)]
+            replaced = partial(_replacement_of_batch, model, replacement, (seed, i), hooks or [])
             others.append(_variances(model, texts, layers, replaced, block, offsets, length)[1])
         other = {layer: np.mean([of[layer] for of in others], axis=0) for layer in own}
         for layer in numbers:
@@ -222,6 +225,14 @@ def replacement_effects(
     return pd.DataFrame(table)
 
 
+def _replacement_of_batch(
+    model: TransformerBridge, how: Replacement, seeds: tuple[int, int], hooks: Hooks, batch: int
+) -> Hooks:
+    """Draws of its own for every batch, so that no two texts share one."""
+    own = int(np.random.SeedSequence((*seeds, batch)).generate_state(1)[0])
+    return [*hooks, *replace_first(model, how, own)]
+
+
 def _repeats_a_quarter(rows: Int[Tensor, "text pos"], block: int) -> int:
     return ((rows.shape[1] - 1) // block - SKIPPED) // QUARTERS
 
@@ -234,16 +245,29 @@ def _over_texts(values: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.n
     return mean, *interval_of(np.tensordot(draws, values, axes=1) / len(values))
 
 
+def _shares(parts: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The residual part over residual and mask, of [text head quarter part], and its interval over texts."""
+    sums = np.concatenate([parts.sum(0)[None], np.tensordot(draws, parts, axes=1)])[..., :2]
+    whole = sums.sum(-1)
+    share = np.divide(sums[..., 0], whole, out=np.full_like(whole, math.nan), where=whole > ROUNDING * len(parts))
+    if len(parts) < 2 or np.isnan(share[1:]).all(0).any():
+        return share[0], np.full_like(share[0], math.nan), np.full_like(share[0], math.nan)
+    return share[0], *interval_of(share[1:])
+
+
 def _variances(
     model: HookedPositionTransformer,
     texts: Sequence[str],
     layers: Some,
-    hooks: Hooks | None,
+    hooks: Hooks | Callable[[int], Hooks] | None,
     block: int,
     offsets: int,
     length: int | None,
 ) -> tuple[Int[Tensor, "text pos"], dict[int, np.ndarray]]:
-    """The repeated rows; by layer the variances of score and log Z and their covariance, [text head quarter part]."""
+    """The repeated rows; by layer the variances of score and log Z and their covariance, [text head quarter part].
+
+    Hooks may depend on the number of the batch.
+    """
     offsets = index_of(offsets, "offsets", f"a whole number from 1 to {block}, a block", least=1, most=block)
     rows = repeated(model, texts, block, length)
     names = attention_names(model, layers, "attn_scores")
@@ -263,9 +287,10 @@ def _variances(
         found[layer].append(products.mean((3, 4, 5)).cpu().numpy())
 
     batches = rows.split(max(1, TOKENS_A_BATCH // rows.shape[1]))
-    for batch in tracked(batches, "absolute position", quick=rows.numel() < 512):
+    for number, batch in enumerate(tracked(batches, "absolute position", quick=rows.numel() < 512)):
         listen = [(name, partial(collect, layer)) for layer, name in names.items()]
-        run(model, batch, [*(hooks or []), *_softmax_checks(names), *listen])
+        active = hooks(number) if callable(hooks) else hooks or []
+        run(model, batch, [*active, *_softmax_checks(names), *listen])
     return rows, {layer: np.concatenate(parts) for layer, parts in found.items()}
 
 
@@ -353,35 +378,39 @@ def attention_sinks(
     hooks: Hooks | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """The share of attention that goes to position 0, by head, on texts as they are.
+    """The share of attention that goes to position 0, by head, on the beginnings of texts.
 
     Returns:
-        One row for each `layer` and `head`: `n` (queries from the 17th token on, those too that a sliding window keeps
-        from seeing position 0), `documents`, `share` and `low` to
+        One row for each `first`, `layer` and `head`: first is "common" (the token that texts begin with in this model
+        stands in front; left out where there is none) or "own" (the text's first token does); `n` (queries from the
+        17th token on, those too that a sliding window keeps from seeing position 0), `documents`, `share` and `low` to
         `high`, where it lies in 95% of 1,000 resamples of documents (NaN for one).
 
     Raises:
-        PositionsError: attention without patterns, texts without a window of 17 tokens, and as `reading.read`.
+        PositionsError: attention without patterns, texts without a window of 18 tokens, and as `reading.read`.
     """
     documents, batches = windows(model, texts)
-    batches = [batch for batch in batches if batch[0][1] == 0 and batch[0][2] > EARLIEST]
-    if not batches:
-        raise PositionsError(f"no text has {EARLIEST + 1} tokens; expected at least one, to see a sink from afar.")
-    names = attention_names(model, layers, "pattern")
-    tallies = {layer: Tally(len(documents)) for layer in names}
+    begun = [[window for window in batch if window[1] == 0 and window[2] > EARLIEST + 1] for batch in batches]
+    if not any(begun):
+        raise PositionsError(f"no text has {EARLIEST + 2} tokens; expected at least one, to see a sink from afar.")
+    names, common = attention_names(model, layers, "pattern"), first_token(model)
+    tallies: dict[tuple[str, int], Tally] = {}
 
-    def tally(layer: int, owners: list[int], pattern: Float[Tensor, "batch head query key"], hook: HookPoint) -> None:
-        tallies[layer].add(owners, pattern[:, :, EARLIEST:, 0].detach().float().transpose(1, 2))
+    def tally(first: str, layer: int, owners: list[int], pattern: Tensor, hook: HookPoint) -> None:
+        own = tallies.setdefault((first, layer), Tally(len(documents)))
+        own.add(owners, pattern[:, :, EARLIEST:, 0].detach().float().transpose(1, 2))
 
-    for rows, owners in rows_of(documents, batches, "sinks"):
-        listen: Hooks = [(name, partial(tally, layer, owners)) for layer, name in names.items()]
-        run(model, rows, [*(hooks or []), *listen])
+    for rows, owners in rows_of(documents, [batch for batch in begun if batch], "sinks"):
+        in_front = common is not None and bool((rows[:, 0] == common).all())
+        for first, tokens in ({"common": rows, "own": rows[:, 1:]} if in_front else {"own": rows}).items():
+            listen: Hooks = [(name, partial(tally, first, layer, owners)) for layer, name in names.items()]
+            run(model, tokens, [*(hooks or []), *listen])
     draws = resamples(len(documents), seed)
     table = []
-    for layer, tally_of in tallies.items():
-        for head, (share, low, high) in enumerate(zip(*tally_of.summary(draws), strict=True)):
-            row = {"layer": layer, "head": head, "n": int(tally_of.counts.sum()), "documents": len(documents)}
-            table.append(row | {"share": share, "low": low, "high": high})
+    for (first, layer), own in tallies.items():
+        for head, (share, low, high) in enumerate(zip(*own.summary(draws), strict=True)):
+            row = {"first": first, "layer": layer, "head": head, "n": int(own.counts.sum())}
+            table.append(row | {"documents": len(documents), "share": share, "low": low, "high": high})
     return pd.DataFrame(table)
 
 
@@ -396,7 +425,8 @@ def fingerprints(
     Returns:
         One row for each `layer` and `first` ("common", "own"): `n` pairs of texts, and the mean cosine of the residual
         streams that enter the layer there, as `first_token`, and at the 17th token, as `later`; each with `_low` and
-        `_high`, where it lies in 95% of 1,000 resamples of texts (pairs of a text with itself left out).
+        `_high`, where it lies in 95% of 1,000 resamples of texts. Left out are pairs of a text with itself, and with
+        their own first tokens those that begin alike.
 
     Raises:
         PositionsError: fewer than three texts, or one of fewer than 17 tokens.
@@ -412,21 +442,25 @@ def fingerprints(
     front = rows[:1, :1] if common is None else rows.new_tensor([[common]])
     draws = resamples(len(rows), 0)
     table = []
-    for first, tokens in (("common", torch.cat([front.expand(len(rows), 1), rows[:, :-1]], dim=1)), ("own", rows)):
+    others = 1 - np.eye(len(rows))
+    apart = others * (rows[:, :1] != rows[:, 0]).cpu().numpy()
+    if not apart.any():
+        raise PositionsError("all texts begin with the same token; expected others, to tell its fingerprint.")
+    with_common = torch.cat([front.expand(len(rows), 1), rows[:, :-1]], dim=1)
+    for first, tokens, pairs in (("common", with_common, others), ("own", rows, apart)):
         seen: dict[int, Tensor] = {}
         listen: Hooks = [(name, partial(keep, seen, layer)) for layer, name in names.items()]
         run(model, tokens, [*(hooks or []), *listen])
         for layer, states in seen.items():
-            row: dict[str, Any] = {"layer": layer, "first": first, "n": len(rows) * (len(rows) - 1) // 2}
+            row: dict[str, Any] = {"layer": layer, "first": first, "n": int(pairs.sum()) // 2}
             for column, place in (("first_token", 0), ("later", EARLIEST)):
                 unit = torch.nn.functional.normalize(states[:, place].double(), dim=-1)
-                cosines = (unit @ unit.T).fill_diagonal_(0).cpu().numpy()
-                others = 1 - np.eye(len(rows))
-                weights = ((draws @ others) * draws).sum(1).astype(float)
-                weights[weights == 0] = math.nan  # one text alone
+                cosines = (unit @ unit.T).cpu().numpy() * pairs
+                weights = ((draws @ pairs) * draws).sum(1).astype(float)
+                weights[weights == 0] = math.nan  # no pair
                 drawn = ((draws @ cosines) * draws).sum(1) / weights
                 low, high = interval_of(drawn[:, None])
-                mean = cosines.sum() / others.sum()
+                mean = cosines.sum() / pairs.sum()
                 row |= {column: mean, f"{column}_low": float(low[0]), f"{column}_high": float(high[0])}
             table.append(row)
     return pd.DataFrame(table)

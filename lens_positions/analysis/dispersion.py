@@ -104,17 +104,20 @@ def attention_dispersion(
         One row for each `layer`, `head` ("all" is their mean) and octave of `items`: a query with n tokens up to it,
         itself included, counts for the power of two that n reaches (64: 64 to 127). `n` is queries, of so many
         `documents`; `log_items` the mean of the log of the keys that they see (fewer in a sliding window), the entropy
-        of attention that is spread evenly; mean `entropy` (nats) and mean `largest` weight have `_low` and `_high`,
-        where they lie in 95% of 1,000 resamples of documents (NaN for one).
+        of attention that is spread evenly. Octaves that the longest window does not fill are left out. Mean `entropy`
+        (nats) and mean `largest` weight have `_low` and `_high`, where they lie in 95% of 1,000 resamples of documents
+        (NaN for one).
 
     Raises:
-        PositionsError: attention without patterns, and as `reading.read`.
+        PositionsError: attention without patterns, texts of two tokens alone, and as `reading.read`.
     """
     documents, batches = windows(model, texts)
     names = attention_names(model, layers, "pattern")
     longest = max(stop - start for batch in batches for _, start, stop in batch)
+    if longest < 3:
+        raise PositionsError(f"the longest window has {longest} tokens; expected 3 at least.")
+    octaves = [2**i for i in range(1, (longest + 1).bit_length() - 1)]
     octave = torch.arange(1, longest + 1).log2().floor().long()
-    octaves = [2**i for i in range(1, int(octave[-1]) + 1)]
     tallies = {(layer, of): Tally(len(documents)) for layer in names for of in octaves}
 
     def tally(layer: int, owners: list[int], pattern: Float[Tensor, "batch head query key"], hook: HookPoint) -> None:
@@ -153,7 +156,7 @@ def loss_by_length(
     lengths: Sequence[int] = (64, 128, 256, 512),
     seed: int = 0,
 ) -> pd.DataFrame:
-    """The loss with and without an intervention, on the same tokens read in windows of several lengths.
+    """The loss with and without an intervention, on the same text read in windows of several lengths.
 
     Args:
         model: the model.

@@ -572,6 +572,14 @@ def positional_heads(
     return pd.DataFrame(table)
 
 
+def frequency_quarters(norms: pd.DataFrame) -> "pd.Series[int]":
+    """The quarter of its layer's frequencies that each row of `frequency_norms` is in: 0 the highest, 3 the lowest, 4
+    what is not turned."""
+    turned = norms["frequency"] > 0
+    counts = norms["index"].where(turned).groupby(norms["layer"]).transform("max") + 1
+    return (4 * norms["index"] / counts).where(turned, 4).astype(int)
+
+
 def high_frequency_use(norms: pd.DataFrame, heads: pd.DataFrame, highest: float = 0.25) -> pd.DataFrame:
     """Do positional heads use high frequencies more than the others do?
 
@@ -582,8 +590,9 @@ def high_frequency_use(norms: pd.DataFrame, heads: pd.DataFrame, highest: float 
 
     Returns:
         One row for each `side`: `n` positional heads (key-value heads count once, as positional if one of their query
-        heads is) and `others`, the mean share of the high frequencies in the squared norms of all chunks that turn, as
-        `positional` and `other`, and `p`, of a two-sided Mann-Whitney test over heads, NaN where either group is empty.
+        heads is) and `others`, the mean share of the high frequencies in the squares of the mean norms of all chunks
+        that turn, as `positional` and `other`, and `p`, of a two-sided Mann-Whitney test over heads, NaN where either
+        group is empty.
 
     Raises:
         PositionsError: tables of different layers, or no frequency that turns.

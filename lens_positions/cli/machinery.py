@@ -3,14 +3,13 @@
 import math
 from typing import Annotated, Any
 
-import pandas as pd
 from rich.text import Text
 from tyro.conf import arg
 
 from .. import corpora
 from ..analysis.absolute_position import BLOCK, QUARTERS, absolute_variation, attention_sinks, replacement_effects
 from ..analysis.dispersion import adaptive_temperature, attention_dispersion, loss_by_length
-from ..analysis.frequencies import SIDES, frequency_norms, high_frequency_use, positional_heads
+from ..analysis.frequencies import SIDES, frequency_norms, frequency_quarters, high_frequency_use, positional_heads
 from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
 from ..interventions import ablate
@@ -43,7 +42,7 @@ def frequencies(
         f"{loaded.name}: mean 2-norm of queries and keys by rotary frequency, {what}",
         "mean over tokens, heads and the frequencies of a quarter",
     )
-    norms["band"] = _bands(norms)
+    norms["band"] = frequency_quarters(norms).map(dict(enumerate(BANDS)))
     layers = list(dict.fromkeys(norms["layer"]))
     for side in SIDES:
         own = norms[norms["side"] == side]
@@ -66,8 +65,8 @@ def frequencies(
         if row.n and row.others:
             print_line(
                 console,
-                f"  {row.side}: share of squared norm in the highest quarter {row.positional:.1%} in {row.n} of them, "
-                f"{row.other:.1%} in the {row.others} others (Mann-Whitney p = {row.p:.2g})",
+                f"  {row.side}: share of squared mean norms in the highest quarter {row.positional:.1%} in {row.n} of "
+                f"them, {row.other:.1%} in the {row.others} others (Mann-Whitney p = {row.p:.2g})",
             )
     written(console, norms.drop(columns="band"), csv)
     if figure is not None:
@@ -100,7 +99,8 @@ def absolute(
     hooks = ablate(loaded, to=1.0, site="positions") if hold else None
     table = absolute_variation(loaded, given, hooks=hooks, block=block, seed=seed)
     drops = replacement_effects(loaded, given, hooks=hooks, block=block, seed=seed)
-    sinks = attention_sinks(loaded, given, hooks=hooks, seed=seed).groupby("layer")["share"]
+    found = attention_sinks(loaded, given, hooks=hooks, seed=seed)
+    sinks = found[found["first"] == found["first"].iloc[0]].groupby("layer")["share"]
     overall = table[(table["head"] == "all") & (table["layer"] != "all")]
     what = f"the beginnings of {len(given)} pieces of held-out {corpus}, repeated"
     console = headed(
@@ -170,14 +170,6 @@ def dispersion(
     if figure is not None:
         with drawn(console, figure):
             entropy_chart(table, f"{loaded.name}; {what}. Means over heads.", figure)
-
-
-def _bands(norms: pd.DataFrame) -> "pd.Series[str]":
-    """The quarter of its layer's frequencies that each chunk is in."""
-    turned = norms["frequency"] > 0
-    counts = norms["index"].where(turned).groupby(norms["layer"]).transform("max") + 1
-    quarter = (4 * norms["index"] / counts).where(turned, 4).astype(int)
-    return quarter.map(dict(enumerate(BANDS)))
 
 
 def _entropy(row: Any) -> str:

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from ..analysis.absolute_position import QUARTERS
+from ..analysis.absolute_position import QUARTERS, ROUNDING
 from ..analysis.frequencies import SIDES
 from .measurements import frequency_map, lines_chart
 
@@ -36,6 +36,8 @@ def norms_map(norms: pd.DataFrame, caption: str = "", path: str | Path | None = 
 def absolute_chart(table: pd.DataFrame, caption: str = "", path: str | Path | None = None) -> Figure:
     """Draw the two parts of absolute position by layer, at early and late queries, means over heads.
 
+    The axis is logarithmic, and parts that are rounding are left out.
+
     Args:
         table: from `absolute_variation`.
         caption: what is shown, of which model and text.
@@ -55,7 +57,9 @@ def absolute_chart(table: pd.DataFrame, caption: str = "", path: str | Path | No
     )
     layers = sorted(set(own["at"]))
     unit = "variance over repeats, nats squared"
-    return lines_chart(lines, "Absolute position by layer", unit, "layer", layers, 0.0, caption, path)
+    lines = lines[lines["value"] > ROUNDING]
+    title = "Absolute position by layer"
+    return lines_chart(lines, title, unit, "layer", layers, None, caption, path, logarithmic=True)
 
 
 def entropy_chart(table: pd.DataFrame, caption: str = "", path: str | Path | None = None) -> Figure:

@@ -113,6 +113,7 @@ def lines_chart(
     caption: str = "",
     path: str | Path | None = None,
     octaves: bool = False,
+    logarithmic: bool = False,
 ) -> Figure:
     """Draw values along something, one line a measure, with intervals.
 
@@ -127,6 +128,7 @@ def lines_chart(
         caption: what is shown, of which model and text.
         path: where to write the figure as well, as .png, .svg or .pdf.
         octaves: whether every doubling takes as much room.
+        logarithmic: whether every factor of the values does; those that are not positive are left out.
 
     Raises:
         PositionsError: missing columns, or a path that cannot be written.
@@ -138,6 +140,8 @@ def lines_chart(
         figure, axes = style.framed(size, title, unit, caption, (0.6, 0.3, 0.95, 0.5))
         if octaves:
             axes.set_xscale("log", base=2)
+        if logarithmic:
+            axes.set_yscale("log")
         if level is not None:
             axes.axhline(level, color=style.FAINT, linewidth=0.8, zorder=0)
         for i, (measure, rows) in enumerate(table.groupby("measure", sort=False)):
