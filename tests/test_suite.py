@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -354,6 +355,16 @@ def test_results_of_other_text_are_not_compared(written):
     path.write_text(path.read_text().replace(",10,", ",11,"))
     with pytest.raises(PositionsError, match="other text"):
         loss_table(written)
+
+
+def test_a_variant_that_was_trained_otherwise_is_not_compared(done, tmp_path):
+    shutil.copytree(done / "results", tmp_path / "results")
+    path = tmp_path / "results" / "static-1" / "run.json"
+    described = json.loads(path.read_text())
+    described["config"]["model"]["rope_theta"] = 50_000.0
+    path.write_text(json.dumps(described))
+    with pytest.raises(PositionsError, match=r"was trained with another model.rope.theta than 10000"):
+        suite(replace(asked(done), results=tmp_path / "results"))
 
 
 def test_results_of_other_runs_are_not_overwritten(done):

@@ -139,7 +139,7 @@ def suite(asked: SuiteConfig) -> pd.DataFrame:
         raise PositionsError(f"the suite was started in {state.num_processes} joint processes; expected one.")
     runs = planned(asked)
     results = runs[0].results.parent
-    _refuse_other_results(results, runs[0].config)
+    _refuse_other_results(results, _common(asked, load_preset(asked.preset)))
 
     @cache
     def corpus() -> TokenizedCorpus:
@@ -176,11 +176,7 @@ def planned(asked: SuiteConfig) -> list[SuiteRun]:
         raise PositionsError(f"the suite got {given}; expected at least one of each, and distinct seeds.")
     output = asked.output or Path("runs/suite") / asked.preset
     results = asked.results or Path("results") / asked.preset
-    common = preset
-    if asked.steps is not None:
-        common = replace(common, steps=asked.steps)
-    if asked.corpus is not None:
-        common = replace(common, corpus=asked.corpus)
+    common = _common(asked, preset)
     runs = []
     for seed in asked.seeds:
         shared = output / f"shared-{seed}"
@@ -191,12 +187,23 @@ def planned(asked: SuiteConfig) -> list[SuiteRun]:
                 raise PositionsError(
                     f"frozen at seed {seed} needs {shared}, which is not finished; expected the variant shared as well."
                 )
-            increments = VARIANTS.get(variant, VARIANTS["static"])
-            model = replace(common.model, positions=increments, **ROPE_VARIANTS.get(variant, {}))
-            config = replace(common, seed=seed, model=model, frozen_from=shared / "model" if frozen else None)
+            frozen_from = shared / "model" if frozen else None
+            config = replace(_of_variant(common, variant), seed=seed, frozen_from=frozen_from)
             command = command_of(config, asked.preset, preset, folder)
             runs.append(SuiteRun(variant, seed, config, folder, results / folder.name, command))
     return runs
+
+
+def _common(asked: SuiteConfig, preset: TrainConfig) -> TrainConfig:
+    """What all runs have in common."""
+    steps = preset.steps if asked.steps is None else asked.steps
+    corpus = preset.corpus if asked.corpus is None else asked.corpus
+    return replace(preset, steps=steps, corpus=corpus)
+
+
+def _of_variant(common: TrainConfig, variant: str) -> TrainConfig:
+    increments = VARIANTS.get(variant, VARIANTS["static"])
+    return replace(common, model=replace(common.model, positions=increments, **ROPE_VARIANTS.get(variant, {})))
 
 
 def command_of(config: TrainConfig, name: str, preset: TrainConfig, folder: Path) -> str:
@@ -212,17 +219,15 @@ def finished(run: Path) -> bool:
     return (run / "heldout.csv").is_file()
 
 
-def _refuse_other_results(results: Path, config: TrainConfig) -> None:
-    """Refuse to mix results: only the variant and the seed may differ."""
-    own = {"positions", *(name for changed in ROPE_VARIANTS.values() for name in changed)}
+def _refuse_other_results(results: Path, common: TrainConfig) -> None:
+    """Refuse to mix results: only the seed may differ, and what makes the variant."""
 
-    def in_common(values: dict[str, Any]) -> dict[str, Any]:
-        model = {name: value for name, value in values["model"].items() if name not in own}
-        return {name: value for name, value in values.items() if name not in ("seed", "frozen_from")} | {"model": model}
+    def compared(values: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in values.items() if name not in ("seed", "frozen_from")}
 
-    wanted = in_common(json.loads(json.dumps(to_json(config))))
     for path in [*results.glob("*/run.json"), *results.glob("*/diverged.json")]:
-        for name, value in changes(in_common(read_json(path)["config"]), wanted):
+        wanted = json.loads(json.dumps(to_json(_of_variant(common, path.parent.name.rpartition("-")[0]))))
+        for name, value in changes(compared(read_json(path)["config"]), compared(wanted)):
             raise PositionsError(
                 f"{path.parent} was trained with another {name} than {value}; expected a results folder for it alone."
             )
