@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pandas as pd
 import pytest
@@ -10,7 +11,7 @@ import lens_positions as lp
 from lens_positions import cli, corpora
 from training import machinery as machinery_module
 from training.__main__ import main
-from training.machinery import MEASUREMENTS, MachineryConfig, machinery
+from training.machinery import MEASUREMENTS, OF_RUNS, MachineryConfig, machinery
 
 PROSE = [
     f"{first} cat sat on mat {i} and slept, and nobody knew why it rained {i * i} times. " * 3
@@ -85,6 +86,19 @@ def test_tables_of_several_models_are_kept_and_left(saved, monkeypatch):
     monkeypatch.setattr(machinery_module, "_texts", None)
     machinery(asked)
     assert {path: path.read_bytes() for path in (saved / "results").rglob("*.*")} == before
+
+
+def test_finished_runs_are_measured_for_what_compares_them(saved, monkeypatch):
+    monkeypatch.setattr(machinery_module, "LENGTHS", (16, 32))
+    monkeypatch.setattr(machinery_module, "shipped_names", tuple)
+    monkeypatch.setattr(machinery_module, "SMOLLM2", str(saved / "static"))
+    for run in ("rope_25-0", "per_layer-1"):
+        shutil.copytree(saved / "static", saved / "tiny" / run / "model")
+    (saved / "tiny" / "rope_25-0" / "heldout.csv").touch()  # the other is not finished
+    asked = MachineryConfig(runs=saved / "tiny", results=saved / "results")
+    assert machinery(asked) == ["static", "tiny-rope_25-0"]
+    for name, tables in (("static", MEASUREMENTS), ("tiny-rope_25-0", OF_RUNS)):
+        assert list(json.loads((saved / "results" / name / "measured.json").read_text())) == list(tables)
 
 
 def test_bad_requests_are_one_sentence(tmp_path, capsys):

@@ -45,6 +45,11 @@ CHARACTERS = 60_000
 PIECES = 24
 KEPT = (0.75, 0.5, 0.25, 0.0)
 COMPARED = ("static", "shared", "per_layer", *ROPE_VARIANTS)
+"""Variants of a suite whose runs are measured."""
+
+OF_RUNS = ("norms", "positional", "absolute", "held", "drops", "sinks", "dispersion")
+"""What is measured of them: what differs between sources and between architectures."""
+
 LENGTHS = (64, 128, 256, 512)
 """Tokens of the windows that losses are measured at, up to the model's context."""
 
@@ -57,7 +62,7 @@ class MachineryConfig:
         models: names or folders; the shipped models, SmolLM2 and the finished runs of those variants if none is given.
         runs: the folder of those runs.
         results: the folder of the tables.
-        tables: some of the measurements, such as norms; all if none is named.
+        tables: some of the measurements, such as norms; if none is named all, and of the runs those that compare them.
     """
 
     models: tuple[str, ...] = ()
@@ -124,9 +129,11 @@ def machinery(asked: MachineryConfig) -> list[str]:
     """
     if wrong := set(asked.tables) - set(MEASUREMENTS):
         raise PositionsError(f"there is no measurement {min(wrong)!r}; expected some of {', '.join(MEASUREMENTS)}.")
-    names = [name for name in MEASUREMENTS if name in asked.tables or not asked.tables]
+    runs = [] if asked.models else _finished_runs(asked.runs)
     found = []
-    for number, given in enumerate(asked.models or _all_models(asked.runs), 1):
+    for number, given in enumerate([*(asked.models or (*shipped_names(), SMOLLM2)), *runs], 1):
+        usual = OF_RUNS if given in runs else MEASUREMENTS
+        names = [name for name in MEASUREMENTS if name in (asked.tables or usual)]
         path = Path(given)
         name = "-".join(path.parts[-3:-1]) if path.name == "model" else path.name  # tiny-static-0
         model = HookedPositionTransformer.from_pretrained(given)
@@ -139,12 +146,11 @@ def machinery(asked: MachineryConfig) -> list[str]:
     return found
 
 
-def _all_models(runs: Path) -> list[str]:
-    """The shipped models, SmolLM2, and the finished runs of a suite, variant by variant."""
-    finished_runs = [
+def _finished_runs(runs: Path) -> list[str]:
+    """The models of a suite's finished runs, variant by variant."""
+    return [
         str(run / "model")
         for variant in COMPARED
         for run in sorted(runs.glob(f"{variant}-[0-9]*"))
         if run.is_dir() and finished(run)
     ]
-    return [*shipped_names(), SMOLLM2, *finished_runs]
