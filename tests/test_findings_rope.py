@@ -251,7 +251,7 @@ def test_what_increments_change_is_over_seeds(machinery):
             keep(machinery, f"tiny-{variant}-{seed}", "norms", norms(growth + seed / 100))
     found = together(machinery)
     assert found.verdict == "new"
-    assert found.sentence.startswith("Over seeds these change: highest quarter of frequencies")
+    assert found.sentence.startswith("2 of 24 differences over seeds: squared query norms, share of the highest")
     assert "(per layer -" in found.sentence
     assert "shared" not in found.sentence
     assert any("not measured" in line for line in found.lines)  # the other tables

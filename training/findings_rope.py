@@ -693,12 +693,8 @@ def _spread(of: Machinery, model: str) -> float | None:
 
 
 QUANTITIES: dict[str, tuple[Callable[[Machinery, str], float | None], str, str]] = {
-    "highest quarter of frequencies, share of squared mean norms of queries": (
-        partial(_share_of_norm, 0),
-        "norms",
-        ".1%",
-    ),
-    "lowest quarter, the same": (partial(_share_of_norm, 3), "norms", ".1%"),
+    "squared query norms, share of the highest quarter": (partial(_share_of_norm, 0), "norms", ".1%"),
+    "squared query norms, share of the lowest quarter": (partial(_share_of_norm, 3), "norms", ".1%"),
     "positional heads, share of all": (_positional, "positional", ".1%"),
     "residual part, early queries": (partial(_part, "absolute", "residual", 0), "absolute", ".4f"),
     "residual part, late queries": (partial(_part, "absolute", "residual", LATE), "absolute", ".4f"),
@@ -748,12 +744,13 @@ def together(of: Machinery) -> Finding:
     lines += [
         "",
         "The three shipped models (preset base, one seed each), and differences over n seeds of the preset "
-        f"{of.suite.folder.name}; of shares, in points. Parts are means over layers and heads, nats squared; what goes "
+        f"{of.suite.folder.name}; of shares, in points. Quarters are of the rotary frequencies, norms means over "
+        "tokens. Parts are means over layers and heads, nats squared; what goes "
         "with the first embedding is the mean of four replacements. On a ruler every position is one step after the "
         "last, so that nothing leaks through the rotation; a model with learned increments is then off what it was "
         "trained on.",
     ]
-    sentence = f"Over seeds these change: {'; '.join(changed) or 'none'}."
+    sentence = f"{len(changed)} of {2 * len(QUANTITIES)} differences over seeds: {'; '.join(changed) or 'none'}."
     files = of.files(sorted({name for _, name, _ in QUANTITIES.values()}), *SHIPPED)
     return Finding(title, reported, "new", sentence, rule, lines, [*files, f"{of.folder}/{of.suite.folder.name}-*/"])
 
