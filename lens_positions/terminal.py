@@ -1,6 +1,7 @@
 """Tables in a terminal: as wide as it is, and coloured where it shows colour."""
 
 import math
+from typing import Any
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
@@ -60,3 +61,9 @@ def effect_cell(effect: float, most: float) -> Text:
     if shade == 0:
         return Text(written)
     return Text(written, f"black on {(style.FARTHER if effect > 0 else style.NEARER)[shade - 1]}")
+
+
+def with_interval(row: Any, column: str, form: str, ends: str = "") -> str:
+    """A value with its interval, if it has one, from the columns low and high, with `ends` before their names."""
+    low, high = row[f"{ends}low"], row[f"{ends}high"]
+    return f"{row[column]:{form}}" + ("" if math.isnan(low) else f" ({low:{form}} to {high:{form}})")

@@ -17,6 +17,7 @@ import pandas as pd
 from scipy import stats
 
 from lens_positions.errors import PositionsError
+from lens_positions.terminal import with_interval
 
 from .suite import VARIANTS, by_seed, loss_table, paired_difference, read_scores
 
@@ -276,7 +277,7 @@ def kinds_of_bytes(variant: str, reported: dict[str, float], title: str, where: 
             "|---|---|" + "---|" * len(tables),
         ]
         for kind in kinds:
-            cells = [between(table.loc[kind], "mean", ".2f") for table in tables.values()]
+            cells = [with_interval(table.loc[kind], "mean", ".2f") for table in tables.values()]
             lines.append(f"| {kind} | {reported[kind]:.2f} | {' | '.join(cells)} |")
         ranks = [float(stats.spearmanr([*reported.values()], t.loc[kinds, "mean"]).statistic) for t in tables.values()]
         verdict: Verdict = "different"
@@ -319,7 +320,7 @@ def word_boundaries(suite: Suite) -> Finding:
                     "| run | words | " + " | ".join(f"layer {layer:.0f}" for layer in own.index) + " |",
                     "|---|---|" + "---|" * len(own),
                 ]
-            cells = [between(row, "auc", ".3f") for _, row in own.iterrows()]
+            cells = [with_interval(row, "auc", ".3f") for _, row in own.iterrows()]
             lines.append(f"| {variant}-{seed} | {words} | {' | '.join(cells)} |")
         own, shuffled = (areas(table, measure).set_index("layer") for measure in ("increment", "labels shuffled"))
         statistic = areas(table, "mutual information")["auc"].iloc[0]
@@ -378,7 +379,7 @@ def two_word_names(suite: Suite) -> Finding:
             cells = []
             for group in ("names", "ordinary pairs", "names - ordinary pairs"):
                 row = by.loc[(group, layer)]
-                cells.append(f"{between(row, 'difference', '+.4f')}, {row['smaller']:.0%}, q = {row['q']:.2g}")
+                cells.append(f"{with_interval(row, 'difference', '+.4f')}, {row['smaller']:.0%}, q = {row['q']:.2g}")
             lines.append(f"| per_layer-{seed} | {layer} | {' | '.join(cells)} |")
         sure = table[table["q"] < 0.05]
         size = by.loc["names"]["real"].abs() * SMALLEST
@@ -457,16 +458,16 @@ def heads_look_back(suite: Suite) -> Finding:
     overall_below, within_below, values = [], [], []
     for seed, table in tables.items():
         for row in table.to_dict("records"):
-            interval = between(row, "correlation", "+.2f")
+            interval = with_interval(row, "correlation", "+.2f")
             lines.append(
                 f"| per_layer_per_head-{seed} | {row['n']} {row['scope']} | {row['measure']} | {interval} | "
                 f"{'' if pd.isna(row['p']) else format(row['p'], '.2g')} |"
             )
         rank = table[table["measure"] == "spearman"].set_index("scope")
         overall = rank.loc["heads"]
-        values.append(between(overall, "correlation", "+.2f"))
+        values.append(with_interval(overall, "correlation", "+.2f"))
         within = rank.loc["within layers"]
-        values[-1] += f" over all heads, {between(within, 'correlation', '+.2f')} within layers"
+        values[-1] += f" over all heads, {with_interval(within, 'correlation', '+.2f')} within layers"
         overall_below.append(bool(overall["correlation"] < 0))
         within_below.append(bool(within["correlation"] < 0 and within["p"] < 0.05))
     verdict: Verdict = "not reproduced"
@@ -484,7 +485,7 @@ def caps_and_signs(suite: Suite) -> Finding:
         files += suite.files(variant, "saturation")
         for seed, table in suite.tables(variant, "saturation").items():
             for row in table.to_dict("records"):
-                interval = f"{between(row, 'share', '.1%')} of {row['cap']:g}"
+                interval = f"{with_interval(row, 'share', '.1%')} of {row['cap']:g}"
                 lines.append(f"| {variant}-{seed} | {row['layer']} | {interval} | {row['max']:.2f} |")
             if variant == "per_layer":
                 at_cap.append(table["share"].max())
@@ -492,7 +493,7 @@ def caps_and_signs(suite: Suite) -> Finding:
     files += suite.files("signed", "below_zero")
     for seed, table in suite.tables("signed", "below_zero").items():
         for row in table.to_dict("records"):
-            interval = f"{between(row, 'share', '.1%')} below 0"
+            interval = f"{with_interval(row, 'share', '.1%')} below 0"
             lines.append(f"| signed-{seed} | {row['layer']} | {interval} | least {row['min']:.2f} |")
         signs.append(table["share"].max())
     verdict, sentence = _not_run("signed" if at_cap else "per_layer", suite)
@@ -541,7 +542,7 @@ def what_increments_cause(suite: Suite) -> Finding:
         groups: Any = table.groupby(["corpus", "layer"], sort=False)
         for (corpus, layer), rows in groups:
             by: Any = rows.set_index(rows["to"].astype(str))
-            cells = [between(by.loc[to], "change", "+.4f") for to in ("1.0", "mean", "shuffle", "token")]
+            cells = [with_interval(by.loc[to], "change", "+.4f") for to in ("1.0", "mean", "shuffle", "token")]
             lines.append(f"| per_layer-{seed} | {corpus} | {layer} | {' | '.join(cells)} |")
             if layer == "all":
                 continue
@@ -638,12 +639,6 @@ def _seeds(row: Any) -> str:
 
 def _count_seeds(count: int) -> str:
     return "1 seed" if count == 1 else f"{count} seeds"
-
-
-def between(row: Any, column: str, form: str, ends: str = "") -> str:
-    """A value with its interval, if it has one, from the columns low and high, with `ends` before their names."""
-    low, high = row[f"{ends}low"], row[f"{ends}high"]
-    return f"{row[column]:{form}}" + ("" if pd.isna(low) else f" ({low:{form}} to {high:{form}})")
 
 
 def ends_of(low: float, high: float) -> str:

@@ -21,10 +21,11 @@ from lens_positions.analysis.absolute_position import QUARTERS, ROUNDING
 from lens_positions.analysis.frequencies import SIDES, frequency_quarters, high_frequency_use
 from lens_positions.analysis.intervals import t_interval
 from lens_positions.errors import PositionsError
+from lens_positions.terminal import with_interval
 from lens_positions.viz.machinery import absolute_chart, entropy_chart, norms_map
 from lens_positions.viz.measurements import lines_chart
 
-from .findings import Finding, Suite, Verdict, between, ends_of
+from .findings import Finding, Suite, Verdict, ends_of
 from .machinery import SMOLLM2
 from .maximum import MOST, accuracy_table
 from .ship import SHIPPED
@@ -83,10 +84,9 @@ class Machinery:
         seeds = sorted(int(name.removeprefix(prefix)) for name in found if name.removeprefix(prefix).isdecimal())
         return {seed: f"{prefix}{seed}" for seed in seeds}
 
-    def accuracies(self) -> tuple[list[str], pd.DataFrame | None]:
-        """The files of the maximum task, and what `accuracy_table` makes of them."""
-        paths = sorted(self.maximum.glob("seed-*.csv"))
-        return [path.as_posix() for path in paths], accuracy_table(pd.concat(map(_read, paths))) if paths else None
+    def tests(self) -> dict[str, pd.DataFrame]:
+        """The tables of the maximum task, by the names of their files."""
+        return {path.as_posix(): _read(path) for path in sorted(self.maximum.glob("seed-*.csv"))}
 
 
 def _read(path: Path) -> pd.DataFrame:
@@ -170,7 +170,7 @@ def heads_by_position(of: Machinery) -> Finding:
         return Finding(title, reported, "not reproduced", sentence, rule, [], files)
     lines = ["| layer, head | tokens back | share of attention | tokens in another order |", "|---|---|---|---|"]
     for row in found.sort_values("shuffled", ascending=False).head(12).to_dict("records"):
-        cells = [between(row, name, ".0%", f"{name}_") for name in ("share", "shuffled")]
+        cells = [with_interval(row, name, ".0%", f"{name}_") for name in ("share", "shuffled")]
         lines.append(f"| {row['layer']}, {row['head']} | {row['offset']} | {' | '.join(cells)} |")
     away = heads.assign(positional=heads["positional"] & (heads["offset"] > 0))
     uses: list[list[dict[Any, Any]]] = [high_frequency_use(norms, group).to_dict("records") for group in (heads, away)]
@@ -213,7 +213,7 @@ def truncated_frequencies(of: Machinery) -> Finding:
         by: Any = table.set_index(["keep", "drop"])
         for kept in sorted(set(table["keep"]), reverse=True):
             cells = [
-                between(by.loc[(kept, drop)], "difference", "+.3f") if (kept, drop) in by.index else ""
+                with_interval(by.loc[(kept, drop)], "difference", "+.3f") if (kept, drop) in by.index else ""
                 for drop in ("lowest", "highest")
             ]
             lines.append(f"| {named(model)} | {f'{kept:.0%}' if kept else 'none'} | {' | '.join(cells)} |")
@@ -228,11 +228,11 @@ def truncated_frequencies(of: Machinery) -> Finding:
     ]
     by = tables[SMOLLM2].set_index(["keep", "drop"])
     largest = max(kept for kept, _ in by.index)
+    low, high = (with_interval(by.loc[(largest, drop)], "difference", "+.3f") for drop in ("lowest", "highest"))
+    none = with_interval(by.loc[(0.0, "lowest")], "difference", "+.2f")
     sentence = (
-        f"With {largest:.0%} of its frequencies {named(SMOLLM2)}'s loss changes by "
-        f"{between(by.loc[(largest, 'lowest')], 'difference', '+.3f')} nats per token without the lowest (which hardly "
-        f"turn in such windows) and by {between(by.loc[(largest, 'highest')], 'difference', '+.3f')} without the "
-        f"highest; with none of them by {between(by.loc[(0.0, 'lowest')], 'difference', '+.2f')}."
+        f"With {largest:.0%} of its frequencies {named(SMOLLM2)}'s loss changes by {low} nats per token without the "
+        f"lowest (which hardly turn in such windows) and by {high} without the highest; with none of them by {none}."
     )
     return Finding(title, reported, "new", sentence, rule, lines, of.files(["truncated"], *tables))
 
@@ -277,7 +277,7 @@ def p_rope(of: Machinery) -> Finding:
             cells[3:] = [f"{paired['difference']:+.4f}", *intervals]
         for contexts in (2, 4):
             longer: Any = suite.loss(variant, contexts)
-            beside = "" if paired is None else f"; {between(longer, 'difference', '+.3f', 'seeds_')}"
+            beside = "" if paired is None else f"; {with_interval(longer, 'difference', '+.3f', 'seeds_')}"
             cells.append(f"{longer['loss']:.4f}{beside}")
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
@@ -340,11 +340,11 @@ def absolute_position(of: Machinery) -> Finding:
             layers = ["all", *layers[1::6], layers[-1]]
         for layer in layers:
             cells = [
-                between(over.loc[(layer, quarter)], part, ".2g", f"{part}_")
+                with_interval(over.loc[(layer, quarter)], part, ".2g", f"{part}_")
                 for part in ("residual", "mask")
                 for quarter in (0, LATE)
             ]
-            cells.append(between(over.loc[(layer, 0)], "share", ".0%", "share_"))
+            cells.append(with_interval(over.loc[(layer, 0)], "share", ".0%", "share_"))
             lines.append(f"| {name} | {layer} | {' | '.join(cells)} |")
     lines += [
         "",
@@ -421,7 +421,7 @@ def first_embedding(of: Machinery) -> Finding:
         by: Any = table[table["layer"].astype(str) == "all"].set_index(["replacement", "queries"])
         for queries in ("early", "late"):
             cells = [
-                "nothing to lose" if pd.isna(row["drop"]) else between(row, "drop", "+.0%")
+                "nothing to lose" if pd.isna(row["drop"]) else with_interval(row, "drop", "+.0%")
                 for row in (by.loc[(how, queries)] for how in REPLACEMENTS)
             ]
             lines.append(f"| {name} | {queries} | {' | '.join(cells)} |")
@@ -438,7 +438,7 @@ def first_embedding(of: Machinery) -> Finding:
         f"Share of the residual part (mean over layers and heads) that goes; below 0 there is more of it. {n} repeated "
         "beginnings, which intervals resample.",
     ]
-    each = ", ".join(f"{name} {between(own.loc[how], 'drop', '+.0%')}" for how, name in REPLACEMENTS.items())
+    each = ", ".join(f"{name} {with_interval(own.loc[how], 'drop', '+.0%')}" for how, name in REPLACEMENTS.items())
     sentence = f"Of {named(SMOLLM2)}'s residual part at early queries these take away: {each} (n = {n})."
     files = of.files(["drops"], *(models[name] for name in tables))
     return Finding(title, reported, verdict, sentence, rule, lines, files)
@@ -502,20 +502,22 @@ def maximum_task(of: Machinery) -> Finding:
         "grows with every doubling; not reproduced where it is above at no size; different otherwise; undecided with "
         "one seed."
     )
-    files, table = of.accuracies()
-    if table is None:
+    tests = of.tests()
+    if not tests:
         return Finding(title, reported, *_not_measured("maximum"), rule)
+    tested = pd.concat(tests.values())
+    table = accuracy_table(tested)
     lines = [
         "| items | accuracy | with the temperature | difference | entropy | log n | largest weight |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in table.to_dict("records"):
-        cells = [between(row, name, ".1%", f"{name}_") for name in ("learned", "adaptive")]
-        cells += [between(row, "difference", "+.1%", "difference_")]
+        cells = [with_interval(row, name, ".1%", f"{name}_") for name in ("learned", "adaptive")]
+        cells += [with_interval(row, "difference", "+.1%", "difference_")]
         cells += [f"{row['entropy']:.2f}", f"{row['log_items']:.2f}", f"{row['largest']:.3f}"]
         lines.append(f"| {row['items']:,} | {' | '.join(cells)} |")
     seeds = int(table["n_seeds"].min())
-    sets = pd.read_csv(files[0])["n"].iloc[0]
+    sets = tested["n"].iloc[0]
     lines += [
         "",
         f"{seeds} seeds, which the intervals are over (Student's t); {sets:,} sets of items for each size and seed, "
@@ -535,8 +537,9 @@ def maximum_task(of: Machinery) -> Finding:
     sentence = (
         f"Accuracy is {first['learned']:.1%} at {first['items']:.0f} items and {last['learned']:.1%} at "
         f"{last['items']:,.0f}, there with the temperature {last['adaptive']:.1%} (difference "
-        f"{between(last, 'difference', '+.1%', 'difference_')}, {seeds} seeds); the entropy is {first['entropy']:.2f} "
-        f"and {last['entropy']:.2f} nats, log n {first['log_items']:.2f} and {last['log_items']:.2f}."
+        f"{with_interval(last, 'difference', '+.1%', 'difference_')}, {seeds} seeds); the entropy is "
+        f"{first['entropy']:.2f} and {last['entropy']:.2f} nats, log n {first['log_items']:.2f} and "
+        f"{last['log_items']:.2f}."
     )
     drawn = pd.concat(
         table[["items", name, f"{name}_low", f"{name}_high"]]
@@ -553,7 +556,7 @@ def maximum_task(of: Machinery) -> Finding:
         "Accuracy at finding the largest item, with and without an adaptive temperature",
         partial(draw, octaves=True),
     )
-    return Finding(title, reported, verdict, sentence, rule, lines, files, figure)
+    return Finding(title, reported, verdict, sentence, rule, lines, list(tests), figure)
 
 
 def heads_disperse(of: Machinery) -> Finding:
@@ -634,14 +637,16 @@ def temperature_on_text(of: Machinery) -> Finding:
         for row in table.to_dict("records"):
             effect = "hurts" if row["low"] > 0 else "helps" if row["high"] < 0 else ""
             cells = [str(row["length"]), f"{row['n']:,}", f"{row['loss']:.4f}", f"{row['changed']:.4f}"]
-            lines.append(f"| {named(model)} | {' | '.join([*cells, between(row, 'difference', '+.4f'), effect])} |")
+            lines.append(
+                f"| {named(model)} | {' | '.join([*cells, with_interval(row, 'difference', '+.4f'), effect])} |"
+            )
     own = tables[SMOLLM2]
     lines += [
         "",
         "Nats per token on the same text at every length, of whose windows the first token is not predicted; "
         f"{own['documents'].iloc[0]} documents, which intervals resample.",
     ]
-    each = ", ".join(f"{between(row, 'difference', '+.4f')} at {row['length']}" for row in own.to_dict("records"))
+    each = ", ".join(f"{with_interval(row, 'difference', '+.4f')} at {row['length']}" for row in own.to_dict("records"))
     sentence = f"In windows of several lengths {named(SMOLLM2)}'s loss changes by {each} tokens, in nats per token."
     return Finding(title, reported, "new", sentence, rule, lines, of.files(["temperature"], *tables))
 
@@ -737,9 +742,9 @@ def together(of: Machinery) -> Finding:
                 continue
             low, high = t_interval(differences)
             row = {"difference": differences.mean(), "low": low, "high": high}
-            cells.append(f"{between(row, 'difference', f'+{form}')}, n = {len(differences)}")
+            cells.append(f"{with_interval(row, 'difference', f'+{form}')}, n = {len(differences)}")
             if low > 0 or high < 0:
-                changed.append(f"{name} ({variant.replace('_', ' ')} {between(row, 'difference', f'+{form}')})")
+                changed.append(f"{name} ({variant.replace('_', ' ')} {with_interval(row, 'difference', f'+{form}')})")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += [
         "",

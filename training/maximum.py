@@ -14,10 +14,8 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Hashable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -31,7 +29,7 @@ from lens_positions.analysis.dispersion import attention_entropy, sharpened
 from lens_positions.analysis.intervals import t_interval
 from lens_positions.errors import PositionsError
 from lens_positions.progress import tracked
-from lens_positions.terminal import print_grid, print_line
+from lens_positions.terminal import print_grid, print_line, with_interval
 
 from .data import write_whole
 from .suite import read_json, say
@@ -218,12 +216,8 @@ def print_accuracies(table: pd.DataFrame) -> None:
     columns = ["learned", "adaptive", "difference", "entropy", "log n", "largest weight"]
     cells = []
     for row in table.to_dict("records"):
-        written = [_cell(row, "learned", ".1%"), _cell(row, "adaptive", ".1%"), _cell(row, "difference", "+.1%")]
+        written = [with_interval(row, name, ".1%", f"{name}_") for name in ("learned", "adaptive")]
+        written += [with_interval(row, "difference", "+.1%", "difference_")]
         written += [f"{row['entropy']:.2f}", f"{row['log_items']:.2f}", f"{row['largest']:.3f}"]
         cells.append([Text(text) for text in written])
     print_grid(console, names, columns, cells)
-
-
-def _cell(row: dict[Hashable, Any], name: str, form: str) -> str:
-    low, high = row[f"{name}_low"], row[f"{name}_high"]
-    return f"{row[name]:{form}}" + ("" if math.isnan(low) else f" ({low:{form}} to {high:{form}})")

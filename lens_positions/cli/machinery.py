@@ -1,6 +1,5 @@
 """How a model uses RoPE itself: `frequencies`, `absolute` and `dispersion`."""
 
-import math
 from typing import Annotated, Any
 
 from rich.text import Text
@@ -13,7 +12,7 @@ from ..analysis.frequencies import SIDES, frequency_norms, frequency_quarters, h
 from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
 from ..interventions import ablate
-from ..terminal import print_grid, print_line
+from ..terminal import print_grid, print_line, with_interval
 from ..viz.machinery import absolute_chart, entropy_chart, norms_map
 from .app import app, check_outputs, drawn
 from .measuring import Characters, Chart, Corpus, Csv, Model, Seed, headed, read_heldout, written
@@ -53,14 +52,12 @@ def frequencies(
     found = heads[heads["positional"]]
     print_line(console, f"{len(found)} of {len(heads)} heads give over half of their attention to one offset, whatever")
     print_line(console, "the tokens are (share of attention, and with the tokens in another order; 95% intervals):\n")
-    rows: Any = found.itertuples()
-    for row in rows:
-        shares = (
-            f"{getattr(row, name):.0%}" + ("" if math.isnan(getattr(row, f"{name}_low")) else f" ({_ends(row, name)})")
-            for name in ("share", "shuffled")
+    for head in found.to_dict("records"):
+        shares = (with_interval(head, name, ".0%", f"{name}_") for name in ("share", "shuffled"))
+        print_line(
+            console, f"  layer {head['layer']} head {head['head']}: {head['offset']} back, {' and '.join(shares)}"
         )
-        print_line(console, f"  layer {row.layer} head {row.head}: {row.offset} back, {' and '.join(shares)}")
-    rows = high_frequency_use(norms, heads).itertuples()
+    rows: Any = high_frequency_use(norms, heads).itertuples()
     for row in rows:
         if row.n and row.others:
             print_line(
@@ -114,15 +111,12 @@ def absolute(
     cells = []
     for layer in layers:
         rows = [(own[own["layer"] == layer].iloc[0], part) for part in ("residual", "mask") for own in sides.values()]
-        values = [f"{row[part]:.4f} ({row[f'{part}_low']:.4f} to {row[f'{part}_high']:.4f})" for row, part in rows]
+        values = [with_interval(row, part, ".4f", f"{part}_") for row, part in rows]
         cells.append([Text(value) for value in (*values, f"{sinks.mean()[layer]:.0%} ({sinks.max()[layer]:.0%})")])
     print_grid(console, [f"layer {layer}" for layer in layers], [*columns, "sink"], cells)
     print_line(console, "the residual part that goes when the embedding at position 0 is replaced (95% intervals):\n")
-    effects: Any = drops[drops["layer"] == "all"].itertuples()
-    for row in effects:
-        print_line(
-            console, f"  {row.replacement:6} {row.queries:5}  {row.drop:+.0%} ({row.low:+.0%} to {row.high:+.0%})"
-        )
+    for row in drops[drops["layer"] == "all"].to_dict("records"):
+        print_line(console, f"  {row['replacement']:6} {row['queries']:5}  {with_interval(row, 'drop', '+.0%')}")
     written(console, table, csv)
     if figure is not None:
         caption = f"{loaded.name}; {what}. Means over heads. log attention = score (residual) - log Z (mask)."
@@ -153,29 +147,21 @@ def dispersion(
     means = table[table["head"] == "all"]
     layers, items = list(dict.fromkeys(means["layer"])), sorted(set(means["items"]))
     groups = means.set_index(["layer", "items"])
-    cells = [[Text(_entropy(groups.loc[(layer, n)])) for n in items] for layer in layers]
+    cells = [
+        [Text(with_interval(groups.loc[(layer, n)], "entropy", ".2f", "entropy_")) for n in items] for layer in layers
+    ]
     even = means.groupby("items")["log_items"].mean()
     cells.append([Text(f"{even[n]:.2f}") for n in items])
     print_grid(console, [*(f"layer {layer}" for layer in layers), "even"], [f"{n:,}" for n in items], cells)
     print_line(console, "loss with every score at an adaptive temperature, nats per token (95% intervals):\n")
-    rows: Any = losses.itertuples()
-    for row in rows:
-        interval = "" if math.isnan(row.low) else f" ({row.low:+.4f} to {row.high:+.4f})"
+    for row in losses.to_dict("records"):
+        difference = with_interval(row, "difference", "+.4f")
         print_line(
             console,
-            f"  {row.length:,} tokens: {row.loss:.4f}, with it {row.changed:.4f}, {row.difference:+.4f}{interval}, "
-            f"n = {row.n:,}",
+            f"  {row['length']:,} tokens: {row['loss']:.4f}, with it {row['changed']:.4f}, {difference}, "
+            f"n = {row['n']:,}",
         )
     written(console, table, csv)
     if figure is not None:
         with drawn(console, figure):
             entropy_chart(table, f"{loaded.name}; {what}. Means over heads.", figure)
-
-
-def _entropy(row: Any) -> str:
-    ends = "" if math.isnan(row["entropy_low"]) else f" ({row['entropy_low']:.2f} to {row['entropy_high']:.2f})"
-    return f"{row['entropy']:.2f}{ends}"
-
-
-def _ends(row: Any, name: str) -> str:
-    return f"{getattr(row, f'{name}_low'):.0%} to {getattr(row, f'{name}_high'):.0%}"

@@ -20,7 +20,7 @@ from ..analysis.specialisation import saturation as shares_at_cap
 from ..analysis.specialisation import specialisation as explained_by_kind
 from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
-from ..terminal import print_grid, print_line
+from ..terminal import print_grid, print_line, with_interval
 from ..viz.measurements import auc_chart, kinds_chart
 from .app import app, check_learned, check_outputs, complain, drawn
 
@@ -294,14 +294,11 @@ def _unique(values: "pd.Series[Any]") -> list[Any]:
 
 
 def _with_interval(row: Any, column: str, ends: str) -> str:
-    low, high = getattr(row, f"{ends}low"), getattr(row, f"{ends}high")
-    interval = "" if math.isnan(low) else f" ({low:.3f} to {high:.3f})"
-    return f"{getattr(row, column):.3f}{interval}"
+    return with_interval(row._asdict(), column, ".3f", ends)
 
 
 def _share(row: Any, column: str) -> str:
-    interval = "" if math.isnan(row.low) else f" ({row.low:.1%} to {row.high:.1%})"
-    return f"{getattr(row, column):.1%}{interval}"
+    return with_interval(row._asdict(), column, ".1%")
 
 
 def written(console: Console, table: pd.DataFrame, csv: Path | None) -> None:
