@@ -55,6 +55,18 @@ def test_positions_can_be_held(saved, capsys):
     assert printed["per_layer", False] != printed["per_layer", True]
 
 
+def test_one_layer_has_nothing_to_lose(randomize, saved, capsys):
+    """Its residual part is rounding, of which no share is told."""
+    config = lp.PositionModelConfig(
+        d_model=32, n_layers=1, n_heads=2, n_ctx=176, positions=lp.PositionConfig(source="static")
+    )
+    randomize(lp.HookedPositionTransformer.from_config(config)).save_pretrained(saved / "shallow")
+    assert cli.main(["absolute", str(saved / "shallow"), "--texts", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"(?:early|late) +nothing to lose$", printed, re.MULTILINE)) == 8
+    assert "nan" not in printed
+
+
 def test_dispersion_prints_draws_and_writes(saved, capsys):
     csv, figure = saved / "dispersion.csv", saved / "dispersion.png"
     given = ["dispersion", str(saved / "static"), "--lengths", "16", "32", "--csv", str(csv), "--figure", str(figure)]

@@ -1,5 +1,6 @@
 """How a model uses RoPE itself: `frequencies`, `absolute` and `dispersion`."""
 
+import math
 from typing import Annotated, Any
 
 from rich.text import Text
@@ -116,7 +117,8 @@ def absolute(
     print_grid(console, [f"layer {layer}" for layer in layers], [*columns, "sink"], cells)
     print_line(console, "the residual part that goes when the embedding at position 0 is replaced (95% intervals):\n")
     for row in drops[drops["layer"] == "all"].to_dict("records"):
-        print_line(console, f"  {row['replacement']:6} {row['queries']:5}  {with_interval(row, 'drop', '+.0%')}")
+        drop = "nothing to lose" if math.isnan(row["drop"]) else with_interval(row, "drop", "+.0%")
+        print_line(console, f"  {row['replacement']:6} {row['queries']:5}  {drop}")
     written(console, table, csv)
     if figure is not None:
         caption = f"{loaded.name}; {what}. Means over heads. log attention = score (residual) - log Z (mask)."
