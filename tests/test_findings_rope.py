@@ -119,17 +119,18 @@ def scored(machinery, losses, seeds=(0, 1)):
 
 
 @pytest.mark.parametrize(
-    ("losses", "verdict"),
+    ("losses", "verdict", "hold"),
     [
-        ((1.5, 1.49, 1.52, 1.6), "reproduced"),
-        ((1.5, 1.49, 1.6, 1.52), "different"),  # none is better than a quarter
-        ((1.5, 1.51, 1.49, 1.48), "not reproduced"),
+        ((1.5, 1.49, 1.52, 1.6), "reproduced", 4),
+        ((1.5, 1.49, 1.6, 1.52), "different", 3),  # none is better than a quarter
+        ((1.5, 1.51, 1.49, 1.48), "not reproduced", 0),
     ],
 )
-def test_fractions_are_judged_by_their_order_over_seeds(machinery, losses, verdict):
+def test_fractions_are_judged_by_their_order_over_seeds(machinery, losses, verdict, hold):
     scored(machinery, dict(zip(FRACTIONS, losses, strict=True)))
     found = p_rope(replace(machinery, suite=Suite(machinery.suite.folder)))
     assert found.verdict == verdict
+    assert found.sentence.endswith(f"{hold} of 4 statements hold.")
     assert len([line for line in found.lines if line.startswith("| 0")]) == 3
 
 

@@ -290,7 +290,7 @@ def p_rope(of: Machinery) -> Finding:
 
 
 def _judged(statements: dict[str, tuple[Any, int]]) -> tuple[Verdict, str]:
-    """The verdict over differences that should be above 0 (sign 1) or below it (-1), and what they are."""
+    """The verdict over differences that should be above 0 (sign 1) or below it (-1), what they are, and how many hold."""
     holds, contradicted, parts = [], [], []
     for name, (row, sign) in statements.items():
         low, high = row.get("seeds_low", math.nan), row.get("seeds_high", math.nan)
@@ -302,7 +302,7 @@ def _judged(statements: dict[str, tuple[Any, int]]) -> tuple[Verdict, str]:
         verdict = "reproduced"
     elif any(contradicted):
         verdict = "different" if any(holds) else "not reproduced"
-    return verdict, "; ".join(parts)
+    return verdict, f"{'; '.join(parts)}. {sum(holds)} of {len(holds)} statements hold"
 
 
 def _heldout(suite: Suite) -> str:
