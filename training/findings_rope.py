@@ -290,7 +290,7 @@ def p_rope(of: Machinery) -> Finding:
 
 
 def _judged(statements: dict[str, tuple[Any, int]]) -> tuple[Verdict, str]:
-    """The verdict over differences that should be above 0 (sign 1) or below it (-1), what they are, and how many hold."""
+    """The verdict over differences that should be above 0 (sign 1) or below (-1), what they are, and how many hold."""
     holds, contradicted, parts = [], [], []
     for name, (row, sign) in statements.items():
         low, high = row.get("seeds_low", math.nan), row.get("seeds_high", math.nan)
