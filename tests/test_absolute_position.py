@@ -2,6 +2,7 @@
 
 import math
 
+import families
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,7 @@ from lens_positions.analysis.absolute_position import (
     replace_first,
     replacement_effects,
 )
-from lens_positions.tokenizer import END_OF_DOCUMENT
+from lens_positions.tokenizer import END_OF_DOCUMENT, byte_tokenizer
 
 TEXTS = ["The cat sat on the mat and slept.", "Nobody knew why it rained today.", "天气很好，我们学习中文。"]
 
@@ -107,9 +108,20 @@ def test_learned_positions_leak_until_they_are_held(randomize):
     """Increments that differ with depth of context turn the same two tokens by other angles."""
     model = model_of(randomize, positions=lp.PositionConfig(source="per_layer"))
     own = absolute_variation(model, TEXTS, block=4, offsets=4)
-    held = absolute_variation(model, TEXTS, block=4, offsets=4, hooks=lp.ablate(model, to=1.0, site="positions"))
+    held = absolute_variation(model, TEXTS, block=4, offsets=4, hooks=lp.ablate(model, to="mean", site="positions"))
     deep = own["layer"] == 1
     assert (own["residual"] - held["residual"])[deep].abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("to", [1.0, "mean"])
+def test_held_positions_leak_nothing(randomize, to):
+    """Gaps that grow along the text make the score of the only layer vary; on a ruler it varies no more."""
+    model = model_of(randomize, n_layers=1)
+    growing = [("blocks.0.attn.hook_positions", lambda positions, hook: positions + 0.02 * positions**2)]
+    leaking = absolute_variation(model, TEXTS, hooks=growing, block=4, offsets=4)
+    assert leaking["residual"].min() > 1e-4
+    on_ruler = growing + lp.ablate(model, to=to, site="positions")
+    assert absolute_variation(model, TEXTS, hooks=on_ruler, block=4, offsets=4)["residual"].max() < 1e-9
 
 
 def test_a_sliding_window_has_no_mask_part_once_it_is_full(randomize):
@@ -227,11 +239,42 @@ def test_windows_in_the_middle_of_a_text_are_no_beginnings(randomize):
 
 
 def test_the_state_at_position_0_is_a_fingerprint_of_its_token(randomize):
-    table = fingerprints(model_of(randomize), TEXTS).set_index(["first", "layer"])
-    assert table.loc["common", "first_token"].tolist() == pytest.approx([1, 1])
+    table = fingerprints(model_of(randomize), TEXTS).set_index(["first", "state", "layer"])
+    assert table.loc["common", "first_token"].tolist() == pytest.approx([1] * 6)
     assert (table.loc["own", "first_token"] < 0.99).all()
     assert (table.loc["common", "later"] < 0.99).all()
     assert set(table["n"]) == {3}
+
+
+def test_a_component_that_all_states_share_hides_what_the_token_is(randomize):
+    """It brings the residual stream's cosine to 1, and through the norm that of what attention reads."""
+    model = model_of(randomize)
+
+    def massive(states, hook):
+        return torch.cat([states[..., :1] + 1e4, states[..., 1:]], dim=-1)
+
+    hooks = [("blocks.1.hook_resid_pre", massive)]
+    own, with_it = (fingerprints(model, TEXTS, hooks=of).query("first == 'own'") for of in ([], hooks))
+    assert (own["first_token"] < 0.99).all()
+    assert (with_it.loc[with_it["layer"] == 0, "first_token"] < 0.99).all()
+    assert (with_it.loc[with_it["layer"] == 1, "first_token"] > 0.999).all()
+
+
+def test_a_layer_without_either_part_has_no_share_there_alone(randomize):
+    """In a full window the first layer varies early, while it fills, and not later."""
+    model = model_of(randomize, n_layers=1, n_ctx=176, sliding_window=40)
+    table = absolute_variation(model, TEXTS, block=4, offsets=2)
+    early, late = table[table["quarter"] == 0], table[table["quarter"] == 3]
+    assert early["share"].max() < 1e-3
+    assert early[["share_low", "share_high"]].notna().all(axis=None)
+    assert late[["share", "share_low", "share_high"]].isna().all(axis=None)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_attention_that_is_not_the_softmax_of_what_it_shows_is_refused():
+    model = lp.HookedPositionTransformer.from_transformers(families.build("Llama4ForCausalLM"), byte_tokenizer())
+    with pytest.raises(lp.PositionsError, match="layer 0 computes its pattern before TransformerLens shows its scores"):
+        absolute_variation(model, TEXTS, block=4, offsets=2)
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -5,6 +5,7 @@ import math
 import shlex
 from dataclasses import replace
 
+import families
 import numpy as np
 import pandas as pd
 import pytest
@@ -19,6 +20,7 @@ from lens_positions.analysis.dispersion import (
     loss_by_length,
     sharpened,
 )
+from lens_positions.tokenizer import byte_tokenizer
 from training.__main__ import main
 from training.maximum import MaximumConfig, accuracy_table, draw, maximum, train_retriever
 
@@ -46,6 +48,31 @@ def test_what_a_mask_hides_stays_hidden(hidden):
     sharp = sharpened(scores)
     assert (sharp[scores == hidden] == hidden).all()
     assert torch.equal(sharp.softmax(-1) == 0, scores == hidden)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    {
+        "JetMoeForCausalLM": "computes its pattern before TransformerLens shows its scores",
+        "GptOssForCausalLM": "not the softmax of its scores",
+        "RecurrentGemmaForCausalLM": "layer 1 shows no attn_scores in TransformerLens",
+    }.items(),
+)
+@pytest.mark.usefixtures("unchecked")
+def test_heads_without_scores_to_edit_are_refused(name, says):
+    model = lp.HookedPositionTransformer.from_transformers(families.build(name), byte_tokenizer())
+    with pytest.raises(lp.PositionsError, match=says):
+        adaptive_temperature(model)
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPTNeoXForCausalLM", "Gemma2ForCausalLM"])
+@pytest.mark.usefixtures("unchecked")
+def test_the_temperature_reaches_the_logits_of_other_families(name):
+    model = lp.HookedPositionTransformer.from_transformers(families.build(name), byte_tokenizer())
+    with torch.no_grad():
+        own = model(families.TOKENS)
+        sharp = model.run_with_hooks(families.TOKENS, fwd_hooks=adaptive_temperature(model))
+    assert (own - sharp).abs().max() > 1e-3
 
 
 def test_chosen_layers_and_heads_get_sharper_and_no_others(tiny_model):
@@ -161,6 +188,16 @@ def test_seeds_are_kept_and_not_trained_again(tmp_path, monkeypatch, capsys):
     with pytest.raises(lp.PositionsError, match="is of another configuration"):
         maximum(replace(asked, steps=3))
     assert "seed 0: done before" in capsys.readouterr().err
+
+
+def test_weights_that_round_to_0_are_still_items(randomize, tiny_model):
+    """Even attention is over the keys that the mask leaves, however sharp the heads are."""
+    model = randomize(tiny_model())
+    plain = attention_dispersion(model, TEXTS)
+    sharper = [(f"blocks.{layer}.attn.hook_rot_q", lambda queries, hook: 3e3 * queries) for layer in range(2)]
+    sharp = attention_dispersion(model, TEXTS, hooks=sharper)
+    assert sharp["largest"].mean() > 0.99
+    assert sharp["log_items"].tolist() == pytest.approx(plain["log_items"].tolist())
 
 
 def test_accuracies_have_an_interval_over_seeds():

@@ -751,9 +751,9 @@ def together(of: Machinery) -> Finding:
         "The three shipped models (preset base, one seed each), and differences over n seeds of the preset "
         f"{of.suite.folder.name}; of shares, in points. Quarters are of the rotary frequencies, norms means over "
         "tokens. Parts are means over layers and heads, nats squared; what goes "
-        "with the first embedding is the mean of four replacements. On a ruler every position is one step after the "
-        "last, so that nothing leaks through the rotation; a model with learned increments is then off what it was "
-        "trained on.",
+        "with the first embedding is the mean of four replacements. On a ruler positions are equal steps apart, "
+        "each text's own mean, so that nothing leaks through the rotation and distances keep their scale; a model with "
+        "learned increments is then off what it was trained on.",
     ]
     sentence = f"{len(changed)} of {2 * len(QUANTITIES)} differences over seeds: {'; '.join(changed) or 'none'}."
     files = of.files(sorted({name for _, name, _ in QUANTITIES.values()}), *SHIPPED)

@@ -4,7 +4,7 @@
     results/machinery/smollm2-135m-instruct/positional.csv  heads that attend to a fixed offset
     results/machinery/smollm2-135m-instruct/truncated.csv   the loss without the lowest, or the highest, frequencies
     results/machinery/smollm2-135m-instruct/absolute.csv    the two parts of absolute position
-    results/machinery/bilingual-shared/held.csv             the same with every position one step after the last
+    results/machinery/bilingual-shared/held.csv             the same with positions on a ruler of equal steps
     results/machinery/smollm2-135m-instruct/drops.csv       what goes with the first token's embedding
     results/machinery/smollm2-135m-instruct/sinks.csv       attention to position 0
     results/machinery/smollm2-135m-instruct/fingerprints.csv  how alike its states are
@@ -94,10 +94,10 @@ def _truncated(model: HookedPositionTransformer) -> pd.DataFrame:
 
 
 def _held(model: HookedPositionTransformer) -> pd.DataFrame:
-    """Absolute position with every position one step after the last, so that the rotation can leak nothing."""
+    """Absolute position on a ruler of each text's own mean step, so that the rotation can leak nothing."""
     if model.position_config.source == "static":
         raise PositionsError("the positions of this model are held as they are; expected learned increments.")
-    return absolute_variation(model, _pieces(), hooks=ablate(model, to=1.0, site="positions"))
+    return absolute_variation(model, _pieces(), hooks=ablate(model, to="mean", site="positions"))
 
 
 def _temperature(model: HookedPositionTransformer) -> pd.DataFrame:

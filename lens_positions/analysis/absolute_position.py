@@ -16,8 +16,8 @@ The first two repeats are left out: keys of the first have no repeat before them
 
 Token 0 attends to itself alone, so its states say which token is first, and whatever reads them is told where it
 starts: heads that attend to it are sinks (`attention_sinks`), and `replace_first` takes that token's embedding away.
-`hooks` are any interventions, active throughout: with `lp.ablate(model, site="positions")` every position is one step
-after the last, whatever was learned, so that the rotation can leak nothing.
+`hooks` are any interventions, active throughout: with `lp.ablate(model, to="mean", site="positions")` positions stand
+on a ruler of equal steps, each text's own mean, so that the rotation can leak nothing and distances keep their scale.
 """
 
 import math
@@ -36,12 +36,12 @@ from transformer_lens.model_bridge import TransformerBridge
 from ..attach import unbridged
 from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
-from ..interventions import Hooks, Some, hook_names, index_of
+from ..interventions import HOOK, Hooks, Some, hook_names, index_of
 from ..progress import tracked
 from ..tokenizer import END_OF_DOCUMENT, is_byte_tokenizer
 from .intervals import Tally, interval_of, resamples
 from .reading import WINDOW, rows_of, windows
-from .running import EARLIEST, attention_names, keep, run
+from .running import EARLIEST, attention_names, keep, run, softmax_checks
 
 BLOCK = 16
 """Tokens that repeat."""
@@ -186,7 +186,8 @@ def replacement_effects(
 ) -> pd.DataFrame:
     """How much of the residual part goes when the embedding at position 0 is replaced, at early and late queries.
 
-    Ruscio et al. report 40% at early queries. Early is the first quarter of the input, late the last. Another token and
+    Ruscio et al. report 40% at early queries. Early is the first quarter of the repeats that are looked at, from the
+    third on, late the last. Another token and
     noise are drawn four times, each time for each text alone, and averaged.
 
     Args, errors: as `absolute_variation` and `replace_first`.
@@ -250,9 +251,11 @@ def _shares(parts: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarra
     sums = np.concatenate([parts.sum(0)[None], np.tensordot(draws, parts, axes=1)])[..., :2]
     whole = sums.sum(-1)
     share = np.divide(sums[..., 0], whole, out=np.full_like(whole, math.nan), where=whole > ROUNDING * len(parts))
-    if len(parts) < 2 or np.isnan(share[1:]).all(0).any():
+    if len(parts) < 2:
         return share[0], np.full_like(share[0], math.nan), np.full_like(share[0], math.nan)
-    return share[0], *interval_of(share[1:])
+    empty = np.isnan(share[1:]).all(0)
+    low, high = (np.where(empty, math.nan, end) for end in interval_of(np.where(empty, 0.0, share[1:])))
+    return share[0], low, high
 
 
 def _variances(
@@ -290,29 +293,8 @@ def _variances(
     for number, batch in enumerate(tracked(batches, "absolute position", quick=rows.numel() < 512)):
         listen = [(name, partial(collect, layer)) for layer, name in names.items()]
         active = hooks(number) if callable(hooks) else hooks or []
-        run(model, batch, [*active, *_softmax_checks(names), *listen])
+        run(model, batch, [*active, *softmax_checks(names), *listen])
     return rows, {layer: np.concatenate(parts) for layer, parts in found.items()}
-
-
-def _softmax_checks(names: dict[int, str]) -> Hooks:
-    """Hooks that refuse patterns which are not the softmax of the scores that are read."""
-    hooks: Hooks = []
-    for layer, name in names.items():
-        seen: list[Tensor] = []
-
-        def note(scores: Tensor, hook: HookPoint, seen: list[Tensor] = seen) -> None:
-            seen[:] = [scores[:, :, [scores.shape[2] // 2, -1]].detach()]
-
-        def check(pattern: Tensor, hook: HookPoint, seen: list[Tensor] = seen, layer: int = layer) -> None:
-            own = pattern[:, :, [pattern.shape[2] // 2, -1]].detach().float()
-            if (seen[0].float().softmax(-1) - own).abs().max() > 1e-2:
-                raise PositionsError(
-                    f"the patterns of layer {layer} are not the softmax of its scores (it may have a sink of its own); "
-                    "expected plain attention."
-                )
-
-        hooks += [(name, note), (name.replace("hook_attn_scores", "hook_pattern"), check)]
-    return hooks
 
 
 def replace_first(model: TransformerBridge, how: Replacement, seed: int = 0) -> Hooks:
@@ -410,37 +392,51 @@ def attention_sinks(
     for (first, layer), own in tallies.items():
         for head, (share, low, high) in enumerate(zip(*own.summary(draws), strict=True)):
             row = {"first": first, "layer": layer, "head": head, "n": int(own.counts.sum())}
-            table.append(row | {"documents": len(documents), "share": share, "low": low, "high": high})
+            row |= {"documents": np.count_nonzero(own.counts)}
+            table.append(row | {"share": share, "low": low, "high": high})
     return pd.DataFrame(table)
 
 
 def fingerprints(
-    model: HookedPositionTransformer, texts: Sequence[str], layers: Some = None, hooks: Hooks | None = None
+    model: HookedPositionTransformer,
+    texts: Sequence[str],
+    layers: Some = None,
+    hooks: Hooks | None = None,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """How alike the states at position 0 are across texts, with a common first token and with the texts' own.
 
     A causal model's state at position 0 is a function of its token alone: with a common one it is the same in every
-    text, and with the texts' own it says which token that is.
+    text, and with the texts' own it may say which token that is. One very large component that all states share brings
+    the cosine of residual streams near 1 whatever else they hold (Sun et al., arXiv 2402.17762, call these massive
+    activations); keys and values, which come after the layer's norm, are what attention reads.
 
     Returns:
-        One row for each `layer` and `first` ("common", "own"): `n` pairs of texts, and the mean cosine of the residual
-        streams that enter the layer there, as `first_token`, and at the 17th token, as `later`; each with `_low` and
-        `_high`, where it lies in 95% of 1,000 resamples of texts. Left out are pairs of a text with itself, and with
-        their own first tokens those that begin alike.
+        One row for each `layer`, `state` ("resid_pre", the residual stream that enters the layer; "k" and "v", its keys
+        before the rotation and values, all heads as one vector, where TransformerLens shows them) and `first`
+        ("common", "own"): `n` pairs of texts, and the mean cosine of the states there, as `first_token`, and at the
+        17th token, as `later`; each with `_low` and `_high`, where it lies in 95% of 1,000 resamples of texts. Left out
+        are pairs of a text with itself, and with their own first tokens those that begin alike.
 
     Raises:
         PositionsError: fewer than three texts, or one of fewer than 17 tokens.
     """
     if isinstance(texts, str) or len(texts) < 3:
         raise PositionsError(f"texts is {texts!r:.40}; expected at least three texts, to compare them.")
-    names = dict(hook_names(model, layers, "hook_resid_pre"))
+    states = {"resid_pre": "hook_resid_pre"} | {side: HOOK.format(side) for side in ("k", "v")}
+    names = {
+        (layer, state): name
+        for state, hook in states.items()
+        for layer, name in hook_names(model, layers, hook)
+        if name in model.hook_dict
+    }
     own = [model.to_tokens(text, truncate=False, prepend_bos=False)[0, : EARLIEST + 1] for text in texts]
     if short := [number for number, tokens in enumerate(own) if len(tokens) <= EARLIEST]:
         raise PositionsError(f"text {short[0]} has {len(own[short[0]])} tokens; expected at least {EARLIEST + 1}.")
     rows = torch.stack(own)
     common = first_token(model)
     front = rows[:1, :1] if common is None else rows.new_tensor([[common]])
-    draws = resamples(len(rows), 0)
+    draws = resamples(len(rows), seed)
     table = []
     others = 1 - np.eye(len(rows))
     apart = others * (rows[:, :1] != rows[:, 0]).cpu().numpy()
@@ -448,13 +444,13 @@ def fingerprints(
         raise PositionsError("all texts begin with the same token; expected others, to tell its fingerprint.")
     with_common = torch.cat([front.expand(len(rows), 1), rows[:, :-1]], dim=1)
     for first, tokens, pairs in (("common", with_common, others), ("own", rows, apart)):
-        seen: dict[int, Tensor] = {}
-        listen: Hooks = [(name, partial(keep, seen, layer)) for layer, name in names.items()]
+        seen: dict[tuple[int, str], Tensor] = {}
+        listen: Hooks = [(name, partial(keep, seen, key)) for key, name in names.items()]
         run(model, tokens, [*(hooks or []), *listen])
-        for layer, states in seen.items():
-            row: dict[str, Any] = {"layer": layer, "first": first, "n": int(pairs.sum()) // 2}
+        for (layer, state), found in seen.items():
+            row: dict[str, Any] = {"layer": layer, "state": state, "first": first, "n": int(pairs.sum()) // 2}
             for column, place in (("first_token", 0), ("later", EARLIEST)):
-                unit = torch.nn.functional.normalize(states[:, place].double(), dim=-1)
+                unit = torch.nn.functional.normalize(found[:, place].flatten(1).double(), dim=-1)
                 cosines = (unit @ unit.T).cpu().numpy() * pairs
                 weights = ((draws @ pairs) * draws).sum(1).astype(float)
                 weights[weights == 0] = math.nan  # no pair

@@ -26,7 +26,7 @@ from ..interventions import Hooks, Some, indices_of
 from ..progress import tracked
 from .intervals import Tally, drawn_means, interval_of, resamples
 from .reading import Texts, rows_of, windows
-from .running import attention_names, evaluated, hidden, run
+from .running import attention_names, evaluated, hidden, run, visible
 
 COEFFICIENTS = (-0.037, 0.481, -2.3, 4.917, -1.791)
 """Of the inverse temperature as a polynomial in the entropy, the highest power first (Veličković et al., section 5)."""
@@ -60,7 +60,8 @@ def adaptive_temperature(model: TransformerBridge, layers: Some = None, heads: S
         (hook name, hook function) pairs, one a layer, as `lp.ablate` returns them.
 
     Raises:
-        PositionsError: no such layer or head, or attention whose scores TransformerLens does not show.
+        PositionsError: no such layer or head, or attention whose scores TransformerLens does not show, or whose pattern
+            is not their softmax.
     """
     chosen = None if heads is None else indices_of(heads, "a head")
     names = attention_names(model, layers, "attn_scores")
@@ -120,9 +121,16 @@ def attention_dispersion(
     octave = torch.arange(1, longest + 1).log2().floor().long()
     tallies = {(layer, of): Tally(len(documents)) for layer in names for of in octaves}
 
+    seen: dict[tuple[int, int], Tensor] = {}  # keys by layer and length; in the pattern a weight may round to 0
+    scores = {layer: name.replace("hook_pattern", "hook_attn_scores") for layer, name in names.items()}
+
+    def count(layer: int, scores: Float[Tensor, "batch head query key"], hook: HookPoint) -> None:
+        seen[layer, scores.shape[2]] = visible(scores[0, 0].detach()).sum(-1)
+
     def tally(layer: int, owners: list[int], pattern: Float[Tensor, "batch head query key"], hook: HookPoint) -> None:
         pattern = pattern.detach().float()
-        sizes = (pattern > 0).sum(-1).log()
+        sizes = seen.get((layer, pattern.shape[2]), (pattern > 0).sum(-1)[0, 0])
+        sizes = sizes.to(pattern.device).log().expand(pattern.shape[:-1])
         found = torch.stack([attention_entropy(pattern), pattern.amax(-1), sizes], dim=-1).transpose(1, 2)
         found = torch.cat([found.mean(2, keepdim=True), found], dim=2)
         for i, of in enumerate(octaves, 1):
@@ -131,7 +139,8 @@ def attention_dispersion(
                 tallies[layer, of].add(owners, found[:, within])
 
     for rows, owners in rows_of(documents, batches, "dispersion"):
-        listen: Hooks = [(name, partial(tally, layer, owners)) for layer, name in names.items()]
+        listen: Hooks = [(name, partial(count, layer)) for layer, name in scores.items() if name in model.hook_dict]
+        listen += [(name, partial(tally, layer, owners)) for layer, name in names.items()]
         run(model, rows, [*(hooks or []), *listen])
     draws = resamples(len(documents), seed)
     table = []

@@ -39,7 +39,7 @@ from ..hooks import HookedTokens
 from ..interventions import HOOK, Hooks, Some, finite, hook_names, index_of
 from .intervals import Tally, drawn_means, interval_of, resamples, shuffled_within
 from .reading import Texts, rows_of, windows
-from .running import EARLIEST, attention_names, hidden, keep, run
+from .running import EARLIEST, attention_names, keep, run, visible
 
 ROTATION = HOOK.format("rotation")
 SIDES = ("query", "key")
@@ -47,7 +47,7 @@ PROBED = 24
 """Tokens that the layout is found with."""
 
 TOLERANCE = 1e-4
-"""By how much of their spread scores may differ from the sum of their terms."""
+"""By how much of the largest score, or of 1, scores may differ from the sum of their terms."""
 
 
 @dataclass(frozen=True)
@@ -366,7 +366,7 @@ def _split(
             "plain attention."
         )
     terms = (_products(factor * query, key, layout.chunk(i)) for i in range(len(layout.all_frequencies)))
-    use(layer, terms, _seen(scores))
+    use(layer, terms, visible(scores))
 
 
 def _fit(
@@ -376,18 +376,12 @@ def _fit(
 ) -> float | None:
     """The factor that makes products of queries and keys the scores, wherever a key is seen; None where none does."""
     products = _products(query, key, torch.arange(query.shape[-1]))
-    visible = _seen(scores)
-    ours, own = products[visible].double(), scores[visible].double()
+    seen = visible(scores)
+    ours, own = products[seen].double(), scores[seen].double()
     factor = (ours @ own) / (ours @ ours).clamp_min(1e-30)
     tolerance = max(TOLERANCE, 8 * torch.finfo(scores.dtype).eps)
     close = (ours * factor - own).abs().max() <= tolerance * own.abs().max().clamp_min(1)
     return float(factor) if close else None
-
-
-def _seen(scores: Float[Tensor, "batch head query key"]) -> Bool[Tensor, "batch head query key"]:
-    """Which keys a query sees: none after it, and none that the model's mask hides."""
-    causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    return causal & ~hidden(scores)
 
 
 def _products(query: Tensor, key: Tensor, components: Tensor) -> Float[Tensor, "batch head query key"]:

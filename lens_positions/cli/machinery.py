@@ -79,7 +79,7 @@ def absolute(
     corpus: Corpus = "english",
     texts: Annotated[int, arg(help="how many pieces of held-out documents give their beginnings.")] = 24,
     block: Annotated[int, arg(help="tokens that repeat.")] = BLOCK,
-    hold: Annotated[bool, arg(help="hold positions on a ruler, so that learned increments tell nothing.")] = False,
+    hold: Annotated[bool, arg(help="hold positions on a ruler, each text's own mean step apart.")] = False,
     seed: Seed = 0,
     csv: Csv = None,
     figure: Chart = None,
@@ -94,7 +94,7 @@ def absolute(
     if texts < 2:
         raise PositionsError(f"--texts is {texts}; expected at least 2, for intervals.")
     given = corpora.heldout_pieces(corpus, texts)
-    hooks = ablate(loaded, to=1.0, site="positions") if hold else None
+    hooks = ablate(loaded, to="mean", site="positions") if hold else None
     table = absolute_variation(loaded, given, hooks=hooks, block=block, seed=seed)
     drops = replacement_effects(loaded, given, hooks=hooks, block=block, seed=seed)
     found = attention_sinks(loaded, given, hooks=hooks, seed=seed)
