@@ -100,6 +100,10 @@ def heldout_pieces(name_or_path: str, count: int, characters: int = 200, *, text
         raise PositionsError(f"{name_or_path!r} is streamed from the hub: expected a named corpus, a file or a folder")
     texts = load(name_or_path, text_column=text_column)["heldout"]["text"]
     pieces = [text[i : i + characters] for text in texts for i in range(0, len(text) - characters + 1, characters)]
+    if not pieces:
+        raise PositionsError(
+            f"no held-out document of {name_or_path} has {characters} characters, a piece; expected longer ones."
+        )
     if not 1 <= count <= len(pieces):
         raise PositionsError(
             f"{count} pieces of {characters} characters were asked for; expected from 1 to {len(pieces)}, which the "

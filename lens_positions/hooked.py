@@ -73,8 +73,9 @@ class PositionModelConfig:
             )
         if not 0 < self.rope_theta < math.inf:
             raise PositionsError(f"rope_theta is {self.rope_theta}; expected a positive number.")
-        if not 0 <= self.rope_fraction <= 1:
-            raise PositionsError(f"rope_fraction is {self.rope_fraction}; expected a number from 0 to 1.")
+        fraction = self.rope_fraction
+        if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 <= fraction <= 1:
+            raise PositionsError(f"rope_fraction is {fraction!r}; expected a number from 0 to 1.")
 
     def to_transformers(self) -> LlamaConfig | MistralConfig:
         """The Llama that this configuration describes; with a sliding window a Mistral, which is otherwise one."""

@@ -213,6 +213,7 @@ def test_accuracies_have_an_interval_over_seeds():
     assert [row["difference_low"], row["difference_high"]] == pytest.approx([0.1, 0.1])
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_bad_requests_are_one_sentence(tiny_model, tmp_path, capsys):
     model = tiny_model()
     for call, says in {
@@ -222,6 +223,7 @@ def test_bad_requests_are_one_sentence(tiny_model, tmp_path, capsys):
             model, TEXTS, [], lengths=(12, 32)
         ): "expected whole numbers from 2 that divide the longest",
         lambda: loss_by_length(model, TEXTS, [], lengths=(512,)): "no text has 512 tokens",
+        lambda: loss_by_length(model, TEXTS, [], lengths=64): "lengths is 64; expected whole numbers",
     }.items():
         with pytest.raises(lp.PositionsError, match=says):
             call()

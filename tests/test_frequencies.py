@@ -347,6 +347,14 @@ def test_another_end_to_drop_from_is_refused(tiny_model):
         truncate_frequencies(tiny_model(), 0.5, drop="all")
     with pytest.raises(lp.PositionsError, match="keep is 'half'; expected a fraction"):
         truncate_frequencies(tiny_model(), "half")
+    for layer in (None, [0, 1]):
+        with pytest.raises(lp.PositionsError, match="expected the number of one layer"):
+            frequency_contributions(tiny_model(), TOKENS[:1], layer)
+    with pytest.raises(lp.PositionsError, match="distance is nan; expected a finite number"):
+        aligned_key(torch.ones(8), math.nan, torch.ones(4))
+    for fraction in ("a", None, True, 1.5):
+        with pytest.raises(lp.PositionsError, match=r"rope_fraction is .*; expected a number from 0 to 1"):
+            lp.PositionModelConfig(rope_fraction=fraction)
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -55,6 +55,30 @@ def test_positions_can_be_held(saved, capsys):
     assert printed["per_layer", False] != printed["per_layer", True]
 
 
+def test_every_table_that_is_printed_is_written(saved, capsys):
+    for command, others in {"absolute": ["drops", "sinks"], "dispersion": ["losses"], "frequencies": ["heads"]}.items():
+        given = ["--texts", "4", "--block", "4"] if command == "absolute" else []
+        given = ["--lengths", "16", "32"] if command == "dispersion" else given
+        csv = saved / f"{command}.csv"
+        assert cli.main([command, str(saved / "per_layer"), *given, "--csv", str(csv)]) == 0
+        printed = " ".join(capsys.readouterr().out.split())
+        for path in [csv, *(saved / f"{command}_{other}.csv" for other in others)]:
+            assert len(pd.read_csv(path))
+            assert path.name in printed
+
+
+def test_a_model_that_turns_nothing_has_norms_and_no_map(randomize, saved, capsys):
+    static = lp.PositionConfig(source="static")
+    config = lp.PositionModelConfig(d_model=32, n_layers=1, n_heads=2, n_ctx=176, rope_fraction=0.0, positions=static)
+    randomize(lp.HookedPositionTransformer.from_config(config)).save_pretrained(saved / "none")
+    csv, figure = saved / "none.csv", saved / "none.png"
+    assert cli.main(["frequencies", str(saved / "none"), "--csv", str(csv)]) == 0
+    assert "no frequency turns in this model" in capsys.readouterr().out
+    assert set(pd.read_csv(csv)["frequency"]) == {0.0}
+    assert cli.main(["frequencies", str(saved / "none"), "--figure", str(figure)]) == 2
+    assert "no frequency of these norms turns" in capsys.readouterr().err
+
+
 def test_one_layer_has_nothing_to_lose(randomize, saved, capsys):
     """Its residual part is rounding, of which no share is told."""
     config = lp.PositionModelConfig(
@@ -118,6 +142,8 @@ def test_bad_requests_are_one_sentence(tmp_path, capsys):
     assert "there is no measurement 'colours'; expected some of norms" in capsys.readouterr().err
     assert main(["machinery", "--models", str(tmp_path), "--results", str(tmp_path)]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+    assert main(["machinery", "--runs", str(tmp_path / "none")]) == 2
+    assert "expected one with runs of a suite" in capsys.readouterr().err
 
 
 def test_pieces_are_spread_over_the_text(tmp_path):
@@ -128,3 +154,5 @@ def test_pieces_are_spread_over_the_text(tmp_path):
     assert {len(piece) for piece in pieces} == {20}
     with pytest.raises(corpora.PositionsError, match="999 pieces of 20 characters were asked for; expected from 1 to"):
         corpora.heldout_pieces(str(text), 999, 20)
+    with pytest.raises(corpora.PositionsError, match="has 500 characters, a piece; expected longer ones"):
+        corpora.heldout_pieces(str(text), 2, 500)

@@ -129,6 +129,8 @@ def machinery(asked: MachineryConfig) -> list[str]:
     """
     if wrong := set(asked.tables) - set(MEASUREMENTS):
         raise PositionsError(f"there is no measurement {min(wrong)!r}; expected some of {', '.join(MEASUREMENTS)}.")
+    if asked.runs != MachineryConfig.runs and not asked.runs.is_dir():
+        raise PositionsError(f"there is no folder {asked.runs}; expected one with runs of a suite.")
     runs = [] if asked.models else _finished_runs(asked.runs)
     found = []
     for number, given in enumerate([*(asked.models or (*shipped_names(), SMOLLM2)), *runs], 1):

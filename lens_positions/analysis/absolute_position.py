@@ -41,7 +41,7 @@ from ..progress import tracked
 from ..tokenizer import END_OF_DOCUMENT, is_byte_tokenizer
 from .intervals import Tally, interval_of, resamples
 from .reading import WINDOW, rows_of, windows
-from .running import EARLIEST, attention_names, keep, run, softmax_checks
+from .running import EARLIEST, attention_names, keep_states, run, softmax_checks
 
 BLOCK = 16
 """Tokens that repeat."""
@@ -85,7 +85,7 @@ def repeated(
     Raises:
         PositionsError: no texts, one that is shorter than a block, or no room for ten repeats.
     """
-    if isinstance(texts, str) or not len(texts):
+    if isinstance(texts, str) or not len(texts) or not all(isinstance(text, str) for text in texts):
         raise PositionsError(f"texts is {texts!r:.40}; expected a list of texts.")
     block = index_of(block, "block", "a whole number of tokens from 1", least=1)
     room = min(model.cfg.n_ctx, WINDOW) if length is None else index_of(length, "length", "a number of tokens", least=1)
@@ -122,7 +122,7 @@ def absolute_variation(
     layers: Some = None,
     hooks: Hooks | None = None,
     block: int = BLOCK,
-    offsets: int = OFFSETS,
+    offsets: int | None = None,
     length: int | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -134,7 +134,7 @@ def absolute_variation(
         layers: the model's own layer numbers; None is all that rotate.
         hooks: interventions to measure under, such as those of `replace_first`.
         block, length: as for `repeated`.
-        offsets: distances that are looked at, from 0; at most a block.
+        offsets: distances that are looked at, from 0; None is 8, or a block where that is shorter.
         seed: of the bootstrap.
 
     Returns:
@@ -151,6 +151,7 @@ def absolute_variation(
     rows, found = _variances(model, texts, layers, hooks, block, offsets, length)
     draws = resamples(len(rows), seed)
     size = _repeats_a_quarter(rows, block)
+    offsets = min(OFFSETS, block) if offsets is None else offsets
     table = []
     overall = {layer: of_layer.mean(1, keepdims=True) for layer, of_layer in found.items()}
     groups: dict[int | str, np.ndarray] = {"all": np.mean(list(overall.values()), axis=0)}
@@ -180,7 +181,7 @@ def replacement_effects(
     layers: Some = None,
     hooks: Hooks | None = None,
     block: int = BLOCK,
-    offsets: int = OFFSETS,
+    offsets: int | None = None,
     length: int | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -197,6 +198,8 @@ def replacement_effects(
         `before` and `after`, the residual part without and with it (nats squared, mean over heads), and `drop`, one
         minus their ratio, with `low` to `high`, where it lies in 95% of 1,000 resamples of texts (NaN for one).
     """
+    if not replacements or isinstance(replacements, str):
+        raise PositionsError(f"replacements is {replacements!r}; expected some of {', '.join(REPLACEMENTS)}.")
     rows, own = _variances(model, texts, layers, hooks, block, offsets, length)
     draws = resamples(len(rows), seed)
     numbers: list[int | str] = ["all", *own]
@@ -264,15 +267,16 @@ def _variances(
     layers: Some,
     hooks: Hooks | Callable[[int], Hooks] | None,
     block: int,
-    offsets: int,
+    offsets: int | None,
     length: int | None,
 ) -> tuple[Int[Tensor, "text pos"], dict[int, np.ndarray]]:
     """The repeated rows; by layer the variances of score and log Z and their covariance, [text head quarter part].
 
     Hooks may depend on the number of the batch.
     """
-    offsets = index_of(offsets, "offsets", f"a whole number from 1 to {block}, a block", least=1, most=block)
     rows = repeated(model, texts, block, length)
+    offsets = min(OFFSETS, block) if offsets is None else offsets
+    offsets = index_of(offsets, "offsets", f"a whole number from 1 to {block}, a block", least=1, most=block)
     names = attention_names(model, layers, "attn_scores")
     found: dict[int, list[np.ndarray]] = {layer: [] for layer in names}
     size = _repeats_a_quarter(rows, block)
@@ -421,7 +425,7 @@ def fingerprints(
     Raises:
         PositionsError: fewer than three texts, or one of fewer than 17 tokens.
     """
-    if isinstance(texts, str) or len(texts) < 3:
+    if isinstance(texts, str) or len(texts) < 3 or not all(isinstance(text, str) for text in texts):
         raise PositionsError(f"texts is {texts!r:.40}; expected at least three texts, to compare them.")
     states = {"resid_pre": "hook_resid_pre"} | {side: HOOK.format(side) for side in ("k", "v")}
     names = {
@@ -445,7 +449,7 @@ def fingerprints(
     with_common = torch.cat([front.expand(len(rows), 1), rows[:, :-1]], dim=1)
     for first, tokens, pairs in (("common", with_common, others), ("own", rows, apart)):
         seen: dict[tuple[int, str], Tensor] = {}
-        listen: Hooks = [(name, partial(keep, seen, key)) for key, name in names.items()]
+        listen: Hooks = [(name, partial(keep_states, seen, key)) for key, name in names.items()]
         run(model, tokens, [*(hooks or []), *listen])
         for (layer, state), found in seen.items():
             row: dict[str, Any] = {"layer": layer, "state": state, "first": first, "n": int(pairs.sum()) // 2}

@@ -183,9 +183,9 @@ def loss_by_length(
     Raises:
         PositionsError: lengths that do not divide the longest, no document as long as that, and as `reading.read`.
     """
-    whole = [isinstance(length, int) and length > 1 for length in lengths]
+    whole = isinstance(lengths, Sequence) and [isinstance(length, int) and length > 1 for length in lengths]
     if not whole or not all(whole) or any(max(lengths) % length for length in lengths):
-        raise PositionsError(f"lengths are {list(lengths)}; expected whole numbers from 2 that divide the longest.")
+        raise PositionsError(f"lengths is {lengths!r}; expected whole numbers from 2 that divide the longest.")
     lengths = sorted(set(lengths))
     longest = lengths[-1]
     documents = [tokens for tokens in windows(model, texts)[0] if len(tokens) >= longest]

@@ -39,7 +39,7 @@ from ..hooks import HookedTokens
 from ..interventions import HOOK, Hooks, Some, finite, hook_names, index_of
 from .intervals import Tally, drawn_means, interval_of, resamples, shuffled_within
 from .reading import Texts, rows_of, windows
-from .running import EARLIEST, attention_names, keep, run, visible
+from .running import EARLIEST, attention_names, keep_states, run, visible
 
 ROTATION = HOOK.format("rotation")
 SIDES = ("query", "key")
@@ -115,7 +115,7 @@ def rotary_layout(model: TransformerBridge, layers: Some = None) -> dict[int, Ro
         hooks: Hooks = [(name, partial(_turn_by_known, angles, layer, turned)) for layer, name in rotations.items()]
         # Patterns are held, so that every layer sees in both runs what it sees in the first.
         hooks += [(name, partial(_hold, held)) for name in patterns.values() if name in model.hook_dict]
-        hooks += [(n, partial(keep, seen, layer)) for layer in rotations for n in _names(model, layer, "rot_q")]
+        hooks += [(n, partial(keep_states, seen, layer)) for layer in rotations for n in _names(model, layer, "rot_q")]
         run(model, tokens, hooks)
         runs.append(seen)
     layouts = {}
@@ -183,7 +183,7 @@ def _layout_of_scores(model: TransformerBridge, tokens: Int[Tensor, "1 pos"], la
     sites = {what: _names(model, layer, what) for what in ("rotation", "q", "k", "attn_scores")}
     seen: dict[str, Tensor] = {}
     frequencies: list[Tensor] = []
-    hooks: Hooks = [(name, partial(keep, seen, what)) for what, names in sites.items() for name in names]
+    hooks: Hooks = [(name, partial(keep_states, seen, what)) for what, names in sites.items() for name in names]
     hooks += [(name, partial(_note_frequencies, frequencies)) for name in sites["rotation"]]
     run(model, tokens, hooks)
     if len(seen) == len(sites) and seen["q"].ndim == seen["k"].ndim == 4 and seen["rotation"].ndim == 4:
@@ -301,6 +301,7 @@ def frequency_contributions(
         PositionsError: no such layer, as `rotary_layout`, or scores that are more than scaled products of queries and
             keys (capped, or with a bias).
     """
+    layer = index_of(layer, "layer", "the number of one layer")
     layouts = rotary_layout(model, layer)
     found: list[Tensor] = []
 
@@ -558,7 +559,8 @@ def positional_heads(
         for head, shares in enumerate(natural[0]):
             offset = int(shares.argmax())
             row: dict[str, Any] = {"layer": layer, "head": head, "offset": offset}
-            row |= {"n": int(tallies[layer, False].counts.sum()), "documents": len(documents)}
+            counts = tallies[layer, False].counts
+            row |= {"n": int(counts.sum()), "documents": np.count_nonzero(counts)}
             for name, summary in (("share", natural), ("shuffled", control)):
                 mean, low, high = (values[head, offset] for values in summary)
                 row |= {name: mean, f"{name}_low": low, f"{name}_high": high}
@@ -621,7 +623,7 @@ def aligned_key(
     RoPE need not make attention decay with distance (Barbero et al., section 3): turned on by the distance, the query
     itself is that key. Components are in halves: the first half holds the first component of every pair.
     """
-    return _turned(query, query.new_tensor(float(distance)), frequencies)
+    return _turned(query, query.new_tensor(finite(distance, "distance")), frequencies)
 
 
 def scores_by_distance(

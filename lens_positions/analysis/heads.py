@@ -26,7 +26,7 @@ from ..hooked import HookedPositionTransformer
 from ..interventions import HOOK, hook_names
 from .intervals import Tally, resamples, shuffled_within
 from .reading import Texts, rows_of, windows
-from .running import attention_names, keep
+from .running import attention_names, keep_states
 
 PERMUTATIONS = 10_000
 
@@ -57,7 +57,7 @@ def head_profile(model: HookedPositionTransformer, texts: Texts, seed: int = 0) 
         hooks: list[Any] = [
             (name, partial(_keep_look_back, found["look_back"], layer)) for layer, name in patterns.items()
         ]
-        hooks += [(name, partial(keep, found["increment"], layer)) for layer, name in increments.items()]
+        hooks += [(name, partial(keep_states, found["increment"], layer)) for layer, name in increments.items()]
         with torch.no_grad():
             model.run_with_hooks(rows, fwd_hooks=hooks, return_type=None)
         for layer, tally in tallies.items():

@@ -95,6 +95,6 @@ def visible(scores: Float[Tensor, "*rows query key"]) -> Bool[Tensor, "*rows que
     return causal & ~hidden(scores)
 
 
-def keep(kept: dict[Any, Tensor], what: Any, states: Tensor, hook: HookPoint) -> None:
+def keep_states(kept: dict[Any, Tensor], what: Any, states: Tensor, hook: HookPoint) -> None:
     """A hook function that keeps what it sees."""
     kept[what] = states.detach()

@@ -1,8 +1,11 @@
 """How a model uses RoPE itself: `frequencies`, `absolute` and `dispersion`."""
 
 import math
+from pathlib import Path
 from typing import Annotated, Any
 
+import pandas as pd
+from rich.console import Console
 from rich.text import Text
 from tyro.conf import arg
 
@@ -16,8 +19,11 @@ from ..interventions import ablate
 from ..terminal import print_grid, print_line, with_interval
 from ..viz.machinery import absolute_chart, entropy_chart, norms_map
 from .app import app, check_outputs, drawn
-from .measuring import Characters, Chart, Corpus, Csv, Model, Seed, headed, read_heldout, written
+from .measuring import Characters, Chart, Corpus, Model, Seed, headed, read_heldout, written
 
+Csvs = Annotated[
+    Path | None, arg(metavar="FILE", help="write the tables to this file and others beside it, with all columns.")
+]
 BANDS = ("highest quarter", "second", "third", "lowest quarter", "not turned")
 
 
@@ -27,7 +33,7 @@ def frequencies(
     corpus: Corpus = "english",
     characters: Characters = 20_000,
     seed: Seed = 0,
-    csv: Csv = None,
+    csv: Csvs = None,
     figure: Chart = None,
 ) -> None:
     """Show which rotary frequencies queries and keys are large at, layer by layer, and which heads go by position.
@@ -58,7 +64,9 @@ def frequencies(
         print_line(
             console, f"  layer {head['layer']} head {head['head']}: {head['offset']} back, {' and '.join(shares)}"
         )
-    rows: Any = high_frequency_use(norms, heads).itertuples()
+    turns = bool((norms["frequency"] > 0).any())
+    use = high_frequency_use(norms, heads) if turns else pd.DataFrame()
+    rows: Any = use.itertuples()
     for row in rows:
         if row.n and row.others:
             print_line(
@@ -66,7 +74,9 @@ def frequencies(
                 f"  {row.side}: share of squared mean norms in the highest quarter {row.positional:.1%} in {row.n} of "
                 f"them, {row.other:.1%} in the {row.others} others (Mann-Whitney p = {row.p:.2g})",
             )
-    written(console, norms.drop(columns="band"), csv)
+    if not turns:
+        print_line(console, "  no frequency turns in this model, so none is used more than another.")
+    _written(console, csv, norms.drop(columns="band"), heads=heads, use=use)
     if figure is not None:
         caption = f"{loaded.name}; {what}. Means over heads and tokens."
         with drawn(console, figure):
@@ -81,7 +91,7 @@ def absolute(
     block: Annotated[int, arg(help="tokens that repeat.")] = BLOCK,
     hold: Annotated[bool, arg(help="hold positions on a ruler, each text's own mean step apart.")] = False,
     seed: Seed = 0,
-    csv: Csv = None,
+    csv: Csvs = None,
     figure: Chart = None,
 ) -> None:
     """Show where absolute position comes from, layer by layer, on texts whose beginning repeats.
@@ -119,7 +129,7 @@ def absolute(
     for row in drops[drops["layer"] == "all"].to_dict("records"):
         drop = "nothing to lose" if math.isnan(row["drop"]) else with_interval(row, "drop", "+.0%")
         print_line(console, f"  {row['replacement']:6} {row['queries']:5}  {drop}")
-    written(console, table, csv)
+    _written(console, csv, table, drops=drops, sinks=found)
     if figure is not None:
         caption = f"{loaded.name}; {what}. Means over heads. log attention = score (residual) - log Z (mask)."
         with drawn(console, figure):
@@ -133,7 +143,7 @@ def dispersion(
     characters: Characters = 20_000,
     lengths: Annotated[tuple[int, ...], arg(help="tokens of a window at which the loss is measured.")] = (64, 128, 256),
     seed: Seed = 0,
-    csv: Csv = None,
+    csv: Csvs = None,
     figure: Chart = None,
 ) -> None:
     """Show how attention spreads with the number of items, and what an adaptive temperature does to the loss."""
@@ -163,7 +173,15 @@ def dispersion(
             f"  {row['length']:,} tokens: {row['loss']:.4f}, with it {row['changed']:.4f}, {difference}, "
             f"n = {row['n']:,}",
         )
-    written(console, table, csv)
+    _written(console, csv, table, losses=losses)
     if figure is not None:
         with drawn(console, figure):
             entropy_chart(table, f"{loaded.name}; {what}. Means over heads.", figure)
+
+
+def _written(console: Console, csv: Path | None, table: pd.DataFrame, **others: pd.DataFrame) -> None:
+    """Write a table, and others beside it with their name behind its own."""
+    written(console, table, csv)
+    for name, other in others.items():
+        if csv is not None and not other.empty:
+            written(console, other, csv.with_stem(f"{csv.stem}_{name}"))

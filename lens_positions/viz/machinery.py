@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from ..analysis.absolute_position import QUARTERS, ROUNDING
 from ..analysis.frequencies import SIDES
+from ..errors import PositionsError
 from .measurements import frequency_map, lines_chart
 
 
@@ -22,9 +23,12 @@ def norms_map(norms: pd.DataFrame, caption: str = "", path: str | Path | None = 
         path: where to write the figure as well, as .png, .svg or .pdf.
 
     Raises:
-        PositionsError: layers with different numbers of frequencies, or a path that cannot be written.
+        PositionsError: no frequency that turns, layers with different numbers of frequencies, or a path that cannot be
+            written.
     """
     turned = norms[norms["frequency"] > 0]
+    if turned.empty:
+        raise PositionsError("no frequency of these norms turns; expected rotary positions, to draw them by frequency.")
     means = turned.groupby(["side", "layer", "index"])["norm"].mean()
     amounts = {f"{side} norm": torch.tensor(means[side].unstack().to_numpy()) for side in SIDES}
     same = turned.groupby("index")["frequency"].nunique().eq(1).all()
