@@ -74,6 +74,16 @@ def test_the_shape_of_norms_is_judged_by_layers(machinery, growth, verdict):
     assert low_frequencies(machinery).verdict == verdict
 
 
+def test_norms_that_are_largest_in_a_band_are_not_largest_at_the_lowest_frequencies(machinery):
+    rows = [row | {"norm": row["norm"] * (3 if row["index"] in (4, 5) else 1)} for row in norms(2.0)]
+    keep(machinery, SMOLLM2, "norms", rows)
+    found = low_frequencies(machinery)
+    assert found.verdict == "different"
+    assert (
+        "100% of the layers for queries and 100% for keys, and the largest of the four in 0% and 0%" in found.sentence
+    )
+
+
 def heads(positional, layers=4):
     return [
         {
@@ -194,7 +204,7 @@ def test_drops_are_judged_by_every_replacement(machinery, low, verdict):
     ("share", "cosine", "verdict"),
     [(0.6, 0.5, "reproduced"), (0.6, 0.99, "different"), (0.1, 0.5, "not reproduced")],
 )
-def test_sinks_are_judged_by_what_their_states_say(machinery, share, cosine, verdict):
+def test_sinks_are_judged_by_what_their_values_say(machinery, share, cosine, verdict):
     rows = [
         {"first": first, "layer": layer, "head": 0, "share": share, "low": share - 0.01}
         for first in ("common", "own")
@@ -202,10 +212,11 @@ def test_sinks_are_judged_by_what_their_states_say(machinery, share, cosine, ver
     ]
     keep(machinery, SMOLLM2, "sinks", rows)
     rows = [
-        {"layer": layer, "first": first, "first_token": value, "first_token_high": value + 0.01, "later": 0.2}
-        | {"n": 10}
+        {"layer": layer, "state": state, "first": first, "first_token": value, "first_token_high": value + 0.01}
+        | {"later": 0.2, "n": 10}
         for layer in range(3)
-        for first, value in (("common", 1.0), ("own", cosine))
+        for state in ("resid_pre", "k", "v")
+        for first, value in (("common", 1.0), ("own", cosine if state == "v" else 0.99))
     ]
     keep(machinery, SMOLLM2, "fingerprints", rows)
     assert sinks_carry_a_fingerprint(machinery).verdict == verdict
@@ -227,11 +238,21 @@ def test_the_task_is_judged_beyond_four_times_its_size(machinery, gain, verdict)
     assert maximum_task(machinery).verdict == verdict
 
 
-@pytest.mark.parametrize(("grows", "verdict"), [(4, "reproduced"), (3, "different"), (1, "not reproduced")])
-def test_heads_disperse_where_most_of_the_sharp_ones_do(machinery, grows, verdict):
-    """Five sharp heads and three that spread from the start."""
+@pytest.mark.parametrize(
+    ("grows", "power", "verdict"),
+    [(4, -0.9, "reproduced"), (4, -0.1, "different"), (3, -0.9, "different"), (1, -0.9, "not reproduced")],
+)
+def test_heads_disperse_where_most_of_the_sharp_ones_do(machinery, grows, power, verdict):
+    """Five sharp heads and three that spread from the start; weights fall by a power of the number of items."""
     rows = [
-        {"layer": 0, "head": head, "items": items, "documents": 3, "log_items": math.log(items), "largest": 0.5}
+        {
+            "layer": 0,
+            "head": head,
+            "items": items,
+            "documents": 3,
+            "log_items": math.log(items),
+            "largest": items**power,
+        }
         | {"entropy": value, "entropy_low": value - 0.1, "entropy_high": value + 0.1}
         for head in ("all", *range(8))
         for items in (2, 16, 64)
@@ -241,6 +262,7 @@ def test_heads_disperse_where_most_of_the_sharp_ones_do(machinery, grows, verdic
     found = heads_disperse(machinery)
     assert found.verdict == verdict
     assert f"{grows / 5:.0%} of the 5 sharp heads (of 8)" in found.sentence
+    assert f"n to the power {power:.2f}" in found.sentence
 
 
 def test_what_increments_change_is_over_seeds(machinery):
@@ -252,10 +274,50 @@ def test_what_increments_change_is_over_seeds(machinery):
             keep(machinery, f"tiny-{variant}-{seed}", "norms", norms(growth + seed / 100))
     found = together(machinery)
     assert found.verdict == "new"
-    assert found.sentence.startswith("2 of 24 differences over seeds: squared query norms, share of the highest")
+    assert found.sentence.startswith("3 of 6 differences over seeds: squared query norms, share of the highest")
     assert "(per layer -" in found.sentence
     assert "shared" not in found.sentence
     assert any("not measured" in line for line in found.lines)  # the other tables
+
+
+def test_frequencies_are_compared_per_token(machinery):
+    """Steps of ten move the norms to frequencies ten times lower: per token nothing changes."""
+    for model in SHIPPED:
+        keep(machinery, model, "norms", norms(2.0))
+    steps = [
+        {"layer": layer, "kind": kind, "n": n, "mean": mean}
+        for layer in range(4)
+        for kind, n, mean in (("letter", 3, 12.0), ("space", 1, 4.0))
+    ]
+    for seed in range(2):
+        table = norms(2.0 + seed / 10)
+        keep(machinery, f"tiny-static-{seed}", "norms", table)
+        moved = [row | {"frequency": row["frequency"] / 10} for row in table]
+        for variant in ("shared", "per_layer"):
+            keep(machinery, f"tiny-{variant}-{seed}", "norms", moved)
+            keep(machinery, f"tiny-{variant}-{seed}", "increments", steps)
+    lines = {line.split(" | ")[0]: line for line in together(machinery).lines}
+    assert lines["| log10 of the queries' mean frequency, per position"].count("-1.000 (-1.000 to -1.000), n = 2") == 2
+    per_token = [lines["| log10 of the queries' mean frequency, per token"], *(lines[f"| {i}"] for i in range(4))]
+    assert all(line.count("0.000 (") == 2 and "1.000" not in line for line in per_token)
+    assert all(lines[f"| {i}"].count("10.00, 10.00") == 2 for i in range(4))
+
+
+def test_held_positions_of_learned_increments_are_not_guessed(machinery):
+    """Where they were not measured, the parts as they are do not stand in for them; with RoPE they are the same."""
+    rows = [
+        {"head": "all", "layer": layer, "quarter": quarter, "residual": 0.5, "mask": 0.1}
+        for layer in ("all", 0)
+        for quarter in range(4)
+    ]
+    for model in (
+        *SHIPPED,
+        *(f"tiny-{variant}-{seed}" for variant in ("static", "shared", "per_layer") for seed in (0, 1)),
+    ):
+        keep(machinery, model, "norms", norms(2.0))
+        keep(machinery, model, "absolute", rows)
+    line = next(line for line in together(machinery).lines if line.startswith("| residual part, early, positions on"))
+    assert line == "| residual part, early, positions on a ruler | 0.5000 |  |  | not measured | not measured |"
 
 
 def test_what_was_not_measured_is_said_not_guessed(machinery):

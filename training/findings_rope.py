@@ -105,11 +105,11 @@ def low_frequencies(of: Machinery) -> Finding:
     """Queries and keys are larger at low frequencies."""
     norms = of.table(SMOLLM2, "norms")
     rule = (
-        "reproduced where on both sides the lowest quarter of the frequencies has a larger norm than the highest in at "
-        "least three quarters of the layers; not reproduced where it has on neither side in at least half of them; "
-        "different otherwise."
+        "reproduced where on both sides the lowest quarter of the frequencies has the largest norm of the four in at "
+        "least three quarters of the layers; not reproduced where on neither side it has a larger one than the highest "
+        "quarter in at least half of them; different otherwise."
     )
-    title = "Queries and keys are larger at low frequencies than at high ones"
+    title = "Queries and keys are largest at the lowest frequencies"
     reported = "in Gemma 7B the mean 2-norm of their chunks is largest at the lowest frequencies."
     if norms is None:
         return Finding(title, reported, *_not_measured("norms"), rule)
@@ -118,12 +118,13 @@ def low_frequencies(of: Machinery) -> Finding:
         "| side | layers | highest quarter | second | third | lowest quarter | lowest above highest | lowest largest |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    shares, peaks = [], []
+    shares, mosts, peaks = [], [], []
     for side in SIDES:
         own = turned[turned["side"] == side]
         means = own.groupby(["layer", "quarter"])["norm"].mean().unstack()
         above, largest = means[3] > means[0], means.idxmax(axis=1) == 3
         shares.append(float(above.mean()))
+        mosts.append(float(largest.mean()))
         peak = own.groupby(["layer", "index"])["norm"].mean().unstack().idxmax(axis=1)
         common = peak.mode().iloc[0]
         wavelength = 2 * math.pi / own.loc[own["index"] == common, "frequency"].iloc[0]
@@ -133,8 +134,9 @@ def low_frequencies(of: Machinery) -> Finding:
             cells = [f"{means.loc[part, q].mean():.2f}" for q in range(4)]
             cells += [f"{chosen[part].sum()} of {len(part)} layers" for chosen in (above, largest)]
             lines.append(f"| {side} | {part[0]} to {part[-1]} | {' | '.join(cells)} |")
+    longest = 2 * math.pi / turned["frequency"].min()
     verdict: Verdict = "different"
-    if min(shares) >= 0.75:
+    if min(mosts) >= 0.75:
         verdict = "reproduced"
     elif max(shares) < 0.5:
         verdict = "not reproduced"
@@ -143,8 +145,9 @@ def low_frequencies(of: Machinery) -> Finding:
     lines += ["", f"{what}; mean 2-norm of a chunk, over tokens, heads and frequencies."]
     sentence = (
         f"In {named(SMOLLM2)} the lowest quarter is larger than the highest in {shares[0]:.0%} of the layers for "
-        f"queries and {shares[1]:.0%} for keys. The single largest norm is most often not at the longest wavelengths "
-        f"but at one of {peaks[0]} for queries and {peaks[1]} for keys."
+        f"queries and {shares[1]:.0%} for keys, and the largest of the four in {mosts[0]:.0%} and {mosts[1]:.0%}. The "
+        f"single largest norm is most often at a wavelength of {peaks[0]} for queries and {peaks[1]} for keys, the "
+        f"longest being {longest:,.0f}."
     )
     figure = ("norms", "Mean 2-norm of queries and keys by layer and rotary frequency", partial(norms_map, norms, what))
     return Finding(title, reported, verdict, sentence, rule, lines, of.files(["norms"], SMOLLM2), figure)
@@ -433,11 +436,25 @@ def first_embedding(of: Machinery) -> Finding:
     elif not (own["low"] > 0).any():
         verdict = "not reproduced"
     n = own["documents"].iloc[0]
+    layered: Any = tables[named(SMOLLM2)]
+    layered = layered[(layered["layer"].astype(str) != "all") & (layered["queries"] == "early")]
     lines += [
         "",
         f"Share of the residual part (mean over layers and heads) that goes; below 0 there is more of it. {n} repeated "
-        "beginnings, which intervals resample.",
+        "beginnings, which intervals resample. Early are a quarter of the repeats, from the third on, so not the very "
+        "first queries; and on repeated content a query's place and the number of copies before it are one, so that "
+        f"heads that look for copies vary too. Layer by layer, at early queries of {named(SMOLLM2)}:",
+        "",
+        f"| layer | {' | '.join(REPLACEMENTS.values())} |",
+        "|---|---|---|---|---|",
     ]
+    for layer, rows in layered.assign(layer=layered["layer"].astype(int)).groupby("layer"):
+        by_how: Any = rows.set_index("replacement")
+        cells = [
+            "nothing to lose" if pd.isna(row["drop"]) else with_interval(row, "drop", "+.0%")
+            for row in (by_how.loc[how] for how in REPLACEMENTS)
+        ]
+        lines.append(f"| {layer} | {' | '.join(cells)} |")
     each = ", ".join(f"{name} {with_interval(own.loc[how], 'drop', '+.0%')}" for how, name in REPLACEMENTS.items())
     sentence = f"Of {named(SMOLLM2)}'s residual part at early queries these take away: {each} (n = {n})."
     files = of.files(["drops"], *(models[name] for name in tables))
@@ -450,7 +467,7 @@ def sinks_carry_a_fingerprint(of: Machinery) -> Finding:
     reported = "sinks carry a fingerprint of it: the same for every input where it is BOS, else varying with the token."
     rule = (
         f"with the texts' own first tokens: reproduced where in SmolLM2-135M some head gives over {A_SINK:.0%} of its "
-        f"attention to position 0 (whole interval) and the states there have a mean cosine below {ALIKE} (whole "
+        f"attention to position 0 (whole interval) and the values there have a mean cosine below {ALIKE} (whole "
         "interval) in most of the layers that have such heads; different where they do not; not reproduced where there "
         "is no such head. With a common first token the cosine is 1, as it must be in a causal model."
     )
@@ -458,8 +475,9 @@ def sinks_carry_a_fingerprint(of: Machinery) -> Finding:
     if SMOLLM2 not in sinks or SMOLLM2 not in prints:
         return Finding(title, reported, *_not_measured("sinks and fingerprints"), rule)
     lines = [
-        "| model | sinks, common first token | own first token | cosine at position 0 | at the 17th token |",
-        "|---|---|---|---|---|",
+        "| model | sinks, common first token | own first token | cosine at position 0, residual stream | keys | values "
+        "| values at the 17th token |",
+        "|---|---|---|---|---|---|---|",
     ]
     verdict: Verdict = "not reproduced"
     sentence = f"With the texts' own first tokens {named(SMOLLM2)} has no such head."
@@ -471,22 +489,27 @@ def sinks_carry_a_fingerprint(of: Machinery) -> Finding:
             cells.append(f"{len(found)} of {len(heads)} heads, largest share {heads['share'].max():.0%}")
         own = prints[model][prints[model]["first"] == "own"]
         own = own[own["layer"].isin(found["layer"]) | found.empty]
-        cells += [f"{own[place].mean():.3f}" for place in ("first_token", "later")]
+        alike = own.groupby("state")["first_token"].mean()
+        own = own[own["state"] == "v"]
+        cells += [f"{alike[state]:.3f}" for state in ("resid_pre", "k", "v")] + [f"{own['later'].mean():.3f}"]
         lines.append(f"| {named(model)} | {' | '.join(cells)} |")
         if model == SMOLLM2 and len(found):
             varied = own["first_token_high"] < ALIKE
             verdict = "reproduced" if varied.mean() > 0.5 else "different"
             sentence = (
                 f"With the texts' own first tokens {len(found)} of {named(model)}'s {len(heads)} heads are sinks; the "
-                f"states at position 0 have a mean cosine of {own['first_token'].mean():.3f} between texts in the "
-                f"{len(own)} layers that have them, below {ALIKE} in {varied.sum()}."
+                f"values at position 0 have a mean cosine of {alike['v']:.3f} between texts in the {len(own)} layers "
+                f"that have them, below {ALIKE} in {varied.sum()}; keys {alike['k']:.3f}, the residual stream "
+                f"{alike['resid_pre']:.3f}."
             )
     n = prints[SMOLLM2].iloc[-1]
     lines += [
         "",
-        f"Cosines of the residual stream between texts with their own first tokens, in {n['n']} pairs of SmolLM2's "
-        "that begin with different tokens, mean over the layers with sinks (over all without). Pieces have 200 "
-        "characters. That the sinks pass this on is what the replaced embedding above tests.",
+        f"Cosines between texts with their own first tokens, in {n['n']} pairs of SmolLM2's that begin with different "
+        "tokens, mean over the layers with sinks (over all without). Pieces have 200 characters. One very large "
+        "component that all states share brings the cosine of the residual stream to 1 whatever else it holds; keys "
+        "and values, after the norm, are what attention reads. That sinks pass this on is what the replaced embedding "
+        "above tests.",
     ]
     models = [model for model in sinks if model in prints]
     return Finding(title, reported, verdict, sentence, rule, lines, of.files(["sinks", "fingerprints"], *models))
@@ -565,8 +588,9 @@ def heads_disperse(of: Machinery) -> Finding:
     reported = "heads that are sharp in training disperse: with bounded scores every weight falls like 1/n."
     rule = (
         f"sharp are heads with less than half of the entropy of even attention at {FEWEST} items. Reproduced where in "
-        "SmolLM2-135M at least three quarters of them have a larger entropy at the most items, with intervals apart; "
-        "not reproduced where fewer than half have; different otherwise. All within the lengths it was trained at."
+        "SmolLM2-135M at least three quarters of them have a larger entropy at the most items, with intervals apart, "
+        "and the largest weight of the median one falls at least half as fast as 1/n; not reproduced where fewer than "
+        "half have; different otherwise. All within the lengths it was trained at."
     )
     tables = of.tables("dispersion", SMOLLM2, *SHIPPED)
     if SMOLLM2 not in tables:
@@ -597,6 +621,8 @@ def heads_disperse(of: Machinery) -> Finding:
             "to": many["items"].max(),
         }
         facts[model] |= {"slope": slope[sharp].median(), "low": slope[sharp].quantile(0.25)}
+        falls = np.log(many["largest"] / few["largest"]) / (many["log_items"] - few["log_items"])
+        facts[model] |= {"falls": falls[sharp].median()}
         facts[model] |= {"high": slope[sharp].quantile(0.75), "others": slope[~sharp].median()}
     n = tables[SMOLLM2].iloc[0]
     lines += [
@@ -606,7 +632,7 @@ def heads_disperse(of: Machinery) -> Finding:
     ]
     own = facts[SMOLLM2]
     verdict: Verdict = "different"
-    if own["share"] >= 0.75:
+    if own["share"] >= 0.75 and own["falls"] <= -0.5:
         verdict = "reproduced"
     elif not own["share"] >= 0.5:
         verdict = "not reproduced"
@@ -614,7 +640,8 @@ def heads_disperse(of: Machinery) -> Finding:
         f"{own['share']:.0%} of the {own['sharp']:.0f} sharp heads (of {own['heads']:.0f}) of {named(SMOLLM2)} have a "
         f"larger entropy at {own['to']:.0f} items than at {FEWEST}. It grows by {own['slope']:.2f} of what even "
         f"attention's does in the median sharp head (quartiles {own['low']:.2f} to {own['high']:.2f}), by "
-        f"{own['others']:.2f} in the others."
+        f"{own['others']:.2f} in the others; the largest weight of the median sharp head falls like n to the power "
+        f"{own['falls']:.2f}."
     )
     caption = (
         f"{named(SMOLLM2)}; {n['documents']} documents of held-out English; means over heads, 95% intervals over "
@@ -651,14 +678,53 @@ def temperature_on_text(of: Machinery) -> Finding:
     return Finding(title, reported, "new", sentence, rule, lines, of.files(["temperature"], *tables))
 
 
-def _share_of_norm(quarter: int, of: Machinery, model: str) -> float | None:
-    """How much of the squares of the queries' mean norms a quarter of the frequencies has."""
+def _standard(of: Machinery, model: str) -> bool:
+    """Whether every increment of a model is 1."""
+    return SHIPPED.get(model) == "static" or model in of.runs("static").values()
+
+
+def _query_norms(of: Machinery, model: str) -> pd.DataFrame | None:
+    """The squares of the mean norms of the queries, of what turns."""
     norms = of.table(model, "norms")
     if norms is None:
         return None
     own = norms[(norms["side"] == "query") & (norms["frequency"] > 0)]
-    squares = own["norm"] ** 2
-    return float(squares[frequency_quarters(own) == quarter].sum() / squares.sum())
+    return own.assign(square=own["norm"] ** 2)
+
+
+def _share_of_norm(quarter: int, of: Machinery, model: str) -> float | None:
+    """How much of the squares of the queries' mean norms a quarter of the frequencies has."""
+    own = _query_norms(of, model)
+    return (
+        None
+        if own is None
+        else float(own.loc[frequency_quarters(own) == quarter, "square"].sum() / own["square"].sum())
+    )
+
+
+def _steps(of: Machinery, model: str) -> Any:
+    """The mean increment of each layer; None where it was not measured."""
+    if _standard(of, model):
+        own = _query_norms(of, model)
+        return None if own is None else pd.Series(1.0, index=own["layer"].unique())
+    increments = of.table(model, "increments")
+    if increments is None:
+        return None
+    sums = increments.assign(total=increments["mean"] * increments["n"]).groupby("layer")[["total", "n"]].sum()
+    return sums["total"] / sums["n"]
+
+
+def _turning(of: Machinery, model: str, per_token: bool = True, layer: int | None = None) -> float | None:
+    """The log10 of the frequencies, in the mean over a layer's squared query norms, and over layers.
+
+    Per position, or per token: a mean increment of c turns every frequency c times as fast.
+    """
+    own, steps = _query_norms(of, model), _steps(of, model) if per_token else 1.0
+    if own is None or steps is None:
+        return None
+    weighed = own.assign(log=np.log10(own["frequency"]) * own["square"]).groupby("layer")[["log", "square"]].sum()
+    logs = weighed["log"] / weighed["square"] + np.log10(steps)
+    return float(logs.mean() if layer is None else logs[layer])
 
 
 def _positional(of: Machinery, model: str) -> float | None:
@@ -667,9 +733,8 @@ def _positional(of: Machinery, model: str) -> float | None:
 
 
 def _part(name: str, part: str, quarter: int, of: Machinery, model: str) -> float | None:
+    name = "absolute" if name == "held" and _standard(of, model) else name  # its positions are held as they are
     table = of.table(model, name)
-    if table is None and name == "held":  # of a static source: as they are
-        table = of.table(model, "absolute")
     return None if table is None else float(_by_layer(table).loc[("all", quarter), part])
 
 
@@ -700,6 +765,8 @@ def _spread(of: Machinery, model: str) -> float | None:
 QUANTITIES: dict[str, tuple[Callable[[Machinery, str], float | None], str, str]] = {
     "squared query norms, share of the highest quarter": (partial(_share_of_norm, 0), "norms", ".1%"),
     "squared query norms, share of the lowest quarter": (partial(_share_of_norm, 3), "norms", ".1%"),
+    "log10 of the queries' mean frequency, per position": (partial(_turning, per_token=False), "norms", ".3f"),
+    "log10 of the queries' mean frequency, per token": (_turning, "increments", ".3f"),
     "positional heads, share of all": (_positional, "positional", ".1%"),
     "residual part, early queries": (partial(_part, "absolute", "residual", 0), "absolute", ".4f"),
     "residual part, late queries": (partial(_part, "absolute", "residual", LATE), "absolute", ".4f"),
@@ -718,22 +785,20 @@ def together(of: Machinery) -> Finding:
     """Do learned increments change which frequencies are used, how absolute position leaks, how heads disperse?"""
     title = "What learned increments change about all this"
     reported = "nothing."
-    rule = (
-        "no figure to compare with: a change is one where the interval over seeds of the difference to RoPE (preset "
-        f"{of.suite.folder.name}, Student's t, the same seeds) lies on one side of 0. With {2 * len(QUANTITIES)} "
-        "intervals about one would by chance."
-    )
     runs = {variant: of.runs(variant) for variant in ("static", "shared", "per_layer")}
     paired = {variant: sorted(set(runs[variant]) & set(runs["static"])) for variant in ("shared", "per_layer")}
     if any(of.table(model, "norms") is None for model in SHIPPED) or min(map(len, paired.values())) < 2:
-        return Finding(title, reported, *_not_measured("norms, absolute and dispersion, at two seeds,"), rule)
+        return Finding(title, reported, *_not_measured("norms, absolute and dispersion, at two seeds,"), "")
     lines = [
         f"| quantity | {' | '.join(SHIPPED)} | shared minus RoPE, over seeds | per layer minus RoPE |",
         "|---|---|---|---|---|---|",
     ]
-    changed = []
-    for name, (read, _, form) in QUANTITIES.items():
-        cells = ["" if value is None else f"{value:{form}}" for value in (read(of, model) for model in SHIPPED)]
+    changed, count = [], 0
+
+    def compared(read: Callable[[Machinery, str], float | None], name: str, form: str) -> list[str]:
+        """The differences to RoPE of each source, and a note of those that an interval tells from 0."""
+        nonlocal count
+        cells = []
         for variant, seeds in paired.items():
             pairs = [(read(of, runs[variant][seed]), read(of, runs["static"][seed])) for seed in seeds]
             differences = np.array([ours - base for ours, base in pairs if ours is not None and base is not None])
@@ -742,20 +807,48 @@ def together(of: Machinery) -> Finding:
                 continue
             low, high = t_interval(differences)
             row = {"difference": differences.mean(), "low": low, "high": high}
-            cells.append(f"{with_interval(row, 'difference', f'+{form}')}, n = {len(differences)}")
+            written = with_interval(row, "difference", f"+{form}")
+            cells.append(f"{written}, n = {len(differences)}")
+            count += 1
             if low > 0 or high < 0:
-                changed.append(f"{name} ({variant.replace('_', ' ')} {with_interval(row, 'difference', f'+{form}')})")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+                changed.append(f"{name} ({variant.replace('_', ' ')} {written})")
+        return cells
+
+    for name, (read, _, form) in QUANTITIES.items():
+        cells = ["" if value is None else f"{value:{form}}" for value in (read(of, model) for model in SHIPPED)]
+        lines.append(f"| {' | '.join([name, *cells, *compared(read, name, form)])} |")
     lines += [
         "",
         "The three shipped models (preset base, one seed each), and differences over n seeds of the preset "
         f"{of.suite.folder.name}; of shares, in points. Quarters are of the rotary frequencies, norms means over "
-        "tokens. Parts are means over layers and heads, nats squared; what goes "
-        "with the first embedding is the mean of four replacements. On a ruler positions are equal steps apart, "
-        "each text's own mean, so that nothing leaks through the rotation and distances keep their scale; a model with "
-        "learned increments is then off what it was trained on.",
+        "tokens. A mean increment of c turns every frequency of its layer c times as fast, so frequencies per token "
+        "are what layers of different steps can be compared in; they are in radians. Parts are means over layers and "
+        "heads, nats squared; what goes "
+        "with the first embedding is the mean of four replacements. On a ruler positions are equal steps apart, each "
+        "text's own mean, so that nothing leaks through the rotation and distances keep their scale; a model with "
+        "learned increments is then off what it was trained on. Layer by layer, the frequency per token and the mean "
+        "increment, over the same seeds:",
+        "",
+        "| layer | RoPE | shared minus RoPE | per layer minus RoPE | mean increment, shared | per layer |",
+        "|---|---|---|---|---|---|",
     ]
-    sentence = f"{len(changed)} of {2 * len(QUANTITIES)} differences over seeds: {'; '.join(changed) or 'none'}."
+    layers = sorted(set(pd.concat([_query_norms(of, model) for model in runs["static"].values()])["layer"]))
+    for layer in layers:
+        read = partial(_turning, layer=layer)
+        own = np.mean([read(of, model) for model in runs["static"].values()])
+        steps = [
+            [found[layer] for seed in seeds if (found := _steps(of, runs[variant][seed])) is not None]
+            for variant, seeds in paired.items()
+        ]
+        cells = [f"{own:.3f}", *compared(read, f"frequency per token, layer {layer}", ".3f")]
+        cells += [", ".join(f"{step:.2f}" for step in of_seeds) for of_seeds in steps]
+        lines.append(f"| {layer} | {' | '.join(cells)} |")
+    sentence = f"{len(changed)} of {count} differences over seeds: {'; '.join(changed) or 'none'}."
+    rule = (
+        "no figure to compare with: a change is one where the interval over seeds of the difference to RoPE (preset "
+        f"{of.suite.folder.name}, Student's t, the same seeds) lies on one side of 0. Of {count} intervals "
+        f"{count / 20:.1f} would by chance."
+    )
     files = of.files(sorted({name for _, name, _ in QUANTITIES.values()}), *SHIPPED)
     return Finding(title, reported, "new", sentence, rule, lines, [*files, f"{of.folder}/{of.suite.folder.name}-*/"])
 

@@ -4,6 +4,7 @@
     results/machinery/smollm2-135m-instruct/positional.csv  heads that attend to a fixed offset
     results/machinery/smollm2-135m-instruct/truncated.csv   the loss without the lowest, or the highest, frequencies
     results/machinery/smollm2-135m-instruct/absolute.csv    the two parts of absolute position
+    results/machinery/bilingual-shared/increments.csv       increments by layer and kind of token
     results/machinery/bilingual-shared/held.csv             the same with positions on a ruler of equal steps
     results/machinery/smollm2-135m-instruct/drops.csv       what goes with the first token's embedding
     results/machinery/smollm2-135m-instruct/sinks.csv       attention to position 0
@@ -29,6 +30,7 @@ from lens_positions.analysis.absolute_position import (
     fingerprints,
     replacement_effects,
 )
+from lens_positions.analysis.categories import increments_by_category
 from lens_positions.analysis.dispersion import adaptive_temperature, attention_dispersion, loss_by_length
 from lens_positions.analysis.frequencies import frequency_norms, positional_heads, truncate_frequencies
 from lens_positions.analysis.reading import WINDOW
@@ -47,7 +49,7 @@ KEPT = (0.75, 0.5, 0.25, 0.0)
 COMPARED = ("static", "shared", "per_layer", *ROPE_VARIANTS)
 """Variants of a suite whose runs are measured."""
 
-OF_RUNS = ("norms", "positional", "absolute", "held", "drops", "sinks", "dispersion")
+OF_RUNS = ("increments", "norms", "positional", "absolute", "held", "drops", "sinks", "dispersion")
 """What is measured of them: what differs between sources and between architectures."""
 
 LENGTHS = (64, 128, 256, 512)
@@ -93,6 +95,13 @@ def _truncated(model: HookedPositionTransformer) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
+def _increments(model: HookedPositionTransformer) -> pd.DataFrame:
+    """Of the text that norms are measured on: an increment of c turns every frequency c times as fast."""
+    if model.position_config.source == "static":
+        raise PositionsError("the increments of this model are all 1; expected learned increments.")
+    return increments_by_category(model, _texts())
+
+
 def _held(model: HookedPositionTransformer) -> pd.DataFrame:
     """Absolute position on a ruler of each text's own mean step, so that the rotation can leak nothing."""
     if model.position_config.source == "static":
@@ -106,6 +115,7 @@ def _temperature(model: HookedPositionTransformer) -> pd.DataFrame:
 
 
 MEASUREMENTS: dict[str, Callable[[HookedPositionTransformer], pd.DataFrame]] = {
+    "increments": _increments,
     "norms": lambda model: frequency_norms(model, _texts()),
     "positional": lambda model: positional_heads(model, _texts()),
     "truncated": _truncated,
