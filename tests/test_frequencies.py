@@ -10,6 +10,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import lens_positions as lp
+from lens_positions.analysis.chunks import rotary_layout
 from lens_positions.analysis.frequencies import (
     aligned_key,
     frequency_contributions,
@@ -17,7 +18,6 @@ from lens_positions.analysis.frequencies import (
     frequency_shares,
     high_frequency_use,
     positional_heads,
-    rotary_layout,
     scores_by_distance,
     truncate_frequencies,
 )

@@ -9,6 +9,7 @@ from .absolute_position import (
 )
 from .boundaries import boundary_auc, mutual_information
 from .categories import increments_by_category
+from .chunks import rotary_layout
 from .dispersion import adaptive_temperature, attention_dispersion, loss_by_length
 from .entities import entity_grouping, matched_pairs
 from .frequencies import (
@@ -19,7 +20,6 @@ from .frequencies import (
     frequency_shares,
     high_frequency_use,
     positional_heads,
-    rotary_layout,
     scores_by_distance,
     truncate_frequencies,
 )
