@@ -222,7 +222,7 @@ def truncated_frequencies(of: Machinery) -> Finding:
             lines.append(f"| {named(model)} | {f'{kept:.0%}' if kept else 'none'} | {' | '.join(cells)} |")
         n = table.iloc[0]
         texts.append(f"{named(model)} {n['n']:,} tokens of {n['documents']} documents, windows of {n['length']} tokens")
-    angle = 360 / (2 * math.pi) * tables[SMOLLM2].iloc[0]["length"] * _lowest_quarter_from(of)
+    angle = _turned_by_lowest(of, SMOLLM2, tables[SMOLLM2].iloc[0]["length"])
     lines += [
         "",
         f"Change of loss in nats per token; {'; '.join(texts)}; intervals resample documents. Within such a window the "
@@ -240,10 +240,14 @@ def truncated_frequencies(of: Machinery) -> Finding:
     return Finding(title, reported, "new", sentence, rule, lines, of.files(["truncated"], *tables))
 
 
-def _lowest_quarter_from(of: Machinery) -> float:
-    """The highest frequency of SmolLM2's lowest quarter, in radians per position; NaN without its norms."""
-    norms = of.table(SMOLLM2, "norms")
-    return math.nan if norms is None else float(norms.loc[frequency_quarters(norms) == 3, "frequency"].max())
+def _turned_by_lowest(of: Machinery, model: str, tokens: int) -> float:
+    """How many degrees the lowest quarter of the frequencies turns at most in so many tokens; NaN unmeasured."""
+    norms = of.table(model, "norms")
+    return (
+        math.nan
+        if norms is None
+        else math.degrees(tokens * norms.loc[frequency_quarters(norms) == 3, "frequency"].max())
+    )
 
 
 def p_rope(of: Machinery) -> Finding:
@@ -283,10 +287,17 @@ def p_rope(of: Machinery) -> Finding:
             beside = "" if paired is None else f"; {with_interval(longer, 'difference', '+.3f', 'seeds_')}"
             cells.append(f"{longer['loss']:.4f}{beside}")
         lines.append(f"| {' | '.join(cells)} |")
+    context = int(suite.losses["length"].min())
+    angles = [_turned_by_lowest(of, model, context) for model in of.runs("static").values()]
     lines += [
         "",
         "Nats per byte, the same bytes at every length; differences to RoPE at the same seeds, at more contexts with "
-        "their interval over seeds. At a context of 256 the quarter that 0.75 drops turns by 15 degrees at most.",
+        "their interval over seeds."
+        + (
+            f" In a context of {context} the quarter that 0.75 drops turns by {angles[0]:.0f} degrees at most."
+            if angles
+            else ""
+        ),
     ]
     verdict, each = _judged({name: (found[name], sign) for name, (*_, sign) in pairs.items()})
     return Finding(title, reported, verdict, f"In nats per byte, over seeds: {each}.", rule, lines, [_heldout(suite)])
