@@ -354,9 +354,9 @@ def absolute_position(of: Machinery) -> Finding:
             layers = ["all", *layers[1::6], layers[-1]]
         for layer in layers:
             cells = [
-                with_interval(over.loc[(layer, quarter)], part, ".2g", f"{part}_")
+                with_interval(row, part, ".2g", f"{part}_") if row[part] > ROUNDING else "none"
                 for part in ("residual", "mask")
-                for quarter in (0, LATE)
+                for row in (over.loc[(layer, 0)], over.loc[(layer, LATE)])
             ]
             cells.append(with_interval(over.loc[(layer, 0)], "share", ".0%", "share_"))
             lines.append(f"| {name} | {layer} | {' | '.join(cells)} |")
@@ -365,9 +365,9 @@ def absolute_position(of: Machinery) -> Finding:
         "Variance over repeats of the score (residual) and of log Z (mask) at a fixed distance, nats squared, mean "
         f"over heads; {smollm2['documents'].iloc[0]} beginnings of pieces of held-out English, repeated, which "
         "intervals resample (pieces of one speech as if they were independent). Early and late are the first and the "
-        "last quarter of the input, which is longer in SmolLM2: compare layers within a model. The larger base is what "
-        "NTK scaling by 8 makes of 10,000, trained with from the start. With a window, a layer whose keys do not reach "
-        "back to the start has no residual part but rounding.",
+        "last quarter of the repeats, from the third on; the input is longer in SmolLM2: compare layers within a "
+        "model. The larger base is what NTK scaling by 8 makes of 10,000, trained with from the start. With a window, "
+        f"a layer whose keys do not reach back to the start has no residual part; none is below {ROUNDING:g}.",
     ]
     lower, grows, parts = [], [], []
     for seed in seeds:
