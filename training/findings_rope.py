@@ -393,7 +393,7 @@ def absolute_position(of: Machinery) -> Finding:
     files = of.files(["absolute"], *models, SMOLLM2)
     caption = (
         f"{named(SMOLLM2)}; {smollm2['documents'].iloc[0]} beginnings of held-out texts, repeated; means over heads. "
-        "Log attention = score (residual) - log Z (mask). Early, late: first and last quarter of the input. Intervals: "
+        "Log attention = score (residual) - log Z (mask). Early, late: first and last quarter of the repeats. Intervals: "
         "95%, of resampled texts."
     )
     figure = ("absolute", "The two parts of absolute position by layer", partial(absolute_chart, smollm2, caption))

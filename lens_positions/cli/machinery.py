@@ -113,7 +113,7 @@ def absolute(
     what = f"the beginnings of {len(given)} pieces of held-out {corpus}, repeated"
     console = headed(
         f"{loaded.name}: variance of log attention over absolute positions, {what}",
-        "nats squared, mean over heads, early and late quarter of the input; attention to position 0 (largest head); "
+        "nats squared, mean over heads, early and late quarter of the repeats; attention to position 0 (largest head); "
         "95% intervals resample pieces",
     )
     sides = {"early": overall[overall["quarter"] == 0], "late": overall[overall["quarter"] == QUARTERS - 1]}
