@@ -188,8 +188,7 @@ def replacement_effects(
     """How much of the residual part goes when the embedding at position 0 is replaced, at early and late queries.
 
     Ruscio et al. report 40% at early queries. Early is the first quarter of the repeats that are looked at, from the
-    third on, late the last. Another token and
-    noise are drawn four times, each time for each text alone, and averaged.
+    third on, late the last. Another token and noise are drawn four times, each time for each text alone, and averaged.
 
     Args, errors: as `absolute_variation` and `replace_first`.
 
