@@ -222,7 +222,7 @@ def truncated_frequencies(of: Machinery) -> Finding:
             lines.append(f"| {named(model)} | {f'{kept:.0%}' if kept else 'none'} | {' | '.join(cells)} |")
         n = table.iloc[0]
         texts.append(f"{named(model)} {n['n']:,} tokens of {n['documents']} documents, windows of {n['length']} tokens")
-    angle = _turned_by_lowest(of, SMOLLM2, tables[SMOLLM2].iloc[0]["length"])
+    angle = _turned_by_lowest(of, SMOLLM2, int(tables[SMOLLM2].iloc[0]["length"]))
     lines += [
         "",
         f"Change of loss in nats per token; {'; '.join(texts)}; intervals resample documents. Within such a window the "
@@ -393,8 +393,8 @@ def absolute_position(of: Machinery) -> Finding:
     files = of.files(["absolute"], *models, SMOLLM2)
     caption = (
         f"{named(SMOLLM2)}; {smollm2['documents'].iloc[0]} beginnings of held-out texts, repeated; means over heads. "
-        "Log attention = score (residual) - log Z (mask). Early, late: first and last quarter of the repeats. Intervals: "
-        "95%, of resampled texts."
+        "Log attention = score (residual) - log Z (mask). Early, late: first and last quarter of the repeats. "
+        "Intervals: 95%, of resampled texts."
     )
     figure = ("absolute", "The two parts of absolute position by layer", partial(absolute_chart, smollm2, caption))
     return Finding(title, reported, verdict, f"At early queries, {'; '.join(parts)}.", rule, lines, files, figure)
