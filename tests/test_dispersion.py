@@ -53,7 +53,10 @@ def test_what_a_mask_hides_stays_hidden(hidden):
 @pytest.mark.parametrize(
     ("name", "says"),
     {
-        "JetMoeForCausalLM": "computes its pattern before TransformerLens shows its scores",
+        **dict.fromkeys(
+            ("JetMoeForCausalLM", "GPTJForCausalLM", "Gemma4ForCausalLM"),
+            "computes its pattern before TransformerLens shows its scores",
+        ),
         "GptOssForCausalLM": "not the softmax of its scores",
         "RecurrentGemmaForCausalLM": "layer 1 shows no attn_scores in TransformerLens",
     }.items(),
