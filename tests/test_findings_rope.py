@@ -183,6 +183,14 @@ def test_architectures_are_judged_by_their_residual_part(machinery, ntk, window,
     assert absolute_position(machinery).verdict == "undecided"
 
 
+def test_architectures_whose_statements_hold_at_one_seed_alone_are_not_reproduced(machinery):
+    keep(machinery, SMOLLM2, "absolute", absolute((0, *(0.1,) * 11)))
+    for seed, ntk in enumerate(((0, 0.1, 0.1, 0.1), (0, 0.4, 0.4, 0.4))):
+        for variant, residual in (("static", (0, 0.3, 0.4, 0.5)), ("ntk", ntk), ("window", (0, 0.1, 0.1, 0.1))):
+            keep(machinery, f"tiny-{variant}-{seed}", "absolute", absolute(residual))
+    assert absolute_position(machinery).verdict == "not reproduced"
+
+
 def drops(low):
     return [
         {"replacement": how, "layer": "all", "queries": queries, "drop": low + 0.1, "low": low, "high": low + 0.2}
@@ -297,10 +305,33 @@ def test_frequencies_are_compared_per_token(machinery):
             keep(machinery, f"tiny-{variant}-{seed}", "norms", moved)
             keep(machinery, f"tiny-{variant}-{seed}", "increments", steps)
     lines = {line.split(" | ")[0]: line for line in together(machinery).lines}
-    assert lines["| log10 of the queries' mean frequency, per position"].count("-1.000 (-1.000 to -1.000), n = 2") == 2
-    per_token = [lines["| log10 of the queries' mean frequency, per token"], *(lines[f"| {i}"] for i in range(4))]
+    assert lines["| mean log10 frequency of the queries, per position"].count("-1.000 (-1.000 to -1.000), n = 2") == 2
+    per_token = [lines["| mean log10 frequency of the queries, per token"], *(lines[f"| {i}"] for i in range(4))]
     assert all(line.count("0.000 (") == 2 and "1.000" not in line for line in per_token)
     assert all(lines[f"| {i}"].count("10.00, 10.00") == 2 for i in range(4))
+
+
+def test_runs_without_norms_leave_the_table_by_layer_out(machinery):
+    for model in SHIPPED:
+        keep(machinery, model, "norms", norms(2.0))
+    rows = [{"first": "common", "layer": 0, "head": 0, "share": 0.1}]
+    for variant in ("static", "shared", "per_layer"):
+        for seed in (0, 1):
+            keep(machinery, f"tiny-{variant}-{seed}", "sinks", rows)
+    found = together(machinery)
+    assert found.sentence.startswith("0 of 2 differences over seeds")
+    assert not any(line.startswith("| 0 |") for line in found.lines)
+
+
+def test_what_a_dropped_quarter_turns_by_is_that_of_the_measured_model(machinery):
+    scored(machinery, dict(zip(FRACTIONS, (1.5, 1.49, 1.52, 1.6), strict=True)))
+    own = replace(machinery, suite=Suite(machinery.suite.folder))
+    assert "degrees" not in "".join(p_rope(own).lines)
+    keep(machinery, "tiny-static-1", "norms", norms(2.0))
+    length = int(own.suite.losses["length"].min())
+    angle = math.degrees(length * 10.0**-6)  # of eight frequencies the lowest two
+    assert f"In a context of {length} the quarter that 0.75 drops turns by {angle:.0f} degrees" in p_rope(own).lines[-1]
+    assert p_rope(own).files[-1].endswith("tiny-static-1/norms.csv")
 
 
 def test_held_positions_of_learned_increments_are_not_guessed(machinery):

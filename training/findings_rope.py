@@ -223,11 +223,17 @@ def truncated_frequencies(of: Machinery) -> Finding:
         n = table.iloc[0]
         texts.append(f"{named(model)} {n['n']:,} tokens of {n['documents']} documents, windows of {n['length']} tokens")
     angle = _turned_by_lowest(of, SMOLLM2, int(tables[SMOLLM2].iloc[0]["length"]))
+    turns = (
+        ""
+        if angle is None
+        else (
+            f" Within such a window the lowest quarter of {named(SMOLLM2)}'s frequencies turns by {angle:.0f} degrees "
+            "at most: that nothing is lost without it says nothing of long contexts."
+        )
+    )
     lines += [
         "",
-        f"Change of loss in nats per token; {'; '.join(texts)}; intervals resample documents. Within such a window the "
-        f"lowest quarter of {named(SMOLLM2)}'s frequencies turns by {angle:.0f} degrees at most: that nothing is lost "
-        "without it says nothing of long contexts.",
+        f"Change of loss in nats per token; {'; '.join(texts)}; intervals resample documents.{turns}",
     ]
     by = tables[SMOLLM2].set_index(["keep", "drop"])
     largest = max(kept for kept, _ in by.index)
@@ -237,11 +243,12 @@ def truncated_frequencies(of: Machinery) -> Finding:
         f"With {largest:.0%} of its frequencies {named(SMOLLM2)}'s loss changes by {low} nats per token without the "
         f"lowest (which hardly turn in such windows) and by {high} without the highest; with none of them by {none}."
     )
-    return Finding(title, reported, "new", sentence, rule, lines, of.files(["truncated"], *tables))
+    files = of.files(["truncated"], *tables) + of.files(["norms"], SMOLLM2)
+    return Finding(title, reported, "new", sentence, rule, lines, files)
 
 
-def _turned_by_lowest(of: Machinery, model: str, tokens: int) -> float:
-    """How many degrees the lowest quarter of the frequencies turns at most in so many tokens; NaN unmeasured."""
+def _turned_by_lowest(of: Machinery, model: str, tokens: int) -> float | None:
+    """How many degrees the lowest quarter of the frequencies turns at most in so many tokens; None unmeasured."""
     norms = of.table(model, "norms")
     return (
         math.nan
@@ -288,19 +295,21 @@ def p_rope(of: Machinery) -> Finding:
             cells.append(f"{longer['loss']:.4f}{beside}")
         lines.append(f"| {' | '.join(cells)} |")
     context = int(suite.losses["length"].min())
-    angles = [_turned_by_lowest(of, model, context) for model in of.runs("static").values()]
+    measured = of.tables("norms", *of.runs("static").values())
+    angle = _turned_by_lowest(of, next(iter(measured)), context) if measured else None
+    turns = (
+        ""
+        if angle is None
+        else (f" In a context of {context} the quarter that 0.75 drops turns by {angle:.0f} degrees at most.")
+    )
     lines += [
         "",
         "Nats per byte, the same bytes at every length; differences to RoPE at the same seeds, at more contexts with "
-        "their interval over seeds."
-        + (
-            f" In a context of {context} the quarter that 0.75 drops turns by {angles[0]:.0f} degrees at most."
-            if angles
-            else ""
-        ),
+        f"their interval over seeds.{turns}",
     ]
     verdict, each = _judged({name: (found[name], sign) for name, (*_, sign) in pairs.items()})
-    return Finding(title, reported, verdict, f"In nats per byte, over seeds: {each}.", rule, lines, [_heldout(suite)])
+    files = [_heldout(suite), *of.files(["norms"], *list(measured)[:1])]
+    return Finding(title, reported, verdict, f"In nats per byte, over seeds: {each}.", rule, lines, files)
 
 
 def _judged(statements: dict[str, tuple[Any, int]]) -> tuple[Verdict, str]:
@@ -378,7 +387,9 @@ def absolute_position(of: Machinery) -> Finding:
         grows.append(growth["window"][1] and growth["window"][0] > growth["static"][0])
         parts.append(
             f"seed {seed}: share of the residual part "
-            + ", ".join(f"{name} {share[v]['share']:.0%}" for v, name in ARCHITECTURES.items())
+            + ", ".join(
+                f"{name} {with_interval(share[v], 'share', '.0%', 'share_')}" for v, name in ARCHITECTURES.items()
+            )
             + "; last layer over layer 1 "
             + ", ".join(f"{name} {growth[v][0]:.1f}" for v, name in ARCHITECTURES.items())
         )
@@ -387,7 +398,7 @@ def absolute_position(of: Machinery) -> Finding:
         verdict = "undecided"
     elif all(lower) and all(grows):
         verdict = "reproduced"
-    elif not any(lower) and not any(grows):
+    elif not all(lower) and not all(grows):
         verdict = "not reproduced"
     models = [runs[variant][seed] for variant in ARCHITECTURES for seed in seeds]
     files = of.files(["absolute"], *models, SMOLLM2)
@@ -776,8 +787,8 @@ def _spread(of: Machinery, model: str) -> float | None:
 QUANTITIES: dict[str, tuple[Callable[[Machinery, str], float | None], str, str]] = {
     "squared query norms, share of the highest quarter": (partial(_share_of_norm, 0), "norms", ".1%"),
     "squared query norms, share of the lowest quarter": (partial(_share_of_norm, 3), "norms", ".1%"),
-    "log10 of the queries' mean frequency, per position": (partial(_turning, per_token=False), "norms", ".3f"),
-    "log10 of the queries' mean frequency, per token": (_turning, "increments", ".3f"),
+    "mean log10 frequency of the queries, per position": (partial(_turning, per_token=False), "norms", ".3f"),
+    "mean log10 frequency of the queries, per token": (_turning, "increments", ".3f"),
     "positional heads, share of all": (_positional, "positional", ".1%"),
     "residual part, early queries": (partial(_part, "absolute", "residual", 0), "absolute", ".4f"),
     "residual part, late queries": (partial(_part, "absolute", "residual", LATE), "absolute", ".4f"),
@@ -837,28 +848,33 @@ def together(of: Machinery) -> Finding:
         "heads, nats squared; what goes "
         "with the first embedding is the mean of four replacements. On a ruler positions are equal steps apart, each "
         "text's own mean, so that nothing leaks through the rotation and distances keep their scale; a model with "
-        "learned increments is then off what it was trained on. Layer by layer, the frequency per token and the mean "
-        "increment, over the same seeds:",
-        "",
-        "| layer | RoPE | shared minus RoPE | per layer minus RoPE | mean increment, shared | per layer |",
-        "|---|---|---|---|---|---|",
+        "learned increments is then off what it was trained on.",
     ]
-    layers = sorted(set(pd.concat([_query_norms(of, model) for model in runs["static"].values()])["layer"]))
-    for layer in layers:
+    static = of.tables("norms", *runs["static"].values())
+    if static:
+        lines += [
+            "",
+            "Layer by layer, the mean log10 frequency of the queries per token, and the mean increment at each seed:",
+            "",
+            "| layer | RoPE | shared minus RoPE | per layer minus RoPE | mean increment, shared | per layer |",
+            "|---|---|---|---|---|---|",
+        ]
+    for layer in sorted({layer for norms in static.values() for layer in norms["layer"]}):
         read = partial(_turning, layer=layer)
-        own = np.mean([read(of, model) for model in runs["static"].values()])
+        own = np.mean([read(of, model) for model in static])
         steps = [
             [found[layer] for seed in seeds if (found := _steps(of, runs[variant][seed])) is not None]
             for variant, seeds in paired.items()
         ]
-        cells = [f"{own:.3f}", *compared(read, f"frequency per token, layer {layer}", ".3f")]
+        cells = [f"{own:.3f}", *compared(read, f"log10 frequency per token, layer {layer}", ".3f")]
         cells += [", ".join(f"{step:.2f}" for step in of_seeds) for of_seeds in steps]
         lines.append(f"| {layer} | {' | '.join(cells)} |")
     sentence = f"{len(changed)} of {count} differences over seeds: {'; '.join(changed) or 'none'}."
     rule = (
         "no figure to compare with: a change is one where the interval over seeds of the difference to RoPE (preset "
         f"{of.suite.folder.name}, Student's t, the same seeds) lies on one side of 0. Of {count} intervals "
-        f"{count / 20:.1f} would by chance."
+        f"{count / 20:.1f} would by chance; those of a quantity and of its layers, or with and without a ruler, are "
+        "related."
     )
     files = of.files(sorted({name for _, name, _ in QUANTITIES.values()}), *SHIPPED)
     return Finding(title, reported, "new", sentence, rule, lines, [*files, f"{of.folder}/{of.suite.folder.name}-*/"])

@@ -203,12 +203,11 @@ def _rope(machinery: Machinery, asked: ResultsConfig) -> Iterator[str]:
         "not known. Intervals are of 95%, over 1,000 resamples of documents or over seeds (Student's t), as each says. "
         "The rules were written when the tools had been tried on SmolLM2 and its norms and heads had been measured, "
         "but not read; those of absolute position, sinks, p-RoPE and dispersion were made stricter once, before the "
-        "files that they judge were read, and those of norms, sinks and dispersion once more after a second reading: "
-        "what is reported is more than they had asked for, and a residual stream's cosine can be that of one "
-        "component. Barbero et al.'s two statements about what RoPE can do are checked by tests: "
-        "for any query and distance a key whose score is largest exactly there, and a mean score of 0 at every "
-        "distance for Gaussian vectors "
-        "(`tests/test_frequencies.py`)."
+        "files that they judge were read, and those of norms, sinks and dispersion once more when their "
+        "results were known: for norms and dispersion more is reported than they had asked for, and a residual "
+        "stream's cosine can be that of one component. Barbero et al.'s two statements about what RoPE can do are "
+        "checked by tests: for any query and distance a key whose score is largest exactly there, and a mean score of "
+        "0 at every distance for Gaussian vectors (`tests/test_frequencies.py`)."
     )
     yield ""
     yield from _summary(findings)

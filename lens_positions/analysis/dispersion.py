@@ -129,7 +129,7 @@ def attention_dispersion(
 
     def tally(layer: int, owners: list[int], pattern: Float[Tensor, "batch head query key"], hook: HookPoint) -> None:
         pattern = pattern.detach().float()
-        sizes = seen.get((layer, pattern.shape[2]), (pattern > 0).sum(-1)[0, 0])
+        sizes = seen.get((layer, pattern.shape[2]), (pattern > 0).any(0).any(0).sum(-1))
         sizes = sizes.to(pattern.device).log().expand(pattern.shape[:-1])
         found = torch.stack([attention_entropy(pattern), pattern.amax(-1), sizes], dim=-1).transpose(1, 2)
         found = torch.cat([found.mean(2, keepdim=True), found], dim=2)
