@@ -39,6 +39,9 @@ def test_absolute_prints_draws_and_writes(saved, capsys):
     assert "residual, early" in printed
     assert len(re.findall(r"^  (?:token|mean|zeros|noise) +early  ", printed, re.MULTILINE)) == 4
     assert {"residual", "mask", "covariance", "total"} <= set(pd.read_csv(csv))
+    for other in ("drops", "sinks"):
+        assert len(pd.read_csv(saved / f"absolute_{other}.csv"))
+        assert f"absolute_{other}.csv" in "".join(printed.split())
     assert figure.stat().st_size > 1000
     assert cli.main(["absolute", str(saved / "static"), "--texts", "1"]) == 2
     assert "--texts is 1; expected at least 2" in capsys.readouterr().err
@@ -55,18 +58,6 @@ def test_positions_can_be_held(saved, capsys):
     assert printed["per_layer", False] != printed["per_layer", True]
 
 
-def test_every_table_that_is_printed_is_written(saved, capsys):
-    for command, others in {"absolute": ["drops", "sinks"], "dispersion": ["losses"], "frequencies": ["heads"]}.items():
-        given = ["--texts", "4", "--block", "4"] if command == "absolute" else []
-        given = ["--lengths", "16", "32"] if command == "dispersion" else given
-        csv = saved / f"{command}.csv"
-        assert cli.main([command, str(saved / "per_layer"), *given, "--csv", str(csv)]) == 0
-        printed = " ".join(capsys.readouterr().out.split())
-        for path in [csv, *(saved / f"{command}_{other}.csv" for other in others)]:
-            assert len(pd.read_csv(path))
-            assert path.name in printed
-
-
 def test_a_model_that_turns_nothing_has_norms_and_no_map(randomize, saved, capsys):
     static = lp.PositionConfig(source="static")
     config = lp.PositionModelConfig(d_model=32, n_layers=1, n_heads=2, n_ctx=176, rope_fraction=0.0, positions=static)
@@ -75,6 +66,7 @@ def test_a_model_that_turns_nothing_has_norms_and_no_map(randomize, saved, capsy
     assert cli.main(["frequencies", str(saved / "none"), "--csv", str(csv)]) == 0
     assert "no frequency turns in this model" in capsys.readouterr().out
     assert set(pd.read_csv(csv)["frequency"]) == {0.0}
+    assert len(pd.read_csv(saved / "none_heads.csv")) == 2
     assert cli.main(["frequencies", str(saved / "none"), "--figure", str(figure)]) == 2
     assert "no frequency of these norms turns" in capsys.readouterr().err
 
@@ -99,6 +91,7 @@ def test_dispersion_prints_draws_and_writes(saved, capsys):
     assert "even" in printed
     assert "16 tokens: " in printed
     assert set(pd.read_csv(csv)["layer"]) == {0, 1}
+    assert len(pd.read_csv(saved / "dispersion_losses.csv")) == 2
     assert figure.stat().st_size > 1000
     assert cli.main(["dispersion", str(saved / "static"), "--lengths", "12", "32"]) == 2
     assert "expected whole numbers from 2 that divide the longest" in capsys.readouterr().err
@@ -115,7 +108,7 @@ def test_tables_of_several_models_are_kept_and_left(saved, monkeypatch):
         assert list(done) == list(MEASUREMENTS)
         kept = {table: entry["rows"] for table, entry in done.items() if "refused" not in entry}
         assert all(rows == len(pd.read_csv(folder / f"{table}.csv")) for table, rows in kept.items())
-        assert set(done) - set(kept) == ({"held"} if name == "static" else set())
+        assert set(done) - set(kept) == ({"increments", "held"} if name == "static" else set())
     truncated = pd.read_csv(saved / "results" / "static" / "truncated.csv")
     assert truncated[["keep", "drop"]].values.tolist()[:3] == [[0.75, "lowest"], [0.75, "highest"], [0.5, "lowest"]]
     before = {path: path.read_bytes() for path in (saved / "results").rglob("*.*")}
@@ -139,7 +132,7 @@ def test_finished_runs_are_measured_for_what_compares_them(saved, monkeypatch):
 
 def test_bad_requests_are_one_sentence(tmp_path, capsys):
     assert main(["machinery", "--tables", "colours"]) == 2
-    assert "there is no measurement 'colours'; expected some of norms" in capsys.readouterr().err
+    assert "there is no measurement 'colours'; expected some of increments, norms" in capsys.readouterr().err
     assert main(["machinery", "--models", str(tmp_path), "--results", str(tmp_path)]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert main(["machinery", "--runs", str(tmp_path / "none")]) == 2

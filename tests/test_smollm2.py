@@ -132,6 +132,21 @@ def test_a_report_of_all_its_layers_and_heads_is_small_and_drawn(base, tmp_path,
             assert view.locator("path.arc").count() > 0
 
 
+def test_scores_are_the_sum_of_their_frequencies_and_keeping_all_of_them_changes_nothing(base, tokens):
+    model = lp.HookedPositionTransformer.from_transformers(copy.deepcopy(base[0]), base[1], "static")
+    logits, cache = model.run_with_cache(tokens)
+    seen = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).tril()
+    for layer in (0, 12, 29):
+        contributions = lp.analysis.frequency_contributions(model, tokens, layer)
+        assert contributions.terms.shape[:2] == (9, 32)
+        scores = cache[f"blocks.{layer}.attn.hook_attn_scores"][0]
+        assert (contributions.terms.sum(1) - scores)[:, seen].abs().max() < 1e-4
+    kept = lp.analysis.truncate_frequencies(model, keep=1)
+    assert torch.equal(model.run_with_hooks(tokens, fwd_hooks=kept), logits)
+    fewer = lp.analysis.truncate_frequencies(model, keep=0.75, drop="highest")
+    assert not torch.equal(model.run_with_hooks(tokens, fwd_hooks=fewer), logits)
+
+
 def test_loaded_by_name_in_bf16_and_bridged(base, tokens):
     """Read from the package, and the weights that the other tests have."""
     model = lp.HookedPositionTransformer.from_pretrained(NAME, dtype=torch.bfloat16)
@@ -176,18 +191,3 @@ def test_without_the_package_the_hub_is_asked_and_the_package_named(monkeypatch)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name))
     with pytest.raises(lp.PositionsError, match="needs the package gguf"):
         load_pretrained(NAME)
-
-
-def test_scores_are_the_sum_of_their_frequencies_and_keeping_all_of_them_changes_nothing(base, tokens):
-    model = lp.HookedPositionTransformer.from_transformers(copy.deepcopy(base[0]), base[1], "static")
-    logits, cache = model.run_with_cache(tokens)
-    seen = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).tril()
-    for layer in (0, 12, 29):
-        contributions = lp.analysis.frequency_contributions(model, tokens, layer)
-        assert contributions.terms.shape[:2] == (9, 32)
-        scores = cache[f"blocks.{layer}.attn.hook_attn_scores"][0]
-        assert (contributions.terms.sum(1) - scores)[:, seen].abs().max() < 1e-4
-    kept = lp.analysis.truncate_frequencies(model, keep=1)
-    assert torch.equal(model.run_with_hooks(tokens, fwd_hooks=kept), logits)
-    fewer = lp.analysis.truncate_frequencies(model, keep=0.75, drop="highest")
-    assert not torch.equal(model.run_with_hooks(tokens, fwd_hooks=fewer), logits)
