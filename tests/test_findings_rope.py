@@ -24,6 +24,7 @@ from training.findings_rope import (
     p_rope,
     sinks_carry_a_fingerprint,
     together,
+    truncated_frequencies,
 )
 from training.machinery import SMOLLM2
 from training.results import ResultsConfig, write_results
@@ -332,6 +333,17 @@ def test_what_a_dropped_quarter_turns_by_is_that_of_the_measured_model(machinery
     angle = math.degrees(length * 10.0**-6)  # of eight frequencies the lowest two
     assert f"In a context of {length} the quarter that 0.75 drops turns by {angle:.0f} degrees" in p_rope(own).lines[-1]
     assert p_rope(own).files[-1].endswith("tiny-static-1/norms.csv")
+
+
+def test_without_norms_nothing_is_said_of_what_the_lowest_quarter_turns_by(machinery):
+    rows = [
+        {"keep": kept, "drop": drop, "length": 512, "n": 9, "documents": 3, "difference": 0.1, "low": 0.0, "high": 0.2}
+        for kept, drop in ((0.75, "lowest"), (0.75, "highest"), (0.0, "lowest"))
+    ]
+    keep(machinery, SMOLLM2, "truncated", rows)
+    assert "degrees" not in "".join(truncated_frequencies(machinery).lines)
+    keep(machinery, SMOLLM2, "norms", norms(2.0))
+    assert f"turns by {math.degrees(512 * 10.0**-6):.0f} degrees" in truncated_frequencies(machinery).lines[-1]
 
 
 def test_held_positions_of_learned_increments_are_not_guessed(machinery):

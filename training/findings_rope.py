@@ -222,15 +222,13 @@ def truncated_frequencies(of: Machinery) -> Finding:
             lines.append(f"| {named(model)} | {f'{kept:.0%}' if kept else 'none'} | {' | '.join(cells)} |")
         n = table.iloc[0]
         texts.append(f"{named(model)} {n['n']:,} tokens of {n['documents']} documents, windows of {n['length']} tokens")
-    angle = _turned_by_lowest(of, SMOLLM2, int(tables[SMOLLM2].iloc[0]["length"]))
-    turns = (
-        ""
-        if angle is None
-        else (
+    norms, turns = of.table(SMOLLM2, "norms"), ""
+    if norms is not None:
+        angle = _turned_by_lowest(norms, int(tables[SMOLLM2].iloc[0]["length"]))
+        turns = (
             f" Within such a window the lowest quarter of {named(SMOLLM2)}'s frequencies turns by {angle:.0f} degrees "
             "at most: that nothing is lost without it says nothing of long contexts."
         )
-    )
     lines += [
         "",
         f"Change of loss in nats per token; {'; '.join(texts)}; intervals resample documents.{turns}",
@@ -247,14 +245,9 @@ def truncated_frequencies(of: Machinery) -> Finding:
     return Finding(title, reported, "new", sentence, rule, lines, files)
 
 
-def _turned_by_lowest(of: Machinery, model: str, tokens: int) -> float | None:
-    """How many degrees the lowest quarter of the frequencies turns at most in so many tokens; None unmeasured."""
-    norms = of.table(model, "norms")
-    return (
-        math.nan
-        if norms is None
-        else math.degrees(tokens * norms.loc[frequency_quarters(norms) == 3, "frequency"].max())
-    )
+def _turned_by_lowest(norms: pd.DataFrame, tokens: int) -> float:
+    """How many degrees the lowest quarter of the frequencies turns at most in so many tokens."""
+    return math.degrees(tokens * norms.loc[frequency_quarters(norms) == 3, "frequency"].max())
 
 
 def p_rope(of: Machinery) -> Finding:
@@ -294,21 +287,19 @@ def p_rope(of: Machinery) -> Finding:
             beside = "" if paired is None else f"; {with_interval(longer, 'difference', '+.3f', 'seeds_')}"
             cells.append(f"{longer['loss']:.4f}{beside}")
         lines.append(f"| {' | '.join(cells)} |")
-    context = int(suite.losses["length"].min())
-    measured = of.tables("norms", *of.runs("static").values())
-    angle = _turned_by_lowest(of, next(iter(measured)), context) if measured else None
-    turns = (
-        ""
-        if angle is None
-        else (f" In a context of {context} the quarter that 0.75 drops turns by {angle:.0f} degrees at most.")
-    )
+    files, turns = [_heldout(suite)], ""
+    if static := of.tables("norms", *of.runs("static").values()):
+        model, norms = next(iter(static.items()))
+        context = int(suite.losses["length"].min())
+        angle = _turned_by_lowest(norms, context)
+        turns = f" In a context of {context} the quarter that 0.75 drops turns by {angle:.0f} degrees at most."
+        files += of.files(["norms"], model)
     lines += [
         "",
         "Nats per byte, the same bytes at every length; differences to RoPE at the same seeds, at more contexts with "
         f"their interval over seeds.{turns}",
     ]
     verdict, each = _judged({name: (found[name], sign) for name, (*_, sign) in pairs.items()})
-    files = [_heldout(suite), *of.files(["norms"], *list(measured)[:1])]
     return Finding(title, reported, verdict, f"In nats per byte, over seeds: {each}.", rule, lines, files)
 
 
@@ -445,11 +436,7 @@ def first_embedding(of: Machinery) -> Finding:
     for name, table in tables.items():
         by: Any = table[table["layer"].astype(str) == "all"].set_index(["replacement", "queries"])
         for queries in ("early", "late"):
-            cells = [
-                "nothing to lose" if pd.isna(row["drop"]) else with_interval(row, "drop", "+.0%")
-                for row in (by.loc[(how, queries)] for how in REPLACEMENTS)
-            ]
-            lines.append(f"| {name} | {queries} | {' | '.join(cells)} |")
+            lines.append(f"| {name} | {queries} | {_drops(by.xs(queries, level='queries'))} |")
         drops[name] = by
     own = drops[named(SMOLLM2)].xs("early", level="queries")
     verdict: Verdict = "different"
@@ -471,16 +458,17 @@ def first_embedding(of: Machinery) -> Finding:
         "|---|---|---|---|---|",
     ]
     for layer, rows in layered.assign(layer=layered["layer"].astype(int)).groupby("layer"):
-        by_how: Any = rows.set_index("replacement")
-        cells = [
-            "nothing to lose" if pd.isna(row["drop"]) else with_interval(row, "drop", "+.0%")
-            for row in (by_how.loc[how] for how in REPLACEMENTS)
-        ]
-        lines.append(f"| {layer} | {' | '.join(cells)} |")
+        lines.append(f"| {layer} | {_drops(rows.set_index('replacement'))} |")
     each = ", ".join(f"{name} {with_interval(own.loc[how], 'drop', '+.0%')}" for how, name in REPLACEMENTS.items())
     sentence = f"Of {named(SMOLLM2)}'s residual part at early queries these take away: {each} (n = {n})."
     files = of.files(["drops"], *(models[name] for name in tables))
     return Finding(title, reported, verdict, sentence, rule, lines, files)
+
+
+def _drops(by: Any) -> str:
+    """The cells of what every replacement takes away, from rows by replacement."""
+    rows = [by.loc[how] for how in REPLACEMENTS]
+    return " | ".join("nothing to lose" if pd.isna(row["drop"]) else with_interval(row, "drop", "+.0%") for row in rows)
 
 
 def sinks_carry_a_fingerprint(of: Machinery) -> Finding:
@@ -725,10 +713,9 @@ def _share_of_norm(quarter: int, of: Machinery, model: str) -> float | None:
 
 
 def _steps(of: Machinery, model: str) -> Any:
-    """The mean increment of each layer; None where it was not measured."""
+    """The mean increment of each layer, or of all; None where it was not measured."""
     if _standard(of, model):
-        own = _query_norms(of, model)
-        return None if own is None else pd.Series(1.0, index=own["layer"].unique())
+        return 1.0
     increments = of.table(model, "increments")
     if increments is None:
         return None

@@ -151,7 +151,7 @@ def absolute_variation(
     rows, found = _variances(model, texts, layers, hooks, block, offsets, length)
     draws = resamples(len(rows), seed)
     size = _repeats_a_quarter(rows, block)
-    offsets = min(OFFSETS, block) if offsets is None else offsets
+    offsets = _distances(offsets, block)
     table = []
     overall = {layer: of_layer.mean(1, keepdims=True) for layer, of_layer in found.items()}
     groups: dict[int | str, np.ndarray] = {"all": np.mean(list(overall.values()), axis=0)}
@@ -236,6 +236,12 @@ def _replacement_of_batch(
     return [*hooks, *replace_first(model, how, own)]
 
 
+def _distances(offsets: int | None, block: int) -> int:
+    if offsets is None:
+        return min(OFFSETS, block)
+    return index_of(offsets, "offsets", f"a whole number from 1 to {block}, a block", least=1, most=block)
+
+
 def _repeats_a_quarter(rows: Int[Tensor, "text pos"], block: int) -> int:
     return ((rows.shape[1] - 1) // block - SKIPPED) // QUARTERS
 
@@ -274,8 +280,7 @@ def _variances(
     Hooks may depend on the number of the batch.
     """
     rows = repeated(model, texts, block, length)
-    offsets = min(OFFSETS, block) if offsets is None else offsets
-    offsets = index_of(offsets, "offsets", f"a whole number from 1 to {block}, a block", least=1, most=block)
+    offsets = _distances(offsets, block)
     names = attention_names(model, layers, "attn_scores")
     found: dict[int, list[np.ndarray]] = {layer: [] for layer in names}
     size = _repeats_a_quarter(rows, block)

@@ -122,7 +122,7 @@ def attention_dispersion(
     tallies = {(layer, of): Tally(len(documents)) for layer in names for of in octaves}
 
     seen: dict[tuple[int, int], Tensor] = {}  # keys by layer and length; in the pattern a weight may round to 0
-    scores = {layer: name.replace("hook_pattern", "hook_attn_scores") for layer, name in names.items()}
+    counted = {layer: name.replace("hook_pattern", "hook_attn_scores") for layer, name in names.items()}
 
     def count(layer: int, scores: Float[Tensor, "batch head query key"], hook: HookPoint) -> None:
         seen[layer, scores.shape[2]] = visible(scores[0, 0].detach()).sum(-1)
@@ -139,7 +139,7 @@ def attention_dispersion(
                 tallies[layer, of].add(owners, found[:, within])
 
     for rows, owners in rows_of(documents, batches, "dispersion"):
-        listen: Hooks = [(name, partial(count, layer)) for layer, name in scores.items() if name in model.hook_dict]
+        listen: Hooks = [(name, partial(count, layer)) for layer, name in counted.items() if name in model.hook_dict]
         listen += [(name, partial(tally, layer, owners)) for layer, name in names.items()]
         run(model, rows, [*(hooks or []), *listen])
     draws = resamples(len(documents), seed)
