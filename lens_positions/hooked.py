@@ -27,6 +27,7 @@ from .increments import PositionConfig
 from .pretrained import load_pretrained, save_pretrained
 from .streams import PositionStream
 from .tokenizer import END_OF_DOCUMENT, byte_labels, byte_tokenizer, is_byte_tokenizer
+from .wrappers import restored_if_refused, unwrapped
 
 TextOrTokens = str | Sequence[str] | Int[Tensor, "batch pos"] | Int[Tensor, " pos"]
 
@@ -154,11 +155,12 @@ class HookedPositionTransformer(TransformerBridge):
         Raises:
             PositionsError: as `attach_positions`, or TransformerLens has no adapter for the architecture.
         """
-        streams = getattr(model, "position_streams", None)
-        if streams is None:
-            streams = attach_positions(model, positions, table=table)
-        name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
-        return cls._bridge(model, tokenizer, name)
+        model = unwrapped(model)
+        with restored_if_refused(model):
+            if getattr(model, "position_streams", None) is None:
+                attach_positions(model, positions, table=table)
+            name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
+            return cls._bridge(model, tokenizer, name)
 
     @classmethod
     def _bridge(cls, model: Any, tokenizer: Any, name: str) -> "HookedPositionTransformer":

@@ -99,13 +99,11 @@ class LearnedIncrements(nn.Module):
         self.out = nn.Linear(hidden, n_heads or 1)
         self.per_head = n_heads is not None
         self.activation = config.activation
-        offset = {
+        self.offset = {
             "sigmoid": -math.log(config.max_increment - 1),
             "softplus": math.log(math.e - 1),
             "none": 0.0,
-        }
-        self.register_buffer("offset", torch.tensor(offset[config.activation]), persistent=False)
-        self.offset: Tensor
+        }[config.activation]
         nn.init.normal_(self.hidden.weight, std=1 / math.sqrt(d_model))
         nn.init.zeros_(self.hidden.bias)
         nn.init.zeros_(self.out.weight)

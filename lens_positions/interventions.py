@@ -417,7 +417,7 @@ class _Mean:
 
     def __call__(self, values: Tensor, chosen: Tensor, tokens: HookedTokens) -> Tensor:
         if tokens.past == 0 or self.of_prompt is None or len(self.of_prompt[0]) != len(values):
-            counted = chosen & tokens.moved()
+            counted = chosen & tokens.between()
             of_prompt = _mean(values, counted) if self.site == "increments" else _line(values, tokens)
             self.of_prompt = tuple(numbers.detach() for numbers in of_prompt)
             start, step = of_prompt
@@ -444,7 +444,7 @@ def _line(values: Tensor, tokens: HookedTokens) -> tuple[Tensor, Tensor]:
 
 
 def _shuffled(site: str, seed: int, values: Tensor, chosen: Tensor, tokens: HookedTokens) -> Tensor:
-    counted = (chosen & tokens.moved() if site == "increments" else chosen).expand(values.shape[:2]).cpu()
+    counted = (chosen & tokens.between() if site == "increments" else chosen).expand(values.shape[:2]).cpu()
     draws = torch.rand(counted.shape, generator=torch.Generator().manual_seed(seed))
     order = torch.arange(values.shape[1]).repeat(len(counted), 1)
     for row, (mask, draw) in enumerate(zip(counted, draws, strict=True)):
