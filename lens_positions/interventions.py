@@ -27,9 +27,9 @@ recorded on the prompt leave them as they are. A list with a mean serves one gen
 
 An intervention that can only write what is there is refused when it is made, since its null result would be read as a
 finding: a factor of 1, a gap longer by 0, and on a static model, whose increments are all 1.0, ablating them to 1.0,
-their mean or a shuffle, ablating positions to steps of 1.0, and patching in what a static model recorded. Positions of
-a static model can be shuffled, or put on a ruler (they need not be even where documents are packed), and `freeze` is
-never refused: it holds values against other edits, those of a static model too.
+their mean or a shuffle, ablating positions to steps of 1.0, and patching in what a static model recorded. Not refused,
+as they act beside other edits: `freeze`, which holds values, and the mean of positions, which need not be even where
+documents are packed.
 """
 
 import math
@@ -92,10 +92,12 @@ def ablate(
     """
     hooks = ablation_hooks(model, to, layers, positions, heads, site=site, seed=seed)
     if is_static(model) and (to == 1 or (site == "increments" and isinstance(to, str))):
-        has = "every increment of this model is 1.0" if site == "increments" else "positions are steps of 1.0 as it is"
+        has, held = "every increment of this model is 1.0", "freeze(cache)"
+        if site == "positions":
+            has, held = "positions of this model are steps of 1.0", 'to="mean"'
         raise PositionsError(
             f"{has} (source static), so that ablating {site} to {to!r} changes nothing; expected another number, a "
-            f'model with learned increments, or freeze(cache, site="{site}") to hold them against other edits.'
+            f"model with learned increments, or {held} to hold them against other edits."
         )
     return hooks
 

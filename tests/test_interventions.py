@@ -347,7 +347,7 @@ def test_what_cannot_act_on_a_static_model_is_refused(per_head, gap):
             lambda: lp.ablate(model),
         "ablating increments to 'mean' changes nothing": lambda: lp.ablate(model, to="mean", layers=1),
         "ablating increments to 'shuffle' changes nothing": lambda: lp.ablate(model, to="shuffle", positions=[2, 4]),
-        "positions are steps of 1.0 as it is (source static), so that ablating positions to 1":
+        "positions of this model are steps of 1.0 (source static), so that ablating positions to 1":
             lambda: lp.ablate(model, to=1, site="positions"),
         "factor is 1, which": lambda: lp.scale(model, 1.0),
         "factor is 1": lambda: lp.scale(model, 1.0, site="positions"),
