@@ -1,6 +1,7 @@
 """lens-positions: the distance between tokens as an activation in TransformerLens."""
 
 from . import analysis, causal, corpora, viz
+from ._version import __version__
 from .attach import PositionStreams, attach_positions
 from .errors import PositionsError
 from .hooked import HookedPositionTransformer, PositionModelConfig
@@ -14,6 +15,7 @@ __all__ = [
     "PositionModelConfig",
     "PositionStreams",
     "PositionsError",
+    "__version__",
     "ablate",
     "add_gap",
     "analysis",

@@ -1,7 +1,8 @@
 """HookedPositionTransformer: a TransformerBridge whose increments and positions are hook points.
 
 Everything that TransformerLens does with a bridge works here (`run_with_cache`, `run_with_hooks`, `hooks`,
-`generate`); this file builds one, and `pretrained.py` loads and saves what is inside it.
+`generate`); this file builds one, `calls.py` is what is heard in its calls, and `pretrained.py` loads and saves what is
+inside it.
 """
 
 import math
@@ -14,7 +15,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
-from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import (
     build_bridge_config_from_hf,
     configure_tokenizer,
@@ -22,6 +22,7 @@ from transformer_lens.model_bridge.sources._bridge_builder import (
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from .attach import PositionStreams, attach_positions
+from .calls import HookedCalls
 from .errors import PositionsError
 from .increments import PositionConfig
 from .pretrained import load_pretrained, save_pretrained
@@ -118,7 +119,7 @@ def build_model(
     return model
 
 
-class HookedPositionTransformer(TransformerBridge):
+class HookedPositionTransformer(HookedCalls):
     """A TransformerBridge whose increments and positions are activations.
 
     Attributes:

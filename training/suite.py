@@ -35,7 +35,7 @@ from jaxtyping import Float64
 from rich.console import Console
 from rich.text import Text
 
-from lens_positions import corpora
+from lens_positions import __version__, corpora
 from lens_positions.analysis.intervals import drawn_means, interval_of, resamples, t_interval
 from lens_positions.errors import PositionsError
 from lens_positions.increments import PositionConfig
@@ -330,7 +330,8 @@ def score(run: SuiteRun, corpus: TokenizedCorpus) -> None:
         "sha256": weights_of(run.folder),
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("lens_positions", "torch", "transformers")},
+            "lens_positions": __version__,
+            **{name: version(name) for name in ("torch", "transformers")},
         },
         "git": commit(),
         "device": _device(),

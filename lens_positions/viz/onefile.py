@@ -21,6 +21,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from .. import causal, corpora
+from .._version import __version__
 from ..analysis.categories import increments_by_category
 from ..analysis.losses import compared
 from ..analysis.reading import WINDOW
@@ -37,7 +38,7 @@ from .views import View, attention_view, check_page, scripts, spacing_view, styl
 ENGLISH = "The President of the United States spoke today."
 CHINESE = "中国政府今天在北京举行记者会。"
 
-PACKAGES = ("lens-positions", "torch", "transformers", "transformer-lens", "circuitsvis")
+PACKAGES = ("torch", "transformers", "transformer-lens", "circuitsvis")
 
 SNIPPET = 80
 """Characters of a text in a heading."""
@@ -107,7 +108,7 @@ def report(
         scripts=_trusted(scripts()),
         parts=parts,
         missing=[title for title, _ in planned[len(parts) :]],
-        version=version("lens-positions"),
+        version=__version__,
     )
     write_page(page, path)
     if interrupted is not None:
@@ -272,7 +273,7 @@ def _ablations(models: list[HookedPositionTransformer], texts: list[str], of: st
 def _again(models: list[HookedPositionTransformer], of: str, seed: int, command: str) -> Iterator[Piece]:
     if command:
         yield {"kind": "code", "text": command}
-    rows = [[package, version(package)] for package in PACKAGES]
+    rows = [["lens-positions", __version__], *([package, version(package)] for package in PACKAGES)]
     rows += [["Python", platform.python_version()], ["seed", str(seed)], ["text", of], ["made on", str(date.today())]]
     yield _table(["", ""], rows)
 
