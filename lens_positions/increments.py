@@ -112,13 +112,7 @@ class LearnedIncrements(nn.Module):
     def forward(self, states: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos *head"]:
         """Increments of each token, from its embedding or its residual stream."""
         x = states.to(self.out.weight.dtype)
-        if isinstance(self.norm, nn.RMSNorm):
-            # Its scale is applied after the projection, to a quarter of the width.
-            scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
-            x = functional.linear(x, self.hidden.weight * self.norm.weight) * scale + self.hidden.bias
-        else:
-            x = self.hidden(x)
-        x = self.out(functional.gelu(x))
+        x = self.out(functional.gelu(self.hidden(self.norm(x))))
         if not self.per_head:
             x = x.squeeze(-1)
         if self.activation == "none":

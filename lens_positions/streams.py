@@ -157,7 +157,8 @@ class PositionStream(nn.Module):
         """The rotary call, if increments may act in this pass."""
         if call is None:
             raise PositionsError(
-                f"layer {self.layer} has cos and sin from no rotary call of this forward pass; expected the model's own."
+                f"layer {self.layer} has cos and sin from no rotary call of this forward pass; expected the model's "
+                "own."
             )
         if self.config.learned and step.checkpointed and step.with_grad and not torch.is_grad_enabled():
             raise PositionsError(
@@ -198,9 +199,9 @@ def _visible(step: ForwardPass, call: RotaryCall, gap: str, increments: Tensor) 
 def _remember(step: ForwardPass, key: tuple[int, int], increments: Tensor, surplus: Tensor | None) -> None:
     """Keep d - 1 of all tokens in the cache that holds their keys, and which of them see which."""
     memory, visible = with_memory(step.cache), step.visible
-    for known, past, total in step.remembered:  # layers that share their increments share this
-        if known is increments and past is surplus:
-            break
+    shared = [total for known, past, total in step.remembered if known is increments and past is surplus]
+    if shared:  # by layers that share their increments
+        total = shared[0]
     else:
         total = increments.detach().to(wide_dtype(increments)) - 1
         total = total if surplus is None else torch.cat([surplus.to(total.device), total], dim=1)

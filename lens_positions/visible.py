@@ -10,8 +10,8 @@
                            sat  sat    ran  ran
                                 down        off
 
-Attention depends on p_i - p_j where token i sees token j, so the sum of a token must hold the tokens between the two and
-no others. A sliding window hides tokens that lie between: they are ancestors, though not seen.
+Attention depends on p_i - p_j where token i sees token j, so the sum of a token must hold the tokens between the two
+and no others. A sliding window hides tokens that lie between: they are ancestors, though not seen.
 """
 
 from dataclasses import dataclass
@@ -260,7 +260,7 @@ def _starts(ids: Int[Tensor, "#batch pos"]) -> Int[Tensor, "#batch pos"]:
 def _one_mask(mask: Any) -> Tensor | None:
     """The mask itself, of several kinds of layer that which hides least: full attention's."""
     if isinstance(mask, dict):
-        known = [m for name, m in mask.items() if m is not None]
+        known = [m for m in mask.values() if m is not None]
         if len(known) < len(mask):  # None hides nothing
             return None
         return _one_mask(mask.get("full_attention", known[0] if known else None))
@@ -268,8 +268,8 @@ def _one_mask(mask: Any) -> Tensor | None:
         return mask
     given = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
     raise PositionsError(
-        f"the attention mask is {given}; expected [batch, pos] or [batch, head, query, key], from which increments know "
-        "the tokens that a token sees."
+        f"the attention mask is {given}; expected [batch, pos] or [batch, head, query, key], from which increments "
+        "know the tokens that a token sees."
     )
 
 

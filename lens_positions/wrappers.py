@@ -6,9 +6,7 @@ from typing import Any
 
 from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from transformers import Pipeline
 
 from .errors import PositionsError
 
@@ -22,8 +20,8 @@ def unwrapped(model: Any) -> Any:
         PositionsError: a wrapper that has made copies or pieces of the model's weights already, and would not know of
             those of a source.
     """
-    if isinstance(model, Pipeline):
-        return unwrapped(model.model)
+    if not isinstance(model, nn.Module) and isinstance(getattr(model, "model", None), nn.Module):
+        return unwrapped(model.model)  # a pipeline of transformers
     if isinstance(model, OptimizedModule):
         return unwrapped(model._orig_mod)
     kind = type(model).__name__
@@ -32,13 +30,12 @@ def unwrapped(model: Any) -> Any:
             f"the model is wrapped in {kind}, which shares out the weights that it had; expected the model itself, "
             "wrapped after position streams are attached."
         )
-    if isinstance(model, nn.Module):
-        for name, parameter in model.named_parameters():
-            if isinstance(parameter, DTensor):
-                raise PositionsError(
-                    f"{name} is spread over several processes (DTensor); expected a model that is sharded after "
-                    "position streams are attached."
-                )
+    for name, parameter in model.named_parameters() if isinstance(model, nn.Module) else ():
+        if hasattr(parameter, "placements"):
+            raise PositionsError(
+                f"{name} is spread over several processes (DTensor); expected a model that is sharded after position "
+                "streams are attached."
+            )
     return model
 
 

@@ -11,6 +11,7 @@ from transformers import StaticCache
 import lens_positions as lp
 
 LEARNED = ("shared", "per_layer", "frozen")
+GAPS = st.sampled_from(["before", "after"])
 LOWEST = torch.finfo(torch.float32).min
 
 
