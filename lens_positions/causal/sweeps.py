@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -24,13 +24,13 @@ from transformer_lens import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 
 from ..attach import unbridged
+from ..config import SweepSite
 from ..errors import PositionsError
 from ..interventions import Hooks, Some, edited_token, finite, hook_names, index_of, streams_of
 from ..progress import tracked
 from .metrics import Metric, baseline_of, measured, place_of
 from .replay import Replay, evaluating
 
-SweepSite = Literal["increments", "positions", "rot_q", "rot_k", "resid", "pattern"]
 SITES: dict[str, tuple[str, int]] = {
     "increments": ("attn.hook_increments", 1),
     "positions": ("attn.hook_positions", 1),

@@ -2,25 +2,25 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import pandas as pd
-import torch
-from jaxtyping import Float
-from rich.console import Console
-from rich.text import Text
-from torch import Tensor
 from tyro.conf import Positional, arg
 
-from .. import causal, corpora
-from ..causal.metrics import Metric
-from ..causal.sweeps import SweepSite
+import lens_positions as lp
+
+from ..config import SweepSite
 from ..errors import PositionsError
-from ..hooked import HookedPositionTransformer
 from ..terminal import effect_cell, print_grid, print_line
-from ..viz import style
-from ..viz.effects import ABLATION_LABELS, ablation_bars, effect_map
+from ..viz import plain
 from .app import app, check_learned, check_outputs, check_text, drawn
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from rich.console import Console
+    from rich.text import Text
+    from torch import Tensor
+
+    from ..causal.metrics import Metric
 
 
 @app.command
@@ -50,10 +50,10 @@ def gaps(
     check_outputs(csv, figure)
     if wrong is not None and answer is None:
         raise PositionsError("--wrong was given without --answer; expected both, or the answer alone.")
-    loaded = HookedPositionTransformer.from_pretrained(model)
+    loaded = lp.HookedPositionTransformer.from_pretrained(model)
     tokens = loaded.to_tokens(text)
     metric, unit = _metric(loaded, tokens, answer, wrong)
-    effects = causal.gap_sweep(loaded, tokens, metric, by, layers or None)
+    effects = lp.causal.gap_sweep(loaded, tokens, metric, by, layers or None)
     what = f"{loaded.name}: {by:g} more before each token, one gap and layer at a time"
     _show_effects(loaded, tokens, effects, layers, what, unit, csv, figure)
 
@@ -88,7 +88,10 @@ def patch(
     for prompt in (clean, corrupted):
         check_text(prompt)
     check_outputs(csv, figure)
-    loaded = HookedPositionTransformer.from_pretrained(model)
+
+    import torch
+
+    loaded = lp.HookedPositionTransformer.from_pretrained(model)
     if site in ("increments", "positions"):
         check_learned(loaded, f"patching {site} does nothing", "another --site, or lens-positions gaps")
     source, tokens = loaded.to_tokens(clean), loaded.to_tokens(corrupted)
@@ -98,7 +101,7 @@ def patch(
             "many (causal.patch_sweep takes a map of tokens)."
         )
     metric, unit = _metric(loaded, tokens, answer, wrong)
-    effects = causal.patch_sweep(loaded, source, tokens, metric, site, layers or None)
+    effects = lp.causal.patch_sweep(loaded, source, tokens, metric, site, layers or None)
     with torch.no_grad():
         ends = [float(metric(loaded(prompt))[0]) for prompt in (source, tokens)]
     what = (
@@ -136,11 +139,14 @@ def ablate(
         figure: draw the changes of loss, as .png, .svg or .pdf.
     """
     check_outputs(csv, figure)
-    loaded = HookedPositionTransformer.from_pretrained(model)
+
+    from rich.console import Console
+
+    loaded = lp.HookedPositionTransformer.from_pretrained(model)
     check_learned(loaded, "ablating them does nothing", "a model with learned increments")
-    texts = corpora.heldout_excerpts(corpus, characters)
-    means = causal.token_means(loaded, corpora.training_excerpts(corpus, characters)) if tokens else None
-    found = causal.ablation_table(loaded, texts, layers or None, seed=seed, means=means)
+    texts = lp.corpora.heldout_excerpts(corpus, characters)
+    means = lp.causal.token_means(loaded, lp.corpora.training_excerpts(corpus, characters)) if tokens else None
+    found = lp.causal.ablation_table(loaded, texts, layers or None, seed=seed, means=means)
     console = Console(highlight=False)
     first = found.loss.iloc[0]
     of_text = f"{first['n']:,} tokens of {first['documents']} held-out documents of {corpus}"
@@ -157,24 +163,25 @@ def ablate(
     if figure is not None:
         caption = f"{loaded.name}; {of_text}. Intervals: 95% of resamples of documents, seed {seed}."
         with drawn(console, figure):
-            ablation_bars(found.loss, caption=caption, path=figure)
+            lp.viz.ablation_bars(found.loss, caption=caption, path=figure)
 
 
 def _metric(
-    model: HookedPositionTransformer, tokens: Tensor, answer: str | None, wrong: str | None
-) -> tuple[Metric, str]:
+    model: "lp.HookedPositionTransformer", tokens: "Tensor", answer: str | None, wrong: str | None
+) -> "tuple[Metric, str]":
     """What effects are measured on, and its name with the unit."""
     if tokens.shape[1] < 2:
         raise PositionsError("the text has one token, so there is no gap in it; expected at least two.")
     if answer is None:
-        return causal.loss(tokens), "loss, nats per token"
+        return lp.causal.loss(tokens), "loss, nats per token"
     right = _single_token(model, answer, "answer")
     if wrong is None:
-        return causal.log_probability(right), f"log probability of {answer!r}, nats"
-    return causal.logit_difference(right, _single_token(model, wrong, "wrong")), f"logit of {answer!r} minus {wrong!r}"
+        return lp.causal.log_probability(right), f"log probability of {answer!r}, nats"
+    difference = lp.causal.logit_difference(right, _single_token(model, wrong, "wrong"))
+    return difference, f"logit of {answer!r} minus {wrong!r}"
 
 
-def _single_token(model: HookedPositionTransformer, text: str, option: str) -> int:
+def _single_token(model: "lp.HookedPositionTransformer", text: str, option: str) -> int:
     check_text(text)
     ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
@@ -186,9 +193,9 @@ def _single_token(model: HookedPositionTransformer, text: str, option: str) -> i
 
 
 def _show_effects(
-    model: HookedPositionTransformer,
-    tokens: Tensor,
-    effects: Float[Tensor, "layer pos"],
+    model: "lp.HookedPositionTransformer",
+    tokens: "Tensor",
+    effects: "Float[Tensor, 'layer pos']",
     layers: tuple[int, ...],
     what: str,
     unit: str,
@@ -196,9 +203,11 @@ def _show_effects(
     figure: Path | None,
 ) -> None:
     """Effects as a grid of layers by tokens, the largest of them in a list, a file and a figure."""
+    from rich.console import Console
+
     console = Console(highlight=False)
     numbers = sorted(set(layers)) or model.position_layers
-    labels = [style.legible(label) for label in model.to_str_tokens(tokens[0])]
+    labels = [plain.legible(label) for label in model.to_str_tokens(tokens[0])]
     print_line(console, what)
     print_line(console, f"change of the {unit}; orange raises it, blue lowers it\n")
     most = float(effects.nan_to_num().abs().max())
@@ -211,6 +220,8 @@ def _show_effects(
         around = "".join(labels[max(0, t - 4) : t]) + f"⟦{labels[t]}⟧" + "".join(labels[t + 1 : t + 3])
         print_line(console, f"  {float(effects[layer, t]):+.4f}  layer {numbers[layer]}, token {t}  {around}")
     if csv is not None:
+        import pandas as pd
+
         rows = [
             {"layer": number, "position": t, "token": label, "effect": float(effects[i, t])}
             for i, number in enumerate(numbers)
@@ -221,18 +232,22 @@ def _show_effects(
     if figure is not None:
         title = "Effect of each layer and token"
         with drawn(console, figure):
-            effect_map(effects, numbers, labels, title, f"change of {unit}", what, figure)
+            lp.viz.effect_map(effects, numbers, labels, title, f"change of {unit}", what, figure)
 
 
-def _print_ablations(console: Console, found: causal.Ablations) -> None:
+def _print_ablations(console: "Console", found: "lp.causal.Ablations") -> None:
     """Change of loss, changed predictions, and attention, a row a layer."""
+    from rich.text import Text
+
+    from ..viz.effects import ABLATION_LABELS
+
     loss, attention = found.loss, found.attention
     layers, kinds = list(dict.fromkeys(loss["layer"])), list(dict.fromkeys(loss["to"]))
     rows = [layer if layer == "all" else f"layer {layer}" for layer in layers]
     columns = [ABLATION_LABELS.get(kind, f"to {kind}") for kind in kinds]
     of: Any = loss.set_index(["layer", "to"]).to_dict("index")
 
-    def cells(written: Any) -> list[list[Text]]:
+    def cells(written: Any) -> "list[list[Text]]":
         return [[Text(written(layer, kind)) for kind in kinds] for layer in layers]
 
     def change(layer: Any, kind: str) -> str:

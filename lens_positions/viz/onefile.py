@@ -33,7 +33,8 @@ from . import style
 from .effects import ABLATION_LABELS, ablation_bars
 from .measurements import kinds_chart
 from .placed import SOURCES
-from .views import View, attention_view, check_page, scripts, spacing_view, styles, tokens_view, write_page
+from .plain import check_page, visible
+from .views import View, attention_view, scripts, spacing_view, styles, tokens_view, write_page
 
 ENGLISH = "The President of the United States spoke today."
 CHINESE = "中国政府今天在北京举行记者会。"
@@ -304,7 +305,7 @@ def _table(columns: list[str], rows: Sequence[Sequence[Any]], summary: str = "",
 
 def _view(view: View, text: str, model: HookedPositionTransformer, models: list[HookedPositionTransformer]) -> Piece:
     snippet = text if len(text) <= SNIPPET else text[:SNIPPET] + "…"
-    title = "".join(c if c == " " and not snippet.isspace() else style.visible(c) for c in snippet)
+    title = "".join(c if c == " " and not snippet.isspace() else visible(c) for c in snippet)
     return {"kind": "view", "view": view, "title": title if len(models) == 1 else f"{title} · {model.name}"}
 
 
