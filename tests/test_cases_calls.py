@@ -268,9 +268,9 @@ def test_a_report_is_made_without_the_metadata_of_a_package(tmp_path, monkeypatc
     def missing(name: str) -> str:
         raise metadata.PackageNotFoundError(name)
 
-    before = set(sys.modules)
     monkeypatch.setattr(metadata, "version", missing)
-    for name in [name for name in before if name.startswith("lens_positions.viz")]:
+    monkeypatch.setattr(lp, "viz", lp.viz)  # to have it back
+    for name in [name for name in sys.modules if name.startswith("lens_positions.viz")]:
         monkeypatch.delitem(sys.modules, name)
     report = importlib.import_module("lens_positions.viz").report
     report(tiny_model(), tmp_path / "report.html", texts=["The cat sat on the mat."], characters=200)

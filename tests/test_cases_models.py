@@ -1,6 +1,7 @@
 """Situations that people reported: adapters in every form, what a refusal leaves, models that live in several places.
 
-As `test_cases.py`: the right value, or a refusal in one sentence that changes nothing. The reports are in docs/cases.md.
+As `test_cases.py`: the right value, or a refusal in one sentence that changes nothing; the reports are in
+docs/cases.md.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ import transformers
 from cases import (
     LEFT,
     ROWS,
+    SOURCES,
     assert_clear,
     assert_right,
     away,
