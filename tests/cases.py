@@ -67,6 +67,7 @@ def with_streams(model: Any, source: str, **config: Any) -> Any:
     return drawn(lp.attach_positions(model, lp.PositionConfig(source=source, **config)), model)
 
 
+@torch.no_grad()
 def drawn(streams: Any, model: Any) -> Any:
     generator = torch.Generator().manual_seed(7)
     for parameter in streams.parameters():

@@ -5,6 +5,7 @@ As `test_cases.py`: the right value, or a refusal in one sentence. The reports a
 
 import importlib
 import json
+import shutil
 import sys
 import threading
 import warnings
@@ -284,12 +285,14 @@ def test_a_report_is_made_without_the_metadata_of_a_package(tmp_path, monkeypatc
 # Files
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    lp.HookedPositionTransformer.from_transformers(streamed("shared"), lp.tokenizer.byte_tokenizer()).save_pretrained(
-        tmp_path / "model"
-    )
-    return tmp_path / "model"
+@pytest.fixture(scope="module")
+def whole_folder(tmp_path_factory: Any) -> tuple[Path, Tensor]:
+    """A saved model, and its logits."""
+    path = tmp_path_factory.mktemp("whole") / "model"
+    kind = lp.HookedPositionTransformer
+    kind.from_transformers(streamed("shared"), lp.tokenizer.byte_tokenizer()).save_pretrained(path)
+    with torch.no_grad():
+        return path, kind.from_pretrained(path)(ROWS)
 
 
 def rewritten(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -339,9 +342,10 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_folder_is_refused_or_gives_its_logits(folder, damage):
+def test_a_damaged_folder_is_refused_or_gives_its_logits(tmp_path, whole_folder, damage):
     """vllm #53537, transformers #46620: corrupted weights that load without a word."""
-    expected = lp.HookedPositionTransformer.from_pretrained(folder)(ROWS)
+    whole, expected = whole_folder
+    folder = Path(shutil.copytree(whole, tmp_path / "model"))
     DAMAGES[damage](folder)
     with right_or_refused():
         assert torch.equal(lp.HookedPositionTransformer.from_pretrained(folder)(ROWS), expected)
@@ -403,7 +407,7 @@ def test_threads_that_generate_do_not_mix(source, count):
     expected = [generated(model, tokens) for tokens in inputs]
 
     def passes(i: int) -> int:
-        return sum(not torch.equal(generated(model, inputs[i]), expected[i]) for _ in range(3))
+        return sum(not torch.equal(generated(model, inputs[i]), expected[i]) for _ in range(2))
 
     assert sum(in_threads(count, passes)) == 0
 
