@@ -27,7 +27,10 @@ from lens_positions.pretrained import load_base  # noqa: E402
 torch.set_num_threads(1)  # tiny tensors: threads cost more than they bring
 
 
-LONGEST = ("test_causal", "test_families", "test_smollm2", "test_graft", "test_training", "test_hooked")
+LONGEST = (
+    *("test_causal", "test_families", "test_smollm2", "test_graft", "test_training", "test_hooked"),
+    *("test_cases_models", "test_cases"),
+)
 
 
 SMOLLM2 = "smollm2-135m-instruct"
