@@ -33,7 +33,7 @@ from .increments import PositionConfig, build_sources
 from .passes import CurrentPass, ForwardPass, tagged_pass
 from .placement import device_of, floating_dtype
 from .rotary import RotaryCall, Rotation, moved_to, rotate, rotate_heads, tensors_of
-from .sites import RotaryAttention, Site, argument, parameters
+from .sites import Link, RotaryAttention, Site, argument, links_to, parameters
 from .streams import PositionStream, full_precision
 from .wrappers import unwrapped
 
@@ -74,8 +74,17 @@ class PositionStreams(nn.Module):
 
         return super()._apply(keep_wide, recurse)
 
-    def _begin(self, names: list[str], _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(
+        self, names: list[str], links: list[Link], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         """The model is called: a model of images and text embeds the tokens before it calls its decoder."""
+        if module._modules.get("position_streams") is not self:
+            raise PositionsError(
+                "the model's position_streams are a copy of those that run (as peft's modules_to_save and DataParallel "
+                "make them), so what trains would not act; expected the model without that copy."
+            )
+        for link in links:
+            link.refuse_replaced()
         self._current.begin(
             ForwardPass(
                 tokens=argument(names, args, kwargs, "input_ids"),
@@ -113,11 +122,19 @@ class PositionStreams(nn.Module):
         step.past_length = 0 if step.cache is None else int(step.cache.get_seq_length())
         step.embeddings = argument(names, args, kwargs, "inputs_embeds")
         step.checkpointed = any(m.training and getattr(m, "gradient_checkpointing", False) for m in layers)
+        step.paged = "read_index" in kwargs and "write_index" in kwargs
         step.with_grad = torch.is_grad_enabled()
         if self.config.source == "frozen" or step.embeddings is not None:
             self._share_increments(step)
 
-    def _finish(self, compiled: list[nn.Module], _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+    def _finish(
+        self,
+        compiled: list[nn.Module],
+        links: list[Link],
+        _module: nn.Module,
+        _args: tuple[Any, ...],
+        output: Any,
+    ) -> None:
         """The decoder returned, or failed (then there is no output)."""
         step = self._current.get()
         if step is None:
@@ -126,6 +143,8 @@ class PositionStreams(nn.Module):
         if step.own_decoder:
             self._current.end()
         if output is not None and ran < len(self.layers) and not torch.compiler.is_compiling():
+            for link in links:
+                link.refuse_replaced()
             _refuse_borrowed_graphs(compiled, ran, len(self.layers))
 
     def _end(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
@@ -184,9 +203,9 @@ class PositionStreams(nn.Module):
             if rotation is not None and call is None:
                 call = _call_behind(rotation, step)
             return step, call
-        step, its_call = tagged_pass(rotation)
-        self._current.resume(step)
-        return step, its_call
+        found = tagged_pass(rotation)
+        self._current.resume(found[0])
+        return found
 
     def _turn(self, stream: int, states: Tensor, rotation: Any, call: RotaryCall | None) -> Rotation | None:
         """The rotation of one attention in this forward pass; None where it is the model's own."""
@@ -356,19 +375,21 @@ def _hook(streams: PositionStreams, base: Any, found: RotaryAttention) -> None:
     own = [site for site in found.sites if site.leader is None]
     layers = [site.layer for site in found.sites]
     undo = streams._undo
+    reads = links_to(base, [base.get_input_embeddings()]) if streams.config.source == "shared" else []
+    layered = links_to(base, [module for site in own for module in (site.layer, site.attention, site.wrapper)])
 
     def add(*handles: Any) -> None:
         undo.extend(handle.remove for handle in handles)
 
     add(
-        base.register_forward_pre_hook(partial(streams._begin, parameters(base)), with_kwargs=True),
+        base.register_forward_pre_hook(partial(streams._begin, parameters(base), reads), with_kwargs=True),
         base.register_forward_hook(streams._end, always_call=True),
     )
     start = partial(streams._start, layers, found.wrapper(layers[0]), parameters(found.stack))
     compiled = [module for site in found.sites for module in (site.layer, site.wrapper, site.attention)]
     add(
         found.stack.register_forward_pre_hook(start, with_kwargs=True),
-        found.stack.register_forward_hook(partial(streams._finish, compiled), always_call=True),
+        found.stack.register_forward_hook(partial(streams._finish, compiled, layered), always_call=True),
     )
     add(base.get_input_embeddings().register_forward_hook(streams._note_embeddings))
     add(*(rotary.register_forward_hook(streams._note_rotary, with_kwargs=True) for rotary in found.rotary))
@@ -503,7 +524,7 @@ def _refuse_inexact_heads(site: Site, found: RotaryAttention, d_model: int, dtyp
 
 def _heads_rotate_like_halves(attention: Any, rotary: nn.Module, d_model: int, dtype: torch.dtype) -> bool:
     """Try it: the attention with its own rotation against rotated projections and the identity rotation."""
-    device, training = device_of(attention), attention.training
+    device, modes = device_of(attention), [(module, module.training) for module in attention.modules()]
     states = torch.randn(1, 8, d_model, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     hooks = []
     try:
@@ -521,7 +542,8 @@ def _heads_rotate_like_halves(attention: Any, rotary: nn.Module, d_model: int, d
     except (RuntimeError, TypeError, ValueError):
         return False
     finally:
-        attention.train(training)
+        for module, training in modes:
+            module.training = training
         for hook in hooks:
             hook.remove()
 

@@ -49,7 +49,7 @@ class StreamHookPoint(HookPoint):
         self._ctx = threading.local()
         super().__init__()
 
-    @property  # type: ignore[override]
+    @property
     def ctx(self) -> dict[str, Any]:
         """What a hook function may know, and keep, in this thread."""
         return self._ctx.__dict__

@@ -49,6 +49,7 @@ class LearnedIncrements(nn.Module):
             "softplus": math.log(math.e - 1),
             "none": 0.0,
         }[config.activation]
+        self._zeros: Tensor | None = None  # `_activated_zeros` of the last shape
         nn.init.normal_(self.hidden.weight, std=1 / math.sqrt(d_model))
         nn.init.zeros_(self.hidden.bias)
         nn.init.zeros_(self.out.weight)
@@ -60,11 +61,25 @@ class LearnedIncrements(nn.Module):
         x = self.out(functional.gelu(self.hidden(self.norm(x))))
         if not self.per_head:
             x = x.squeeze(-1)
-        if self.activation == "none":
-            return 1 + x
-        f = torch.sigmoid if self.activation == "sigmoid" else functional.softplus
-        # One shape on both sides: vectorised and scalar f may differ in the last bit, and fresh is exactly 1.
-        return f(x + self.offset) / f(torch.zeros_like(x) + self.offset)
+        return 1 + x if self.activation == "none" else self._activated(x) / self._activated_zeros(x)
+
+    def _activated(self, x: Tensor) -> Tensor:
+        x = x + self.offset
+        return torch.sigmoid(x) if self.activation == "sigmoid" else functional.softplus(x)
+
+    def _activated_zeros(self, x: Tensor) -> Tensor:
+        """The value of a fresh source, by which all are divided, so that it gives exactly 1.
+
+        It has the shape of x: vectorised and scalar functions may differ in the last bit. Computed once for a shape.
+        """
+        if torch.compiler.is_compiling():
+            return self._activated(torch.zeros_like(x))
+        known = self._zeros
+        if known is None or known.shape != x.shape or known.dtype != x.dtype or known.device != x.device:
+            with torch.no_grad(), torch.inference_mode(False):
+                known = self._activated(torch.zeros(x.shape, dtype=x.dtype, device=x.device))
+            self._zeros = known
+        return known
 
 
 class FrozenIncrements(nn.Module):

@@ -54,6 +54,7 @@ class ForwardPass:
         shared: work that layers share; `remembered` likewise, for a cache.
         turned: positions, call and rotation of a layer that others follow.
         heads: cos and sin of a layer whose heads have positions of their own.
+        paged: the cache holds pages of several texts.
         checkpointed: layers run a second time in the backward pass.
         with_grad: gradients are recorded.
         started, finished: the decoder was called; the model returned.
@@ -76,6 +77,7 @@ class ForwardPass:
     remembered: list[tuple[Tensor, Tensor | None, Tensor]] = field(default_factory=list)
     turned: dict[int, tuple[Tensor, RotaryCall, Rotation]] = field(default_factory=dict)
     heads: dict[int, CosSin] = field(default_factory=dict)
+    paged: bool = False
     checkpointed: bool = False
     with_grad: bool = False
     started: bool = False

@@ -124,8 +124,8 @@ class WithGradient(torch.autograd.Function):
         """The gradient of the positions."""
         cos, sin, w = ctx.saved_tensors
         grad_cos, grad_sin = gradients
-        angle = grad_sin.to(ctx.dtype) * cos - grad_cos.to(ctx.dtype) * sin
-        return (angle * w).sum(-1), None, None, None
+        angle = torch.addcmul(grad_sin.to(ctx.dtype) * cos, grad_cos.to(ctx.dtype), sin, value=-1)
+        return angle @ w, None, None, None
 
 
 def rotate(positions: Float[Tensor, "batch pos *head"], call: RotaryCall) -> Rotation:

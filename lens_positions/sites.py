@@ -15,6 +15,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
@@ -129,6 +130,34 @@ class TableSite(Site):
     def _put_back(self) -> None:
         if self._own:
             setattr(self.attention, self.table, self._own.pop())
+
+
+@dataclass(frozen=True)
+class Link:
+    """A module in its place in a model."""
+
+    owner: nn.Module
+    name: str
+    module: nn.Module
+
+    def refuse_replaced(self) -> None:
+        """Refuse a pass of a model in which another module stands in its place.
+
+        Raises:
+            PositionsError: one does: what streams hooked into is not what runs.
+        """
+        if self.owner._modules.get(self.name) is not self.module:
+            raise PositionsError(
+                f"{self.name} of {type(self.owner).__name__} is another module than when position streams were "
+                "attached; expected the same (detach and attach again after a change, such as an adapter)."
+            )
+
+
+def links_to(base: nn.Module, modules: list[nn.Module]) -> list[Link]:
+    """The places of some modules in a model."""
+    wanted = {id(module) for module in modules}
+    owned = [(owner, name, child) for owner in base.modules() for name, child in owner._modules.items()]
+    return [Link(owner, name, child) for owner, name, child in owned if child is not None and id(child) in wanted]
 
 
 class RotaryAttention:

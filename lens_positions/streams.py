@@ -144,17 +144,22 @@ class PositionStream(nn.Module):
             if not (hooked_at(self.hook_increments) or hooked_at(self.hook_positions)):
                 return None
             return torch.zeros(states.shape[0], length, *self.heads, dtype=wide_dtype(states), device=states.device)
-        if surplus is None or surplus.shape[1] != length:
-            known = 0 if surplus is None else surplus.shape[1]
+        if surplus is None or surplus.shape[:2] != (len(states), length):
+            known = "none" if surplus is None else f"{len(surplus)} rows of {surplus.shape[1]}"
             raise PositionsError(
-                f"the key-value cache holds {length} tokens at layer {self.layer} and positions for {known} of them; "
-                "expected a cache filled by this model with its position streams attached, changed only through "
-                "its own methods."
+                f"the key-value cache holds {len(states)} rows of {length} tokens at layer {self.layer} and positions "
+                f"for {known}; expected a cache filled by this model with its position streams attached, changed only "
+                "through its own methods."
             )
         return surplus
 
     def _known(self, call: RotaryCall | None, step: ForwardPass) -> RotaryCall:
         """The rotary call, if increments may act in this pass."""
+        if step.paged:
+            raise PositionsError(
+                "the model runs several texts in pages of one cache (continuous batching), where increments cannot "
+                "tell whose tokens a token follows; expected generate() with another cache."
+            )
         if call is None:
             raise PositionsError(
                 f"layer {self.layer} has cos and sin from no rotary call of this forward pass; expected the model's "
@@ -190,6 +195,7 @@ def _visible(step: ForwardPass, call: RotaryCall, gap: str, increments: Tensor) 
             torch.empty(0, dtype=wide_dtype(increments), device=ids.device),
             packed=step.ids_given and step.cache is None and call.axes is None,
             past=step.past_length,
+            slides=any(getattr(step.cache, "is_sliding", ())),
             real=None if memory is None else memory.real,
             ancestors=None if memory is None else memory.ancestors,
         )
@@ -210,4 +216,4 @@ def _remember(step: ForwardPass, key: tuple[int, int], increments: Tensor, surpl
     if isinstance(visible, Line) and visible.real is not None:
         memory.real = visible.real
     elif isinstance(visible, Tree):
-        memory.ancestors = visible.with_past(memory.real, memory.ancestors)
+        memory.ancestors = visible.every

@@ -132,17 +132,23 @@ class Tree:
 
     Attributes:
         ancestors: of each token of this pass, itself among them; none where it is padding.
+        every: the same of all tokens, those of the cache before these.
         past: as in `Line`; gap, wide likewise.
+        roots: tokens with no ancestor but themselves, whose increment lies before nothing.
     """
 
     ancestors: Bool[Tensor, "#batch pos total"]
+    every: Bool[Tensor, "#batch total total"]
     past: int
     gap: str
     wide: Tensor
 
     def __post_init__(self) -> None:
-        beyond_first = self.ancestors.cumsum(2) > 1
-        counted = self.ancestors & (beyond_first if self.gap == "before" else ~_diagonal(self.ancestors))
+        self.roots = self.every.sum(2) == 1
+        if self.gap == "before":
+            counted = self.ancestors & ~self.roots[:, None]
+        else:
+            counted = self.ancestors & ~_diagonal(self.ancestors)
         self._counted = counted.to(self.wide)
 
     def sum(
@@ -153,17 +159,6 @@ class Tree:
         every = own if surplus is None else torch.cat([surplus, own], dim=1)
         counted = self._counted.expand(len(every), -1, -1)
         return torch.einsum("bqk,bk...->bq...", counted, every)
-
-    def with_past(
-        self, real: Bool[Tensor, "#batch past"] | None, ancestors: Bool[Tensor, "#batch past past"] | None
-    ) -> Bool[Tensor, "#batch total total"]:
-        """The ancestors of all tokens, those of the cache before these."""
-        if self.past == 0 or (ancestors is not None and ancestors.shape[1] == self.ancestors.shape[2]):
-            return self.ancestors if ancestors is None else ancestors
-        earlier = _row(self.past, real, self.wide.device) if ancestors is None else ancestors
-        earlier = functional.pad(earlier, (0, self.ancestors.shape[1]))
-        rows = max(len(earlier), len(self.ancestors))
-        return torch.cat([earlier.expand(rows, -1, -1), self.ancestors.expand(rows, -1, -1)], dim=1)
 
     def between(self) -> Bool[Tensor, "#batch pos"]:
         """As `Line.between`: tokens that have an ancestor (gap "after": that are one)."""
@@ -186,6 +181,7 @@ def visible_tokens(
     *,
     packed: bool,
     past: int,
+    slides: bool,
     real: Bool[Tensor, "#batch past"] | None,
     ancestors: Bool[Tensor, "#batch past past"] | None,
 ) -> Visible:
@@ -200,36 +196,39 @@ def visible_tokens(
         packed: whether position ids that restart begin a new document, as in transformers where they are given
             without mask and cache.
         past: tokens of the cache.
+        slides: whether the cache drops tokens that a window has passed, so that a mask may begin after them.
         real, ancestors: what is known of the tokens of the cache; None: all are real, and in a row.
 
     Raises:
         PositionsError: a mask that does not say which tokens a token sees.
     """
     length = ids.shape[1]
+    total = past + length
     mask = _one_mask(mask)
-    if mask is None or mask.ndim == 2:
-        if mask is not None and mask.shape[1] != past + length:
-            raise PositionsError(
-                f"the attention mask has shape {tuple(mask.shape)}; expected one column for each of the "
-                f"{past + length} tokens, those of the key-value cache included."
-            )
-        mask = None if mask is None else mask.bool().to(wide.device)
-        if mask is None and real is not None:
-            mask = functional.pad(real, (0, length), value=True)
-        if ancestors is not None:
-            seen = torch.ones(1, length, past + length, dtype=torch.bool, device=wide.device).tril(past)
-            seen = seen if mask is None else seen & mask[:, None] & mask[:, past:, None]
-            return Tree(_closure(seen, real, ancestors), past, gap, wide)
-        if packed and mask is None and past == 0:
-            return Documents(_starts(ids), gap, wide)
-        return Line(past, length, gap, mask, wide)
+    if mask is not None and mask.ndim == 4:
+        seen = _seen(mask, past, length, slides).to(wide.device)
+        line = None
+        if ancestors is None and not torch.compiler.is_compiling():
+            line = _as_padding(seen, past, real)
+        if line is None:
+            return _tree(seen, past, gap, wide, real, ancestors)
+        return Line(past, length, gap, line, wide)
 
-    seen = _seen(mask, past, length).to(wide.device)
-    if ancestors is None and not torch.compiler.is_compiling():
-        line = _as_padding(seen, past, real)
-        if line is not None:
-            return Line(past, length, gap, line, wide)
-    return Tree(_closure(seen, real, ancestors), past, gap, wide)
+    if mask is not None and mask.shape[1] != total:
+        raise PositionsError(
+            f"the attention mask has shape {tuple(mask.shape)}; expected one column for each of the {total} tokens, "
+            "those of the key-value cache included."
+        )
+    mask = None if mask is None else mask.bool().to(wide.device)
+    if mask is None and real is not None:
+        mask = functional.pad(real, (0, length), value=True)
+    if ancestors is not None:
+        seen = torch.ones(1, length, total, dtype=torch.bool, device=wide.device).tril(past)
+        seen = seen if mask is None else seen & mask[:, None] & mask[:, past:, None]
+        return _tree(seen, past, gap, wide, real, ancestors)
+    if packed and mask is None and past == 0:
+        return Documents(_starts(ids), gap, wide)
+    return Line(past, length, gap, mask, wide)
 
 
 def like(x: Tensor, values: Float[Tensor, "batch pos *head"]) -> Tensor:
@@ -273,10 +272,10 @@ def _one_mask(mask: Any) -> Tensor | None:
     )
 
 
-def _seen(mask: Tensor, past: int, length: int) -> Bool[Tensor, "#batch pos total"]:
-    """Which tokens each token of this pass sees, itself and none after it."""
+def _seen(mask: Tensor, past: int, length: int, slides: bool) -> Bool[Tensor, "#batch pos total"]:
+    """Which tokens each token of this pass sees, itself among them; of two that see each other, the later one."""
     total = past + length
-    if mask.shape[2] != length or mask.shape[3] < total:
+    if mask.shape[2] != length or (mask.shape[3] < total and not slides):
         raise PositionsError(
             f"the attention mask has shape {tuple(mask.shape)}; expected {length} queries and at least {total} keys."
         )
@@ -291,7 +290,10 @@ def _seen(mask: Tensor, past: int, length: int) -> Bool[Tensor, "#batch pos tota
             f"the attention mask {tuple(mask.shape)} hides other tokens from some heads than from others; expected one "
             "for all, as a token has one position."
         )
-    seen = seen[:, 0, :, :total].tril(past)
+    seen = functional.pad(seen[:, 0, :, :total], (max(total - mask.shape[3], 0), 0))
+    now = seen[..., past:]
+    now = now & (now.tril() | ~now.transpose(1, 2))
+    seen = torch.cat([seen[..., :past], now], dim=2)
     return seen | (seen.any(2, keepdim=True) & _diagonal(seen))
 
 
@@ -300,41 +302,42 @@ def _as_padding(
 ) -> Bool[Tensor, "#batch total"] | None:
     """The padding mask that says the same, where there is one."""
     columns = seen.any(1)
-    if past and real is not None and not torch.equal(*torch.broadcast_tensors(columns[:, :past], real)):
+    known = torch.ones_like(columns[:1, :past]) if real is None else real
+    if not torch.equal(*torch.broadcast_tensors(columns[:, :past], known)):
         return None
     causal = columns[:, None] & torch.ones_like(seen[:1]).tril(past)
     of_real = columns[:, past:, None]
     return columns if torch.equal(seen & of_real, causal & of_real) else None
 
 
-def _closure(
+def _tree(
     seen: Bool[Tensor, "#batch pos total"],
+    past: int,
+    gap: str,
+    wide: Tensor,
     real: Bool[Tensor, "#batch past"] | None,
     ancestors: Bool[Tensor, "#batch past past"] | None,
-) -> Bool[Tensor, "#batch pos total"]:
+) -> Tree:
     """The ancestors of the tokens of this pass: what they see, what that sees, and so on."""
-    length, total = seen.shape[1:]
-    past = total - length
+    length = seen.shape[1]
     now, before = seen[..., past:], seen[..., :past]
     for _ in range(max(length - 1, 1).bit_length()):  # each time twice as far
         further = _through(now, now) | now
         if not torch.compiler.is_compiling() and torch.equal(further, now):
             break
         now = further
+
+    # Tokens of the cache stand in a row where nothing else is known of them.
+    if ancestors is None:
+        ancestors = torch.ones(1, past, past, dtype=torch.bool, device=seen.device).tril()
+        ancestors = ancestors if real is None else ancestors & real[:, None]
     before = _through(now, before) | before
-    if past:
-        if ancestors is None:
-            ancestors = _row(past, real, seen.device)
-        before = _through(before, ancestors) | before
-    return torch.cat([before, now], dim=2)
+    before = _through(before, ancestors) | before
 
-
-def _row(
-    length: int, real: Bool[Tensor, "#batch past"] | None, device: torch.device
-) -> Bool[Tensor, "#batch past past"]:
-    """The ancestors of tokens in a row: every real one up to each."""
-    ancestors = torch.ones(1, length, length, dtype=torch.bool, device=device).tril()
-    return ancestors if real is None else ancestors & real[:, None]
+    found = torch.cat([before, now], dim=2)
+    rows = max(len(found), len(ancestors))
+    earlier = functional.pad(ancestors, (0, length)).expand(rows, -1, -1)
+    return Tree(found, torch.cat([earlier, found.expand(rows, -1, -1)], dim=1), past, gap, wide)
 
 
 def _through(first: Bool[Tensor, "#batch i j"], then: Bool[Tensor, "#batch j k"]) -> Bool[Tensor, "#batch i k"]:

@@ -40,9 +40,10 @@ def unwrapped(model: Any) -> Any:
 
 
 @contextmanager
-def restored_if_refused(model: nn.Module) -> Iterator[None]:
+def restored_if_refused(model: Any) -> Iterator[None]:
     """Give a model its modules, hooks, settings and configuration back if the block raises."""
-    owners = [*model.modules(), *filter(None, [getattr(model, "config", None)])]
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    owners = [*modules, *filter(None, [getattr(model, "config", None)])]
     before = [(vars(owner), _noted(vars(owner))) for owner in owners]
     try:
         yield

@@ -574,9 +574,13 @@ def test_paged_generation_is_generation_or_refused(source):
     how = transformers.GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
     prompts = [row[:length].tolist() for row, length in zip(ROWS, (6, 9, 4), strict=True)]
     expected = [generated(model, torch.tensor([prompt]), max_new_tokens=4)[0].tolist() for prompt in prompts]
-    with right_or_refused():
-        found = model.generate_batch(prompts, generation_config=how, continuous_batching_config=small, warmup=False)
-        assert sorted(answer.generated_tokens for answer in found.values()) == sorted(expected)
+    found = model.generate_batch(prompts, generation_config=how, continuous_batching_config=small, warmup=False)
+    answers = [answer.generated_tokens for answer in found.values()]
+    if source == "static":
+        assert sorted(answers) == sorted(expected)
+    else:  # transformers hands the refusal on with each request
+        assert answers == [[], [], []]
+        assert all("continuous batching" in answer.error for answer in found.values())
 
 
 def test_every_report_that_a_test_names_is_listed():

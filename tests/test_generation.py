@@ -169,7 +169,7 @@ def test_cache_filled_without_streams_is_refused(tiny_stream, source):
     streams.detach()
     cache = model(TOKENS[:, :7], use_cache=True).past_key_values
     lp.attach_positions(model, config, table=state.get("shared_source.table"))
-    with pytest.raises(lp.PositionsError, match="7 tokens at layer 0 and positions for 0"):
+    with pytest.raises(lp.PositionsError, match="3 rows of 7 tokens at layer 0 and positions for none"):
         continued(model, cache, TOKENS[:, 7:])
 
 
@@ -178,7 +178,7 @@ def test_cache_changed_behind_its_back_is_refused(tiny_stream):
     cache = model(TOKENS[:, :7], use_cache=True).past_key_values
     for layer in cache.layers:
         layer.keys, layer.values = layer.keys[:, :, :-2], layer.values[:, :, :-2]
-    with pytest.raises(lp.PositionsError, match="5 tokens at layer 0 and positions for 7"):
+    with pytest.raises(lp.PositionsError, match="5 tokens at layer 0 and positions for 3 rows of 7"):
         continued(model, cache, TOKENS[:, 7:])
 
 
