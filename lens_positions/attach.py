@@ -375,7 +375,10 @@ def _hook(streams: PositionStreams, base: Any, found: RotaryAttention) -> None:
     own = [site for site in found.sites if site.leader is None]
     layers = [site.layer for site in found.sites]
     undo = streams._undo
-    reads = links_to(base, [base.get_input_embeddings()]) if streams.config.source == "shared" else []
+    hooked_into = [base.get_input_embeddings()] if streams.config.source == "shared" else []
+    if streams.config.per_head:
+        hooked_into += [projection for site in own for projection in (site.attention.q_proj, site.attention.k_proj)]
+    reads = links_to(base, hooked_into)
     layered = links_to(base, [module for site in own for module in (site.layer, site.attention, site.wrapper)])
 
     def add(*handles: Any) -> None:
