@@ -17,7 +17,7 @@ Learned increments: Long, "How Far Apart Does a Model Think Its Tokens Are?" (Le
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -69,7 +69,8 @@ class PositionConfig:
             )
         if not isinstance(self.per_head, bool):
             raise PositionsError(f"per_head is {self.per_head!r}; expected True or False.")
-        if self.hidden is not None and not (isinstance(self.hidden, int) and self.hidden >= 1):
+        whole = isinstance(self.hidden, int) and not isinstance(self.hidden, bool)
+        if self.hidden is not None and not (whole and self.hidden >= 1):
             raise PositionsError(f"hidden is {self.hidden!r}; expected a width of at least 1, or None.")
 
     @property
@@ -97,6 +98,7 @@ class LearnedIncrements(nn.Module):
         self.norm = nn.RMSNorm(d_model, eps=EPS) if normalize else nn.Identity()
         self.hidden = nn.Linear(d_model, hidden)
         self.out = nn.Linear(hidden, n_heads or 1)
+        self.normalize = normalize
         self.per_head = n_heads is not None
         self.activation = config.activation
         offset = {
@@ -114,12 +116,13 @@ class LearnedIncrements(nn.Module):
     def forward(self, states: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos *head"]:
         """Increments of each token, from its embedding or its residual stream."""
         x = states.to(self.out.weight.dtype)
-        if isinstance(self.norm, nn.RMSNorm):
+        # Modules that peft put in their places do more than multiply by a weight.
+        if self.normalize and type(self.hidden) is nn.Linear:
             # Its scale is applied after the projection, to a quarter of the width.
             scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
-            x = functional.linear(x, self.hidden.weight * self.norm.weight) * scale + self.hidden.bias
+            x = functional.linear(x, self.hidden.weight * cast(Tensor, self.norm.weight)) * scale + self.hidden.bias
         else:
-            x = self.hidden(x)
+            x = self.hidden(self.norm(x))
         x = self.out(functional.gelu(x))
         if not self.per_head:
             x = x.squeeze(-1)
@@ -131,7 +134,10 @@ class LearnedIncrements(nn.Module):
 
 
 class FrozenIncrements(nn.Module):
-    """Increments looked up by token id in a table that does not train."""
+    """Increments looked up by token id in a table that does not train; 1.0 for ids that came after it.
+
+    A vocabulary that grows once the table is there (`resize_token_embeddings`) gets standard steps.
+    """
 
     def __init__(self, table: Float[Tensor, "vocab *head"]) -> None:
         super().__init__()
@@ -140,7 +146,14 @@ class FrozenIncrements(nn.Module):
 
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos *head"]:
         """Increments of each token, from its id."""
-        return self.table[tokens]
+        known = tokens < len(self.table)
+        found = self.table[torch.where(known, tokens, 0)]
+        return torch.where(known.view(*known.shape, *[1] * (found.ndim - tokens.ndim)), found, 1.0)
+
+    def table_for(self, vocab: int) -> Float[Tensor, "vocab *head"]:
+        """The increments of so many token ids: what `forward` gives each."""
+        table = self.table[:vocab]
+        return torch.cat([table, table.new_ones(vocab - len(table), *table.shape[1:])])
 
 
 def build_sources(
