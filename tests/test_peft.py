@@ -4,6 +4,7 @@ import copy
 import re
 from pathlib import Path
 
+import families
 import pytest
 import torch
 from peft import (
@@ -517,3 +518,11 @@ def test_a_model_edited_in_a_bridge_and_its_saved_folder_agree_or_saving_is_refu
     assert tokenizer is None
     assert torch.equal(loaded(tokens).logits, now)
     assert torch.equal(H.from_pretrained(tmp_path / "model")(tokens), now)
+
+
+@pytest.mark.parametrize("name", ["Qwen2ForCausalLM", "GPTNeoXForCausalLM", "StableLmForCausalLM", "GlmForCausalLM"])
+def test_second_names_that_a_bridge_gives_to_biases_are_no_edits(tmp_path, name):
+    bridge = H.from_transformers(families.build(name), positions=lp.PositionConfig(source="per_layer"))
+    bridge.save_pretrained(tmp_path / "model")
+    tokens = families.TOKENS
+    assert torch.equal(H.from_pretrained(tmp_path / "model", attn_implementation="eager")(tokens), bridge(tokens))
