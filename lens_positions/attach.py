@@ -15,6 +15,7 @@ pass through that keyword, which all heads share: there the outputs of the query
 by head and the attention module is handed the identity rotation. Where that is not exact, attaching refuses.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -465,8 +466,28 @@ def _keep(values: list[Tensor], _module: nn.Module, _args: tuple[Any, ...], outp
 
 
 def unbridged(model: Any) -> Any:
-    """The transformers model inside a bridge, or the model itself."""
-    return model.original_model if isinstance(model, TransformerBridge) else model
+    """The transformers model inside a bridge or what peft wraps around it, or the model itself.
+
+    Raises:
+        PositionsError: peft puts tokens of its own in front, which only its wrapper does.
+    """
+    if isinstance(model, TransformerBridge):
+        return model.original_model
+    if "peft" not in sys.modules:  # what wraps no model need not be imported
+        return model
+    from peft import PeftMixedModel, PeftModel
+    from peft.tuners.tuners_utils import BaseTuner
+
+    if not isinstance(model, PeftModel | PeftMixedModel | BaseTuner):
+        return model
+    configs: dict[str, Any] = model.peft_config
+    for name, config in configs.items():
+        if config.is_prompt_learning or config.is_adaption_prompt:
+            raise PositionsError(
+                f"the adapter {name!r} of the model is {config.peft_type.value}, which puts tokens of its own in "
+                "front; expected one that adapts weights, such as LoRA."
+            )
+    return model.model if isinstance(model, BaseTuner) else unbridged(model.base_model)
 
 
 def refuse_attached(base: Any) -> None:

@@ -63,7 +63,8 @@ class PositionConfig:
             )
         if not isinstance(self.per_head, bool):
             raise PositionsError(f"per_head is {self.per_head!r}; expected True or False.")
-        if self.hidden is not None and not (isinstance(self.hidden, int) and self.hidden >= 1):
+        whole = isinstance(self.hidden, int) and not isinstance(self.hidden, bool)
+        if self.hidden is not None and not (whole and self.hidden >= 1):
             raise PositionsError(f"hidden is {self.hidden!r}; expected a width of at least 1, or None.")
 
     @property

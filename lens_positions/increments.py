@@ -83,7 +83,10 @@ class LearnedIncrements(nn.Module):
 
 
 class FrozenIncrements(nn.Module):
-    """Increments looked up by token id in a table that does not train."""
+    """Increments looked up by token id in a table that does not train; 1.0 for ids that came after it.
+
+    A vocabulary that grows once the table is there (`resize_token_embeddings`) gets standard steps.
+    """
 
     def __init__(self, table: Float[Tensor, "vocab *head"]) -> None:
         super().__init__()
@@ -92,7 +95,14 @@ class FrozenIncrements(nn.Module):
 
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos *head"]:
         """Increments of each token, from its id."""
-        return self.table[tokens]
+        known = tokens < len(self.table)
+        found = self.table[torch.where(known, tokens, 0)]
+        return torch.where(known.view(*known.shape, *[1] * (found.ndim - tokens.ndim)), found, 1.0)
+
+    def table_for(self, vocab: int) -> Float[Tensor, "vocab *head"]:
+        """The increments of so many token ids: what `forward` gives each."""
+        table = self.table[:vocab]
+        return torch.cat([table, table.new_ones(vocab - len(table), *table.shape[1:])])
 
 
 def build_sources(

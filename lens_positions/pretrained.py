@@ -6,31 +6,52 @@ and LoRA weights in peft's own files where it has them. Nothing is pickled.
 """
 
 import contextlib
-import hashlib
+import functools
 import importlib.util
 import io
 import json
 import os
-import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import transformers
+from safetensors.torch import save_file
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
+from .adapters import (
+    DESCRIPTION,
+    as_before_on_failure,
+    base_digests,
+    described_adapters,
+    merge_adapters,
+    own_weights,
+    peft_layers,
+    put_adapters,
+    refuse_lost_edits,
+    refuse_out_of_step,
+    write_adapters,
+)
 from .attach import PositionStreams, attach_positions, refuse_attached, unbridged
 from .errors import PositionsError
-from .increments import PositionConfig
-
-FORMAT = 1
-"""Version of `positions.json`; a newer one is refused."""
+from .increments import FrozenIncrements, PositionConfig
+from .saved import (
+    FORMAT,
+    TOKENIZER,
+    SavedPositions,
+    is_replaceable,
+    is_taken,
+    read_positions,
+    read_tensors,
+    refuse_changed,
+    replaced_folder,
+    seal,
+)
 
 TO_FIND_A_MODEL = ("revision", "token", "subfolder", "cache_dir", "trust_remote_code", "local_files_only")
 """What of `from_pretrained`'s arguments its tokenizer needs as well."""
@@ -54,9 +75,18 @@ def shipped_names() -> list[str]:
 
 
 def located(name_or_path: str | Path) -> str | Path:
-    """The folder of a shipped model, given its name where no file or folder here is called so; else what was given."""
+    """The folder of a shipped model, given its name where no file or folder here is called so; else what was given.
+
+    Raises:
+        PositionsError: no file can have such a name.
+    """
+    try:
+        exists = Path(name_or_path).exists()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise PositionsError(f"{str(name_or_path)[:60]!r} is no name of a model: {reason}; expected one.") from error
     name = str(name_or_path).lower()
-    return CHECKPOINTS / name if name in shipped_names() and not Path(name_or_path).exists() else name_or_path
+    return CHECKPOINTS / name if name in shipped_names() and not exists else name_or_path
 
 
 def load_pretrained(
@@ -64,16 +94,21 @@ def load_pretrained(
     positions: Literal["static"] | PositionConfig | None = None,
     *,
     base: str | Path | None = None,
+    tokenizer: Any = None,
     **kwargs: Any,
 ) -> tuple[Any, Any]:
-    """A transformers model with its streams attached, and its tokenizer.
+    """A transformers model with its streams attached, and its tokenizer; LoRA weights of an adapter are merged.
 
     Args:
         name_or_path: a saved folder, an adapter, a local transformers folder, a .gguf file, a shipped name, a name
             in PACKAGED or a hub name.
         positions: the increment source for a model that was saved without one; None is "static".
         base: where the base of an adapter is now, where its own name does not lead to it.
+        tokenizer: a tokenizer, or where one is; None takes the model's own.
         kwargs: passed to `AutoModelForCausalLM.from_pretrained` (dtype, device_map, revision, ...).
+
+    Returns:
+        The model, and its tokenizer: None for a folder that has none.
 
     Raises:
         PositionsError: as `HookedPositionTransformer.from_pretrained`.
@@ -83,22 +118,60 @@ def load_pretrained(
     if saved is not None and positions is not None:
         raise PositionsError(f"{name_or_path} has position streams of its own; expected no positions argument with it.")
     if saved is not None and saved.base is not None:
+        _checked_state(folder, saved.config)  # before a base of any size is read
         kwargs.setdefault("dtype", getattr(torch, saved.base["dtype"]))
-        model, tokenizer = load_base(base or saved.base["name"], **kwargs)
-        load_adapter(model, folder)
+        model, tokenizer = load_base(base or saved.base["name"], tokenizer=tokenizer, **kwargs)
+        load_adapter(model, folder, merge=True)
         return model, tokenizer
     if base is not None:
         raise PositionsError(f"{name_or_path} is no adapter; expected no base argument with it.")
-    model, tokenizer = load_base(name_or_path, **kwargs)
+    state = {} if saved is None else _checked_state(folder, saved.config)
+    model, tokenizer = load_base(name_or_path, tokenizer=tokenizer, **kwargs)
     if saved is None:
         attach_positions(model, positions or "static")
     else:
-        _attach_saved(model, saved, folder)
+        _attach_saved(model, saved, state, folder)
+        refuse_changed(folder, saved, others=False)
     return model, tokenizer
 
 
-def load_base(name_or_path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
+def load_base(name_or_path: str | Path, *, tokenizer: Any = None, **kwargs: Any) -> tuple[Any, Any]:
     """A transformers model as it is, without streams, and its tokenizer; arguments and errors as `load_pretrained`."""
+    where, options, hint = _found(name_or_path)
+    folder = Path(located(name_or_path))
+    saved = read_positions(folder)
+    # transformers draws its bar for a GGUF file whatever it is told.
+    with _quiet(), contextlib.redirect_stderr(io.StringIO()) if options else contextlib.nullcontext():
+        try:
+            load: Any = AutoModelForCausalLM.from_pretrained
+            if options:
+                kwargs = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)} | kwargs
+            model, info = load(where, output_loading_info=True, **options, **kwargs)
+            found = {name: kwargs[name] for name in TO_FIND_A_MODEL if name in kwargs}
+            if isinstance(tokenizer, str | Path):
+                tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+            elif tokenizer is None and _has_tokenizer(folder, saved):
+                tokenizer = AutoTokenizer.from_pretrained(where, **options, **found)
+        except Exception as error:  # the files are not ours, and transformers has many words for what is wrong in them
+            reason = " ".join(str(error).split())
+            raise PositionsError(
+                f"{name_or_path} cannot be loaded as a transformers model{hint}: {reason[:300]}"
+            ) from error
+    _refuse_other_tensors(name_or_path, info, ours=saved is not None)
+    _refuse_other_family(name_or_path, model)
+    if saved is not None:
+        refuse_changed(folder, saved, streams=False)
+        for name, weight in model.named_parameters():
+            if not weight.is_meta and not torch.isfinite(weight).all():
+                raise PositionsError(f"{name_or_path} has NaN or infinite numbers in {name}; expected finite weights.")
+    if options:  # the weights are ordinary tensors now, which transformers would not save otherwise
+        model.hf_quantizer, model.is_quantized = None, False
+        vars(model.config).pop("quantization_config", None)
+    return model, tokenizer
+
+
+def _found(name_or_path: str | Path) -> tuple[str | Path, dict[str, str], str]:
+    """Where transformers finds a model, what else it must be told, and a hint for a person where it does not."""
     where = located(name_or_path)
     options: dict[str, str] = {}
     hint = ""
@@ -122,79 +195,70 @@ def load_base(name_or_path: str | Path, **kwargs: Any) -> tuple[Any, Any]:
         )
     elif folder.is_dir() and not (folder / "config.json").is_file():
         raise PositionsError(f"{name_or_path} has no config.json; expected a folder that save_pretrained wrote.")
-    # transformers draws its bar for a GGUF file whatever it is told.
-    with _quiet(), contextlib.redirect_stderr(io.StringIO()) if options else contextlib.nullcontext():
-        try:
-            load: Any = AutoModelForCausalLM.from_pretrained
-            if options:
-                kwargs = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)} | kwargs
-            model, info = load(where, output_loading_info=True, **options, **kwargs)
-            found = {name: kwargs[name] for name in TO_FIND_A_MODEL if name in kwargs}
-            tokenizer = AutoTokenizer.from_pretrained(where, **options, **found)
-        except Exception as error:  # the files are not ours, and transformers has many words for what is wrong in them
-            reason = " ".join(str(error).split())
-            raise PositionsError(
-                f"{name_or_path} cannot be loaded as a transformers model{hint}: {reason[:300]}"
-            ) from error
+    return where, options, hint
+
+
+def _has_tokenizer(folder: Path, saved: SavedPositions | None) -> bool:
+    """Whether a folder has a tokenizer, or what is no folder may have one.
+
+    Raises:
+        PositionsError: a file is missing of the one that was saved.
+    """
+    if saved is not None and saved.tokenizer is not None:
+        for name in saved.tokenizer:
+            if not (folder / name).is_file():
+                raise PositionsError(
+                    f"{folder} has no {name}, a file of its tokenizer; expected it, or another tokenizer as tokenizer=."
+                )
+        return bool(saved.tokenizer)
+    return not folder.is_dir() or any(True for pattern in TOKENIZER for _ in folder.glob(pattern))
+
+
+def _refuse_other_tensors(name_or_path: str | Path, info: dict[str, Any], ours: bool) -> None:
     kinds = {"missing_keys": "has no", "unexpected_keys": "has an unknown", "mismatched_keys": "has a misshapen"}
-    if not (folder / "positions.json").is_file():  # others may hold what transformers no longer reads
+    if not ours:  # others may hold what transformers no longer reads
         unexpected = [key for key in map(str, info["unexpected_keys"]) if key.startswith("position_streams.")]
         info["unexpected_keys"] = unexpected
     for kind, what in kinds.items():
         if info.get(kind):
             tensor = sorted(map(str, info[kind]))[0]
             raise PositionsError(f"the checkpoint {name_or_path} {what} tensor {tensor}; expected its config's.")
-    if options:  # the weights are ordinary tensors now, which transformers would not save otherwise
-        model.hf_quantizer, model.is_quantized = None, False
-        vars(model.config).pop("quantization_config", None)
-    return model, tokenizer
 
 
-@dataclass(frozen=True)
-class SavedPositions:
-    """What positions.json says: the configuration and, for an adapter, the name, fingerprint and dtype of its base."""
-
-    config: PositionConfig
-    base: dict[str, str] | None
-
-
-def read_positions(folder: Path) -> SavedPositions | None:
-    """What a folder's positions.json says; None where it has none.
-
-    Raises:
-        PositionsError: it is damaged, or was written by a newer version.
-    """
-    path = folder / "positions.json"
-    if not path.is_file():
-        return None
-    try:
-        saved = json.loads(path.read_text("utf-8"))
-        version, values, base = saved["format"], dict(saved["positions"]), saved.get("base")
-        if base is not None:
-            base = {name: str(base[name]) for name in ("name", "sha256", "dtype")}
-            if base["dtype"] not in ("float32", "bfloat16", "float16", "float64"):
-                raise ValueError(f"dtype {base['dtype']}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise PositionsError(f"{path} is damaged ({error}); expected the JSON that save_pretrained wrote.") from error
-    if version != FORMAT:
-        raise PositionsError(f"{path} has format {version}; expected {FORMAT}: it needs a newer lens-positions.")
-    unknown = set(values) - {f.name for f in fields(PositionConfig)}
-    if unknown:
-        raise PositionsError(f"{path} has the unknown field {sorted(unknown)[0]!r}; expected those of PositionConfig.")
-    return SavedPositions(PositionConfig(**values), base)
+def _refuse_other_family(name_or_path: str | Path, model: Any) -> None:
+    """Refuse a config.json whose `architectures` are of another family than its weights were loaded as."""
+    named = model.config.architectures
+    if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+        raise PositionsError(f"{name_or_path} has architectures {str(named)[:60]!r}; expected a list of names.")
+    for name in named or ():
+        family = getattr(getattr(getattr(transformers, name, None), "config_class", None), "model_type", None)
+        if family not in (None, model.config.model_type) and not model.config.model_type.startswith(str(family)):
+            raise PositionsError(
+                f"{name_or_path} names the architecture {name}, and is a {type(model).__name__}; expected the same."
+            )
 
 
-def _read_state(folder: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(folder / "positions.safetensors")
-    except FileNotFoundError as error:
-        raise PositionsError(f"{folder} has positions.json and no positions.safetensors; expected both.") from error
-    except SafetensorError as error:
-        raise PositionsError(f"{folder / 'positions.safetensors'} is truncated or damaged: {error}") from error
+def _checked_state(folder: Path, config: PositionConfig) -> dict[str, Tensor]:
+    """The weights of a folder's streams, of a kind that its configuration can have."""
+    path = folder / "positions.safetensors"
+    state = read_tensors(path)
+    for name, tensor in state.items():
+        if tensor.dtype not in (torch.float32, torch.float64):
+            raise PositionsError(f"{path} has {tensor.dtype} in {name}; expected float32 or float64.")
+        if config.hidden is not None and name.endswith("hidden.weight") and len(tensor) != config.hidden:
+            raise PositionsError(
+                f"{path} does not fit its positions.json: {name} has {len(tensor)} rows, and hidden is "
+                f"{config.hidden}; expected the same."
+            )
+    learned = config.learned and not any(name.endswith("hidden.weight") for name in state)
+    if learned or (config.source == "frozen" and "shared_source.table" not in state):
+        raise PositionsError(
+            f"{path} does not fit its positions.json: it has no weights of a {config.source} source; expected them."
+        )
+    return state
 
 
-def _attach_saved(model: Any, saved: SavedPositions, folder: Path) -> PositionStreams:
-    state = _read_state(folder)
+def _attach_saved(model: Any, saved: SavedPositions, state: dict[str, Tensor], folder: Path) -> PositionStreams:
     streams = None
     try:
         streams = attach_positions(model, saved.config, table=state.get("shared_source.table"))
@@ -210,188 +274,187 @@ def _attach_saved(model: Any, saved: SavedPositions, folder: Path) -> PositionSt
 
 
 def fingerprint(model: Any) -> str:
-    """SHA-256 of a model's own weights, those of its streams and of LoRA left out.
+    """SHA-256 of a model's own weights, those of its streams and of adapters left out.
 
     The weights are rounded to bf16 first, so that a base is the same one in float32 and in bf16. Seconds for
     billions of weights.
     """
-    model = unbridged(model)
-    with torch.device("meta"):
-        names = sorted(name for name, _ in type(model)(model.config).named_parameters())
-    weights = _own_weights(model)
-    digest = hashlib.sha256()
-    for name in names:
-        weight = weights[name].detach().to("cpu", torch.bfloat16).contiguous()
-        digest.update(f"{name} {tuple(weight.shape)}".encode())
-        digest.update(weight.view(torch.int16).numpy().data)
-    return digest.hexdigest()
-
-
-def _own_weights(model: Any) -> dict[str, Tensor]:
-    """The state of the model underneath a bridge, streams and LoRA, by its own names."""
-    plain: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        name = name.replace("._original_component", "").replace(".base_layer.", ".")
-        if not name.startswith("position_streams.") and ".lora_" not in name:
-            plain.setdefault(name, tensor)
-    return plain
+    return base_digests(unbridged(model))[0]
 
 
 def save_adapter(model: Any, path: str | Path, *, base: str | Path) -> None:
-    """Write the streams of a model, and its LoRA weights where it has them, without the model itself.
+    """Write the streams of a model, and the peft adapters that it has, without the model itself.
 
     Args:
-        model: a transformers model, or a bridge, with streams attached; its own weights are those of the base.
+        model: a transformers model, a PeftModel or a bridge, with streams attached; its own weights are those of the
+            base, beside which adapters stand unmerged.
         path: a new folder, or an adapter to replace; it appears whole or not at all.
-        base: the name or folder that `from_pretrained` should load underneath.
+        base: the name or folder that `from_pretrained` should load underneath. Where it is a folder, its weights are
+            compared with the model's.
 
     Raises:
-        PositionsError: the folder cannot be written, or the model has no streams or folded weights.
+        PositionsError: the folder cannot be written, the model has no streams or folded weights, its own weights are
+            not those of the base, or `load_adapter` could not give back the same logits.
     """
-    from peft import PeftModel
-
     if getattr(model, "_weights_processed", False):
         raise PositionsError(
             "the weights were folded by enable_compatibility_mode(); expected the model as it was loaded."
         )
     model = unbridged(model)
-    model = model.get_base_model() if isinstance(model, PeftModel) else model
     path = Path(path)
-    saved = read_positions(path)
-    if path.is_dir() and any(path.iterdir()) and (saved is None or saved.base is None):
-        raise PositionsError(f"{path} holds other files; expected an adapter to replace, or a new folder.")
+    if is_taken(path):
+        saved = read_positions(path)
+        if saved is None or saved.base is None or not is_replaceable(path):
+            raise PositionsError(f"{path} holds other files; expected an adapter to replace, or a new folder.")
     if getattr(model, "position_streams", None) is None:
         raise PositionsError("the model has no position streams; expected attach_positions(model, ...) first.")
-    name = str(Path(base).resolve() if Path(base).exists() else base)
+    state = _streams_to_save(model)
+    described = described_adapters(model)
+    name = str(Path(base).resolve() if os.path.exists(base) else base)
     dtype = str(model.dtype).removeprefix("torch.")
-    known = {"name": name, "sha256": fingerprint(model), "dtype": dtype}
+    rounded, exact = base_digests(model)
+    _refuse_other_weights(model, exact, name, dtype)
+    known: dict[str, Any] = {"base": {"name": name, "sha256": rounded, "dtype": dtype}, "base_exact": exact}
     with _quiet(), replaced_folder(path) as folder:
-        if getattr(model, "peft_config", None):
-            model.save_pretrained(folder)  # LoRA weights alone, in peft's format
-        _write_positions(model.position_streams, folder, known)
+        if described is not None:
+            write_adapters(model, folder, name, described)
+            known["adapters"] = described
+        _write_positions(model.position_streams, state, folder, known)
 
 
-def load_adapter(model: Any, path: str | Path) -> PositionStreams:
-    """Attach the streams of an adapter to its base, and merge its LoRA weights into it where it has them.
+def _refuse_other_weights(model: Any, exact: str, base: str, dtype: str) -> None:
+    """Refuse a model whose own weights are not those of the folder that its adapter is to stand on."""
+    folder = Path(located(base))
+    if not (folder / "config.json").is_file() or getattr(model, "hf_quantizer", None) is not None:
+        return
+    stamp = tuple((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.glob("*")) if f.is_file())
+    if _folder_digest(str(folder), dtype, stamp) != exact:
+        raise PositionsError(
+            f"the model's own weights are not those of {base} to the bit; expected the base itself (weights that were "
+            "merged and unmerged are rounded; save_pretrained keeps a whole model)."
+        )
+
+
+@functools.lru_cache(maxsize=4)
+def _folder_digest(folder: str, dtype: str, _stamp: tuple[tuple[str, int, int], ...]) -> str:
+    return base_digests(load_base(folder, dtype=getattr(torch, dtype))[0])[1]
+
+
+def load_adapter(model: Any, path: str | Path, *, merge: bool = False) -> PositionStreams:
+    """Attach the streams of an adapter to its base, and put its LoRA weights in where it has them.
 
     Args:
         model: the base that the adapter was made for, as a transformers model (or, without LoRA, a bridge).
         path: a folder that `save_adapter` or a graft wrote.
+        merge: add LoRA weights to the model's own. They stay beside them otherwise, as they were trained: merging
+            changes logits by rounding.
 
     Returns:
-        The streams; `detach()` takes them off (merged LoRA weights stay).
+        The streams; `detach()` takes them off (LoRA weights stay).
 
     Raises:
-        PositionsError: there is no adapter, it is damaged, or it was made for another base. The model is untouched.
+        PositionsError: there is no adapter, it is damaged, it was made for another base, or the model has adapters
+            already. The model is untouched.
     """
     path = Path(path)
     saved = read_positions(path)
     if saved is None or saved.base is None:
         raise PositionsError(f"there is no adapter at {path}; expected a folder that save_adapter wrote.")
-    refuse_attached(unbridged(model))
-    found = fingerprint(model)
-    if found != saved.base["sha256"]:
+    base = unbridged(model)
+    refuse_attached(base)
+    there = next(iter(peft_layers(base)), None)
+    if there is not None:
+        raise PositionsError(
+            f"the model has an adapter of peft already (in {there}); expected the base alone, into which load_adapter "
+            "puts the adapter's own."
+        )
+    state = _checked_state(path, saved.config)
+    rounded, exact = base_digests(base)
+    known = saved.base_exact if str(base.dtype).removeprefix("torch.") == saved.base["dtype"] else None
+    if rounded != saved.base["sha256"] or known not in (None, exact):
         raise PositionsError(
             f"the adapter {path} was made for {saved.base['name']} (weights {saved.base['sha256'][:12]}), and this "
-            f"model's weights are {found[:12]}; expected that base."
+            f"model's weights are {rounded[:12]}; expected that base to the bit."
         )
-    has_lora = (path / "adapter_config.json").is_file()
+    has_lora = saved.adapters is not None or os.path.lexists(path / DESCRIPTION)
     if has_lora and isinstance(model, TransformerBridge):
         raise PositionsError(
             f"the adapter {path} has LoRA weights to merge; expected a transformers model outside a bridge."
         )
-    streams = _attach_saved(model, saved, path)
-    if has_lora:
-        try:
-            _merge_lora(model, path)
-        except PositionsError:
+    with _quiet(), as_before_on_failure(base):
+        tuners = put_adapters(base, path, saved.adapters) if has_lora else []
+        streams = _attach_saved(model, saved, state, path)
+        refuse_changed(path, saved)
+        if has_lora and merge:
             streams.detach()
-            raise
+            merge_adapters(base, tuners, saved.adapters)
+            streams = _attach_saved(model, saved, state, path)
     return streams
 
 
-def _merge_lora(model: Any, path: Path) -> None:
-    from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+def streams_state(model: Any) -> dict[str, Tensor]:
+    """The state of a model's streams, with a frozen table for as many tokens as the model has now.
 
-    learns = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    lora = None
-    try:
-        state = load_file(path / "adapter_model.safetensors")
-        lora = PeftModel(model, PeftConfig.from_pretrained(str(path)))
-        loaded: Any = set_peft_model_state_dict(lora, state)
-        if loaded.unexpected_keys or len(state) != sum("lora_" in name for name, _ in lora.named_parameters()):
-            raise ValueError(f"it has {len(state)} tensors that do not match the model's projections")
-    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
-        if lora is not None:
-            lora.unload()
-            _let_learn(model, learns)
-        reason = " ".join(str(error).split())
-        raise PositionsError(f"the LoRA weights in {path} are damaged or do not fit: {reason[:300]}") from error
-    lora.merge_and_unload()
-    _let_learn(model, learns)
+    Raises:
+        PositionsError: peft copied or wrapped them, or the modules that they see.
+    """
+    streams = model.position_streams
+    refuse_out_of_step(model, streams)
+    state = {name: tensor.contiguous() for name, tensor in streams.state_dict().items()}
+    if isinstance(streams.shared_source, FrozenIncrements):
+        vocab = model.get_input_embeddings().weight.shape[0]
+        state["shared_source.table"] = streams.shared_source.table_for(vocab).contiguous()
+    return state
 
 
-def _let_learn(model: Any, learns: dict[str, bool]) -> None:
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(learns[name])
+def _streams_to_save(model: Any) -> dict[str, Tensor]:
+    state = streams_state(model)
+    refuse_lost_edits(model)
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise PositionsError(f"the streams have NaN or infinite numbers in {name}; expected finite weights.")
+    return state
 
 
-def _write_positions(streams: PositionStreams, folder: Path, base: dict[str, str] | None) -> None:
-    save_file({n: t.contiguous() for n, t in streams.state_dict().items()}, folder / "positions.safetensors")
-    described: dict[str, Any] = {"format": FORMAT, "positions": asdict(streams.config)}
-    if base is not None:
-        described["base"] = base
+def _write_positions(streams: PositionStreams, state: dict[str, Tensor], folder: Path, known: dict[str, Any]) -> None:
+    save_file(state, folder / "positions.safetensors")
+    described = {"format": FORMAT, "positions": asdict(streams.config), **known}
     (folder / "positions.json").write_text(json.dumps(described, indent=2) + "\n", "utf-8")
+    seal(folder)
 
 
 def save_pretrained(model: Any, tokenizer: Any, path: str | Path) -> None:
     """Write a model with streams, in or out of a bridge, as a folder; it appears whole or not at all.
 
     Raises:
-        PositionsError: the folder cannot be written, or the model has LoRA weights of its own.
+        PositionsError: the folder cannot be written, the model has adapters of peft, or it computes with weights that
+            are not its own to save.
     """
-    path = Path(path)
-    if getattr(model, "peft_config", None):
+    path, model = Path(path), unbridged(model)
+    if peft_layers(model):
         raise PositionsError("the model has LoRA weights that are not merged; expected save_adapter for them.")
-    if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
+    if is_taken(path) and not ((path / "config.json").is_file() and is_replaceable(path)):
         raise PositionsError(f"{path} holds other files; expected a saved model to replace, or a new folder.")
-    streams: PositionStreams = model.position_streams
-    plain = _own_weights(model)
+    state = _streams_to_save(model)
+    plain = own_weights(model)
     with _quiet(), replaced_folder(path) as folder, torch.random.fork_rng(devices=[]):
         skeleton = type(model)(model.config)
         skeleton.generation_config = model.generation_config
         skeleton.to(model.dtype).load_state_dict({n: plain[n] for n in skeleton.state_dict()})
         skeleton.save_pretrained(folder)
-        if tokenizer is not None:
+        known = {"tokenizer": _write_tokenizer(tokenizer, folder)}
+        _write_positions(model.position_streams, state, folder, known)
+
+
+def _write_tokenizer(tokenizer: Any, folder: Path) -> list[str]:
+    """Save a tokenizer, and return the names of its files; none where there is no tokenizer."""
+    before = {item.name for item in folder.iterdir()}
+    if tokenizer is not None:
+        try:
             tokenizer.save_pretrained(folder)
-        _write_positions(streams, folder, None)
-
-
-@contextlib.contextmanager
-def replaced_folder(path: Path) -> Iterator[Path]:
-    """A new folder to write in, which takes the place of `path` at the end; until then `path` stays as it is.
-
-    Raises:
-        PositionsError: the place cannot be written.
-    """
-    if path.exists() and not path.is_dir():
-        raise PositionsError(f"{path} is a file; expected a folder.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True) as room:
-            staging, old = Path(room) / "new", Path(room) / "old"
-            staging.mkdir()
-            yield staging
-            try:
-                if path.exists():
-                    os.replace(path, old)
-                os.replace(staging, path)
-            except BaseException:
-                if old.exists() and not path.exists():
-                    os.replace(old, path)
-                raise
-    except (OSError, SafetensorError) as error:
-        raise PositionsError(f"{path} cannot be written: {error}; expected a writable folder with room.") from error
+        except Exception as error:  # the tokenizers library has no class of its own for a full disk
+            raise OSError(str(error)) from error
+    return sorted({item.name for item in folder.iterdir()} - before)
 
 
 @contextlib.contextmanager

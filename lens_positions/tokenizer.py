@@ -50,8 +50,14 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def is_byte_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the ids of `tokenizer` are byte values and 256 the end of a document, built here or loaded."""
+def is_byte_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> bool:
+    """Whether the ids of `tokenizer` are byte values and 256 the end of a document, built here or loaded.
+
+    Raises:
+        PositionsError: there is none.
+    """
+    if tokenizer is None:
+        raise PositionsError("the model has no tokenizer; expected one (from_pretrained(..., tokenizer=...)).")
     return len(tokenizer) == len(_VOCABULARY) and tokenizer.get_vocab() == _VOCABULARY
 
 

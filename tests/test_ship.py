@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import lens_positions as lp
 from lens_positions import corpora, pretrained
 from lens_positions.pretrained import fingerprint, load_base, load_pretrained, shipped_names
+from lens_positions.saved import sha256_of_file
 from training import suite as suite_module
 from training.__main__ import main
 from training.config import GraftConfig, TrainConfig
@@ -92,8 +93,14 @@ def logits_of(model):
 def test_a_shipped_model_is_the_run_with_rounded_weights(name, variant, shipped, done):
     folder, run = shipped[0] / name, done / "runs" / f"{variant}-0" / "model"
     assert {w.dtype for w in load_file(folder / "model.safetensors").values()} == {torch.float16}
-    for file in ("positions.json", "positions.safetensors", "config.json", "tokenizer.json"):
+    for file in ("positions.safetensors", "config.json", "tokenizer.json"):
         assert (folder / file).read_bytes() == (run / file).read_bytes()
+    described = [json.loads((place / "positions.json").read_text("utf-8")) for place in (folder, run)]
+    assert [
+        d.pop("files")["model.safetensors"] == sha256_of_file(place / "model.safetensors")
+        for d, place in zip(described, (folder, run), strict=True)
+    ] == [True, True]
+    assert described[0] == described[1]
     expected, _ = load_pretrained(run)
     exact = logits_of(expected)
     with torch.no_grad():

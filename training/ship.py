@@ -24,7 +24,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lens_positions.errors import PositionsError
-from lens_positions.pretrained import load_pretrained, replaced_folder
+from lens_positions.pretrained import load_pretrained
+from lens_positions.saved import replaced_folder, seal
 
 from .config import TrainConfig, updated
 from .data import TokenizedCorpus, sha256_of, tokenize_corpus
@@ -146,6 +147,7 @@ def _write_rounded(model: Path, folder: Path) -> None:
     weights = load_file(model / "model.safetensors")
     rounded = {name: weight.to(torch.float16) for name, weight in weights.items()}
     save_file(rounded, folder / "model.safetensors", {"format": "pt"})
+    seal(folder)
 
 
 def _write_scores(folder: Path, name: str, corpus: TokenizedCorpus, n_ctx: int, sources: np.ndarray) -> None:
