@@ -187,7 +187,7 @@ def described_adapters(model: Any) -> dict[str, Any] | None:
         )
     for name, config in configs.items():
         _refuse_unfit(name, config)
-    tuners = {name: m for name, m in layers.items() if isinstance(m, peft_wrappers()[:1])}
+    tuners: dict[str, Any] = {name: m for name, m in layers.items() if isinstance(m, peft_wrappers()[:1])}
     for name, module in tuners.items():
         if module.merged:
             raise PositionsError(

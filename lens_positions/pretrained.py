@@ -155,7 +155,7 @@ def load_base(name_or_path: str | Path, *, tokenizer: Any = None, **kwargs: Any)
         except Exception as error:  # the files are not ours, and transformers has many words for what is wrong in them
             reason = " ".join(str(error).split())
             raise PositionsError(
-                f"{name_or_path} cannot be loaded as a transformers model{hint}: {reason[:300]}"
+                f"{name_or_path} cannot be loaded as a transformers model{hint}: {reason[:200]}"
             ) from error
     _refuse_other_tensors(name_or_path, info, ours=saved is not None)
     _refuse_other_family(name_or_path, model)
@@ -268,7 +268,7 @@ def _attach_saved(model: Any, saved: SavedPositions, state: dict[str, Tensor], f
             streams.detach()
         reason = " ".join(str(error).split())
         raise PositionsError(
-            f"{folder / 'positions.safetensors'} does not fit its positions.json: {reason[:300]}"
+            f"{folder / 'positions.safetensors'} does not fit its positions.json ({reason[:200]})."
         ) from error
     return streams
 
