@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from rich.console import Console
 from rich.text import Text
 from tyro.conf import Positional, arg
@@ -16,12 +17,13 @@ from ..analysis.reading import read
 from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
 from ..terminal import increment_cell, print_grid, print_line
+from ..text import check_text
 from ..viz import style
-from ..viz.characters import spacing
+from ..viz.characters import Scale, spacing
 from ..viz.onefile import report as write_report
 from ..viz.placed import Placed, layers_to_show, place
 from ..viz.views import check_page, spacing_view
-from .app import app, check_outputs, check_text, complain, drawn
+from .app import BOS_OF_MODEL, Bos, app, check_outputs, complain, drawn
 
 
 @app.command
@@ -31,6 +33,7 @@ def show(
     layers: Annotated[tuple[int, ...], arg(metavar="LAYER ...")] = (),
     table: bool = True,
     figure: Annotated[Path | None, arg(metavar="FILE")] = None,
+    bos: Bos = BOS_OF_MODEL,
 ) -> None:
     """Show how far apart a model puts the tokens of a text.
 
@@ -42,6 +45,7 @@ def show(
         figure: draw the characters at their learned positions, as .png, .svg or .pdf, or as .html to explore.
     """
     check_text(text)
+    prepend_bos = bos.prepend()
     explored = figure is not None and figure.suffix.lower() in (".html", ".htm")
     if figure is not None and explored:
         check_page(figure)
@@ -52,7 +56,7 @@ def show(
     else:
         check_outputs(None, figure)
     loaded = HookedPositionTransformer.from_pretrained(model)
-    placed = place(loaded, text, most=loaded.cfg.n_ctx)
+    placed = place(loaded, text, most=loaded.cfg.n_ctx, prepend_bos=prepend_bos)
     increments = placed.increments.mean(dim=-1)
     rows = layers_to_show(loaded, layers or None, increments)
     # Entry 0 stands before the text; with gap "after", it is the last increment that moves no token of the text.
@@ -68,10 +72,11 @@ def show(
     if figure is not None:
         with drawn(console, figure):
             if explored:
-                spacing_view(loaded, text, layers or None).save(figure)
+                spacing_view(loaded, text, layers or None, prepend_bos=prepend_bos).save(figure)
             else:
                 divisible = all(placed.mean_increment(entry) > 0 for entry in rows)
-                spacing(loaded, text, layers or None, "relative" if divisible else "common", figure)
+                scale: Scale = "relative" if divisible else "common"
+                spacing(loaded, text, layers or None, scale, figure, prepend_bos=prepend_bos)
 
 
 @app.command
@@ -82,6 +87,7 @@ def moved(
     layers: Annotated[tuple[int, ...], arg(metavar="LAYER ...")] = (),
     top: int = 8,
     csv: Annotated[Path | None, arg(metavar="FILE")] = None,
+    bos: Bos = BOS_OF_MODEL,
 ) -> None:
     """Show which tokens a graft or a trained model puts nearest and farthest, and which kinds of token.
 
@@ -95,9 +101,12 @@ def moved(
         csv: write the tokens shown to this file as well, with all columns.
     """
     check_outputs(csv, None)
+    prepend_bos = bos.prepend()
     loaded = HookedPositionTransformer.from_pretrained(model)
+    if corpus is None and prepend_bos is not None:
+        raise PositionsError("--bos or --no-bos was given without --corpus; expected text to read, or neither flag.")
     texts = None if corpus is None else corpora.heldout_excerpts(corpus, characters)
-    reading = None if texts is None else read(loaded, texts)
+    reading = None if texts is None else read(loaded, texts, None, prepend_bos)
     found = what_moved(loaded, reading, top)
     if texts is None or reading is None:
         of_vocabulary = vocabulary(loaded)
@@ -148,6 +157,7 @@ def report(
     corpus: str | None = None,
     characters: int = 20_000,
     seed: int = 0,
+    bos: Bos = BOS_OF_MODEL,
 ) -> None:
     """Write one page that holds everything about a model's increments, and opens without a network.
 
@@ -167,6 +177,7 @@ def report(
     for one in text:
         check_text(one)
     check_page(output)
+    prepend_bos = bos.prepend()
     loaded = HookedPositionTransformer.from_pretrained(model)
     other = None if compare is None else HookedPositionTransformer.from_pretrained(compare)
     options: list[tuple[str, Any]] = [("--text", text), ("--compare", compare), ("--corpus", corpus)]
@@ -174,8 +185,10 @@ def report(
     for option, value in options:
         words += [option, *([value] if isinstance(value, str) else value)] if value else []
     words += ["--characters", str(characters), "--seed", str(seed)]
+    words += [] if prepend_bos is None else ["--bos" if prepend_bos else "--no-bos"]
+    command = shlex.join(words)
     try:
-        left_out = write_report(loaded, output, text, other, corpus, characters, seed, shlex.join(words))
+        left_out = write_report(loaded, output, text, other, corpus, characters, seed, command, prepend_bos)
     except KeyboardInterrupt as interruption:
         if interruption.args:
             complain(f"interrupted: {output} has the parts that were done.")
@@ -203,7 +216,7 @@ def _print_kinds(
     console: Console, model: HookedPositionTransformer, placed: Placed, rows: dict[int, str], means: dict[int, float]
 ) -> None:
     """The mean and standard deviation of the increments by kind of token, a column a layer."""
-    table = increments_by_category(model, placed.tokens)
+    table = increments_by_category(model, placed.tokens, attention_mask=torch.ones_like(placed.tokens))
     print_line(console, "by kind of token (how many): mean ± standard deviation\n")
     entry_of = {model.position_layers[entry]: entry for entry in rows}
     by_kind = table[table["layer"].isin(list(entry_of))].groupby("kind", sort=False)

@@ -18,7 +18,7 @@ from ..hooked import HookedPositionTransformer
 from ..interventions import ablate
 from ..terminal import print_grid, print_line, with_interval
 from ..viz.machinery import absolute_chart, entropy_chart, norms_map
-from .app import app, check_outputs, drawn
+from .app import BOS_OF_MODEL, Bos, app, check_outputs, drawn
 from .measuring import Characters, Chart, Corpus, Model, Seed, headed, read_heldout, written
 
 Csvs = Annotated[
@@ -35,15 +35,17 @@ def frequencies(
     seed: Seed = 0,
     csv: Csvs = None,
     figure: Chart = None,
+    bos: Bos = BOS_OF_MODEL,
 ) -> None:
     """Show which rotary frequencies queries and keys are large at, layer by layer, and which heads go by position.
 
     Works on any RoPE model that streams attach to, learned increments or not.
     """
     check_outputs(csv, figure)
+    prepend_bos = bos.prepend()
     loaded, texts, what = read_heldout(model, corpus, characters)
-    norms = frequency_norms(loaded, texts, seed=seed)
-    heads = positional_heads(loaded, texts, seed=seed)
+    norms = frequency_norms(loaded, texts, seed=seed, prepend_bos=prepend_bos)
+    heads = positional_heads(loaded, texts, seed=seed, prepend_bos=prepend_bos)
     console = headed(
         f"{loaded.name}: mean 2-norm of queries and keys by rotary frequency, {what}",
         "mean over tokens, heads and the frequencies of a quarter",
@@ -93,6 +95,7 @@ def absolute(
     seed: Seed = 0,
     csv: Csvs = None,
     figure: Chart = None,
+    bos: Bos = BOS_OF_MODEL,
 ) -> None:
     """Show where absolute position comes from, layer by layer, on texts whose beginning repeats.
 
@@ -100,14 +103,15 @@ def absolute(
     sum over all keys (the causal mask); then, what goes when the first token's embedding is replaced.
     """
     check_outputs(csv, figure)
+    prepend_bos = bos.prepend()
     loaded = HookedPositionTransformer.from_pretrained(model)
     if texts < 2:
         raise PositionsError(f"--texts is {texts}; expected at least 2, for intervals.")
     given = corpora.heldout_pieces(corpus, texts)
     hooks = ablate(loaded, to="mean", site="positions") if hold else None
-    table = absolute_variation(loaded, given, hooks=hooks, block=block, seed=seed)
-    drops = replacement_effects(loaded, given, hooks=hooks, block=block, seed=seed)
-    found = attention_sinks(loaded, given, hooks=hooks, seed=seed)
+    table = absolute_variation(loaded, given, hooks=hooks, block=block, seed=seed, prepend_bos=prepend_bos)
+    drops = replacement_effects(loaded, given, hooks=hooks, block=block, seed=seed, prepend_bos=prepend_bos)
+    found = attention_sinks(loaded, given, hooks=hooks, seed=seed, prepend_bos=prepend_bos)
     sinks = found[found["first"] == found["first"].iloc[0]].groupby("layer")["share"]
     overall = table[(table["head"] == "all") & (table["layer"] != "all")]
     what = f"the beginnings of {len(given)} pieces of held-out {corpus}, repeated"
@@ -145,13 +149,15 @@ def dispersion(
     seed: Seed = 0,
     csv: Csvs = None,
     figure: Chart = None,
+    bos: Bos = BOS_OF_MODEL,
 ) -> None:
     """Show how attention spreads with the number of items, and what an adaptive temperature does to the loss."""
     check_outputs(csv, figure)
+    prepend_bos = bos.prepend()
     loaded, texts, what = read_heldout(model, corpus, characters)
     hooks = adaptive_temperature(loaded)
-    table = attention_dispersion(loaded, texts, seed=seed)
-    losses = loss_by_length(loaded, texts, hooks, lengths, seed)
+    table = attention_dispersion(loaded, texts, seed=seed, prepend_bos=prepend_bos)
+    losses = loss_by_length(loaded, texts, hooks, lengths, seed, prepend_bos=prepend_bos)
     console = headed(
         f"{loaded.name}: attention by the number of items, {what}",
         "entropy in nats, mean over heads, with 95% intervals; the entropy of even attention below",
