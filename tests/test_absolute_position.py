@@ -283,7 +283,7 @@ def test_bad_requests_are_one_sentence(tiny_model, tiny_llama):
     for call, says in {
         lambda: repeated(model, TEXTS, length=40): "40 tokens have room for 2 repeats of 16; expected at least 10",
         lambda: repeated(model, ["abc"], block=6): "text 0 has 3 tokens after its first; expected at least 6, a block",
-        lambda: repeated(model, "text"): "text 0 has 4 tokens after its first; expected at least 16, a block",
+        lambda: repeated(model, "text", block=6): "text 0 has 4 tokens after its first; expected at least 6, a block",
         lambda: absolute_variation(
             model, TEXTS, block=4, offsets=5
         ): "offsets is 5; expected a whole number from 1 to 4",

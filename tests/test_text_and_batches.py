@@ -112,8 +112,7 @@ def test_measurements_take_text_and_tokens_and_padded_batches_alike(name):
     for side in SIDES:
         tokens, mask = padded(rows, side)
         assert_alike(measure(model, tokens, attention_mask=mask), of_texts)
-        assert_alike(measure(model, tokens, attention_mask=mask.bool()), of_texts)
-        with pytest.raises(lp.PositionsError, match="may be padding .* expected attention_mask="):
+        with pytest.raises(lp.PositionsError, match=r"may be padding .* expected attention_mask="):
             measure(model, tokens)
     if name != "fingerprints":
         assert_alike(measure(model, TEXTS[0]), measure(model, TEXTS[:1]))
@@ -203,10 +202,8 @@ def test_what_reads_texts_alone_takes_one_and_hears_prepend_bos():
     assert_alike(areas[0], areas[1])
     assert areas[0]["n"].tolist() == areas[2]["n"].tolist() == [7] * 4
 
-    training = ["New York, York New: big cat, cat big, New York, big cat"]
     pairs = pd.DataFrame([("New York", "big cat", 2, 1, 2, 1), ("Red Sea", "dry hat", 2, 1, 2, 1)])
     pairs.columns = ["name", "ordinary", "name_real", "name_reversed", "ordinary_real", "ordinary_reversed"]
-    assert training
     grouped = [
         analysis.entity_grouping(model, pairs, ["New York", "Red Sea"], ["The {} is"], prepend_bos=bos)
         for bos in (None, True, False)
@@ -293,6 +290,8 @@ def test_a_single_beginning_or_end_that_every_row_has_is_none_of_the_padding():
     model = small_model()
     alike = torch.tensor([[END, 97, 98, END], [END, 99, 97, END]])
     assert [row.tolist() for row in prompts_of(model, alike)] == alike.tolist()
+    real = torch.ones_like(alike).bool()
+    assert [row.tolist() for row in prompts_of(model, alike, real)] == alike.tolist()
     assert len(prompts_of(model, alike[:, :3])) == len(prompts_of(model, alike[:, 1:])) == 2
     for tokens, says in (
         ([[END, 97, 98], [99, 97, 98]], "row 0 of the tokens begins with 1 of token 256, which may be padding"),
@@ -368,10 +367,12 @@ def llama_like(adds_bos):
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if adds_bos:
         backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>",
         add_bos_token=adds_bos, name_or_path="",
     )  # fmt: skip
+    tokenizer.init_kwargs["add_bos_token"] = True  # or TransformerLens looks for it on the hub
+    return tokenizer
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])
@@ -474,7 +475,7 @@ def test_the_flags_are_heard_on_the_command_line(folder, tmp_path, capsys, monke
         assert len(pd.read_csv(csv)) == 2 * (2 + bos)
 
     text = tmp_path / "held.txt"
-    text.write_text("\n\n".join(TEXTS * 40))
+    text.write_text("\n\n".join(f"{text} ({number})" for number in range(40) for text in TEXTS))
     tables = []
     for flag in ("--bos", "--no-bos"):
         run("kinds", folder, "--corpus", str(text), "--characters", "400", "--csv", str(tmp_path / "k.csv"), flag)
