@@ -25,7 +25,7 @@ from .errors import PositionsError
 from .increments import PositionConfig
 from .pretrained import load_pretrained, save_pretrained
 from .streams import PositionStream
-from .text import Mask, TextOrTokens, begins_with_bos, by_length, fitting, prepends_bos, prompts_of
+from .text import Mask, TextOrTokens, begins_with_bos, by_length, fitting, padded, prepends_bos, prompts_of
 from .tokenizer import END_OF_DOCUMENT, byte_labels, byte_tokenizer, is_byte_tokenizer
 
 
@@ -336,8 +336,7 @@ class HookedPositionTransformer(TransformerBridge):
             tokens = read(input, prepend_bos=prepend_bos, padding_side=padding_side, **how)
         else:
             rows = [read(text, prepend_bos=prepends_bos(self, text, prepend_bos), **how)[0] for text in texts]
-            padded = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
-            tokens = padded["input_ids"].to(rows[0].device)
+            tokens, _ = padded(self.tokenizer, rows, padding_side)
         return tokens if truncate is not None else fitting(self, tokens)
 
     def to_str_tokens(self, input: Any, *args: Any, **kwargs: Any) -> Any:

@@ -90,6 +90,16 @@ def by_length(prompts: Sequence[Int[Tensor, " _pos"]]) -> list[tuple[list[int], 
     return [(numbers, torch.stack([prompts[number] for number in numbers])) for numbers in groups]
 
 
+def padded(
+    tokenizer: Any, prompts: Sequence[Int[Tensor, " _pos"]], padding_side: str | None = None
+) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
+    """Prompts as one tensor, padded on the tokenizer's side or another, and the mask of their real tokens."""
+    rows = {"input_ids": [prompt.tolist() for prompt in prompts]}
+    batch = tokenizer.pad(rows, padding_side=padding_side, return_attention_mask=True, return_tensors="pt")
+    device = prompts[0].device
+    return batch["input_ids"].to(device), batch["attention_mask"].to(device)
+
+
 def begins_with_bos(tokenizer: Any, text: str) -> bool:
     """Whether a text is written with its own beginning-of-sequence token in front."""
     bos = tokenizer.bos_token

@@ -17,6 +17,7 @@ from lens_positions import analysis, causal, cli, viz
 from lens_positions.analysis.absolute_position import repeated
 from lens_positions.analysis.losses import losses
 from lens_positions.text import by_length, one_prompt, prompts_of
+from lens_positions.text import padded as batch_of
 from lens_positions.viz.placed import place
 
 TEXTS = ["the cat that sat then went away", "a dog, it ran and then it was gone.", "so it goes on and on"]
@@ -333,6 +334,19 @@ def test_masks_that_do_not_fit_are_refused_in_one_sentence():
 def test_prompts_of_one_length_run_together():
     groups = by_length([torch.tensor([1, 2]), torch.tensor([3]), torch.tensor([4, 5])])
     assert [(numbers, rows.tolist()) for numbers, rows in groups] == [([1], [[3]]), ([0, 2], [[1, 2], [4, 5]])]
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("side", SIDES)
+def test_prompts_padded_with_their_mask_give_what_each_gives_alone(side, bos):
+    model = shipped()
+    prompts = prompts_of(model, CLEAN, None, bos)
+    tokens, mask = batch_of(model.tokenizer, prompts, side)
+    assert mask.sum(1).tolist() == [len(prompt) for prompt in prompts]
+    with torch.no_grad():
+        logits = model(tokens, attention_mask=mask)
+        for row, real, prompt in zip(logits, mask.bool(), prompts, strict=True):
+            assert_alike(row[real], model(prompt[None])[0])
 
 
 def test_a_loss_of_no_prompt_is_that_of_the_prompt_measured():
