@@ -232,25 +232,26 @@ def metrics(model):
 @pytest.mark.parametrize("metric", ["last", "from the start", "loss", "of pairs", "all"])
 def test_mediation_of_pairs_of_different_length_is_the_mean_of_each_alone(metric):
     model = shipped()
+    mediation = functools.partial(causal.mediation, layers=[0, 3])
     read = metrics(model)[metric]
     rights = {0: (116, 115), 1: (104, 101)}
     alone = []
     for number, (clean, corrupted) in enumerate(zip(CLEAN, CORRUPTED, strict=True)):
         of_one = causal.logit_difference(*rights[number]) if metric == "of pairs" else read
-        alone.append(causal.mediation(model, model.to_tokens(clean), model.to_tokens(corrupted), of_one)["mean"])
+        alone.append(mediation(model, model.to_tokens(clean), model.to_tokens(corrupted), of_one)["mean"])
     expected = pd.concat(alone, axis=1).mean(axis=1)
     assert expected.abs().max() > 0.1
 
     rows = {name: [model.to_tokens(text)[0] for text in of] for name, of in (("c", CLEAN), ("k", CORRUPTED))}
-    found = [causal.mediation(model, CLEAN, CORRUPTED, read), causal.mediation(model, rows["c"], rows["k"], read)]
+    found = [mediation(model, CLEAN, CORRUPTED, read), mediation(model, rows["c"], rows["k"], read)]
     for side in SIDES:
         (clean, mask), (corrupted, _) = (padded(rows[name], side) for name in ("c", "k"))
         assert torch.equal(clean, model.to_tokens(CLEAN, padding_side=side))
-        found.append(causal.mediation(model, clean, corrupted, read, attention_mask=mask))
+        found.append(mediation(model, clean, corrupted, read, attention_mask=mask))
         with pytest.raises(lp.PositionsError, match="may be padding"):
-            causal.mediation(model, clean, corrupted, read)
+            mediation(model, clean, corrupted, read)
     (left, of_left), (right, of_right) = padded(rows["c"], "left"), padded(rows["k"], "right")
-    found.append(causal.mediation(model, left, right, read, attention_mask=(of_left, of_right)))
+    found.append(mediation(model, left, right, read, attention_mask=(of_left, of_right)))
     for table in found:
         assert table["n"].eq(2).all()
         assert (table["mean"] - expected).abs().max() < 1e-5
