@@ -1,29 +1,5 @@
 """lens-positions: the distance between tokens as an activation in TransformerLens."""
 
-from . import analysis, causal, corpora, viz
-from .attach import PositionStreams, attach_positions
-from .errors import PositionsError
-from .hooked import HookedPositionTransformer, PositionModelConfig
-from .increments import PositionConfig
-from .interventions import ablate, add_gap, freeze, patch, scale
-from .pretrained import load_adapter, save_adapter
+import lazy_loader
 
-__all__ = [
-    "HookedPositionTransformer",
-    "PositionConfig",
-    "PositionModelConfig",
-    "PositionStreams",
-    "PositionsError",
-    "ablate",
-    "add_gap",
-    "analysis",
-    "attach_positions",
-    "causal",
-    "corpora",
-    "freeze",
-    "load_adapter",
-    "patch",
-    "save_adapter",
-    "scale",
-    "viz",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -4,7 +4,7 @@ Every RoPE model of transformers computes (cos, sin) once and hands it to each a
 `position_embeddings`; TransformerLens' attention bridges stand in the same places and take the same keyword. So
 forward pre-hooks are enough, in a bare model and in a bridge alike:
 
-    model, stack      note the tokens, the padding mask and the cache of this forward pass
+    model, stack      note the tokens, the mask and the cache of this forward pass (`passes.py`)
     embedding         compute a shared source's increments
     rotary module     note the model's own position ids, cos and sin
     decoder layer     note what a per-layer source reads
@@ -23,15 +23,19 @@ from typing import Any, Literal, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from .errors import PositionsError
-from .hooks import run_hook
+from .hooks import StreamHookPoint, run_hook
 from .increments import PositionConfig, build_sources
-from .rotary import RotaryCall, Rotation, rotate, rotate_heads
+from .passes import CurrentPass, ForwardPass, tagged_pass
+from .placement import device_of, floating_dtype
+from .rotary import RotaryCall, Rotation, moved_to, rotate, rotate_heads, tensors_of
 from .sites import RotaryAttention, Site, argument, parameters
-from .streams import ForwardPass, PositionStream
+from .streams import PositionStream, full_precision
+from .wrappers import unwrapped
 
 
 class PositionStreams(nn.Module):
@@ -46,10 +50,9 @@ class PositionStreams(nn.Module):
         self.shared_source = sources[0] if len(sources) == 1 and config.source != "per_layer" else None
         own: list[nn.Module | None] = list(sources) if config.source == "per_layer" else [None] * len(numbers)
         self.layers = nn.ModuleList(PositionStream(config, i, n, own[i], n_heads) for i, n in enumerate(numbers))
-        self.hook_increments = HookPoint()
+        self.hook_increments = StreamHookPoint()
         self.hook_increments.name = "hook_increments"
-        self._step = ForwardPass()
-        self._given: tuple[Any, Any] = (None, None)
+        self._current = CurrentPass()
         self._undo: list[Callable[[], object]] = []
 
     @property
@@ -61,7 +64,7 @@ class PositionStreams(nn.Module):
         """Take the streams off; the model is the one it was, to the bit. Detaching twice does nothing."""
         while self._undo:
             self._undo.pop()()
-        self._step = ForwardPass()
+        self._current = CurrentPass()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PositionStreams":
         def keep_wide(tensor: Tensor) -> Tensor:
@@ -71,9 +74,15 @@ class PositionStreams(nn.Module):
 
         return super()._apply(keep_wide, recurse)
 
-    def _note_model(self, names: list[str], _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """What the model was given: a model of images and text embeds the tokens before it calls its decoder."""
-        self._given = argument(names, args, kwargs, "input_ids"), argument(names, args, kwargs, "attention_mask")
+    def _begin(self, names: list[str], _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The model is called: a model of images and text embeds the tokens before it calls its decoder."""
+        self._current.begin(
+            ForwardPass(
+                tokens=argument(names, args, kwargs, "input_ids"),
+                mask=argument(names, args, kwargs, "attention_mask"),
+                ids_given=argument(names, args, kwargs, "position_ids") is not None,
+            )
+        )
 
     def _start(
         self,
@@ -84,53 +93,71 @@ class PositionStreams(nn.Module):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
+        """Its decoder is called."""
         if self.config.source == "shared" and getattr(first_block, "_start_at_layer_idx", None):
             raise PositionsError(
                 "start_at_layer leaves out the token embeddings, which the shared source reads; expected a forward "
                 "pass from tokens."
             )
+        step = self._current.get()
+        if step is None or step.started:  # the decoder alone, without the model around it
+            step = ForwardPass(own_decoder=True)
+            self._current.begin(step)
+        step.started = True
         tokens, mask = (argument(names, args, kwargs, name) for name in ("input_ids", "attention_mask"))
-        tokens = self._given[0] if tokens is None else tokens
-        mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else self._given[1]
-        cache = argument(names, args, kwargs, "past_key_values")
-        self._given = None, None
-        self._step = ForwardPass(
-            tokens=tokens,
-            mask=mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None,
-            cache=cache,
-            past_length=0 if cache is None else int(cache.get_seq_length()),
-            embeddings=argument(names, args, kwargs, "inputs_embeds"),
-            checkpointed=any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in layers),
-            with_grad=torch.is_grad_enabled(),
-        )
-        if self.config.source == "frozen" or self._step.embeddings is not None:
-            self._share_increments()
+        step.tokens = step.tokens if tokens is None else tokens
+        if mask is not None and not (isinstance(step.mask, Tensor) and step.mask.ndim == 2):
+            step.mask = mask
+        step.ids_given = step.ids_given or argument(names, args, kwargs, "position_ids") is not None
+        step.cache = argument(names, args, kwargs, "past_key_values")
+        step.past_length = 0 if step.cache is None else int(step.cache.get_seq_length())
+        step.embeddings = argument(names, args, kwargs, "inputs_embeds")
+        step.checkpointed = any(m.training and getattr(m, "gradient_checkpointing", False) for m in layers)
+        step.with_grad = torch.is_grad_enabled()
+        if self.config.source == "frozen" or step.embeddings is not None:
+            self._share_increments(step)
 
-    def _finish(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
-        # Checkpointed layers run again in the backward pass and need what they shared.
-        if not self._step.checkpointed:
-            self._step = ForwardPass()
+    def _finish(self, compiled: list[nn.Module], _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        """The decoder returned, or failed (then there is no output)."""
+        step = self._current.get()
+        if step is None:
+            return
+        ran = len(step.calls)
+        if step.own_decoder:
+            self._current.end()
+        if output is not None and ran < len(self.layers) and not torch.compiler.is_compiling():
+            _refuse_borrowed_graphs(compiled, ran, len(self.layers))
+
+    def _end(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+        """The model returned, or failed."""
+        self._current.end()
 
     def _note_embeddings(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-        if self._step.tokens is not None and self._step.embeddings is None:
-            self._step.embeddings = output
-            self._share_increments()
+        step = self._current.get()
+        if step is not None and step.started and step.tokens is not None and step.embeddings is None:
+            step.embeddings = output
+            self._share_increments(step)
 
     def _note_rotary(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self._step.rotary_calls.append(RotaryCall.of(module, args, kwargs, output))
+        step = self._current.get()
+        if step is not None:
+            call = RotaryCall.of(module, args, kwargs, output)
+            step.rotary_calls.append(call)
+            if step.checkpointed:
+                step.tag_rotation(call)
 
-    def _share_increments(self) -> None:
+    def _share_increments(self, step: ForwardPass) -> None:
         """The increments of a source that all layers share, once a forward pass and outside checkpointed layers."""
-        if self.shared_source is None or self._step.increments is not None:
+        if self.shared_source is None or step.increments is not None:
             return
-        reads = self._step.tokens if self.config.source == "frozen" else self._step.embeddings
+        reads = step.tokens if self.config.source == "frozen" else step.embeddings
         if reads is None:
             raise PositionsError(
                 "the frozen source was given embeddings without token ids; expected input_ids, since it looks "
                 "increments up by token."
             )
-        with torch.autocast(reads.device.type, enabled=False):
-            self._step.increments = run_hook(self.hook_increments, self.shared_source(reads))
+        with full_precision(reads.device.type):
+            step.increments = run_hook(self.hook_increments, self.shared_source(reads))
 
     def _note_residual(
         self,
@@ -141,26 +168,40 @@ class PositionStreams(nn.Module):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
-        if not self._step.checkpointed:
-            self._step.residuals.clear()
-        self._step.residuals[stream] = argument(names, args, kwargs, reads)
+        step = self._current.get()
+        if step is None:  # a checkpointed layer runs again, on what it had
+            return
+        if not step.checkpointed:
+            step.residuals.clear()
+        step.residuals[stream] = argument(names, args, kwargs, reads)
 
-    def _call_behind(self, rotation: Any) -> RotaryCall | None:
-        calls = self._step.rotary_calls
-        for same in (_is_same, _is_part):  # part of it where the model computes its last tokens alone
-            for call in calls:
-                if any(same(own, given) for own in _tensors(call.rotation) for given in _tensors(rotation)):
-                    return call
-        return calls[0] if len(calls) == 1 and not self._step.checkpointed else None
+    def _pass_of(
+        self, rotation: Any, call: RotaryCall | None
+    ) -> tuple[ForwardPass, RotaryCall | None] | tuple[None, None]:
+        """The forward pass that an attention runs in, and the rotary call that its rotation is from."""
+        step = self._current.get()
+        if step is not None and not step.finished:
+            if rotation is not None and call is None:
+                call = _call_behind(rotation, step)
+            return step, call
+        tagged = tagged_pass(rotation)
+        self._current.resume(tagged[0])
+        return tagged
 
     def _turn(self, stream: int, states: Tensor, rotation: Any, call: RotaryCall | None) -> Rotation | None:
         """The rotation of one attention in this forward pass; None where it is the model's own."""
-        if rotation is not None and call is None:
-            call = self._call_behind(rotation)
-        turned = self.layers[stream](states, call, self._step)
+        step, call = self._pass_of(rotation, call)
+        own = cast(PositionStream, self.layers[stream])
+        if step is None:
+            raise PositionsError(
+                f"layer {own.layer} runs outside a forward pass of its model; expected the model to be called as a "
+                "whole (with gradient checkpointing: gradient_checkpointing_enable(), in a model that hands cos and "
+                "sin to its layers)."
+            )
+        turned = own(states, rotation, call, step)
         if turned is None or not self.config.per_head:
             return turned
-        self._step.heads[stream] = turned
+        step.heads[stream] = turned
         cos, sin = rotation
         return torch.ones_like(cos), torch.zeros_like(sin)
 
@@ -169,24 +210,26 @@ class PositionStreams(nn.Module):
 
         Where the layer sees the last tokens only, theirs; None where the positions are the model's own.
         """
-        if leader not in self._step.turned:
+        step, call = self._pass_of(rotation, call)
+        if step is None or leader not in step.turned:
             return None
-        positions, its_call, turned = self._step.turned[leader]
-        call = self._call_behind(rotation) if call is None else call
+        positions, its_call, turned = step.turned[leader]
         if call is None:
             raise PositionsError(
                 "a layer has cos and sin from no rotary call of this forward pass; expected the model's."
             )
         if its_call is not call:
-            turned = rotate(positions, call)
+            turned = rotate(positions.to(call.position_ids.device), call)
         last = slice(-states.shape[1], None)
-        return turned[:, last] if isinstance(turned, Tensor) else (turned[0][:, last], turned[1][:, last])
+        turned = turned[:, last] if isinstance(turned, Tensor) else (turned[0][:, last], turned[1][:, last])
+        return moved_to(turned, states.device)
 
     def _note_cache(self, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._step.cache is None:  # one that the decoder stack made itself, empty
-            self._step.cache = argument(site.parameters, args, kwargs, "past_key_values")
-            if self._step.cache is None:
-                self._step.cache = argument(site.parameters, args, kwargs, "layer_past")
+        step = self._current.get()
+        if step is not None and step.cache is None:  # one that the decoder stack made itself, empty
+            step.cache = argument(site.parameters, args, kwargs, "past_key_values")
+            if step.cache is None:
+                step.cache = argument(site.parameters, args, kwargs, "layer_past")
         if self.config.per_head:
             bridge_config = getattr(module, "config", None)
             for switch in ("use_split_qkv_input", "use_attn_in"):
@@ -196,10 +239,17 @@ class PositionStreams(nn.Module):
                         f"expected set_{switch}(False) or per_head=False."
                     )
 
+    def _leave_attention(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+        """A layer that ran again is done."""
+        step = self._current.get()
+        if step is not None and step.finished:
+            self._current.resume(None)
+
     def _rotate_output(
         self, stream: int, d_head: int, _module: nn.Module, _args: tuple[Any, ...], output: Tensor
     ) -> Tensor | None:
-        cos_sin = self._step.heads.get(stream)
+        step = self._current.get()
+        cos_sin = None if step is None else step.heads.get(stream)
         return None if cos_sin is None else rotate_heads(output, cos_sin, d_head)
 
     @contextmanager
@@ -227,7 +277,7 @@ class PositionStreams(nn.Module):
 
 
 def attach_positions(
-    model: nn.Module,
+    model: Any,
     positions: Literal["static"] | PositionConfig = "static",
     *,
     table: Float[Tensor, "vocab *head"] | None = None,
@@ -242,7 +292,8 @@ def attach_positions(
     before attaching; a bridge's hook points are always seen.
 
     Args:
-        model: a `transformers` causal language model with rotary positions, or a TransformerBridge on one.
+        model: a `transformers` causal language model with rotary positions, or a TransformerBridge on one. A pipeline
+            or a compiled model is the one inside.
         positions: "static", or a PositionConfig.
         table: increments by token id, for a frozen source.
 
@@ -251,63 +302,116 @@ def attach_positions(
 
     Raises:
         PositionsError: the model has no rotary attention that can be reached, has streams already, or per-head
-            increments would not be exact in it. The model is untouched then.
+            increments would not be exact in it, or a wrapper holds copies or pieces of its weights. The model is
+            untouched then.
+
+    Graphs that torch.compile made before are dropped, and it guards hooks from here on (`_forget_graphs`).
     """
     config = PositionConfig(source="static") if positions == "static" else positions
     if not isinstance(config, PositionConfig):
         raise PositionsError(f'positions is {positions!r}; expected "static" or a PositionConfig.')
+    model = unwrapped(model)
     bridge = model if isinstance(model, TransformerBridge) else None
     base = unbridged(model)
     refuse_attached(base)
     found = RotaryAttention(base)
+    streams = _built(config, base, found, table)
+    try:
+        _hook(streams, base, found)
+        if bridge is not None:
+            _add_hook_points(bridge, streams, found)
+    except BaseException:
+        streams.detach()
+        raise
+    _forget_graphs()
+    return streams
+
+
+def _built(config: PositionConfig, base: Any, found: RotaryAttention, table: Tensor | None) -> PositionStreams:
+    """Streams for the layers that rotate, each source where what it reads is; nothing of the model is changed."""
     own = [site for site in found.sites if site.leader is None]
     text = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
     n_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    embedding = base.get_input_embeddings()
     if config.per_head:
         for site in found.sites:
-            _refuse_inexact_heads(site, found, text.hidden_size)
-    first = next(base.parameters())
+            _refuse_inexact_heads(site, found, text.hidden_size, floating_dtype(base))
     sources = build_sources(
         config,
         n_layers=len(own),
         d_model=text.hidden_size,
         n_heads=n_heads,
-        vocab=base.get_input_embeddings().weight.shape[0],
-        dtype=torch.float64 if first.dtype == torch.float64 else torch.float32,
+        vocab=embedding.weight.shape[0],
+        dtype=torch.float64 if floating_dtype(base) == torch.float64 else torch.float32,
         table=table,
-    ).to(first.device)
+    )
+    places = [site.layer for site in own] if config.source == "per_layer" else [embedding]
+    for source, place in zip(sources, places, strict=False):
+        source.to(device_of(place, base))
+    return PositionStreams(config, sources, [site.number for site in own], n_heads)
 
-    streams = PositionStreams(config, sources, [site.number for site in own], n_heads)
+
+def _hook(streams: PositionStreams, base: Any, found: RotaryAttention) -> None:
+    """Make streams part of a model's forward pass; `streams.detach` undoes what was done, also half of it."""
+    own = [site for site in found.sites if site.leader is None]
     layers = [site.layer for site in found.sites]
+    undo = streams._undo
+
+    def add(*handles: Any) -> None:
+        undo.extend(handle.remove for handle in handles)
+
+    add(
+        base.register_forward_pre_hook(partial(streams._begin, parameters(base)), with_kwargs=True),
+        base.register_forward_hook(streams._end, always_call=True),
+    )
     start = partial(streams._start, layers, found.wrapper(layers[0]), parameters(found.stack))
-    handles = [
-        base.register_forward_pre_hook(partial(streams._note_model, parameters(base)), with_kwargs=True),
+    compiled = [module for site in found.sites for module in (site.layer, site.wrapper, site.attention)]
+    add(
         found.stack.register_forward_pre_hook(start, with_kwargs=True),
-        found.stack.register_forward_hook(streams._finish, always_call=True),
-        base.get_input_embeddings().register_forward_hook(streams._note_embeddings),
-        *(r.register_forward_hook(streams._note_rotary, with_kwargs=True) for r in found.rotary),
-    ]
+        found.stack.register_forward_hook(partial(streams._finish, compiled), always_call=True),
+    )
+    add(base.get_input_embeddings().register_forward_hook(streams._note_embeddings))
+    add(*(rotary.register_forward_hook(streams._note_rotary, with_kwargs=True) for rotary in found.rotary))
+
     for i, site in enumerate(own):
         names = parameters(site.layer)
         note = partial(streams._note_residual, i, names, "hidden_states" if "hidden_states" in names else names[0])
         layer = site.wrapper if site.layer is site.attention else site.layer
-        handles.append(layer.register_forward_pre_hook(note, with_kwargs=True))
-        handles.append(site.wrapper.register_forward_pre_hook(partial(streams._note_cache, site), with_kwargs=True))
-        handles += site.hook(partial(streams._turn, i))
-        if config.per_head:
+        add(layer.register_forward_pre_hook(note, with_kwargs=True))
+        add(site.wrapper.register_forward_pre_hook(partial(streams._note_cache, site), with_kwargs=True))
+        add(*site.hook(partial(streams._turn, i)))
+        if streams.config.per_head:
             for projection in (site.attention.q_proj, site.attention.k_proj):
                 turn = partial(streams._rotate_output, i, site.attention.head_dim)
-                handles.append(projection.register_forward_hook(turn))
+                add(projection.register_forward_hook(turn))
     for site in found.sites:
         if site.leader is not None:
-            handles += site.hook(partial(streams._follow, site.leader))
+            add(*site.hook(partial(streams._follow, site.leader)))
             cast(PositionStream, streams.layers[site.leader]).followed = True
-    streams._undo.extend(handle.remove for handle in handles)
+        add(site.wrapper.register_forward_hook(streams._leave_attention, always_call=True))
     base.add_module("position_streams", streams)
-    streams._undo.append(partial(_remove_module, base, "position_streams"))
-    if bridge is not None:
-        _add_hook_points(bridge, streams, found)
-    return streams
+    undo.append(partial(_remove_module, base, "position_streams"))
+
+
+def _forget_graphs() -> None:
+    """Let no graph that was compiled before run a model without its streams, and none of theirs run another model.
+
+    By default torch.compile does not look whether a module has hooks when it takes a graph that it compiled for a
+    module of the same class. From here on it does, in this process, and what was compiled before is compiled anew.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    torch._dynamo.reset()
+
+
+def _refuse_borrowed_graphs(modules: list[nn.Module], ran: int, expected: int) -> None:
+    """Refuse a pass in which compiled layers ran without their streams; layers that were left out are no such thing."""
+    if any(isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in modules):
+        raise PositionsError(
+            f"{ran} of {expected} position streams ran in this forward pass of compiled layers; expected layers that "
+            "were compiled after attach_positions."
+        )
 
 
 def increment_table(model: Any) -> Float[Tensor, "vocab *head"]:
@@ -353,23 +457,29 @@ def refuse_attached(base: Any) -> None:
         raise PositionsError("position streams are attached to this model already; expected detach() on them first.")
 
 
-def _is_same(own: Tensor, given: Tensor) -> bool:
-    return own is given
+def _call_behind(rotation: Any, step: ForwardPass) -> RotaryCall | None:
+    """The rotary call of a pass that a layer's rotation is from."""
+    calls = step.rotary_calls
+    for call in calls:
+        if any(own is given for own in call.tensors() for given in tensors_of(rotation)):
+            return call
+    if len(calls) == 1:  # moved to another device, or cut
+        return calls[0]
+    for call in calls:  # part of it where the model computes its last tokens alone
+        if any(_is_part(own, given) for own in call.tensors() for given in tensors_of(rotation)):
+            return call
+    return None
 
 
 def _is_part(own: Tensor, given: Tensor) -> bool:
     return not own.is_meta and own.untyped_storage().data_ptr() == given.untyped_storage().data_ptr()
 
 
-def _tensors(rotation: Any) -> tuple[Tensor, ...]:
-    return (rotation,) if isinstance(rotation, Tensor) else tuple(rotation or ())
-
-
 def _remove_module(owner: nn.Module, name: str) -> None:
     del owner._modules[name]
 
 
-def _refuse_inexact_heads(site: Site, found: RotaryAttention, d_model: int) -> None:
+def _refuse_inexact_heads(site: Site, found: RotaryAttention, d_model: int, dtype: torch.dtype) -> None:
     attention: Any = site.attention
     kind = type(attention).__name__
     normed = [n for n, _ in attention.named_children() if "norm" in n]
@@ -384,24 +494,24 @@ def _refuse_inexact_heads(site: Site, found: RotaryAttention, d_model: int) -> N
             "expected a model without it, or per_head=False."
         )
     clipped = getattr(getattr(attention, "config", None), "clip_qkv", None) is not None
-    if clipped or not found.rotary or not _heads_rotate_like_halves(attention, found.rotary[0], d_model):
+    if clipped or not found.rotary or not _heads_rotate_like_halves(attention, found.rotary[0], d_model, dtype):
         raise PositionsError(
             f"per-head increments are not exact in {kind}, which does not rotate the two halves of each whole head "
             "straight after the projection; expected a model such as Llama, or per_head=False."
         )
 
 
-def _heads_rotate_like_halves(attention: Any, rotary: nn.Module, d_model: int) -> bool:
+def _heads_rotate_like_halves(attention: Any, rotary: nn.Module, d_model: int, dtype: torch.dtype) -> bool:
     """Try it: the attention with its own rotation against rotated projections and the identity rotation."""
-    weight, training = next(attention.parameters()), attention.training
-    states = torch.randn(1, 8, d_model, generator=torch.Generator().manual_seed(0)).to(weight)
+    device, training = device_of(attention), attention.training
+    states = torch.randn(1, 8, d_model, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     hooks = []
     try:
         attention.eval()
         with torch.no_grad():
             # Large enough for scores of a few units, which turning makes a difference to.
             states *= 2 / (attention.q_proj(states).std() * attention.k_proj(states).std()).sqrt()
-            cos, sin = rotary(states, 7 * torch.arange(8, device=weight.device)[None])
+            cos, sin = rotary(states, 7 * torch.arange(8, device=device)[None])
             own = attention(states, position_embeddings=(cos, sin), attention_mask=None)[0]
             turn = partial(_rotate_projection, (cos[:, :, None], sin[:, :, None]), attention.head_dim)
             hooks = [p.register_forward_hook(turn) for p in (attention.q_proj, attention.k_proj)]

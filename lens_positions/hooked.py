@@ -1,11 +1,11 @@
 """HookedPositionTransformer: a TransformerBridge whose increments and positions are hook points.
 
 Everything that TransformerLens does with a bridge works here (`run_with_cache`, `run_with_hooks`, `hooks`,
-`generate`); this file builds one, and `pretrained.py` loads and saves what is inside it.
+`generate`); this file builds one, `calls.py` is what is heard in its calls, and `pretrained.py` loads and saves what is
+inside it.
 """
 
 import math
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -13,90 +13,21 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
-from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import (
     build_bridge_config_from_hf,
     configure_tokenizer,
 )
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from .attach import PositionStreams, attach_positions
+from .calls import HookedCalls
+from .config import PositionConfig, PositionModelConfig
 from .errors import PositionsError
-from .increments import PositionConfig
 from .pretrained import load_pretrained, save_pretrained
 from .streams import PositionStream
 from .text import Mask, TextOrTokens, begins_with_bos, by_length, fitting, padded, prepends_bos, prompts_of
-from .tokenizer import END_OF_DOCUMENT, byte_labels, byte_tokenizer, is_byte_tokenizer
-
-
-@dataclass(frozen=True)
-class PositionModelConfig:
-    """A Llama over bytes with position streams: RMSNorm, SwiGLU, RoPE, tied embeddings.
-
-    The defaults are the post's model, about 6.4M parameters (Long, 2026).
-
-    Args:
-        d_model, n_layers, n_heads: width, depth and attention heads.
-        d_mlp: width of the gated MLP; None is 4 * d_model.
-        n_ctx: tokens of context in training.
-        rope_theta: the rotary base.
-        rope_fraction: the fraction of rotary frequencies kept, the highest first: 1 is RoPE, 0 no encoding
-            (p-RoPE, Barbero et al., arXiv 2410.06205).
-        sliding_window: each token sees so many tokens, itself included; None is all before it.
-        positions: the increment source.
-
-    Raises:
-        PositionsError: sizes that do not fit together.
-    """
-
-    d_model: int = 256
-    n_layers: int = 6
-    n_heads: int = 8
-    d_mlp: int | None = None
-    n_ctx: int = 512
-    rope_theta: float = 10_000.0
-    rope_fraction: float = 1.0
-    sliding_window: int | None = None
-    positions: PositionConfig = field(default_factory=PositionConfig)
-
-    def __post_init__(self) -> None:
-        for name in ("d_model", "n_layers", "n_heads", "n_ctx", "d_mlp", "sliding_window"):
-            size, optional = getattr(self, name), name in ("d_mlp", "sliding_window")
-            if not (isinstance(size, int) and size >= 1) and not (optional and size is None):
-                raise PositionsError(f"{name} is {size}; expected a whole number of at least 1.")
-        if self.d_model % self.n_heads or (self.d_model // self.n_heads) % 2:
-            raise PositionsError(
-                f"d_model {self.d_model} over n_heads {self.n_heads} gives no even width per head; expected d_model to "
-                "be an even multiple of n_heads."
-            )
-        if not 0 < self.rope_theta < math.inf:
-            raise PositionsError(f"rope_theta is {self.rope_theta}; expected a positive number.")
-        fraction = self.rope_fraction
-        if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 <= fraction <= 1:
-            raise PositionsError(f"rope_fraction is {fraction!r}; expected a number from 0 to 1.")
-
-    def to_transformers(self) -> LlamaConfig | MistralConfig:
-        """The Llama that this configuration describes; with a sliding window a Mistral, which is otherwise one."""
-        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": self.rope_theta}
-        if self.rope_fraction < 1:
-            rope |= {"rope_type": "proportional", "partial_rotary_factor": self.rope_fraction}
-        settings: dict[str, Any] = {
-            "vocab_size": END_OF_DOCUMENT + 1,
-            "hidden_size": self.d_model,
-            "intermediate_size": self.d_mlp or 4 * self.d_model,
-            "num_hidden_layers": self.n_layers,
-            "num_attention_heads": self.n_heads,
-            "num_key_value_heads": self.n_heads,
-            "max_position_embeddings": self.n_ctx,
-            "rope_parameters": rope,
-            "tie_word_embeddings": True,
-            "bos_token_id": END_OF_DOCUMENT,
-            "eos_token_id": END_OF_DOCUMENT,
-            "pad_token_id": END_OF_DOCUMENT,
-        }
-        if self.sliding_window is None:
-            return LlamaConfig(**settings)
-        return MistralConfig(**settings, sliding_window=self.sliding_window)
+from .tokenizer import byte_labels, byte_tokenizer, is_byte_tokenizer
+from .wrappers import restored_if_refused, unwrapped
 
 
 def build_model(
@@ -115,7 +46,7 @@ def build_model(
     return model
 
 
-class HookedPositionTransformer(TransformerBridge):
+class HookedPositionTransformer(HookedCalls):
     """A TransformerBridge whose increments and positions are activations.
 
     Attributes:
@@ -152,11 +83,12 @@ class HookedPositionTransformer(TransformerBridge):
         Raises:
             PositionsError: as `attach_positions`, or TransformerLens has no adapter for the architecture.
         """
-        streams = getattr(model, "position_streams", None)
-        if streams is None:
-            streams = attach_positions(model, positions, table=table)
-        name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
-        return cls._bridge(model, tokenizer, name)
+        model = unwrapped(model)
+        with restored_if_refused(model):
+            if getattr(model, "position_streams", None) is None:
+                attach_positions(model, positions, table=table)
+            name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
+            return cls._bridge(model, tokenizer, name)
 
     @classmethod
     def _bridge(cls, model: Any, tokenizer: Any, name: str) -> "HookedPositionTransformer":

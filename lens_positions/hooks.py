@@ -1,6 +1,8 @@
-"""Pass increments, positions and rotations through TransformerLens' hook points, and know whether anything changed."""
+"""Hook points of streams: what a hook function is given, what it may know, and what it may return."""
 
+import threading
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -8,6 +10,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from .errors import PositionsError
+from .visible import Documents, Line, Tree
 
 
 @dataclass(frozen=True)
@@ -17,30 +20,51 @@ class HookedTokens:
     Attributes:
         past: tokens before these, held by a key-value cache.
         ids: the model's own whole positions.
-        gap: the convention of the increments.
-        mask: the real tokens of the sequence, those of the cache included; None: all are.
+        visible: which tokens a position sums over.
         frequencies: at a rotation, of each component of its cos and sin, in radians per position.
     """
 
     past: int
     ids: Int[Tensor, "#batch pos"]
-    gap: str
-    mask: Bool[Tensor, "batch total"] | None = None
+    visible: Line | Documents | Tree
     frequencies: Float[Tensor, " d_rotary"] | None = None
 
     def real(self) -> Bool[Tensor, "#batch pos"]:
         """The tokens that are not padding."""
-        length = self.ids.shape[1]
-        return torch.ones_like(self.ids, dtype=torch.bool) if self.mask is None else self.mask[:, -length:]
+        return self.visible.real_now()
 
-    def moved(self) -> Bool[Tensor, "#batch pos"]:
+    def between(self) -> Bool[Tensor, "#batch pos"]:
         """The tokens whose increment lies between two real tokens: all but the first (gap "after": the last)."""
-        real = self.real()
-        if self.gap == "before":
-            whole = real if self.mask is None else self.mask
-            earlier = whole.cumsum(1)[:, -real.shape[1] :] + (self.past if self.mask is None else 0)
-            return real & (earlier > 1)
-        return real & (real.flip(1).cumsum(1).flip(1) > 1)
+        return self.visible.between()
+
+    def in_a_row(self) -> bool:
+        """Whether they are one text: neither packed documents nor branches."""
+        return isinstance(self.visible, Line)
+
+
+class StreamHookPoint(HookPoint):
+    """A hook point whose `ctx` is each thread's own: what belongs to one forward pass is not seen in another."""
+
+    def __init__(self) -> None:
+        self._ctx = threading.local()
+        super().__init__()
+
+    @property
+    def ctx(self) -> dict[str, Any]:
+        """What a hook function may know, and keep, in this thread."""
+        return self._ctx.__dict__
+
+    @ctx.setter
+    def ctx(self, value: dict[str, Any]) -> None:
+        self._ctx.__dict__.clear()
+        self._ctx.__dict__.update(value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_ctx"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__["_ctx"] = threading.local()
+        super().__setstate__(state)
 
 
 def run_hook(

@@ -16,71 +16,16 @@ Learned increments: Long, "How Far Apart Does a Model Think Its Tokens Are?" (Le
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .config import PositionConfig
 from .errors import PositionsError
 
 EPS = 1e-6
-SOURCES = ("static", "shared", "per_layer", "frozen")
-
-
-@dataclass(frozen=True)
-class PositionConfig:
-    """Where increments come from and how they become positions.
-
-    Args:
-        source: "static" (all 1.0), "shared" (a network on the token embedding, one for all layers),
-            "per_layer" (a network on the residual stream entering each layer) or "frozen" (a table by token id).
-        per_head: one increment for each key-value head (each head, where there is no grouping).
-        gap: "before": p_t = d_1 + ... + d_t, the increment is the gap before its token (d_0 has no effect);
-            "after": p_t = d_0 + ... + d_{t-1}.
-        activation: "sigmoid" (between 0 and max_increment), "softplus" (positive) or "none" (signed).
-        max_increment: the bound of the sigmoid, in positions.
-        hidden: width of the source's hidden layer; None is a quarter of the model's.
-
-    Raises:
-        PositionsError: a value outside those listed.
-    """
-
-    source: Literal["static", "shared", "per_layer", "frozen"] = "per_layer"
-    per_head: bool = False
-    gap: Literal["before", "after"] = "before"
-    activation: Literal["sigmoid", "softplus", "none"] = "sigmoid"
-    max_increment: float = 10.0
-    hidden: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, given, expected in (
-            ("source", self.source, SOURCES),
-            ("gap", self.gap, ("before", "after")),
-            ("activation", self.activation, ("sigmoid", "softplus", "none")),
-        ):
-            if given not in expected:
-                raise PositionsError(f"{name} is {given!r}; expected one of {', '.join(expected)}.")
-        if not (isinstance(self.max_increment, (int, float)) and 1 < self.max_increment < math.inf):
-            raise PositionsError(
-                f"max_increment is {self.max_increment!r}; expected a finite number above 1, a fresh increment."
-            )
-        if not isinstance(self.per_head, bool):
-            raise PositionsError(f"per_head is {self.per_head!r}; expected True or False.")
-        if self.hidden is not None and not (isinstance(self.hidden, int) and self.hidden >= 1):
-            raise PositionsError(f"hidden is {self.hidden!r}; expected a width of at least 1, or None.")
-
-    @property
-    def learned(self) -> bool:
-        """Whether the source has weights to train."""
-        return self.source in ("shared", "per_layer")
-
-    @property
-    def effective(self) -> slice:
-        """The tokens of a sequence whose increments a position depends on: all but the first, or the last."""
-        return slice(1, None) if self.gap == "before" else slice(None, -1)
 
 
 class LearnedIncrements(nn.Module):
@@ -99,13 +44,11 @@ class LearnedIncrements(nn.Module):
         self.out = nn.Linear(hidden, n_heads or 1)
         self.per_head = n_heads is not None
         self.activation = config.activation
-        offset = {
+        self.offset = {
             "sigmoid": -math.log(config.max_increment - 1),
             "softplus": math.log(math.e - 1),
             "none": 0.0,
-        }
-        self.register_buffer("offset", torch.tensor(offset[config.activation]), persistent=False)
-        self.offset: Tensor
+        }[config.activation]
         nn.init.normal_(self.hidden.weight, std=1 / math.sqrt(d_model))
         nn.init.zeros_(self.hidden.bias)
         nn.init.zeros_(self.out.weight)
@@ -114,13 +57,7 @@ class LearnedIncrements(nn.Module):
     def forward(self, states: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos *head"]:
         """Increments of each token, from its embedding or its residual stream."""
         x = states.to(self.out.weight.dtype)
-        if isinstance(self.norm, nn.RMSNorm):
-            # Its scale is applied after the projection, to a quarter of the width.
-            scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
-            x = functional.linear(x, self.hidden.weight * self.norm.weight) * scale + self.hidden.bias
-        else:
-            x = self.hidden(x)
-        x = self.out(functional.gelu(x))
+        x = self.out(functional.gelu(self.hidden(self.norm(x))))
         if not self.per_head:
             x = x.squeeze(-1)
         if self.activation == "none":

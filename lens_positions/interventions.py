@@ -24,6 +24,12 @@ for models whose increments are per head.
 Generation with a key-value cache calls hooks once for the prompt and once for each new token. Indices count from the
 start of the prompt; new tokens get the same number, factor or, with "mean", the prompt's mean; a shuffle and values
 recorded on the prompt leave them as they are. A list with a mean serves one generation at a time.
+
+An intervention that can only write what is there is refused when it is made, since its null result would be read as a
+finding: a factor of 1, a gap longer by 0, and on a static model, whose increments are all 1.0, ablating them to 1.0,
+their mean or a shuffle, ablating positions to steps of 1.0, and patching in what a static model recorded. Not refused,
+as they act beside other edits: `freeze`, which holds values, and the mean of positions, which need not be even where
+documents are packed.
 """
 
 import math
@@ -81,8 +87,32 @@ def ablate(
         (hook name, hook function) pairs, one a layer.
 
     Raises:
-        PositionsError: no such layer, token or head, or `to` is none of the three.
+        PositionsError: no such layer, token or head, `to` is none of the three, or the model is static and has what
+            `to` asks for already.
     """
+    hooks = ablation_hooks(model, to, layers, positions, heads, site=site, seed=seed)
+    if is_static(model) and (to == 1 or (site == "increments" and isinstance(to, str))):
+        has, held = "every increment of this model is 1.0", "freeze(cache)"
+        if site == "positions":
+            has, held = "positions of this model are steps of 1.0", 'to="mean"'
+        raise PositionsError(
+            f"{has} (source static), so that ablating {site} to {to!r} changes nothing; expected another number, a "
+            f"model with learned increments, or {held} to hold them against other edits."
+        )
+    return hooks
+
+
+def ablation_hooks(
+    model: TransformerBridge,
+    to: float | Literal["mean", "shuffle"] = 1.0,
+    layers: Some = None,
+    positions: Tokens = None,
+    heads: Some = None,
+    *,
+    site: Site = "increments",
+    seed: int = 0,
+) -> Hooks:
+    """What `ablate` gives, on a static model too: for tables, where a row of zeros is a control."""
     if not (isinstance(to, str) and to in ("mean", "shuffle")):
         to = finite(to, "to", 'a finite number, "mean" or "shuffle"')
     seed = index_of(seed, "seed", "a whole number from 0")
@@ -106,8 +136,13 @@ def scale(
     *,
     site: Site = "increments",
 ) -> Hooks:
-    """Multiply increments, or positions, by a factor; arguments, returns and errors as `ablate`."""
-    change = _at(partial(_scaled, finite(factor, "factor")), positions, heads)
+    """Multiply increments, or positions, by a factor other than 1; arguments, returns and errors as `ablate`."""
+    factor = finite(factor, "factor")
+    if factor == 1:
+        raise PositionsError(
+            "factor is 1, which changes nothing; expected another (a run without hooks is the baseline)."
+        )
+    change = _at(partial(_scaled, factor), positions, heads)
     return _checked_heads(model, heads, [(name, change) for _, name in hook_names(model, layers, _hook_at(site))])
 
 
@@ -120,13 +155,15 @@ def add_gap(
     *,
     site: Site = "increments",
 ) -> Hooks:
-    """Lengthen the gap between token `before - 1` and token `before` by so many positions.
+    """Lengthen the gap between token `before - 1` and token `before` by so many positions, other than 0.
 
     With gap "after" the increment that is edited is that of token `before - 1`; the tokens that move are the same.
     Other arguments, returns and errors as `ablate`.
     """
     before = index_of(before, "before", "the index of a token after the first, from 1", least=1)
     by = finite(by, "by", "a finite number of positions")
+    if by == 0:
+        raise PositionsError("by is 0, which changes nothing; expected another (a run without hooks is the baseline).")
     token = edited_token(model, before) if site == "increments" else before
     change = _at(partial(_lengthened, by, before), token, heads)
     return _checked_heads(model, heads, [(name, change) for _, name in hook_names(model, layers, _hook_at(site))])
@@ -178,11 +215,11 @@ def patch(
         heads, site: see above.
 
     Returns:
-        (hook name, hook function) pairs, one a layer. On a model without learned increments every increment is 1.0,
-        so patching them changes nothing.
+        (hook name, hook function) pairs, one a layer.
 
     Raises:
-        PositionsError: the cache has no such hooks, the map does not fit; when run, as `freeze`.
+        PositionsError: the cache has no such hooks, the map does not fit, or the increments are those of a static
+            model, all 1.0; when run, as `freeze`.
     """
     if (source is None) != (target is None):
         given, missing = ("source", "target") if target is None else ("target", "source")
@@ -194,13 +231,22 @@ def patch(
             "each target once."
         )
     hooks: Hooks = []
-    for name, values in _cached(cache, site, layers, heads):
+    found = _cached(cache, site, layers, heads)
+    plain = site == "increments" and is_static(cache.model)
+    for name, values in found:
         if there is not None and max(there, default=0) >= values.shape[1]:
             raise PositionsError(
                 f"source has token {max(there)}; expected tokens below {values.shape[1]}, the length of the recorded "
                 "input."
             )
         hooks.append((name, _at(partial(_recorded, values, there, here), here, heads)))
+        plain = plain and bool((values if there is None else values[:, there]).eq(1).all())
+    if plain:
+        raise PositionsError(
+            "the cache is of a static model, whose increments are all 1.0, so that patching them into it changes "
+            "nothing; expected the cache of a model with learned increments, or ablate(model, to=1.0) to put 1.0 into "
+            "such a model."
+        )
     return hooks
 
 
@@ -219,6 +265,12 @@ def streams_of(model: Any) -> PositionStreams:
     if streams is None:
         raise PositionsError("the bridge has no position streams; expected attach_positions(bridge) first.")
     return streams
+
+
+def is_static(model: Any) -> bool:
+    """Whether a model is a bridge whose streams give increments of 1.0 to every token."""
+    streams = getattr(unbridged(model), "position_streams", None) if isinstance(model, TransformerBridge) else None
+    return isinstance(streams, PositionStreams) and streams.config.source == "static"
 
 
 def edited_token(model: TransformerBridge, before: int) -> int:
@@ -417,7 +469,7 @@ class _Mean:
 
     def __call__(self, values: Tensor, chosen: Tensor, tokens: HookedTokens) -> Tensor:
         if tokens.past == 0 or self.of_prompt is None or len(self.of_prompt[0]) != len(values):
-            counted = chosen & tokens.moved()
+            counted = chosen & tokens.between()
             of_prompt = _mean(values, counted) if self.site == "increments" else _line(values, tokens)
             self.of_prompt = tuple(numbers.detach() for numbers in of_prompt)
             start, step = of_prompt
@@ -444,7 +496,7 @@ def _line(values: Tensor, tokens: HookedTokens) -> tuple[Tensor, Tensor]:
 
 
 def _shuffled(site: str, seed: int, values: Tensor, chosen: Tensor, tokens: HookedTokens) -> Tensor:
-    counted = (chosen & tokens.moved() if site == "increments" else chosen).expand(values.shape[:2]).cpu()
+    counted = (chosen & tokens.between() if site == "increments" else chosen).expand(values.shape[:2]).cpu()
     draws = torch.rand(counted.shape, generator=torch.Generator().manual_seed(seed))
     order = torch.arange(values.shape[1]).repeat(len(counted), 1)
     for row, (mask, draw) in enumerate(zip(counted, draws, strict=True)):

@@ -1,50 +1,70 @@
 """A position stream's memory of a key-value cache: kept in the cache object itself, so that it ends with it."""
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
 class PositionMemory:
-    """Mixed into the class of a key-value cache: the running sums of its tokens, which follow what happens to them."""
+    """Mixed into the class of a key-value cache: what is known of its tokens, which follows what happens to them.
 
-    position_sums: dict[tuple[int, int], Float[Tensor, "batch past *head"]]
+    Attributes:
+        surplus: d - 1 of each token, by stream and by the number of its call in a forward pass, of which a looped
+            model makes several.
+        real: the tokens that are not padding; None: all are.
+        ancestors: which tokens each one sums over, where a mask made a tree of them; None: they stand in a row.
+    """
+
+    surplus: dict[tuple[int, int], Float[Tensor, "batch past *head"]]
+    real: Bool[Tensor, "#batch past"] | None
+    ancestors: Bool[Tensor, "#batch past past"] | None
 
     def __reduce__(self) -> Any:
         """Pickle and copy by the class that the cache had."""
         return _restored, (type(self).__mro__[2], self.__dict__)
 
-    def _each(self, change: Any) -> None:
-        changed = {id(sums): change(sums) for sums in self.position_sums.values()}
-        self.position_sums = {key: changed[id(sums)] for key, sums in self.position_sums.items()}
+    def _each_row(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Change the rows of a batch alike everywhere; what several streams share stays shared."""
+        changed = {id(values): change(values) for values in self.surplus.values()}
+        self.surplus = {key: changed[id(values)] for key, values in self.surplus.items()}
+        for name in ("real", "ancestors"):
+            known = getattr(self, name)
+            if known is not None and len(known) > 1:  # one row stands for all
+                setattr(self, name, change(known))
 
     def reset(self) -> None:
         """Forget all tokens."""
         super().reset()  # type: ignore[misc]
-        self.position_sums = {}
+        self.surplus, self.real, self.ancestors = {}, None, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow a beam search."""
         super().reorder_cache(beam_idx)  # type: ignore[misc]
-        self._each(lambda sums: sums[beam_idx.to(sums.device)])
+        self._each_row(lambda values: values[beam_idx.to(values.device)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows of the batch."""
         super().batch_select_indices(indices)  # type: ignore[misc]
-        self._each(lambda sums: sums[indices.to(sums.device)])
+        self._each_row(lambda values: values[indices.to(values.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row of the batch."""
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        self._each(lambda sums: sums.repeat_interleave(repeats, dim=0))
+        self._each_row(lambda values: values.repeat_interleave(repeats, dim=0))
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Drop the last tokens."""
         super().crop(*args, **kwargs)  # type: ignore[misc]
-        self._each(lambda sums: sums[:, : self.get_seq_length()])  # type: ignore[attr-defined]
+        length = int(self.get_seq_length())  # type: ignore[attr-defined]
+        changed = {id(values): values[:, :length] for values in self.surplus.values()}
+        self.surplus = {key: changed[id(values)] for key, values in self.surplus.items()}
+        if self.real is not None:
+            self.real = self.real[:, :length]
+        if self.ancestors is not None:
+            self.ancestors = self.ancestors[:, :length, :length]
 
 
 @cache
@@ -58,21 +78,14 @@ def _restored(cache_class: type, state: dict[str, Any]) -> Any:
     return kv_cache
 
 
-def with_past(
-    carry: Float[Tensor, "batch pos *head"], past: Float[Tensor, "batch past *head"] | None, kv_cache: Any
-) -> Float[Tensor, "batch total *head"] | None:
-    """The running sums of new tokens behind those of past ones, where a cache wants them."""
-    if kv_cache is None:
-        return None
-    return carry if past is None else torch.cat([past, carry], dim=1)
+def memory_of(kv_cache: Any) -> PositionMemory | None:
+    """What a cache remembers of positions, or None."""
+    return kv_cache if isinstance(kv_cache, PositionMemory) else None
 
 
-def remember(kv_cache: Any, key: tuple[int, int], sums: Float[Tensor, "batch total *head"]) -> None:
-    """Keep the running sums of all tokens in the cache that holds their keys.
-
-    The key is the stream and the number of its call in a forward pass, of which a looped model makes several.
-    """
+def with_memory(kv_cache: Any) -> PositionMemory:
+    """The same cache, which remembers positions from now on."""
     if not isinstance(kv_cache, PositionMemory):
         kv_cache.__class__ = _with_memory(kv_cache.__class__)
-        kv_cache.position_sums = {}
-    kv_cache.position_sums[key] = sums
+        kv_cache.surplus, kv_cache.real, kv_cache.ancestors = {}, None, None
+    return kv_cache

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import PeftConfig, PeftModel, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -249,6 +248,8 @@ def save_adapter(model: Any, path: str | Path, *, base: str | Path) -> None:
     Raises:
         PositionsError: the folder cannot be written, or the model has no streams or folded weights.
     """
+    from peft import PeftModel
+
     if getattr(model, "_weights_processed", False):
         raise PositionsError(
             "the weights were folded by enable_compatibility_mode(); expected the model as it was loaded."
@@ -310,6 +311,8 @@ def load_adapter(model: Any, path: str | Path) -> PositionStreams:
 
 
 def _merge_lora(model: Any, path: Path) -> None:
+    from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+
     learns = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     lora = None
     try:

@@ -1,10 +1,10 @@
-"""Rotation by fractional positions: the model's own rotary module, with the gradient that it would not give.
+"""Rotation by fractional positions: the model's own rotary module, with a gradient that the module does not provide.
 
 Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (arXiv 2104.09864).
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Complex, Float, Int
@@ -29,6 +29,7 @@ class RotaryCall:
     position_ids: Int[Tensor, "#batch pos"]
     rotation: Any = None  # None: the module was not called, its arithmetic is part of the attention
     axes: Int[Tensor, "axis #batch pos"] | None = None  # ids along time, height and width, less those along time
+    is_complex: bool = False
     _frequencies: Tensor | None = None
 
     @classmethod
@@ -38,7 +39,12 @@ class RotaryCall:
         states = given.pop("x") if "x" in given else args[0]
         ids = given.pop("position_ids") if "position_ids" in given else args[1]
         axes = ids - ids[:1] if ids.ndim == 3 else None
-        return cls(module, tuple(args[2:]), given, states, ids if axes is None else ids[0], rotation, axes)
+        whole = ids if axes is None else ids[0]
+        return cls(module, tuple(args[2:]), given, states, whole, rotation, axes, isinstance(rotation, Tensor))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the module returned, one by one."""
+        return tensors_of(self.rotation)
 
     def at(self, positions: Float[Tensor, "batch pos"], states: Tensor | None = None) -> CosSin:
         """cos and sin of fractional positions, in the dtype of the states; all axes move together."""
@@ -47,9 +53,9 @@ class RotaryCall:
         return self._turn(positions, self.states if states is None else states)
 
     def cos_sin(self, rotation: Rotation | None) -> CosSin:
-        """A rotation of this call, or the model's own where it is None, as cos and sin."""
+        """A rotation of this call as cos and sin; None is that of the model's own whole positions."""
         if rotation is None:
-            rotation = self.rotation if self.rotation is not None else self.at(self.position_ids.float())
+            rotation = self.at(self.position_ids.float())
         return (rotation.real, rotation.imag) if isinstance(rotation, Tensor) else rotation
 
     def _turn(self, positions: Tensor, states: Tensor) -> CosSin:
@@ -57,7 +63,7 @@ class RotaryCall:
 
     def like_the_module(self, cos_sin: CosSin) -> Rotation:
         """cos and sin in the form in which the module returns them."""
-        return torch.complex(*cos_sin) if isinstance(self.rotation, Tensor) else cos_sin
+        return torch.complex(*cos_sin) if self.is_complex else cos_sin
 
     def frequencies(self, positions: Float[Tensor, "batch pos"]) -> Float[Tensor, " d_rotary"]:
         """The rotary frequency of each component of cos and sin at these positions, in radians per position.
@@ -96,47 +102,69 @@ class SinusoidTable:
         return turned[0].to(states.dtype), turned[1].to(states.dtype)
 
 
-class Rotate(torch.autograd.Function):
-    """cos and sin of positions by the model's own rotary module, with the gradient it would not give.
+class WithGradient(torch.autograd.Function):
+    """cos and sin as they are, with the gradient of the positions that they were computed from.
 
-    The module decides the values, so scaled, partial and two-base RoPE stay exact. It works under no_grad; the
+    The model's own module computes them, so scaled, partial and two-base RoPE stay exact. It works under no_grad; the
     derivative needs only its frequencies w: d cos/dp = -w sin, d sin/dp = w cos, attention scaling included.
     """
 
     @staticmethod
-    def forward(ctx: Any, positions: Float[Tensor, "batch pos"], call: RotaryCall) -> CosSin:
+    def forward(
+        ctx: Any, positions: Float[Tensor, "batch pos"], cos: Tensor, sin: Tensor, w: Float[Tensor, " d_rotary"]
+    ) -> CosSin:
         """cos and sin in the dtype of the model."""
-        cos, sin = call.at(positions)
-        ctx.save_for_backward(cos, sin, call.frequencies(positions))
+        cos, sin = cos.view_as(cos), sin.view_as(sin)
+        ctx.save_for_backward(cos, sin, w)
         ctx.dtype = positions.dtype
         return cos, sin
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None]:
         """The gradient of the positions."""
         cos, sin, w = ctx.saved_tensors
         grad_cos, grad_sin = gradients
         angle = grad_sin.to(ctx.dtype) * cos - grad_cos.to(ctx.dtype) * sin
-        return (angle * w).sum(-1), None
+        return (angle * w).sum(-1), None, None, None
 
 
 def rotate(positions: Float[Tensor, "batch pos *head"], call: RotaryCall) -> Rotation:
     """The rotation by positions as the module returns it, with a "head" axis before the last one where they have it."""
+    flat = positions.flatten(1)
+    with torch.no_grad():
+        cos, sin = call.at(flat)
+    if positions.requires_grad and torch.is_grad_enabled():
+        cos, sin = WithGradient.apply(flat, cos, sin, call.frequencies(flat))
     if positions.ndim == 2:
-        return call.like_the_module(cast(CosSin, Rotate.apply(positions, call)))
-    cos, sin = Rotate.apply(positions.flatten(1), call)
+        return call.like_the_module((cos, sin))
     return cos.unflatten(1, positions.shape[1:]), sin.unflatten(1, positions.shape[1:])
+
+
+def tensors_of(rotation: Any) -> tuple[Tensor, ...]:
+    """The tensors of a rotation, in whatever form it is."""
+    return (rotation,) if isinstance(rotation, Tensor) else tuple(rotation or ())
+
+
+def moved_to(rotation: Rotation, device: torch.device) -> Rotation:
+    """The rotation where a layer is."""
+    if isinstance(rotation, Tensor):
+        return rotation.to(device)
+    return rotation[0].to(device), rotation[1].to(device)
 
 
 def hooked_rotation(
     hook: HookPoint,
     rotation: Rotation | None,
+    handed: Any,
     positions: Float[Tensor, "batch pos *head"],
     call: RotaryCall,
     tokens: HookedTokens,
 ) -> Rotation | None:
-    """The rotation after its hook point, [batch pos *head 2 d_rotary] with cos before sin; None as it was given."""
-    own = torch.stack(call.cos_sin(rotation), dim=-2)
+    """The rotation after its hook point, [batch pos *head 2 d_rotary] with cos before sin; None as it was given.
+
+    Where it is None it is the model's own, which the layer was handed.
+    """
+    own = torch.stack(call.cos_sin(handed if rotation is None else rotation), dim=-2)
     given = own.expand(positions.shape[0] if rotation is None else own.shape[0], *own.shape[1:])
     returned = run_hook(hook, given, replace(tokens, frequencies=call.frequencies(positions.flatten(1))))
     if returned is given:

@@ -11,8 +11,10 @@ of that layer too, and follows its positions.
 """
 
 import inspect
+import threading
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import PositionsError
+from .placement import device_of, refuse_absent_weights
 from .rotary import RotaryCall, SinusoidTable
 
 Turn = Callable[[Tensor, Any, RotaryCall | None], Any]
@@ -64,7 +67,7 @@ class InsideSite(Site):
     def __init__(self, rotary: nn.Module, *place: Any) -> None:
         super().__init__(*place)
         self.rotary = rotary
-        self._states: list[Tensor] = []
+        self._states = threading.local()
 
     def hook(self, turn: Turn) -> list[Any]:
         """As `Site.hook`: the output of the rotary module is replaced."""
@@ -75,27 +78,29 @@ class InsideSite(Site):
         ]
 
     def _note(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._states[:] = [argument(self.parameters, args, kwargs, "hidden_states")]
+        self._states.entering = argument(self.parameters, args, kwargs, "hidden_states")
 
     def _forget(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
-        self._states.clear()
+        self._states.entering = None
 
     def _leave_rotary(
         self, turn: Turn, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        return turn(self._states[0], output, RotaryCall.of(module, args, kwargs, output))
+        return turn(self._states.entering, output, RotaryCall.of(module, args, kwargs, output))
 
 
 class TableSite(Site):
     """One attention module that gathers sines and cosines by position id from a table.
 
-    For the time of its forward it gets a table of one row for each token of the batch, and ids that count the rows.
+    For the time of its forward it gets a table of one row for each token of the batch, and ids that count the rows;
+    other threads wait that long.
     """
 
     def __init__(self, table: str, *place: Any) -> None:
         super().__init__(*place)
         self.table = table
         self._own: list[Tensor] = []
+        self._lock = threading.RLock()
 
     def hook(self, turn: Turn) -> list[Any]:
         """As `Site.hook`."""
@@ -104,7 +109,8 @@ class TableSite(Site):
 
     def _enter(self, turn: Turn, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         states = argument(self.parameters, args, kwargs, "hidden_states")
-        self._restore()  # an interrupt passes by hooks, and would leave the table of its batch
+        self._lock.acquire()
+        self._put_back()  # an interrupt passes by hooks, and would leave the table of its batch
         ids, own = argument(self.parameters, args, kwargs, "position_ids"), getattr(self.attention, self.table)
         turned = turn(states, None, RotaryCall(SinusoidTable(own), (), {}, states, ids))
         if turned is None:
@@ -116,6 +122,11 @@ class TableSite(Site):
         return with_argument(self.parameters, args, kwargs, "position_ids", rows)
 
     def _restore(self, *_: Any) -> None:
+        self._put_back()
+        with suppress(RuntimeError):  # not taken, where the attention failed before
+            self._lock.release()
+
+    def _put_back(self) -> None:
         if self._own:
             setattr(self.attention, self.table, self._own.pop())
 
@@ -138,6 +149,7 @@ class RotaryAttention:
             raise PositionsError(f"the model is a {kind}; expected a transformers model or a TransformerBridge.")
         if getattr(base.config, "is_encoder_decoder", False):
             raise PositionsError(f"{kind} is an encoder with a decoder; expected a decoder such as Llama.")
+        refuse_absent_weights(base)
         self._wrappers = {id(m.original_component): m for m in base.modules() if _is_wrapper(m)}
         self._own = {name: m for name, m in base.named_modules() if not _is_wrapper(m)}
         inside = {id(m) for m in _decoder(base).modules()}
@@ -286,7 +298,7 @@ def _take_part(base: Any, sites: list[Site]) -> list[Site]:
     leaves: dict[int, tuple[int, Tensor]] = {}
     hooks = []
     modes = [(module, module.training) for module in base.modules()]
-    embedding = base.get_input_embeddings().weight
+    embedding = base.get_input_embeddings()
     try:
         for i, site in enumerate(sites):
             hooks += [
@@ -295,8 +307,8 @@ def _take_part(base: Any, sites: list[Site]) -> list[Site]:
                 site.wrapper.register_forward_hook(partial(_trace, site, leaves, reached, i), with_kwargs=True),
             ]
         base.eval()
-        with torch.inference_mode(False), torch.enable_grad():
-            tokens = torch.arange(3, device=embedding.device)[None] % len(embedding)
+        with torch.inference_mode(False), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+            tokens = torch.arange(3, device=device_of(embedding, base))[None] % len(embedding.weight)
             base(input_ids=tokens, use_cache=False)
     except Exception as error:  # it is the model's own code that runs here, on input that it need not be made for
         warnings.warn(

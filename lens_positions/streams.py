@@ -8,49 +8,26 @@ Writing the sum around the model's own position ids keeps everything that they k
 cache, packed documents), and all-ones increments give the model's positions back to the bit. Without padding
 and cache it is p_0 = 0, p_t = d_1 + ... + d_t (gap "before") or p_t = d_0 + ... + d_{t-1} (gap "after").
 
-The sum runs in float64 and positions are float32 (float64 in a float64 model), whatever the model's dtype.
-A stream that nobody edits and whose source is static leaves the model's cos and sin untouched; a shared or
-frozen one computes them once per forward pass. With a key-value cache a stream continues where that cache
-stopped: the running sum is kept in the cache object itself, follows its reordering and cropping, and ends with it.
+The sum runs over the tokens that a token can see (`visible.py`), in float64; positions are float32 (float64 in a
+float64 model), whatever the model's dtype. A stream that nobody edits and whose source is static leaves the model's cos
+and sin untouched; a shared or frozen one computes them once per forward pass. With a key-value cache a stream goes on
+where that cache stopped: what it needs is kept in the cache object itself (`memory.py`).
 """
 
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
 
 from .errors import PositionsError
-from .hooks import HookedTokens, hooked_at, run_hook
+from .hooks import HookedTokens, StreamHookPoint, hooked_at, run_hook
 from .increments import PositionConfig
-from .memory import remember, with_past
-from .rotary import CosSin, RotaryCall, Rotation, hooked_rotation, rotate
-
-
-@dataclass(eq=False)
-class ForwardPass:
-    """What the streams of one forward pass share."""
-
-    tokens: Int[Tensor, "batch pos"] | None = None
-    mask: Bool[Tensor, "batch total"] | None = None  # real tokens, those of the cache included
-    cache: Any = None
-    past_length: int = 0  # tokens in that cache before this pass
-    calls: dict[int, int] = field(default_factory=dict)  # of each stream so far: a looped model runs a layer again
-    embeddings: Float[Tensor, "batch pos d_model"] | None = None
-    residuals: dict[int, Float[Tensor, "batch pos d_model"]] = field(default_factory=dict)  # entering a layer
-    increments: Float[Tensor, "batch pos *head"] | None = None  # of a source that all layers share
-    rotary_calls: list[RotaryCall] = field(default_factory=list)
-    shared_work: dict[tuple[int, ...], Any] = field(default_factory=dict)
-    turned: dict[int, tuple[Tensor, RotaryCall, Rotation]] = field(default_factory=dict)  # what others follow
-    heads: dict[int, CosSin] = field(default_factory=dict)  # cos and sin of a layer, where per head
-    checkpointed: bool = False  # layers run a second time in the backward pass
-    with_grad: bool = False
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "ForwardPass":
-        """A copied model is between passes."""
-        return ForwardPass()
+from .memory import memory_of, with_memory
+from .passes import ForwardPass, SharedWork
+from .rotary import RotaryCall, Rotation, hooked_rotation, moved_to, rotate
+from .visible import Line, Tree, Visible, like, visible_tokens
 
 
 class PositionStream(nn.Module):
@@ -64,16 +41,17 @@ class PositionStream(nn.Module):
         self.followed = False  # by layers that attend to this layer's keys
         self.heads = (n_heads,) if config.per_head else ()
         self.source = source  # of this layer alone; None where static, shared or frozen
-        self.hook_increments = HookPoint()
-        self.hook_positions = HookPoint()
-        self.hook_rotation = HookPoint()
+        self.hook_increments = StreamHookPoint()
+        self.hook_positions = StreamHookPoint()
+        self.hook_rotation = StreamHookPoint()
 
-    def forward(self, states: Tensor, call: RotaryCall | None, step: ForwardPass) -> Rotation | None:
+    def forward(self, states: Tensor, handed: Any, call: RotaryCall | None, step: ForwardPass) -> Rotation | None:
         """The rotation for the attention of this layer, or None where it is the model's own.
 
         Args:
-            states: hidden states entering the attention, for their shape and dtype.
-            call: the rotary call whose cos and sin this layer was given; None where it cannot be told.
+            states: hidden states entering the attention, for their shape, dtype and device.
+            handed: the model's own rotation that this layer was given, often one row for all; None where there is none.
+            call: the rotary call that it is from; None where it cannot be told.
             step: what this forward pass shares.
 
         Returns:
@@ -81,53 +59,60 @@ class PositionStream(nn.Module):
             before d_rotary where per head.
 
         Raises:
-            PositionsError: the layer runs outside a forward pass of its model, or gradients would be lost.
+            PositionsError: the layer runs outside a forward pass of its model, gradients would be lost, or the mask
+                does not say which tokens a token sees.
         """
-        step.calls[self.index] = step.calls.get(self.index, -1) + 1
-        past = self._past(states, step)
+        key = (self.index, step.count(self.index))
+        surplus = self._past_surplus(states, step, key)
         static = self.config.source == "static"
-        hooks = (self.hook_increments, self.hook_positions, self.hook_rotation)
-        if static and past is None and not any(map(hooked_at, hooks)):
+        listened = hooked_at(self.hook_increments) or hooked_at(self.hook_positions) or hooked_at(self.hook_rotation)
+        if static and surplus is None and not listened:
             return None
-        if call is None:
-            raise PositionsError(
-                f"layer {self.layer} has cos and sin from no rotary call of this forward pass; expected the model's "
-                "own (with gradient checkpointing: gradient_checkpointing_enable() and one backward pass for each)."
-            )
-        if self.config.learned and step.checkpointed and step.with_grad and not torch.is_grad_enabled():
-            raise PositionsError(
-                "reentrant gradient checkpointing loses the gradients of learned increments; expected "
-                'gradient_checkpointing_enable({"use_reentrant": False}).'
-            )
-        with torch.autocast(states.device.type, enabled=False):
-            given = self._given_increments(states, step)
-            tokens = HookedTokens(step.past_length, call.position_ids, self.config.gap, step.mask)
-            increments = run_hook(self.hook_increments, given, tokens)
-            edited = increments is not given
-            key = (id(given), id(past), id(call), torch.is_grad_enabled())
-            shared = given is step.increments and not (edited or step.checkpointed)
-            work = step.shared_work if shared else {}
-            if key not in work:
-                carry = running_sum(increments, past, step.mask, self.config.gap)
-                base = add_to_ids(call.position_ids, carry, past, self.config.gap, increments.dtype)
-                work[key] = base, with_past(carry.detach(), past, step.cache), past  # past keeps its id taken
-            base, sums, _ = work[key]
-            if step.cache is not None and not (static and past is None and not edited):
-                remember(step.cache, (self.index, step.calls[self.index]), sums)
-            positions = run_hook(self.hook_positions, base, tokens)
-            if positions is base and not edited and static and past is None:
+        call = self._known(call, step)
+        with full_precision(states.device.type):
+            increments, positions, work, tokens = self._positions(states, call, surplus, step)
+
+            # A static stream that was only looked at leaves the rotation to the model.
+            untouched = static and surplus is None and work.increments is increments
+            if positions is not work.positions:
+                rotation: Rotation | None = rotate(positions, call)
+            elif untouched:
                 rotation = None
-            elif positions is not base:
-                rotation = rotate(positions, call)
             else:
-                if (*key, 1) not in work:
-                    work[*key, 1] = rotate(base, call)
-                rotation = work[*key, 1]
+                if work.rotation is None:
+                    work.rotation = rotate(positions, call)
+                rotation = work.rotation
+
+            if step.cache is not None and not untouched:
+                _remember(step, key, increments, surplus)
             if hooked_at(self.hook_rotation):
-                rotation = hooked_rotation(self.hook_rotation, rotation, positions, call, tokens)
-            if self.followed and rotation is not None:
+                rotation = hooked_rotation(self.hook_rotation, rotation, handed, positions, call, tokens)
+            if rotation is None:
+                return None
+            if self.followed:
                 step.turned[self.index] = positions, call, rotation
-            return rotation
+            return moved_to(rotation, states.device)
+
+    def _positions(
+        self, states: Tensor, call: RotaryCall, surplus: Tensor | None, step: ForwardPass
+    ) -> tuple[Tensor, Tensor, SharedWork, HookedTokens]:
+        """The increments and positions after their hooks, the work before, and what hooks may know of the tokens."""
+        ids = call.position_ids
+        given = self._given_increments(states, step).to(ids.device)
+        visible = _visible(step, call, self.config.gap, given)
+        tokens = HookedTokens(step.past_length, ids, visible)
+        increments = run_hook(self.hook_increments, given, tokens)
+        shares = given is step.increments and increments is given and not step.checkpointed
+        for work in step.shared if shares else ():
+            if work.is_of(increments, surplus, call):
+                break
+        else:
+            total = visible.sum(increments, None if surplus is None else surplus.to(ids.device))
+            base = (like(ids, total) + total).to(increments.dtype)
+            work = SharedWork(given, surplus, call, torch.is_grad_enabled(), base)
+            if shares:
+                step.shared.append(work)
+        return increments, run_hook(self.hook_positions, work.positions, tokens), work, tokens
 
     def _given_increments(self, states: Tensor, step: ForwardPass) -> Float[Tensor, "batch pos *head"]:
         if self.source is not None:
@@ -146,63 +131,83 @@ class PositionStream(nn.Module):
             return step.increments[:1].expand(len(states), *step.increments.shape[1:])
         return step.increments
 
-    def _past(self, states: Tensor, step: ForwardPass) -> Float[Tensor, "batch past *head"] | None:
-        """The running sum at each token of the cache; None where there is no cache or it is all standard steps."""
+    def _past_surplus(
+        self, states: Tensor, step: ForwardPass, key: tuple[int, int]
+    ) -> Float[Tensor, "batch past *head"] | None:
+        """d - 1 of each token of the cache; None where there is no cache or it is all standard steps."""
         length = step.past_length
         if step.cache is None or length == 0:
             return None
-        past = getattr(step.cache, "position_sums", {}).get((self.index, step.calls[self.index]))
-        if past is None and self.config.source == "static":
+        memory = memory_of(step.cache)
+        surplus = None if memory is None else memory.surplus.get(key)
+        if surplus is None and self.config.source == "static":
             if not (hooked_at(self.hook_increments) or hooked_at(self.hook_positions)):
                 return None
-            return torch.zeros(states.shape[0], length, *self.heads, dtype=_wide(states), device=states.device)
-        if past is None or past.shape[1] != length:
-            known = 0 if past is None else past.shape[1]
+            return torch.zeros(states.shape[0], length, *self.heads, dtype=wide_dtype(states), device=states.device)
+        if surplus is None or surplus.shape[1] != length:
+            known = 0 if surplus is None else surplus.shape[1]
             raise PositionsError(
                 f"the key-value cache holds {length} tokens at layer {self.layer} and positions for {known} of them; "
                 "expected a cache filled by this model with its position streams attached, changed only through "
                 "its own methods."
             )
-        return past
+        return surplus
+
+    def _known(self, call: RotaryCall | None, step: ForwardPass) -> RotaryCall:
+        """The rotary call, if increments may act in this pass."""
+        if call is None:
+            raise PositionsError(
+                f"layer {self.layer} has cos and sin from no rotary call of this forward pass; expected the model's "
+                "own."
+            )
+        if self.config.learned and step.checkpointed and step.with_grad and not torch.is_grad_enabled():
+            raise PositionsError(
+                "reentrant gradient checkpointing loses the gradients of learned increments; expected "
+                'gradient_checkpointing_enable({"use_reentrant": False}).'
+            )
+        return call
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
+def full_precision(device: str) -> AbstractContextManager[Any]:
+    """Outside autocast: bf16 cannot tell positions apart past 256."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype of sums."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
-def running_sum(
-    increments: Float[Tensor, "batch pos *head"],
-    past: Float[Tensor, "batch past *head"] | None,
-    mask: Bool[Tensor, "batch total"] | None,
-    gap: str,
-) -> Float[Tensor, "batch pos *head"]:
-    """Sum of d - 1 over the real tokens up to and including each one, on top of the cache's last sum.
-
-    With gap "before", the first real token of a row adds nothing: there is no token for it to be away from.
-    """
-    length = increments.shape[1]
-    surplus = increments.to(_wide(increments)) - 1
-    if mask is not None:
-        counted = mask.cumsum(1) > (1 if gap == "before" else 0)
-        counted = (counted & mask)[:, -length:]
-        surplus = surplus * (counted if surplus.ndim == 2 else counted.unsqueeze(-1))
-    elif gap == "before" and past is None:
-        rest = surplus[:, 1:].cumsum(1)
-        return torch.cat([torch.zeros_like(surplus[:, :1]), rest], dim=1)
-    total = surplus.cumsum(1)
-    return total if past is None else total + past[:, -1:]
+def _visible(step: ForwardPass, call: RotaryCall, gap: str, increments: Tensor) -> Visible:
+    """What tokens see of each other, found out once a pass."""
+    ids = call.position_ids
+    if step.visible is None or step.visible.wide.device != ids.device:
+        memory = memory_of(step.cache)
+        step.visible = visible_tokens(
+            step.mask,
+            ids,
+            gap,
+            torch.empty(0, dtype=wide_dtype(increments), device=ids.device),
+            packed=step.ids_given and step.cache is None and call.axes is None,
+            past=step.past_length,
+            real=None if memory is None else memory.real,
+            ancestors=None if memory is None else memory.ancestors,
+        )
+    return step.visible
 
 
-def add_to_ids(
-    position_ids: Int[Tensor, "#batch pos"],
-    carry: Float[Tensor, "batch pos *head"],
-    past: Float[Tensor, "batch past *head"] | None,
-    gap: str,
-    dtype: torch.dtype,
-) -> Float[Tensor, "batch pos *head"]:
-    """Positions: the model's own ids plus the running sum up to each token (gap "after": up to the one before)."""
-    if gap == "after":
-        before = torch.zeros_like(carry[:, :1]) if past is None else past[:, -1:]
-        carry = torch.cat([before, carry[:, :-1]], dim=1)
-    ids = position_ids if carry.ndim == 2 else position_ids.unsqueeze(-1)
-    return (ids + carry).to(dtype)
+def _remember(step: ForwardPass, key: tuple[int, int], increments: Tensor, surplus: Tensor | None) -> None:
+    """Keep d - 1 of all tokens in the cache that holds their keys, and which of them see which."""
+    memory, visible = with_memory(step.cache), step.visible
+    shared = [total for known, past, total in step.remembered if known is increments and past is surplus]
+    if shared:  # by layers that share their increments
+        total = shared[0]
+    else:
+        total = increments.detach().to(wide_dtype(increments)) - 1
+        total = total if surplus is None else torch.cat([surplus.to(total.device), total], dim=1)
+        step.remembered.append((increments, surplus, total))
+    memory.surplus[key] = total
+    if isinstance(visible, Line) and visible.real is not None:
+        memory.real = visible.real
+    elif isinstance(visible, Tree):
+        memory.ancestors = visible.with_past(memory.real, memory.ancestors)

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from .attach import unbridged
-from .errors import PositionsError
+from .errors import PositionsError, check_text
 
 TextOrTokens = str | Sequence[str] | Int[Tensor, "*_batch _pos"] | Sequence[Int[Tensor, "*_one _pos"]]
 """A text or a list of texts; the tokens of a prompt or of a batch; or a list of the tokens of prompts of any length."""
@@ -112,19 +112,6 @@ def prepends_bos(model: TransformerBridge, text: str, prepend_bos: bool | None =
     """Whether a text gets BOS in front of it: never beside its own."""
     wanted = getattr(model.cfg, "default_prepend_bos", True) if prepend_bos is None else prepend_bos
     return bool(wanted) and not begins_with_bos(model.tokenizer, text)
-
-
-def check_text(text: str, name: str = "the text") -> None:
-    """Refuse a text that is empty or that UTF-8 cannot hold."""
-    if not text:
-        raise PositionsError(f"{name} is empty; expected at least one character.")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-        raise PositionsError(
-            f"{name} has the lone surrogate U+{code:04X}; expected text that UTF-8 can hold."
-        ) from error
 
 
 def _listed(model: TransformerBridge, given: Any, prepend_bos: bool | None, whole: bool) -> list[Int[Tensor, " _pos"]]:

@@ -18,6 +18,7 @@ from lens_positions.analysis.absolute_position import (
     replace_first,
     replacement_effects,
 )
+from lens_positions.interventions import ablation_hooks
 from lens_positions.tokenizer import END_OF_DOCUMENT, byte_tokenizer
 
 TEXTS = ["The cat sat on the mat and slept.", "Nobody knew why it rained today.", "天气很好，我们学习中文。"]
@@ -120,7 +121,7 @@ def test_held_positions_leak_nothing(randomize, to):
     growing = [("blocks.0.attn.hook_positions", lambda positions, hook: positions + 0.02 * positions**2)]
     leaking = absolute_variation(model, TEXTS, hooks=growing, block=4, offsets=4)
     assert leaking["residual"].min() > 1e-4
-    on_ruler = growing + lp.ablate(model, to=to, site="positions")
+    on_ruler = growing + ablation_hooks(model, to, site="positions")
     assert absolute_variation(model, TEXTS, hooks=on_ruler, block=4, offsets=4)["residual"].max() < 1e-9
 
 

@@ -19,6 +19,7 @@ from lens_positions import causal
 from lens_positions.causal.metrics import AtToken
 from lens_positions.causal.replay import Replay
 from lens_positions.causal.sweeps import SITES
+from lens_positions.interventions import ablation_hooks
 
 SOURCES = ("static", "shared", "per_layer", "frozen")
 EVERY_SOURCE = list(itertools.product(SOURCES, (False, True), ("before", "after")))
@@ -292,7 +293,7 @@ def test_integrated_attribution_sums_to_the_whole_effect(source, per_head, gap):
     for baseline in (1.4, "mean"):
         values = causal.attribution(model, TOKENS, DIFFERENCE, "integrated", baseline=baseline)
         with torch.no_grad():
-            without = model.run_with_hooks(TOKENS, fwd_hooks=lp.ablate(model, to=baseline))
+            without = model.run_with_hooks(TOKENS, fwd_hooks=ablation_hooks(model, baseline))
             whole = float(DIFFERENCE(model(TOKENS)) - DIFFERENCE(without))
         assert float(values.sum()) == pytest.approx(whole, rel=0.01, abs=1e-6)
         assert values.shape == (3, 9)
@@ -355,7 +356,7 @@ def test_ablation_table_equals_plain_runs(source, per_head):
         sums = np.zeros(3)
         for tokens in documents:
             name = "blocks.1.attn.hook_pattern"
-            hooks = lp.ablate(model, to=to, layers=None if layer == "all" else layer)
+            hooks = ablation_hooks(model, to, None if layer == "all" else layer)
             with torch.no_grad():
                 plain, cache = model.run_with_cache(tokens, names_filter=name)
                 with model.hooks(fwd_hooks=hooks):

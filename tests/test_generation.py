@@ -220,7 +220,7 @@ def test_looking_on_while_generating_changes_nothing(tiny_stream):
 def test_memory_of_positions_ends_with_the_cache(tiny_stream):
     model = tiny_stream("per_layer")
     cache = model(TOKENS, use_cache=True).past_key_values
-    sums = [weakref.ref(s) for s in cache.position_sums.values()]
+    sums = [weakref.ref(s) for s in cache.surplus.values()]
     watched = weakref.ref(cache)
     assert len(sums) == 2
     del cache

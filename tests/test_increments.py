@@ -9,7 +9,7 @@ import torch
 
 import lens_positions as lp
 from lens_positions.increments import LearnedIncrements, build_sources
-from lens_positions.streams import running_sum
+from lens_positions.visible import Line
 
 SIZES = {"n_layers": 3, "d_model": 16, "n_heads": 4, "vocab": 11}
 ACTIVATIONS = ("sigmoid", "softplus", "none")
@@ -25,7 +25,7 @@ def reads_of(source, dtype=torch.float32):
 
 def test_shapes_are_checked_in_the_tests():
     with pytest.raises(jaxtyping.TypeCheckError):
-        running_sum(torch.ones(2, 3), None, torch.ones(3, 3, dtype=torch.bool), "before")
+        Line(0, 3, "before", torch.ones(3), torch.empty(0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import lens_positions as lp
+from lens_positions.interventions import ablation_hooks
 
 SOURCES = ("static", "shared", "per_layer", "frozen")
 EVERY_SOURCE = list(itertools.product(SOURCES, (False, True), ("before", "after")))
@@ -49,10 +50,12 @@ def seen(model, tokens, hooks, site="increments"):
 def test_writing_what_was_there_changes_no_bit(source, per_head, gap, site):
     model = random_model(source, per_head, gap)
     logits, cache = model.run_with_cache(TOKENS)
-    hooks = [lp.freeze(cache, site=site), lp.patch(cache, site=site), lp.scale(model, 1.0, site=site)]
-    hooks += [lp.patch(cache, source=[2, 5], target=[2, 5], site=site), lp.add_gap(model, 4, by=0.0, site=site)]
+    hooks = [lp.freeze(cache, site=site)]
+    if source != "static" or site == "positions":
+        hooks += [lp.patch(cache, site=site), lp.patch(cache, source=[2, 5], target=[2, 5], site=site)]
     if source == "static":
-        hooks += [lp.ablate(model, to=to) for to in (1.0, "mean", "shuffle")] + [lp.ablate(model, site="positions")]
+        hooks += [ablation_hooks(model, to) for to in (1.0, "mean", "shuffle")]
+        hooks += [ablation_hooks(model, site="positions"), lp.ablate(model, to="mean", site="positions")]
     for hook in hooks:
         assert torch.equal(model.run_with_hooks(TOKENS, fwd_hooks=hook), logits)
 
@@ -274,6 +277,9 @@ def refusals(model, cache):
         "to is 'zero'; expected a finite number": lambda: lp.ablate(model, to="zero"),
         "to is [1.0]": lambda: lp.ablate(model, to=[1.0]),
         "seed is 0.5; expected a whole number": lambda: lp.ablate(model, to="shuffle", seed=0.5),
+        "factor is 1, which changes nothing; expected another": lambda: lp.scale(model, 1),
+        "factor is 1, which": lambda: lp.scale(per_head, 1.0, positions=[4], heads=1, site="positions"),
+        "by is 0, which changes nothing; expected another": lambda: lp.add_gap(model, 3, by=0.0),
         "factor is '2'; expected a finite number": lambda: lp.scale(model, "2"),
         "an index is 'all'; expected whole numbers": lambda: lp.scale(model, 2.0, layers="all"),
         "an index is 1.0": lambda: lp.scale(model, 2.0, layers=1.0),
@@ -330,13 +336,66 @@ def test_indices_and_numbers_of_numpy_and_torch_are_taken():
         assert torch.equal(seen(model, TOKENS, ours), seen(model, TOKENS, plain))
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("per_head", "gap"), itertools.product((False, True), ("before", "after")))
+def test_what_cannot_act_on_a_static_model_is_refused(per_head, gap):
+    """Refused is what can only write the values that are there; what is not refused acts."""
+    model, learned = random_model("static", per_head, gap), random_model("per_layer", per_head, gap)
+    plain, cache = model.run_with_cache(TOKENS)
+    idle = {
+        "every increment of this model is 1.0 (source static), so that ablating increments to 1.0 changes nothing":
+            lambda: lp.ablate(model),
+        "ablating increments to 'mean' changes nothing": lambda: lp.ablate(model, to="mean", layers=1),
+        "ablating increments to 'shuffle' changes nothing": lambda: lp.ablate(model, to="shuffle", positions=[2, 4]),
+        "positions of this model are steps of 1.0 (source static), so that ablating positions to 1":
+            lambda: lp.ablate(model, to=1, site="positions"),
+        "factor is 1, which": lambda: lp.scale(model, 1.0),
+        "factor is 1": lambda: lp.scale(model, 1.0, site="positions"),
+        "by is 0": lambda: lp.add_gap(model, 3, by=0),
+        "the cache is of a static model, whose increments are all 1.0": lambda: lp.patch(cache),
+        "the cache is of a static model": lambda: lp.patch(cache, source=[1], target=[4], layers=0),
+    }  # fmt: skip
+    for sentence, make in idle.items():
+        with pytest.raises(lp.PositionsError) as error:
+            make()
+        assert sentence in str(error.value)
+        assert "; expected" in str(error.value)
+        assert "\n" not in str(error.value)
+
+    edited = model.run_with_cache(TOKENS, fwd_hooks=lp.add_gap(model, 4, by=2.0))[1]
+    for hooks in (
+        lp.ablate(model, to=2.0), lp.ablate(model, to=2.0, site="positions"), lp.scale(model, 0.5),
+        lp.ablate(model, to="shuffle", site="positions"), lp.add_gap(model, 3), lp.patch(edited), lp.freeze(edited),
+        lp.patch(cache, source=[1], target=[4], site="positions"),
+    ):  # fmt: skip
+        assert (model(TOKENS, fwd_hooks=hooks) - plain).abs().max() > 1e-3
+
+    held = lp.add_gap(model, 4, by=2.0) + lp.freeze(cache)
+    assert torch.equal(model(TOKENS, fwd_hooks=held), plain)
+    own, ablated = learned(TOKENS), learned(TOKENS, fwd_hooks=lp.ablate(learned))
+    assert torch.equal(learned(TOKENS, fwd_hooks=lp.freeze(cache)), ablated)
+    assert (ablated - own).abs().max() > 1e-3
+
+
+def test_a_table_of_a_static_model_is_a_control_of_zeros():
+    model, metric = random_model("static"), lp.causal.logit_difference(3, 5)
+    table = lp.causal.ablation_table(model, TOKENS)
+    assert set(table.loss["to"]) == {"1.0", "mean", "shuffle"}
+    assert (table.loss["change"] == 0).all()
+    assert (table.attention["distance"] == 0).all()
+    assert (lp.causal.attribution(model, TOKENS[0], metric, method="integrated") == 0).all()
+    effects = lp.causal.mediation(model, TOKENS, OTHERS, metric)
+    assert (effects.loc[effects["path"] == "increments", "mean"] == 0).all()
+    assert (effects.loc[effects["path"] == "total", "mean"].abs() > 1e-3).all()
+
+
 def test_layers_of_one_number_are_all_meant():
     """A looped model has two stacks of blocks, both numbered from 0."""
     model = lp.HookedPositionTransformer.from_transformers(families.build("HrmTextForCausalLM"))
     assert model.position_layers == [0, 0]
     cache = model.run_with_cache(families.TOKENS)[1]
     names = [name for name, _ in lp.freeze(cache)]
-    assert names == [name for name, _ in lp.ablate(model)]
+    assert names == [name for name, _ in lp.ablate(model, to=2.0)]
     assert len(names) == 2
 
 

@@ -7,7 +7,7 @@ from conftest import drawn_weights
 
 import lens_positions as lp
 from lens_positions import viz
-from lens_positions.viz import style
+from lens_positions.viz import plain
 from lens_positions.viz.placed import place
 from lens_positions.viz.views import page_of, write_page
 
@@ -209,8 +209,8 @@ def test_hostile_text_is_shown_as_text_in_every_view(browser, model, tmp_path):
         assert page.evaluate("window.hacked === undefined && !document.querySelector('img, b')")
         for number, text in enumerate(given):
             placed = place(model, text)
-            units = ["".join(map(style.visible, unit)) for unit in placed.units]
-            labels = ["".join(map(style.visible, label)) for label in placed.labels]
+            units = ["".join(map(plain.visible, unit)) for unit in placed.units]
+            labels = ["".join(map(plain.visible, label)) for label in placed.labels]
             spacing, tokens, attention = (page.locator("figure").nth(3 * number + i) for i in range(3))
             assert spacing.locator('text.unit[data-row="0"]').all_text_contents() == units
             tinted = tokens.locator(".colored-tokens").first.locator("> span > span")

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lens_positions as lp
-from lens_positions.viz import style
+from lens_positions.viz import plain, style
 from lens_positions.viz.characters import MAX_PANELS, spacing
 from lens_positions.viz.placed import place
 
@@ -282,7 +282,7 @@ def test_chinese_is_drawn_in_a_font_that_has_it(model):
     [(" ", "␣"), ("\u3000", "␣"), ("\n", "⏎"), ("\t", "⇥"), ("\x1b", "·"), ("\u200d", "·"), ("\u0301", "◌\u0301")],
 )
 def test_what_cannot_be_seen_gets_a_mark(character, shown):
-    assert style.visible(character) == shown
+    assert plain.visible(character) == shown
 
 
 @pytest.mark.usefixtures("latin_only")

@@ -15,7 +15,7 @@ from matplotlib.patches import Arc
 import lens_positions as lp
 from lens_positions import viz
 from lens_positions.analysis.categories import increments_by_category
-from lens_positions.viz import style
+from lens_positions.viz import plain
 from lens_positions.viz.views import View
 
 TEXT = "The cat, 中文."
@@ -164,7 +164,7 @@ HOSTILE = "</script><script>window.hacked=1</script><!--&amp;\"'\u2028"
 def test_a_fragment_has_no_markup_of_the_text(model):
     page = viz.spacing_view(model, HOSTILE).page()
     (data,) = re.findall(r'<script type="application/json">(.*?)</script>', page, re.DOTALL)
-    assert "".join(json.loads(data)["units"]) == "".join(map(style.visible, HOSTILE))
+    assert "".join(json.loads(data)["units"]) == "".join(map(plain.visible, HOSTILE))
     assert page.count("hacked") == 0  # spelled character by character, and escaped in JSON
     escaped = View("tokens", "</h3><script>hacked", {"labels": ["</script><script>hacked"]}).fragment()
     assert escaped.count("<script") == escaped.count("</script>") == 1

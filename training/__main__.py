@@ -1,24 +1,30 @@
-"""The command line of training: `python -m training train --preset quick --output runs/quick`, or another command."""
+"""The command line of training: `python -m training train --preset quick --output runs/quick`, or another command.
+
+A command imports what it runs on when it runs: help and refusals need no torch.
+"""
 
 import argparse
 import sys
 from pathlib import Path
 
 import tyro
-from accelerate import PartialState
 
 from lens_positions.errors import PositionsError
 
 from .config import GraftConfig, TrainConfig, load_preset, preset_names, updated
-from .graft import PARTS, graft
-from .loop import newest_checkpoint, read_description, train
-from .machinery import MEASUREMENTS as MACHINERY
-from .machinery import MachineryConfig, machinery
-from .maximum import MaximumConfig, maximum, print_accuracies
-from .measure import MEASUREMENTS, MeasureConfig, measure
-from .results import ResultsConfig, write_results
-from .ship import SHIPPED, ShipConfig, ship
-from .suite import ROPE_VARIANTS, VARIANTS, SuiteConfig, suite
+from .options import (
+    MEASURED,
+    OF_ROPE,
+    ROPE_VARIANTS,
+    SHIPPED,
+    VARIANTS,
+    MachineryConfig,
+    MaximumConfig,
+    MeasureConfig,
+    ResultsConfig,
+    ShipConfig,
+    SuiteConfig,
+)
 
 TRAIN = """Train a model with position streams from fresh weights.
 
@@ -80,6 +86,11 @@ def main(argv: list[str] | None = None) -> int:
 def train_command(argv: list[str]) -> int:
     """Train from a preset and overrides, or resume a run."""
     config, own = parse(argv)
+
+    from accelerate import PartialState
+
+    from .loop import train
+
     run = own.resume or own.output or Path("runs") / own.preset
     final = train(config, run, resume=own.resume is not None, cache_dir=own.cache)
     if PartialState().is_main_process:
@@ -90,6 +101,11 @@ def train_command(argv: list[str]) -> int:
 def graft_command(argv: list[str]) -> int:
     """Graft a source onto a pretrained model beside its baseline, or resume it."""
     config, own = parse_graft(argv)
+
+    from accelerate import PartialState
+
+    from .graft import graft
+
     folder = own.resume or own.output or Path("runs/graft")
     found = graft(config, folder, resume=own.resume is not None, cache_dir=own.cache)
     if PartialState().is_main_process:
@@ -109,6 +125,9 @@ def suite_command(argv: list[str]) -> int:
     """Train, score and compare what is left of a suite."""
     description = SUITE % (", ".join(VARIANTS), ", ".join(ROPE_VARIANTS), ", ".join(preset_names()))
     config = tyro.cli(SuiteConfig, prog="python -m training suite", description=description, args=argv)
+
+    from .suite import suite
+
     try:
         suite(config)
     except KeyboardInterrupt:
@@ -119,8 +138,11 @@ def suite_command(argv: list[str]) -> int:
 
 def measure_command(argv: list[str]) -> int:
     """Measure what is left of a suite's runs."""
-    description = MEASURE % ", ".join(MEASUREMENTS)
+    description = MEASURE % ", ".join(MEASURED)
     config = tyro.cli(MeasureConfig, prog="python -m training measure", description=description, args=argv)
+
+    from .measure import measure
+
     names = measure(config)
     print(f"measured: {', '.join(names) or 'nothing, as no weights are here'}")
     return 0
@@ -129,31 +151,42 @@ def measure_command(argv: list[str]) -> int:
 def results_command(argv: list[str]) -> int:
     """Write RESULTS.md from the files of results."""
     description = "Write RESULTS.md and its figures from the files of results alone."
-    print(write_results(tyro.cli(ResultsConfig, prog="python -m training results", description=description, args=argv)))
+    config = tyro.cli(ResultsConfig, prog="python -m training results", description=description, args=argv)
+
+    from .results import write_results
+
+    print(write_results(config))
     return 0
 
 
 def machinery_command(argv: list[str]) -> int:
     """Measure how models use RoPE itself."""
-    description = f"Frequencies, absolute position and dispersion: {', '.join(MACHINERY)}. What is measured is left."
-    names = machinery(
-        tyro.cli(MachineryConfig, prog="python -m training machinery", description=description, args=argv)
-    )
-    print(f"measured: {', '.join(names)}")
+    description = f"Frequencies, absolute position and dispersion: {', '.join(OF_ROPE)}. What is measured is left."
+    config = tyro.cli(MachineryConfig, prog="python -m training machinery", description=description, args=argv)
+
+    from .machinery import machinery
+
+    print(f"measured: {', '.join(machinery(config))}")
     return 0
 
 
 def maximum_command(argv: list[str]) -> int:
     """Train the maximum-retrieval task and print its accuracy by number of items."""
     description = "Which class has the largest of n items? Trained on 5 to 16, tested on more, by Veličković et al."
-    table = maximum(tyro.cli(MaximumConfig, prog="python -m training maximum", description=description, args=argv))
-    print_accuracies(table)
+    config = tyro.cli(MaximumConfig, prog="python -m training maximum", description=description, args=argv)
+
+    from .maximum import maximum, print_accuracies
+
+    print_accuracies(maximum(config))
     return 0
 
 
 def ship_command(argv: list[str]) -> int:
     """Ship three runs of a suite."""
     asked = tyro.cli(ShipConfig, prog="python -m training ship", description=SHIP % ", ".join(SHIPPED), args=argv)
+
+    from .ship import ship
+
     for name, table in ship(asked).items():
         length, loss = table[["length", "loss"]].iloc[0]
         print(f"{name}: {loss:.4f} nats per byte at {length:.0f} tokens; the model is in {asked.output / name}")
@@ -185,6 +218,9 @@ def parse_graft(argv: list[str]) -> tuple[GraftConfig, argparse.Namespace]:
     if own.resume is None:
         return tyro.cli(GraftConfig, prog=parser.prog, description=GRAFT, args=rest), own
     _refuse_more(own, rest)
+
+    from .graft import PARTS
+
     part = own.resume / PARTS[0]
     return updated(GraftConfig(), _saved_config(part), str(part)), own
 
@@ -204,6 +240,8 @@ def _refuse_more(own: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _saved_config(run: Path) -> dict[str, object]:
+    from .loop import newest_checkpoint, read_description
+
     newest_checkpoint(run)
     return dict(read_description(run)["config"])
 

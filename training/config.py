@@ -6,9 +6,8 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from lens_positions.config import PositionConfig, PositionModelConfig
 from lens_positions.errors import PositionsError
-from lens_positions.hooked import PositionModelConfig
-from lens_positions.increments import PositionConfig
 
 PRESETS = Path(__file__).parent / "presets"
 Config = TypeVar("Config")

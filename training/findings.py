@@ -19,7 +19,8 @@ from scipy import stats
 from lens_positions.errors import PositionsError
 from lens_positions.terminal import with_interval
 
-from .suite import VARIANTS, by_seed, loss_table, paired_difference, read_scores
+from .options import VARIANTS
+from .suite import by_seed, loss_table, paired_difference, read_scores
 
 Verdict = Literal["reproduced", "not reproduced", "different", "undecided", "new", "not measured"]
 

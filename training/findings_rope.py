@@ -28,7 +28,7 @@ from lens_positions.viz.measurements import lines_chart
 from .findings import Finding, Suite, Verdict, ends_of
 from .machinery import SMOLLM2
 from .maximum import MOST, accuracy_table
-from .ship import SHIPPED
+from .options import SHIPPED
 
 ARCHITECTURES = {"static": "RoPE", "ntk": "larger base", "window": "sliding window"}
 FRACTIONS = {"static": "1 (RoPE)", "rope_75": "0.75", "rope_25": "0.25", "rope_0": "0 (no encoding)"}

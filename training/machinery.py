@@ -17,7 +17,6 @@ whose seeds say what a difference between shipped models is worth. All text is h
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
@@ -40,7 +39,8 @@ from lens_positions.interventions import ablate
 from lens_positions.pretrained import fingerprint, shipped_names
 
 from .measure import measure_left
-from .suite import ROPE_VARIANTS, finished
+from .options import ROPE_VARIANTS, MachineryConfig
+from .suite import finished
 
 SMOLLM2 = "smollm2-135m-instruct"
 CHARACTERS = 60_000
@@ -54,23 +54,6 @@ OF_RUNS = ("increments", "norms", "positional", "absolute", "held", "drops", "si
 
 LENGTHS = (64, 128, 256, 512)
 """Tokens of the windows that losses are measured at, up to the model's context."""
-
-
-@dataclass(frozen=True)
-class MachineryConfig:
-    """What is measured.
-
-    Args:
-        models: names or folders; the shipped models, SmolLM2 and the finished runs of those variants if none is given.
-        runs: the folder of those runs.
-        results: the folder of the tables.
-        tables: some of the measurements, such as norms; if none is named all, and of the runs those that compare them.
-    """
-
-    models: tuple[str, ...] = ()
-    runs: Path = Path("runs/suite/tiny")
-    results: Path = Path("results/machinery")
-    tables: tuple[str, ...] = ()
 
 
 @cache

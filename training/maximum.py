@@ -14,8 +14,7 @@ import json
 import math
 import shlex
 import time
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import asdict, fields
 
 import pandas as pd
 import torch
@@ -32,37 +31,11 @@ from lens_positions.progress import tracked
 from lens_positions.terminal import print_grid, print_line, with_interval
 
 from .data import write_whole
+from .options import MaximumConfig
 from .suite import read_json, say
 
 FEWEST, MOST = 5, 16
 """Items in training."""
-
-
-@dataclass(frozen=True)
-class MaximumConfig:
-    """How the task is trained and tested.
-
-    Args:
-        seeds: each gives weights and data.
-        steps: of training.
-        batch_size: sets of items a step.
-        classes: kinds of items.
-        width: of the attention and of the networks around it.
-        learning_rate: of AdamW.
-        sizes: numbers of items that are tested.
-        tested: sets of items for each of them.
-        results: the folder of the tables.
-    """
-
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    steps: int = 10_000
-    batch_size: int = 128
-    classes: int = 10
-    width: int = 128
-    learning_rate: float = 1e-3
-    sizes: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-    tested: int = 2048
-    results: Path = Path("results/maximum")
 
 
 class Retriever(nn.Module):

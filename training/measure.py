@@ -20,7 +20,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -38,29 +37,11 @@ from lens_positions.errors import PositionsError
 from lens_positions.hooked import HookedPositionTransformer
 
 from .data import write_whole
+from .options import MeasureConfig
 from .suite import commit, finished, read_json, say, weights_of
 
 CHARACTERS = 60_000
 ABLATED_CHARACTERS = 10_000
-
-
-@dataclass(frozen=True)
-class MeasureConfig:
-    """What is measured.
-
-    Args:
-        preset: the preset of the suite whose runs are measured.
-        output: the folder of the runs; runs/suite/PRESET where none is given.
-        results: the folder of the results; results/PRESET where none is given.
-        only: some of the runs, such as per_layer-0; all finished and scored ones if none is named.
-        tables: some of the measurements, such as boundaries; all if none is named.
-    """
-
-    preset: str = "tiny"
-    output: Path | None = None
-    results: Path | None = None
-    only: tuple[str, ...] = ()
-    tables: tuple[str, ...] = ()
 
 
 class Text:

@@ -5,7 +5,6 @@ sentences are drawn with.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,8 @@ from .findings import (
     word_boundaries,
 )
 from .findings_rope import ROPE_FINDINGS, Machinery
-from .suite import ROPE_VARIANTS, VARIANTS, read_json, say
+from .options import ROPE_VARIANTS, VARIANTS, ResultsConfig
+from .suite import read_json, say
 
 DRAWN = "bilingual-per-layer"
 """The shipped model that sentences are drawn with."""
@@ -46,26 +46,6 @@ SENTENCES = {
 
 DETAILED = (word_boundaries, what_increments_cause)
 """Findings that are given whole for the second suite too: these depend on the layer."""
-
-
-@dataclass(frozen=True)
-class ResultsConfig:
-    """Where results are read from and written to.
-
-    Args:
-        results: the folder of results, with one folder for each suite in it.
-        preset: the suite that findings are taken from.
-        beside: a suite whose findings are told after them, if it has results; how RoPE itself is used comes last, from
-            the folders machinery and maximum, if they are there.
-        output: the text to write.
-        figures: the folder of figures, beside it.
-    """
-
-    results: Path = Path("results")
-    preset: str = "tiny"
-    beside: str = "base"
-    output: Path = Path("RESULTS.md")
-    figures: Path = Path("docs")
 
 
 def write_results(asked: ResultsConfig) -> Path:

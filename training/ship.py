@@ -14,7 +14,7 @@ All models or none are written. The same runs and text give the same bytes again
 import shlex
 import shutil
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,8 @@ from lens_positions.pretrained import load_pretrained, replaced_folder
 from .config import TrainConfig, updated
 from .data import TokenizedCorpus, sha256_of, tokenize_corpus
 from .loop import refuse_other
+from .options import SHIPPED, ShipConfig
 from .suite import evaluate_lengths, finished, heldout_sources, paired_difference, read_json, read_scores
-
-SHIPPED = {"bilingual-rope": "static", "bilingual-shared": "shared", "bilingual-per-layer": "per_layer"}
-"""What is shipped: the name in the package, and the variant of the suite."""
 
 ROPE = "bilingual-rope"
 
@@ -52,25 +50,6 @@ INCREMENTS = {
     "per_layer": "Each layer has an increment source of its own, a small network on the residual stream that enters "
     "the layer; its increments are {range}.",
 }
-
-
-@dataclass(frozen=True)
-class ShipConfig:
-    """What is shipped from where.
-
-    Args:
-        runs: the folder of the runs.
-        results: the folder of their results.
-        output: the folder of the shipped models.
-        seed: the seed of the runs.
-        cache: where tokenised corpora are kept.
-    """
-
-    runs: Path = Path("runs/suite/base")
-    results: Path = Path("results/base")
-    output: Path = Path("lens_positions/checkpoints")
-    seed: int = 0
-    cache: Path = Path(".cache")
 
 
 def ship(asked: ShipConfig) -> dict[str, pd.DataFrame]:

@@ -35,10 +35,9 @@ from jaxtyping import Float64
 from rich.console import Console
 from rich.text import Text
 
-from lens_positions import corpora
+from lens_positions import __version__, corpora
 from lens_positions.analysis.intervals import drawn_means, interval_of, resamples, t_interval
 from lens_positions.errors import PositionsError
-from lens_positions.increments import PositionConfig
 from lens_positions.pretrained import load_pretrained, replaced_folder
 from lens_positions.progress import tracked
 from lens_positions.terminal import print_grid, print_line
@@ -55,58 +54,12 @@ from .loop import (
     refuse_other,
     token_nats,
 )
-
-VARIANTS: dict[str, PositionConfig] = {
-    "static": PositionConfig(source="static"),
-    "shared": PositionConfig(source="shared", activation="softplus"),
-    "per_layer": PositionConfig(source="per_layer"),
-    "shared_per_head": PositionConfig(source="shared", activation="softplus", per_head=True),
-    "per_layer_per_head": PositionConfig(source="per_layer", per_head=True),
-    "frozen": PositionConfig(source="frozen"),
-    "signed": PositionConfig(source="per_layer", activation="none"),
-    "cap_30": PositionConfig(source="per_layer", max_increment=30.0),
-}
-"""What is compared; `frozen` has the increments that `shared` learned at the same seed, as a table."""
-
-ROPE_VARIANTS: dict[str, dict[str, Any]] = {
-    "rope_75": {"rope_fraction": 0.75},
-    "rope_25": {"rope_fraction": 0.25},
-    "rope_0": {"rope_fraction": 0.0},
-    "ntk": {"rope_theta": 91_896.0},
-    "window": {"sliding_window": 64},
-}
-"""Other uses of RoPE, with static increments, by what they change in the model: a fraction of the frequencies (Barbero
-et al.), a base as NTK scaling by 8 makes it of 10,000 in heads of 32 (10,000 * 8 ** (32 / 30)), a sliding window."""
+from .options import ROPE_VARIANTS, VARIANTS, SuiteConfig
 
 FACTORS = (1, 2, 4)
 """Lengths at which models are scored, in training contexts."""
 
 BATCH_TOKENS = 4096
-
-
-@dataclass(frozen=True)
-class SuiteConfig:
-    """What a suite is asked for.
-
-    Args:
-        preset: the preset that every run takes its other fields from.
-        seeds: distinct whole numbers; each gives weights and an order of the data.
-        variants: some of those above; static is what the others are compared with.
-        steps: optimizer steps, instead of the preset's.
-        corpus: text to train and score on, instead of the preset's.
-        output: the folder of the runs; runs/suite/PRESET where none is given.
-        results: the folder of the results; results/PRESET where none is given.
-        cache: where tokenised corpora are kept.
-    """
-
-    preset: str = "tiny"
-    seeds: tuple[int, ...] = (0, 1, 2)
-    variants: tuple[str, ...] = tuple(VARIANTS)
-    steps: int | None = None
-    corpus: str | None = None
-    output: Path | None = None
-    results: Path | None = None
-    cache: Path = Path(".cache")
 
 
 @dataclass(frozen=True)
@@ -330,7 +283,8 @@ def score(run: SuiteRun, corpus: TokenizedCorpus) -> None:
         "sha256": weights_of(run.folder),
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("lens_positions", "torch", "transformers")},
+            "lens_positions": __version__,
+            **{name: version(name) for name in ("torch", "transformers")},
         },
         "git": commit(),
         "device": _device(),

@@ -34,6 +34,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from ..attach import unbridged
+from ..config import BLOCK
 from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
 from ..interventions import HOOK, Hooks, Some, hook_names, index_of
@@ -42,9 +43,6 @@ from ..text import Mask, prompts_of
 from .intervals import Tally, interval_of, resamples
 from .reading import WINDOW, Texts, rows_of, windows
 from .running import EARLIEST, attention_names, keep_states, run, softmax_checks
-
-BLOCK = 16
-"""Tokens that repeat."""
 
 OFFSETS = 8
 """Distances that are looked at: 0 (the token itself) to 7."""

@@ -16,6 +16,7 @@ import pandas as pd
 from jaxtyping import Float64, Int, Int64
 from torch import Tensor
 
+from ..config import Alphabet
 from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
 from ..text import Mask
@@ -69,8 +70,6 @@ CODE_KINDS = (
     "end of document",
 )
 """Of program text, in models of bytes: "indentation" is the spaces and tabs that a line begins with."""
-
-Alphabet = Literal["prose", "code"]
 
 _HAN = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF))
 _CODE = (

@@ -4,8 +4,8 @@ are the samples."""
 import math
 
 import numpy as np
+import scipy
 from jaxtyping import Bool, Float, Float64, Int64
-from scipy import stats
 from torch import Tensor
 
 from ..errors import PositionsError
@@ -19,7 +19,7 @@ def t_interval(samples: Float64[np.ndarray, " sample"]) -> tuple[float, float]:
         return np.nan, np.nan
     if np.ptp(samples) == 0:
         return float(samples[0]), float(samples[0])
-    interval = stats.ttest_1samp(samples, 0.0).confidence_interval(0.95)
+    interval = scipy.stats.ttest_1samp(samples, 0.0).confidence_interval(0.95)
     return float(interval.low), float(interval.high)
 
 

@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float64, Int64
 
+from ..config import Alphabet
 from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
 from ..text import Mask
-from .categories import Alphabet, by_document, increments_by_category, kinds_read
+from .categories import by_document, increments_by_category, kinds_read
 from .intervals import drawn_means, interval_of, resamples, shuffled_within
 from .reading import Reading, Texts, read
 

@@ -3,21 +3,6 @@
 Every effect is the metric with a change minus the metric without it.
 """
 
-from .ablation import Ablations, ablation_table, token_means
-from .attribution import attribution
-from .mediation import mediation
-from .metrics import log_probability, logit_difference, loss
-from .sweeps import gap_sweep, patch_sweep
+import lazy_loader
 
-__all__ = [
-    "Ablations",
-    "ablation_table",
-    "attribution",
-    "gap_sweep",
-    "log_probability",
-    "logit_difference",
-    "loss",
-    "mediation",
-    "patch_sweep",
-    "token_means",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -26,7 +26,7 @@ from ..analysis.reading import Reading, Texts, read, rows_of, windows
 from ..attach import unbridged
 from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
-from ..interventions import HOOK, Hooks, Some, ablate, finite, hook_names, index_of, streams_of
+from ..interventions import HOOK, Hooks, Some, ablation_hooks, finite, hook_names, index_of, streams_of
 from ..text import Mask
 from .metrics import look_back, token_losses
 from .replay import Replay
@@ -81,7 +81,7 @@ def ablation_table(
 
     Returns:
         Two tables, in nats per token and tokens; intervals are where 95% of 1,000 resamples of whole documents lie,
-        NaN for a single document.
+        NaN for a single document. On a static model "1.0", "mean" and "shuffle" are what is there: a control of zeros.
 
     Raises:
         PositionsError: no streams, no such layer, no documents or one of fewer than two tokens, or "token" without
@@ -118,7 +118,7 @@ def ablation_table(
             if how == "token":
                 hooks = _set_to(model, seen, cast(Tensor, means), rows)
             else:
-                hooks = ablate(model, to=cast(Any, how), layers=seen, seed=seed + number)
+                hooks = ablation_hooks(model, to=cast(Any, how), layers=seen, seed=seed + number)
             compared: dict[str, Tensor] = {}
             listen: Hooks = [(patterns[n], partial(_compare, own, compared)) for n in seen if n in patterns]
             logits = replay.run(hooks + listen, {min(seen): 1})

@@ -25,7 +25,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.analysis.attribution_patching import cache_activation_and_gradient
 
 from ..errors import PositionsError
-from ..interventions import Hooks, ablate, hook_names, streams_of
+from ..interventions import Hooks, ablation_hooks, hook_names, streams_of
 from ..text import Mask, TextOrTokens, one_prompt
 from .metrics import Metric, measured, of_prompts
 from .replay import evaluating
@@ -118,7 +118,7 @@ def _integrated(
         elif isinstance(baseline, str) and baseline != "mean":
             raise PositionsError(f'baseline is {baseline!r}; expected a number, "mean" or increments.')
         else:
-            start = _increments(model, prompt, names, ablate(model, to=baseline))
+            start = _increments(model, prompt, names, ablation_hooks(model, to=baseline))
         ends = torch.stack([start, own])
         first, last = _at_points(model, prompt, metric, names, ends).tolist()
     whole = last - first

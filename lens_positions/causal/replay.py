@@ -3,7 +3,7 @@
 An edit at layer l and token t changes nothing below layer l and nothing before token t. So the residual stream that
 enters layer l, and the keys and values of the tokens before t, are taken from one baseline pass. Copies of the prompt
 join the batch at the layer that edits them: blocks below the first are skipped, and the tokens before t stand in a
-key-value cache, with the streams' own running sums in it.
+key-value cache, with what the streams remember of them in it.
 
 Whether that holds in a model is tried, not assumed: the middle of the prompt is run again without any edit, and where
 it does not give the baseline's logits back, every run is one of the whole prompt (with a warning).
@@ -25,6 +25,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import DynamicCache
 
 from ..interventions import Hooks, streams_of
+from ..memory import memory_of
 
 
 class Replay:
@@ -166,9 +167,10 @@ class Replay:
             if rows:
                 layer.batch_repeat_interleave(rows)
         streams: Any = streams_of(self.model).layers
-        sums = getattr(cache, "position_sums", {})
-        for (index, call), values in sums.items():
-            sums[index, call] = values.repeat_interleave(max(present[streams[index].layer], 1), dim=0)
+        memory = memory_of(cache)
+        surplus = {} if memory is None else memory.surplus
+        for (index, call), values in surplus.items():
+            surplus[index, call] = values.repeat_interleave(max(present[streams[index].layer], 1), dim=0)
         return cache
 
     def _logits(self, tokens: Tensor, cache: Any) -> Tensor:

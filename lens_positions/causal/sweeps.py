@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -23,6 +23,7 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 
+from ..config import SweepSite
 from ..errors import PositionsError
 from ..interventions import Hooks, Some, edited_token, finite, hook_names, index_of
 from ..progress import tracked
@@ -30,7 +31,6 @@ from ..text import Mask, TextOrTokens, one_prompt
 from .metrics import Metric, baseline_of, measured, of_prompts, place_of
 from .replay import Replay, evaluating
 
-SweepSite = Literal["increments", "positions", "rot_q", "rot_k", "resid", "pattern"]
 SITES: dict[str, tuple[str, int]] = {
     "increments": ("attn.hook_increments", 1),
     "positions": ("attn.hook_positions", 1),

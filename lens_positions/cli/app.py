@@ -1,4 +1,7 @@
-"""The command itself, and what all of its parts check and say alike."""
+"""The command itself, and what all of its parts check and say alike.
+
+What a command runs on is imported when it runs: through `lp`, or inside it. Help and refusals need no torch.
+"""
 
 import io
 import sys
@@ -6,16 +9,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
-from rich.console import Console
 from tyro.conf import FlagCreatePairsOff, arg
 
+import lens_positions as lp
+
 from ..errors import PositionsError
-from ..hooked import HookedPositionTransformer
 from ..terminal import print_line
-from ..viz import style
+from ..viz import plain
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 DESCRIPTION = "What a model's increments are and what they cause, in a terminal."
 
@@ -28,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        app.cli(prog="lens-positions", description=DESCRIPTION, args=argv)
+        # Without a help text for "which command", tyro reads the source of its own classes for one.
+        app.cli(prog="lens-positions", description=DESCRIPTION, args=argv, config=[tyro.conf.arg(help="")])
     except (PositionsError, OSError) as error:
         complain(str(error))
         return 2
@@ -63,10 +70,10 @@ def check_outputs(csv: Path | None, figure: Path | None) -> None:
         wrong = f"{csv} is a folder" if csv.is_dir() else f"there is no folder {csv.parent} for {csv.name}"
         raise PositionsError(f"{wrong}; expected the name of a file in an existing folder.")
     if figure is not None:
-        style.check_path(figure)
+        plain.check_path(figure)
 
 
-def check_learned(model: HookedPositionTransformer, so: str, expected: str) -> None:
+def check_learned(model: "lp.HookedPositionTransformer", so: str, expected: str) -> None:
     """Refuse a model whose increments are all 1.0."""
     if model.position_config.source == "static":
         raise PositionsError(f"every increment of {model.name} is 1.0 (source static), so {so}; expected {expected}.")
@@ -78,11 +85,11 @@ def complain(sentence: str) -> None:
 
 
 @contextmanager
-def drawn(console: Console, figure: Path) -> Iterator[None]:
+def drawn(console: "Console", figure: Path) -> Iterator[None]:
     """Say where the figure is that is drawn inside, or that there is none for want of a font."""
     try:
         yield
-    except style.MissingFontError as error:
+    except plain.MissingFontError as error:
         complain(f"no figure was drawn: {error}")
     else:
         print_line(console, f"figure: {figure}")

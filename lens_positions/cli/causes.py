@@ -2,26 +2,25 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import pandas as pd
-import torch
-from jaxtyping import Float
-from rich.console import Console
-from rich.text import Text
-from torch import Tensor
 from tyro.conf import Positional, arg
 
-from .. import causal, corpora
-from ..causal.metrics import Metric
-from ..causal.sweeps import SweepSite
-from ..errors import PositionsError
-from ..hooked import HookedPositionTransformer
+import lens_positions as lp
+
+from ..config import SweepSite
+from ..errors import PositionsError, check_text
 from ..terminal import effect_cell, print_grid, print_line
-from ..text import check_text, one_prompt
-from ..viz import style
-from ..viz.effects import ABLATION_LABELS, ablation_bars, effect_map
+from ..viz import plain
 from .app import BOS_OF_MODEL, Bos, app, check_learned, check_outputs, drawn
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from rich.console import Console
+    from rich.text import Text
+    from torch import Tensor
+
+    from ..causal.metrics import Metric
 
 
 @app.command
@@ -53,10 +52,13 @@ def gaps(
     prepend_bos = bos.prepend()
     if wrong is not None and answer is None:
         raise PositionsError("--wrong was given without --answer; expected both, or the answer alone.")
-    loaded = HookedPositionTransformer.from_pretrained(model)
+
+    from ..text import one_prompt
+
+    loaded = lp.HookedPositionTransformer.from_pretrained(model)
     tokens = one_prompt(loaded, text, prepend_bos=prepend_bos)
     metric, unit = _metric(loaded, tokens, answer, wrong)
-    effects = causal.gap_sweep(loaded, text, metric, by, layers or None, prepend_bos=prepend_bos)
+    effects = lp.causal.gap_sweep(loaded, text, metric, by, layers or None, prepend_bos=prepend_bos)
     what = f"{loaded.name}: {by:g} more before each token, one gap and layer at a time"
     _show_effects(loaded, tokens, effects, layers, what, unit, csv, figure)
 
@@ -93,7 +95,12 @@ def patch(
         check_text(prompt)
     check_outputs(csv, figure)
     prepend_bos = bos.prepend()
-    loaded = HookedPositionTransformer.from_pretrained(model)
+
+    import torch
+
+    from ..text import one_prompt
+
+    loaded = lp.HookedPositionTransformer.from_pretrained(model)
     if site in ("increments", "positions"):
         check_learned(loaded, f"patching {site} does nothing", "another --site, or lens-positions gaps")
     source, tokens = (one_prompt(loaded, prompt, prepend_bos=prepend_bos) for prompt in (clean, corrupted))
@@ -103,7 +110,7 @@ def patch(
             "many (causal.patch_sweep takes a map of tokens)."
         )
     metric, unit = _metric(loaded, tokens, answer, wrong)
-    effects = causal.patch_sweep(loaded, clean, corrupted, metric, site, layers or None, prepend_bos=prepend_bos)
+    effects = lp.causal.patch_sweep(loaded, clean, corrupted, metric, site, layers or None, prepend_bos=prepend_bos)
     with torch.no_grad():
         ends = [float(metric(loaded(prompt))[0]) for prompt in (source, tokens)]
     what = (
@@ -143,13 +150,17 @@ def ablate(
     """
     check_outputs(csv, figure)
     prepend_bos = bos.prepend()
-    loaded = HookedPositionTransformer.from_pretrained(model)
+
+    from rich.console import Console
+
+    loaded = lp.HookedPositionTransformer.from_pretrained(model)
     check_learned(loaded, "ablating them does nothing", "a model with learned increments")
-    texts = corpora.heldout_excerpts(corpus, characters)
+    texts = lp.corpora.heldout_excerpts(corpus, characters)
     means = None
     if tokens:
-        means = causal.token_means(loaded, corpora.training_excerpts(corpus, characters), prepend_bos=prepend_bos)
-    found = causal.ablation_table(loaded, texts, layers or None, seed=seed, means=means, prepend_bos=prepend_bos)
+        training = lp.corpora.training_excerpts(corpus, characters)
+        means = lp.causal.token_means(loaded, training, prepend_bos=prepend_bos)
+    found = lp.causal.ablation_table(loaded, texts, layers or None, seed=seed, means=means, prepend_bos=prepend_bos)
     console = Console(highlight=False)
     first = found.loss.iloc[0]
     of_text = f"{first['n']:,} tokens of {first['documents']} held-out documents of {corpus}"
@@ -166,24 +177,25 @@ def ablate(
     if figure is not None:
         caption = f"{loaded.name}; {of_text}. Intervals: 95% of resamples of documents, seed {seed}."
         with drawn(console, figure):
-            ablation_bars(found.loss, caption=caption, path=figure)
+            lp.viz.ablation_bars(found.loss, caption=caption, path=figure)
 
 
 def _metric(
-    model: HookedPositionTransformer, tokens: Tensor, answer: str | None, wrong: str | None
-) -> tuple[Metric, str]:
+    model: "lp.HookedPositionTransformer", tokens: "Tensor", answer: str | None, wrong: str | None
+) -> "tuple[Metric, str]":
     """What effects are measured on, and its name with the unit."""
     if tokens.shape[1] < 2:
         raise PositionsError("the text has one token, so there is no gap in it; expected at least two.")
     if answer is None:
-        return causal.loss(tokens), "loss, nats per token"
+        return lp.causal.loss(tokens), "loss, nats per token"
     right = _single_token(model, answer, "answer")
     if wrong is None:
-        return causal.log_probability(right), f"log probability of {answer!r}, nats"
-    return causal.logit_difference(right, _single_token(model, wrong, "wrong")), f"logit of {answer!r} minus {wrong!r}"
+        return lp.causal.log_probability(right), f"log probability of {answer!r}, nats"
+    difference = lp.causal.logit_difference(right, _single_token(model, wrong, "wrong"))
+    return difference, f"logit of {answer!r} minus {wrong!r}"
 
 
-def _single_token(model: HookedPositionTransformer, text: str, option: str) -> int:
+def _single_token(model: "lp.HookedPositionTransformer", text: str, option: str) -> int:
     check_text(text)
     ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
@@ -195,9 +207,9 @@ def _single_token(model: HookedPositionTransformer, text: str, option: str) -> i
 
 
 def _show_effects(
-    model: HookedPositionTransformer,
-    tokens: Tensor,
-    effects: Float[Tensor, "layer pos"],
+    model: "lp.HookedPositionTransformer",
+    tokens: "Tensor",
+    effects: "Float[Tensor, 'layer pos']",
     layers: tuple[int, ...],
     what: str,
     unit: str,
@@ -205,9 +217,11 @@ def _show_effects(
     figure: Path | None,
 ) -> None:
     """Effects as a grid of layers by tokens, the largest of them in a list, a file and a figure."""
+    from rich.console import Console
+
     console = Console(highlight=False)
     numbers = sorted(set(layers)) or model.position_layers
-    labels = [style.legible(label) for label in model.to_str_tokens(tokens[0])]
+    labels = [plain.legible(label) for label in model.to_str_tokens(tokens[0])]
     print_line(console, what)
     print_line(console, f"change of the {unit}; orange raises it, blue lowers it\n")
     most = float(effects.nan_to_num().abs().max())
@@ -220,6 +234,8 @@ def _show_effects(
         around = "".join(labels[max(0, t - 4) : t]) + f"⟦{labels[t]}⟧" + "".join(labels[t + 1 : t + 3])
         print_line(console, f"  {float(effects[layer, t]):+.4f}  layer {numbers[layer]}, token {t}  {around}")
     if csv is not None:
+        import pandas as pd
+
         rows = [
             {"layer": number, "position": t, "token": label, "effect": float(effects[i, t])}
             for i, number in enumerate(numbers)
@@ -230,18 +246,22 @@ def _show_effects(
     if figure is not None:
         title = "Effect of each layer and token"
         with drawn(console, figure):
-            effect_map(effects, numbers, labels, title, f"change of {unit}", what, figure)
+            lp.viz.effect_map(effects, numbers, labels, title, f"change of {unit}", what, figure)
 
 
-def _print_ablations(console: Console, found: causal.Ablations) -> None:
+def _print_ablations(console: "Console", found: "lp.causal.Ablations") -> None:
     """Change of loss, changed predictions, and attention, a row a layer."""
+    from rich.text import Text
+
+    from ..viz.effects import ABLATION_LABELS
+
     loss, attention = found.loss, found.attention
     layers, kinds = list(dict.fromkeys(loss["layer"])), list(dict.fromkeys(loss["to"]))
     rows = [layer if layer == "all" else f"layer {layer}" for layer in layers]
     columns = [ABLATION_LABELS.get(kind, f"to {kind}") for kind in kinds]
     of: Any = loss.set_index(["layer", "to"]).to_dict("index")
 
-    def cells(written: Any) -> list[list[Text]]:
+    def cells(written: Any) -> "list[list[Text]]":
         return [[Text(written(layer, kind)) for kind in kinds] for layer in layers]
 
     def change(layer: Any, kind: str) -> str:

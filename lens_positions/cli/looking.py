@@ -3,27 +3,22 @@
 import math
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
-from rich.console import Console
-from rich.text import Text
 from tyro.conf import Positional, arg
 
-from .. import corpora
-from ..analysis.categories import increments_by_category
-from ..analysis.moved import vocabulary, what_moved
-from ..analysis.reading import read
-from ..errors import PositionsError
-from ..hooked import HookedPositionTransformer
+import lens_positions as lp
+
+from ..errors import PositionsError, check_text
 from ..terminal import increment_cell, print_grid, print_line
-from ..text import check_text
-from ..viz import style
-from ..viz.characters import Scale, spacing
-from ..viz.onefile import report as write_report
-from ..viz.placed import Placed, layers_to_show, place
-from ..viz.views import check_page, spacing_view
+from ..viz import plain
 from .app import BOS_OF_MODEL, Bos, app, check_outputs, complain, drawn
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..viz.characters import Scale
+    from ..viz.placed import Placed
 
 
 @app.command
@@ -48,14 +43,19 @@ def show(
     prepend_bos = bos.prepend()
     explored = figure is not None and figure.suffix.lower() in (".html", ".htm")
     if figure is not None and explored:
-        check_page(figure)
-    elif figure is not None and figure.suffix.lower() not in style.KINDS:
+        plain.check_page(figure)
+    elif figure is not None and figure.suffix.lower() not in plain.KINDS:
         raise PositionsError(
             f"the figure's path is {figure}; expected a name that ends in .png, .svg or .pdf, or .html to explore."
         )
     else:
         check_outputs(None, figure)
-    loaded = HookedPositionTransformer.from_pretrained(model)
+
+    from rich.console import Console
+
+    from ..viz.placed import layers_to_show, place
+
+    loaded = lp.HookedPositionTransformer.from_pretrained(model)
     placed = place(loaded, text, most=loaded.cfg.n_ctx, prepend_bos=prepend_bos)
     increments = placed.increments.mean(dim=-1)
     rows = layers_to_show(loaded, layers or None, increments)
@@ -72,11 +72,11 @@ def show(
     if figure is not None:
         with drawn(console, figure):
             if explored:
-                spacing_view(loaded, text, layers or None, prepend_bos=prepend_bos).save(figure)
+                lp.viz.spacing_view(loaded, text, layers or None, prepend_bos=prepend_bos).save(figure)
             else:
                 divisible = all(placed.mean_increment(entry) > 0 for entry in rows)
                 scale: Scale = "relative" if divisible else "common"
-                spacing(loaded, text, layers or None, scale, figure, prepend_bos=prepend_bos)
+                lp.viz.spacing(loaded, text, layers or None, scale, figure, prepend_bos=prepend_bos)
 
 
 @app.command
@@ -102,19 +102,26 @@ def moved(
     """
     check_outputs(csv, None)
     prepend_bos = bos.prepend()
-    loaded = HookedPositionTransformer.from_pretrained(model)
+
     if corpus is None and prepend_bos is not None:
         raise PositionsError("--bos or --no-bos was given without --corpus; expected text to read, or neither flag.")
-    texts = None if corpus is None else corpora.heldout_excerpts(corpus, characters)
-    reading = None if texts is None else read(loaded, texts, None, prepend_bos)
-    found = what_moved(loaded, reading, top)
+
+    from rich.console import Console
+    from rich.text import Text
+
+    from ..analysis.moved import vocabulary
+
+    loaded = lp.HookedPositionTransformer.from_pretrained(model)
+    texts = None if corpus is None else lp.corpora.heldout_excerpts(corpus, characters)
+    reading = None if texts is None else lp.analysis.read(loaded, texts, prepend_bos=prepend_bos)
+    found = lp.analysis.what_moved(loaded, reading, top)
     if texts is None or reading is None:
         of_vocabulary = vocabulary(loaded)
         by_kind = of_vocabulary.groupby("kind", as_index=False).agg(n=("id", "size"), relative=("relative", "mean"))
         by_kind = by_kind.assign(layer=0, relative_low=math.nan, relative_high=math.nan)
         what, mean = f"{len(of_vocabulary):,} token ids, each once", of_vocabulary["increment"].mean()
     else:
-        by_kind = increments_by_category(loaded, reading)
+        by_kind = lp.analysis.increments_by_category(loaded, reading)
         what = f"{sum(map(len, texts)):,} characters of {len(texts)} held-out documents of {corpus}"
         mean = math.nan
     shown = layers or tuple(dict.fromkeys(found["layer"]))
@@ -135,7 +142,7 @@ def moved(
             print_line(console, f"  {end}")
             for row in rows.to_dict("records"):
                 where = row["context"] if "context" in row else f"⟦{row['token']}⟧  {row['kind']}"
-                where = "".join(c if c == " " else style.visible(c) for c in where).replace("⟦ ⟧", "⟦␣⟧")
+                where = "".join(c if c == " " else plain.visible(c) for c in where).replace("⟦ ⟧", "⟦␣⟧")
                 often = f"  n={row['n']}" if "n" in row else ""
                 print_line(console, f"    ×{row['relative']:.2f}  {row['increment']:.3f}{often}  {where}")
         for row in by_kind[by_kind["layer"] == layer].sort_values("relative").to_dict("records"):
@@ -176,10 +183,13 @@ def report(
     """
     for one in text:
         check_text(one)
-    check_page(output)
+    plain.check_page(output)
     prepend_bos = bos.prepend()
-    loaded = HookedPositionTransformer.from_pretrained(model)
-    other = None if compare is None else HookedPositionTransformer.from_pretrained(compare)
+
+    from rich.console import Console
+
+    loaded = lp.HookedPositionTransformer.from_pretrained(model)
+    other = None if compare is None else lp.HookedPositionTransformer.from_pretrained(compare)
     options: list[tuple[str, Any]] = [("--text", text), ("--compare", compare), ("--corpus", corpus)]
     words = ["lens-positions", "report", model, "--output", str(output)]
     for option, value in options:
@@ -188,7 +198,7 @@ def report(
     words += [] if prepend_bos is None else ["--bos" if prepend_bos else "--no-bos"]
     command = shlex.join(words)
     try:
-        left_out = write_report(loaded, output, text, other, corpus, characters, seed, command, prepend_bos)
+        left_out = lp.viz.report(loaded, output, text, other, corpus, characters, seed, command, prepend_bos)
     except KeyboardInterrupt as interruption:
         if interruption.args:
             complain(f"interrupted: {output} has the parts that were done.")
@@ -199,24 +209,34 @@ def report(
 
 
 def _print_tokens(
-    console: Console, model: HookedPositionTransformer, placed: Placed, rows: dict[int, str], means: dict[int, float]
+    console: "Console",
+    model: "lp.HookedPositionTransformer",
+    placed: "Placed",
+    rows: dict[int, str],
+    means: dict[int, float],
 ) -> None:
     """Each token with its increments, a row a layer, in blocks as wide as the terminal."""
     config = model.position_config
     heads = ", mean of the heads" if config.per_head else ""
     print_line(console, f"{model.name}: {config.source} increments{heads}, the gap {config.gap} each token")
     print_line(console, "1.00 is one step of standard RoPE; blue: nearer than the layer's mean, orange: farther\n")
-    labels = [style.legible(label) for label in placed.labels]
+    labels = [plain.legible(label) for label in placed.labels]
     increments = placed.increments.mean(-1)
     cells = [[increment_cell(value, means[layer]) for value in increments[layer].tolist()] for layer in rows]
     print_grid(console, list(rows.values()), labels, cells)
 
 
 def _print_kinds(
-    console: Console, model: HookedPositionTransformer, placed: Placed, rows: dict[int, str], means: dict[int, float]
+    console: "Console",
+    model: "lp.HookedPositionTransformer",
+    placed: "Placed",
+    rows: dict[int, str],
+    means: dict[int, float],
 ) -> None:
     """The mean and standard deviation of the increments by kind of token, a column a layer."""
-    table = increments_by_category(model, placed.tokens, attention_mask=torch.ones_like(placed.tokens))
+    import torch
+
+    table = lp.analysis.increments_by_category(model, placed.tokens, attention_mask=torch.ones_like(placed.tokens))
     print_line(console, "by kind of token (how many): mean ± standard deviation\n")
     entry_of = {model.position_layers[entry]: entry for entry in rows}
     by_kind = table[table["layer"].isin(list(entry_of))].groupby("kind", sort=False)

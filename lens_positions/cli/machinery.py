@@ -2,24 +2,21 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import pandas as pd
-from rich.console import Console
-from rich.text import Text
 from tyro.conf import arg
 
-from .. import corpora
-from ..analysis.absolute_position import BLOCK, QUARTERS, absolute_variation, attention_sinks, replacement_effects
-from ..analysis.dispersion import adaptive_temperature, attention_dispersion, loss_by_length
-from ..analysis.frequencies import SIDES, frequency_norms, frequency_quarters, high_frequency_use, positional_heads
+import lens_positions as lp
+
+from ..config import BLOCK
 from ..errors import PositionsError
-from ..hooked import HookedPositionTransformer
-from ..interventions import ablate
 from ..terminal import print_grid, print_line, with_interval
-from ..viz.machinery import absolute_chart, entropy_chart, norms_map
 from .app import BOS_OF_MODEL, Bos, app, check_outputs, drawn
 from .measuring import Characters, Chart, Corpus, Model, Seed, headed, read_heldout, written
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.console import Console
 
 Csvs = Annotated[
     Path | None, arg(metavar="FILE", help="write the tables to this file and others beside it, with all columns.")
@@ -43,14 +40,20 @@ def frequencies(
     """
     check_outputs(csv, figure)
     prepend_bos = bos.prepend()
+
+    import pandas as pd
+    from rich.text import Text
+
+    from ..analysis.frequencies import SIDES
+
     loaded, texts, what = read_heldout(model, corpus, characters)
-    norms = frequency_norms(loaded, texts, seed=seed, prepend_bos=prepend_bos)
-    heads = positional_heads(loaded, texts, seed=seed, prepend_bos=prepend_bos)
+    norms = lp.analysis.frequency_norms(loaded, texts, seed=seed, prepend_bos=prepend_bos)
+    heads = lp.analysis.positional_heads(loaded, texts, seed=seed, prepend_bos=prepend_bos)
     console = headed(
         f"{loaded.name}: mean 2-norm of queries and keys by rotary frequency, {what}",
         "mean over tokens, heads and the frequencies of a quarter",
     )
-    norms["band"] = frequency_quarters(norms).map(dict(enumerate(BANDS)))
+    norms["band"] = lp.analysis.frequency_quarters(norms).map(dict(enumerate(BANDS)))
     layers = list(dict.fromkeys(norms["layer"]))
     for side in SIDES:
         own = norms[norms["side"] == side]
@@ -67,7 +70,7 @@ def frequencies(
             console, f"  layer {head['layer']} head {head['head']}: {head['offset']} back, {' and '.join(shares)}"
         )
     turns = bool((norms["frequency"] > 0).any())
-    use = high_frequency_use(norms, heads) if turns else pd.DataFrame()
+    use = lp.analysis.high_frequency_use(norms, heads) if turns else pd.DataFrame()
     rows: Any = use.itertuples()
     for row in rows:
         if row.n and row.others:
@@ -82,7 +85,7 @@ def frequencies(
     if figure is not None:
         caption = f"{loaded.name}; {what}. Means over heads and tokens."
         with drawn(console, figure):
-            norms_map(norms, caption, figure)
+            lp.viz.norms_map(norms, caption, figure)
 
 
 @app.command
@@ -104,14 +107,19 @@ def absolute(
     """
     check_outputs(csv, figure)
     prepend_bos = bos.prepend()
-    loaded = HookedPositionTransformer.from_pretrained(model)
     if texts < 2:
         raise PositionsError(f"--texts is {texts}; expected at least 2, for intervals.")
-    given = corpora.heldout_pieces(corpus, texts)
-    hooks = ablate(loaded, to="mean", site="positions") if hold else None
-    table = absolute_variation(loaded, given, hooks=hooks, block=block, seed=seed, prepend_bos=prepend_bos)
-    drops = replacement_effects(loaded, given, hooks=hooks, block=block, seed=seed, prepend_bos=prepend_bos)
-    found = attention_sinks(loaded, given, hooks=hooks, seed=seed, prepend_bos=prepend_bos)
+
+    from rich.text import Text
+
+    from ..analysis.absolute_position import QUARTERS
+
+    loaded = lp.HookedPositionTransformer.from_pretrained(model)
+    given = lp.corpora.heldout_pieces(corpus, texts)
+    hooks = lp.ablate(loaded, to="mean", site="positions") if hold else None
+    table = lp.analysis.absolute_variation(loaded, given, hooks=hooks, block=block, seed=seed, prepend_bos=prepend_bos)
+    drops = lp.analysis.replacement_effects(loaded, given, hooks=hooks, block=block, seed=seed, prepend_bos=prepend_bos)
+    found = lp.analysis.attention_sinks(loaded, given, hooks=hooks, seed=seed, prepend_bos=prepend_bos)
     sinks = found[found["first"] == found["first"].iloc[0]].groupby("layer")["share"]
     overall = table[(table["head"] == "all") & (table["layer"] != "all")]
     what = f"the beginnings of {len(given)} pieces of held-out {corpus}, repeated"
@@ -137,7 +145,7 @@ def absolute(
     if figure is not None:
         caption = f"{loaded.name}; {what}. Means over heads. log attention = score (residual) - log Z (mask)."
         with drawn(console, figure):
-            absolute_chart(table, caption, figure)
+            lp.viz.absolute_chart(table, caption, figure)
 
 
 @app.command
@@ -154,10 +162,13 @@ def dispersion(
     """Show how attention spreads with the number of items, and what an adaptive temperature does to the loss."""
     check_outputs(csv, figure)
     prepend_bos = bos.prepend()
+
+    from rich.text import Text
+
     loaded, texts, what = read_heldout(model, corpus, characters)
-    hooks = adaptive_temperature(loaded)
-    table = attention_dispersion(loaded, texts, seed=seed, prepend_bos=prepend_bos)
-    losses = loss_by_length(loaded, texts, hooks, lengths, seed, prepend_bos=prepend_bos)
+    hooks = lp.analysis.adaptive_temperature(loaded)
+    table = lp.analysis.attention_dispersion(loaded, texts, seed=seed, prepend_bos=prepend_bos)
+    losses = lp.analysis.loss_by_length(loaded, texts, hooks, lengths, seed, prepend_bos=prepend_bos)
     console = headed(
         f"{loaded.name}: attention by the number of items, {what}",
         "entropy in nats, mean over heads, with 95% intervals; the entropy of even attention below",
@@ -182,10 +193,10 @@ def dispersion(
     _written(console, csv, table, losses=losses)
     if figure is not None:
         with drawn(console, figure):
-            entropy_chart(table, f"{loaded.name}; {what}. Means over heads.", figure)
+            lp.viz.entropy_chart(table, f"{loaded.name}; {what}. Means over heads.", figure)
 
 
-def _written(console: Console, csv: Path | None, table: pd.DataFrame, **others: pd.DataFrame) -> None:
+def _written(console: "Console", csv: Path | None, table: "pd.DataFrame", **others: "pd.DataFrame") -> None:
     """Write a table, and others beside it with their name behind its own."""
     written(console, table, csv)
     for name, other in others.items():

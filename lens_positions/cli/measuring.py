@@ -3,26 +3,20 @@
 import math
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import pandas as pd
-from rich.console import Console
-from rich.text import Text
 from tyro.conf import Positional, arg
 
-from .. import corpora
-from ..analysis.boundaries import boundary_auc
-from ..analysis.categories import Alphabet, increments_by_category
-from ..analysis.entities import NAMES, entity_grouping
-from ..analysis.heads import head_correlations, head_profile
-from ..analysis.specialisation import below_zero
-from ..analysis.specialisation import saturation as shares_at_cap
-from ..analysis.specialisation import specialisation as explained_by_kind
+import lens_positions as lp
+
+from ..config import Alphabet
 from ..errors import PositionsError
-from ..hooked import HookedPositionTransformer
 from ..terminal import print_grid, print_line, with_interval
-from ..viz.measurements import auc_chart, kinds_chart
 from .app import BOS_OF_MODEL, Bos, app, check_learned, check_outputs, complain, drawn
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.console import Console
 
 Model = Annotated[Positional[str], arg(metavar="MODEL", help="a folder, an adapter, a packaged or a hub model.")]
 Corpus = Annotated[str, arg(help="held-out text to read: english, chinese, bilingual, code, a file or a folder.")]
@@ -54,8 +48,11 @@ def kinds(
     """
     check_outputs(csv, figure)
     prepend_bos = bos.prepend()
+
+    from rich.text import Text
+
     loaded, texts, what = read_heldout(model, corpus, characters)
-    table = increments_by_category(
+    table = lp.analysis.increments_by_category(
         loaded, texts, seed=seed, alphabet=alphabet, only=only or None, prepend_bos=prepend_bos
     )
     console = headed(f"{loaded.name}: increments by kind of token, {what}", f"mean (least to largest); {PER_TOKEN}")
@@ -65,8 +62,9 @@ def kinds(
     _grid(console, table, "kind", "layer", lambda row: _with_interval(row, "relative", "relative_"), names)
     written(console, table, csv)
     if figure is not None:
+        caption = f"{loaded.name}; {what}. Intervals: 95% of resamples of documents, seed {seed}."
         with drawn(console, figure):
-            kinds_chart(table, f"{loaded.name}; {what}. Intervals: 95% of resamples of documents, seed {seed}.", figure)
+            lp.viz.kinds_chart(table, caption, figure)
 
 
 @app.command
@@ -101,9 +99,9 @@ def boundaries(
         kept = range(0, len(texts), max(1, math.ceil(len(texts) / lines)))
         texts = [texts[i] for i in kept]
         segmented = segmented if isinstance(segmented, str) else [segmented[i] for i in kept]
-    counted = None if training == "none" else corpora.load(training)["train"]["text"]
-    loaded = HookedPositionTransformer.from_pretrained(model)
-    table = boundary_auc(loaded, texts, segmented, counted, seed, prepend_bos=prepend_bos)
+    counted = None if training == "none" else lp.corpora.load(training)["train"]["text"]
+    loaded = lp.HookedPositionTransformer.from_pretrained(model)
+    table = lp.analysis.boundary_auc(loaded, texts, segmented, counted, seed, prepend_bos=prepend_bos)
     first = table.iloc[0]
     what = f"{first['n']:,} gaps between Chinese characters in {first['lines']:,} lines, {of_what}"
     console = headed(
@@ -117,7 +115,7 @@ def boundaries(
         caption = f"{loaded.name}; {what}. Intervals: 95% of resamples of lines, seed {seed}."
         title = "Increments at Chinese word boundaries"
         with drawn(console, figure):
-            auc_chart(table, title, caption, figure)
+            lp.viz.auc_chart(table, title, caption, figure)
 
 
 @app.command
@@ -141,10 +139,18 @@ def names(
     prepend_bos = bos.prepend()
     if names is not None and not names.is_file():
         raise PositionsError(f"there is no file {names}; expected one with a two-word name a line.")
-    given = NAMES if names is None else [line.strip() for line in corpora.read_text(names).splitlines() if line.strip()]
-    loaded = HookedPositionTransformer.from_pretrained(model)
+
+    from rich.text import Text
+
+    from ..analysis.entities import NAMES
+
+    lines = [] if names is None else [line.strip() for line in lp.corpora.read_text(names).splitlines()]
+    given = NAMES if names is None else [line for line in lines if line]
+    loaded = lp.HookedPositionTransformer.from_pretrained(model)
     check_learned(loaded, "names and other words are alike", "a model with learned increments")
-    table = entity_grouping(loaded, corpora.load(corpus)["train"]["text"], given, prepend_bos=prepend_bos)
+    table = lp.analysis.entity_grouping(
+        loaded, lp.corpora.load(corpus)["train"]["text"], given, prepend_bos=prepend_bos
+    )
     console = headed(
         f"{loaded.name}: the increment at the space inside two words, real order minus reversed",
         "mean with a 95% interval, share nearer in the real order, Wilcoxon p (q over layers), over families of pairs "
@@ -177,9 +183,12 @@ def heads(
     """Show each head's mean increment and how far back it looks, and how the two go together."""
     check_outputs(csv, None)
     prepend_bos = bos.prepend()
+
+    import pandas as pd
+
     loaded, texts, what = read_heldout(model, corpus, characters)
     check_learned(loaded, "there is nothing to compare", "a model with learned increments")
-    table = head_profile(loaded, texts, seed, prepend_bos=prepend_bos)
+    table = lp.analysis.head_profile(loaded, texts, seed, prepend_bos=prepend_bos)
     console = headed(f"{loaded.name}: heads, {what}", f"mean increment, and look-back in tokens; {PER_TOKEN}")
     named = table.assign(head=[f"{layer}.{head}" for layer, head in zip(table["layer"], table["head"], strict=True)])
     both = pd.concat(
@@ -191,7 +200,7 @@ def heads(
     _grid(console, both, "head", "what", lambda row: _with_interval(row, "value", ""))
     written(console, table, csv)
     try:
-        correlations = head_correlations(table, seed)
+        correlations = lp.analysis.head_correlations(table, seed)
     except PositionsError as error:
         complain(f"no correlation: {error}")
         return
@@ -215,13 +224,13 @@ def saturation(
     prepend_bos = bos.prepend()
     loaded, texts, what = read_heldout(model, corpus, characters)
     if loaded.position_config.learned and loaded.position_config.activation == "none":
-        table = below_zero(loaded, texts, seed, prepend_bos=prepend_bos)
+        table = lp.analysis.below_zero(loaded, texts, seed, prepend_bos=prepend_bos)
         console = headed(f"{loaded.name}: increments below zero, {what}", PER_TOKEN)
         for row in table.itertuples():
             print_line(console, f"  layer {row.layer}  {_share(row, 'share')}  least {row.min:.2f}")
         written(console, table, csv)
         return
-    table = shares_at_cap(loaded, texts, seed, prepend_bos=prepend_bos)
+    table = lp.analysis.saturation(loaded, texts, seed, prepend_bos=prepend_bos)
     console = headed(f"{loaded.name}: increments at the cap of {table['cap'].iloc[0]:g}, {what}", PER_TOKEN)
     for row in table.itertuples():
         print_line(console, f"  layer {row.layer}  {_share(row, 'share')}  largest {row.max:.2f}")
@@ -247,7 +256,7 @@ def specialisation(
     prepend_bos = bos.prepend()
     loaded, texts, what = read_heldout(model, corpus, characters)
     check_learned(loaded, "no kind stands out", "a model with learned increments")
-    table = explained_by_kind(loaded, texts, alphabet, seed, prepend_bos=prepend_bos)
+    table = lp.analysis.specialisation(loaded, texts, alphabet, seed, prepend_bos=prepend_bos)
     console = headed(
         f"{loaded.name}: what the kind of a token explains of its increment, {what}",
         f"share of the variance (with kinds shuffled in each document); × is to the mean of the layer; {PER_TOKEN}",
@@ -261,10 +270,10 @@ def specialisation(
 ENDS = ("farthest", "nearest")
 
 
-def read_heldout(model: str, corpus: str, characters: int) -> tuple[HookedPositionTransformer, list[str], str]:
+def read_heldout(model: str, corpus: str, characters: int) -> "tuple[lp.HookedPositionTransformer, list[str], str]":
     """The model, held-out text, and how to name that text."""
-    loaded = HookedPositionTransformer.from_pretrained(model)
-    texts = corpora.heldout_excerpts(corpus, characters)
+    loaded = lp.HookedPositionTransformer.from_pretrained(model)
+    texts = lp.corpora.heldout_excerpts(corpus, characters)
     return loaded, texts, f"{sum(map(len, texts)):,} characters of {len(texts)} held-out documents of {corpus}"
 
 
@@ -273,12 +282,12 @@ def _segmented(words: str, corpus: str | None) -> tuple[list[str], Any, str]:
     if corpus is not None and words != "jieba":
         raise PositionsError(f"--corpus was given with --words {words}; expected it with --words jieba alone.")
     if words in ("human", "jieba") and corpus is None:
-        segmented = corpora.segmented_heldout()
+        segmented = lp.corpora.segmented_heldout()
         whose = "segmented by people" if words == "human" else "segmented by jieba"
         texts = ["".join(line) for line in segmented]
         return texts, segmented if words == "human" else "jieba", f"the held-out People's Daily {whose}"
     if corpus is not None:
-        heldout = corpora.load(corpus)["heldout"]["text"]
+        heldout = lp.corpora.load(corpus)["heldout"]["text"]
         texts = [line for text in heldout for line in text.splitlines() if line]
         return texts, "jieba", f"held out of {corpus}, segmented by jieba"
     path = Path(words)
@@ -286,14 +295,16 @@ def _segmented(words: str, corpus: str | None) -> tuple[list[str], Any, str]:
         raise PositionsError(
             f"--words is {words!r}; expected human, jieba, or a file of lines with spaces between words."
         )
-    segmented = [line.split() for line in corpora.read_text(path).splitlines() if line.split()]
+    segmented = [line.split() for line in lp.corpora.read_text(path).splitlines() if line.split()]
     if not segmented:
         raise PositionsError(f"{path} has no words; expected lines with spaces between words.")
     return ["".join(line) for line in segmented], segmented, f"lines of {path}"
 
 
-def headed(first: str, second: str) -> Console:
+def headed(first: str, second: str) -> "Console":
     """Print what is shown, and in what unit; where to print the rest."""
+    from rich.console import Console
+
     console = Console(highlight=False)
     print_line(console, first)
     print_line(console, second + "\n")
@@ -301,9 +312,11 @@ def headed(first: str, second: str) -> Console:
 
 
 def _grid(
-    console: Console, table: pd.DataFrame, row: str, column: str, cell: Any, names: Sequence[str] | None = None
+    console: "Console", table: "pd.DataFrame", row: str, column: str, cell: Any, names: Sequence[str] | None = None
 ) -> None:
     """A table of cells by two of its columns, in their order of appearance."""
+    from rich.text import Text
+
     rows, columns = _unique(table[row]), _unique(table[column])
     of: dict[tuple[Hashable, Hashable], Any] = {(getattr(r, row), getattr(r, column)): r for r in table.itertuples()}
     cells = [[Text(cell(of[r, c]) if (r, c) in of else "") for c in columns] for r in rows]
@@ -323,7 +336,7 @@ def _share(row: Any, column: str) -> str:
     return with_interval(row._asdict(), column, ".1%")
 
 
-def written(console: Console, table: pd.DataFrame, csv: Path | None) -> None:
+def written(console: "Console", table: "pd.DataFrame", csv: Path | None) -> None:
     """Write a table where that is asked for, and say where."""
     if csv is not None:
         table.to_csv(csv, index=False)

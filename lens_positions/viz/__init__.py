@@ -1,31 +1,5 @@
 """Pictures of increments, positions and what they cause: figures to print, views to explore, and the report."""
 
-from .characters import spacing
-from .effects import ablation_bars, effect_map
-from .machinery import absolute_chart, entropy_chart, norms_map
-from .measurements import auc_chart, differences_chart, frequency_map, kinds_chart, lines_chart
-from .onefile import report
-from .rulers import arcs
-from .style import MissingFontError
-from .views import View, attention_view, spacing_view, tokens_view
+import lazy_loader
 
-__all__ = [
-    "MissingFontError",
-    "View",
-    "ablation_bars",
-    "absolute_chart",
-    "arcs",
-    "attention_view",
-    "auc_chart",
-    "differences_chart",
-    "effect_map",
-    "entropy_chart",
-    "frequency_map",
-    "kinds_chart",
-    "lines_chart",
-    "norms_map",
-    "report",
-    "spacing",
-    "spacing_view",
-    "tokens_view",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

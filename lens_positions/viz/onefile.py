@@ -21,6 +21,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from .. import causal, corpora
+from .._version import __version__
 from ..analysis.categories import increments_by_category
 from ..analysis.losses import compared
 from ..analysis.reading import WINDOW
@@ -32,12 +33,13 @@ from . import style
 from .effects import ABLATION_LABELS, ablation_bars
 from .measurements import kinds_chart
 from .placed import SOURCES
-from .views import View, attention_view, check_page, scripts, spacing_view, styles, tokens_view, write_page
+from .plain import check_page, visible
+from .views import View, attention_view, scripts, spacing_view, styles, tokens_view, write_page
 
 ENGLISH = "The President of the United States spoke today."
 CHINESE = "中国政府今天在北京举行记者会。"
 
-PACKAGES = ("lens-positions", "torch", "transformers", "transformer-lens", "circuitsvis")
+PACKAGES = ("torch", "transformers", "transformer-lens", "circuitsvis")
 
 SNIPPET = 80
 """Characters of a text in a heading."""
@@ -109,7 +111,7 @@ def report(
         scripts=_trusted(scripts()),
         parts=parts,
         missing=[title for title, _ in planned[len(parts) :]],
-        version=version("lens-positions"),
+        version=__version__,
     )
     write_page(page, path)
     if interrupted is not None:
@@ -280,7 +282,7 @@ def _ablations(
 def _again(models: list[HookedPositionTransformer], of: str, seed: int, command: str) -> Iterator[Piece]:
     if command:
         yield {"kind": "code", "text": command}
-    rows = [[package, version(package)] for package in PACKAGES]
+    rows = [["lens-positions", __version__], *([package, version(package)] for package in PACKAGES)]
     rows += [["Python", platform.python_version()], ["seed", str(seed)], ["text", of], ["made on", str(date.today())]]
     yield _table(["", ""], rows)
 
@@ -311,7 +313,7 @@ def _table(columns: list[str], rows: Sequence[Sequence[Any]], summary: str = "",
 
 def _view(view: View, text: str, model: HookedPositionTransformer, models: list[HookedPositionTransformer]) -> Piece:
     snippet = text if len(text) <= SNIPPET else text[:SNIPPET] + "…"
-    title = "".join(c if c == " " and not snippet.isspace() else style.visible(c) for c in snippet)
+    title = "".join(c if c == " " and not snippet.isspace() else visible(c) for c in snippet)
     return {"kind": "view", "view": view, "title": title if len(models) == 1 else f"{title} · {model.name}"}
 
 

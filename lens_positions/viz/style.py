@@ -5,8 +5,6 @@ which matplotlib ships; Chinese needs a font of the system's, found by name or a
 """
 
 import textwrap
-import unicodedata
-from contextlib import suppress
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -20,7 +18,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import LogFormatter
 
 from ..analysis.categories import is_chinese_punctuation, is_han
-from ..errors import PositionsError
+from .plain import SUBSTITUTE, MissingFontError, check_path, legible, write_whole
 
 INK = "#1d2129"
 FAINT = "#c9ced6"
@@ -28,9 +26,6 @@ QUIET = "#646c7a"
 ORANGE = "#d55e00"
 BLUE = "#0072b2"
 SKY = "#56b4e9"
-FARTHER = ("#fbe3cf", "#f8c49a", "#f2a15f", "#e67f2e")
-"""Tints for increments above the mean, from near to far."""
-NEARER = ("#d9e8f5", "#acd0eb", "#79b3de", "#4794cc")
 
 RC: Any = {
     "font.family": ["DejaVu Sans"],
@@ -77,30 +72,11 @@ CHINESE_FILES = (
     "simhei",
     "droidsansfallback",
 )
-SUBSTITUTE = "·"
-KINDS = (".png", ".svg", ".pdf")
-"""Of files that a figure can be written to."""
-
-
-class MissingFontError(PositionsError):
-    """No installed font can draw the Chinese characters of a text."""
 
 
 def context() -> Any:
     """A context manager in which matplotlib draws in this project's style."""
     return rc_context(RC)
-
-
-def visible(character: str) -> str:
-    """A character as it is shown: whitespace gets a mark, what cannot stand alone or be printed a substitute."""
-    marks = {"\n": "⏎", "\r": "␍", "\t": "⇥"}
-    if character in marks:
-        return marks[character]
-    if unicodedata.category(character) == "Zs":
-        return "␣"
-    if unicodedata.combining(character):
-        return "◌" + character
-    return character if character.isprintable() else SUBSTITUTE
 
 
 def fonts_for(text: str) -> list[FontProperties]:
@@ -117,11 +93,6 @@ def fonts_for(text: str) -> list[FontProperties]:
         )
     latin = FontProperties(family=["DejaVu Sans"])
     return [latin, chinese] if chinese else [latin]
-
-
-def legible(text: str) -> str:
-    """A text of which every character can be seen."""
-    return "".join(map(visible, text))
 
 
 def drawn(text: str, fonts: list[FontProperties]) -> tuple[str, FontProperties]:
@@ -204,38 +175,6 @@ def save(figure: Figure, path: str | Path) -> None:
     path = Path(path)
     check_path(path)
     write_whole(path, rendered(figure, path.suffix[1:].lower()), "figure")
-
-
-def write_whole(path: Path, content: bytes, what: str) -> None:
-    """Write a file; what was there stays until the new one is whole.
-
-    Raises:
-        PositionsError: a place that cannot be written.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    except OSError as error:
-        raise PositionsError(
-            f"the {what} cannot be written to {path} ({error.strerror}); expected a writable folder with room."
-        ) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
-def check_path(path: str | Path) -> None:
-    """Refuse a path at which no figure can be written.
-
-    Raises:
-        PositionsError: an unknown suffix, or a folder that does not exist.
-    """
-    path = Path(path)
-    if path.suffix.lower() not in KINDS:
-        raise PositionsError(f"the figure's path is {path}; expected a name that ends in .png, .svg or .pdf.")
-    if not path.parent.is_dir():
-        raise PositionsError(f"the figure's path is {path}; expected a folder that exists, and {path.parent} does not.")
 
 
 def _chinese_font() -> FontProperties | None:

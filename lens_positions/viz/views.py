@@ -11,7 +11,6 @@ ever put into text nodes there. Nothing is fetched: circuitsvis' script comes fr
 
 import base64
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -25,12 +24,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
 from ..text import Mask, TextOrTokens
 from . import style
 from .characters import Scale, caption_of, is_boundary, rows_of
 from .placed import MOST_ATTENDING, Placed, layers_to_show, place
+from .plain import check_page, write_whole
 
 LEAST_MEAN = 1e-6
 """A mean increment below this is none to divide by."""
@@ -258,22 +257,7 @@ def write_page(page: str, path: str | Path) -> None:
     """
     path = Path(path)
     check_page(path)
-    style.write_whole(path, page.encode("utf-8", "backslashreplace"), "page")
-
-
-def check_page(path: str | Path) -> None:
-    """Refuse a path at which no page can be written.
-
-    Raises:
-        PositionsError: a name that does not end in .html, a folder, or one that does not exist.
-    """
-    path = Path(path)
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise PositionsError(f"the page's path is {path}; expected a name that ends in .html.")
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        what = f"{path.parent} cannot be written" if path.parent.is_dir() else f"there is no folder {path.parent}"
-        what = "that is a folder" if path.is_dir() else what
-        raise PositionsError(f"the page's path is {path}, and {what}; expected a file in an existing folder.")
+    write_whole(path, page.encode("utf-8", "backslashreplace"), "page")
 
 
 def _fitting(placed: Placed, rows: int) -> int:

@@ -1,0 +1,62 @@
+from .absolute_position import (
+    absolute_variation,
+    attention_sinks,
+    fingerprints,
+    replace_first,
+    replacement_effects,
+)
+from .boundaries import boundary_auc, mutual_information
+from .categories import increments_by_category
+from .chunks import rotary_layout
+from .dispersion import adaptive_temperature, attention_dispersion, loss_by_length
+from .entities import entity_grouping, matched_pairs
+from .frequencies import (
+    aligned_key,
+    frequency_contributions,
+    frequency_norms,
+    frequency_quarters,
+    frequency_shares,
+    high_frequency_use,
+    positional_heads,
+    scores_by_distance,
+    truncate_frequencies,
+)
+from .heads import head_correlations, head_profile
+from .losses import compared
+from .moved import what_moved
+from .reading import read
+from .specialisation import below_zero, saturation, specialisation
+
+__all__ = [
+    "absolute_variation",
+    "adaptive_temperature",
+    "aligned_key",
+    "attention_dispersion",
+    "attention_sinks",
+    "below_zero",
+    "boundary_auc",
+    "compared",
+    "entity_grouping",
+    "fingerprints",
+    "frequency_contributions",
+    "frequency_norms",
+    "frequency_quarters",
+    "frequency_shares",
+    "head_correlations",
+    "head_profile",
+    "high_frequency_use",
+    "increments_by_category",
+    "loss_by_length",
+    "matched_pairs",
+    "mutual_information",
+    "positional_heads",
+    "read",
+    "replace_first",
+    "replacement_effects",
+    "rotary_layout",
+    "saturation",
+    "scores_by_distance",
+    "specialisation",
+    "truncate_frequencies",
+    "what_moved",
+]

@@ -1,0 +1,420 @@
+"""Calls of a bridge in which nothing that is handed over goes unheard.
+
+TransformerLens' `forward`, `run_with_cache`, `run_with_hooks` and `generate` pass every keyword that they do not know
+on to the model, whose own `**kwargs` swallow it: a hook function is then called no time, `num_beams=4` searches
+nothing, and nobody says so. Here `fwd_hooks` and `bwd_hooks` work wherever they mean something, and a keyword, a hook
+name or a hook function that nothing hears is refused before the model runs.
+
+    forward, run_with_cache     heard are TransformerLens' own keywords, and those of the model's forward
+    run_with_hooks              the same
+    generate                    TransformerLens' own, and what the model's forward takes beside the prompt (images);
+                                settings of transformers' generate are `hf_generate`'s
+    generate_stream             TransformerLens' own
+    hf_generate                 transformers' own, which it checks itself
+"""
+
+import difflib
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.bridge_core import build_alias_to_canonical_map
+from transformers import GenerationConfig, GenerationMixin
+from transformers.utils import TransformersKwargs
+
+from .errors import PositionsError
+
+HookPairs = Iterable[tuple[Any, Any]] | None
+"""(hook name or filter of hook names, hook function) pairs, as TransformerLens takes them."""
+
+TAKEN_OUT = {"one_zero_attention_mask", "use_past_kv_cache", "use_cache"}
+"""Keywords that TransformerLens' forward finds in its `**kwargs`."""
+
+OF_FLASH_ATTENTION = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "is_causal", "seq_idx"}
+"""Keywords that every transformers model passes down, for kernels that a bridge does not run."""
+
+OF_THE_PROMPT = {"position_ids", "past_key_values", "labels", "inputs_embeds"}
+"""Keywords of a forward pass that `generate` would hand over with the prompt and forget at the next token."""
+
+
+class HookedCalls(TransformerBridge):
+    """A TransformerBridge that hears hooks in every call and refuses keywords that nothing hears."""
+
+    def forward(
+        self, input: Any, *args: Any, fwd_hooks: HookPairs = (), bwd_hooks: HookPairs = (), **kwargs: Any
+    ) -> Any:
+        """Run the model, as `TransformerBridge.forward`, with hooks for this pass where any are given.
+
+        Args:
+            input: text, a list of texts, tokens [batch, pos] or [pos], or embeddings [batch, pos, d_model].
+            args, kwargs: as `TransformerBridge.forward` (return_type, prepend_bos, attention_mask, ...) and the
+                model's own forward (position_ids, logits_to_keep, ...).
+            fwd_hooks: (hook name or filter, hook function) pairs, for this pass, beside hooks that are active.
+            bwd_hooks: the same for the gradients of this pass, whenever its backward pass runs.
+
+        Raises:
+            PositionsError: a keyword, hook name or hook function that nothing hears, or backward hooks while
+                gradients are off.
+
+        Warns:
+            UserWarning: a hook function was not called, as the model does not come by its hook point.
+        """
+        kwargs = _named("forward", args, kwargs)
+        forward, backward = self._heard("forward", input, kwargs, fwd_hooks, bwd_hooks)
+        if forward or backward:
+            return self.run_with_hooks(input, fwd_hooks=forward, bwd_hooks=backward, **kwargs)
+        return super().forward(input, **kwargs)
+
+    def run_with_hooks(
+        self, input: Any, fwd_hooks: HookPairs = (), bwd_hooks: HookPairs = (), *args: Any, **kwargs: Any
+    ) -> Any:
+        """Run the model with hooks, as `TransformerBridge.run_with_hooks`; refusals and warnings as `forward`."""
+        kwargs = _named("run_with_hooks", args, kwargs, after=3)
+        forward, backward = self._heard("run_with_hooks", input, kwargs, fwd_hooks, bwd_hooks)
+        with _listened(forward, kwargs) as counted:
+            return super().run_with_hooks(input, counted, backward, **kwargs)
+
+    def run_with_cache(
+        self, input: Any, *args: Any, fwd_hooks: HookPairs = (), bwd_hooks: HookPairs = (), **kwargs: Any
+    ) -> Any:
+        """Run the model and keep its activations, as they are after the hooks that are given.
+
+        Arguments, refusals and warnings as `forward`, and those of `TransformerBridge.run_with_cache` (names_filter,
+        pos_slice, incl_bwd, ...). With `start_at_layer`, hooks before that layer are left out, as in run_with_hooks.
+        """
+        kwargs = _named("run_with_cache", args, kwargs)
+        forward, backward = self._heard("run_with_cache", input, kwargs, fwd_hooks, bwd_hooks)
+        if isinstance(input, str):
+            kwargs.pop("padding_side", None)  # one text has none; its tokens would be refused with it
+        if kwargs.get("start_at_layer") is not None:
+            start = kwargs["start_at_layer"] % len(self.blocks)
+            forward, backward = (self._from_layer(start, pairs) for pairs in (forward, backward))
+        keep = {name: kwargs[name] for name in ("reset_hooks_end", "clear_contexts") if name in kwargs}
+        with self._hooked(forward, backward, kwargs, **keep):
+            return super().run_with_cache(input, **kwargs)
+
+    def generate(
+        self, input: Any = "", *args: Any, fwd_hooks: HookPairs = (), bwd_hooks: HookPairs = (), **kwargs: Any
+    ) -> Any:
+        """Continue a text, as `TransformerBridge.generate`, with hooks in every forward pass of it.
+
+        With a key-value cache, hooks are called once for the prompt and once for each new token but the last.
+
+        Args:
+            input: text, a list of texts, or tokens [batch, pos] or [pos].
+            args, kwargs: as `TransformerBridge.generate`; `use_cache` is `use_past_kv_cache`.
+            fwd_hooks: as `forward`.
+            bwd_hooks: refused, as nothing is differentiated.
+
+        Raises:
+            PositionsError: as `forward`, or a setting that only transformers' own generate hears.
+        """
+        kwargs = _named("generate", args, kwargs)
+        if kwargs.get("use_cache") is not None:
+            kwargs["use_past_kv_cache"] = kwargs["use_cache"]
+        kwargs.pop("use_cache", None)
+        forward = self._heard_in_generation("generate", kwargs, fwd_hooks, bwd_hooks)
+        with self._hooked(forward, [], kwargs):
+            return super().generate(_batched(input), **kwargs)
+
+    def generate_stream(
+        self, input: Any = "", *args: Any, fwd_hooks: HookPairs = (), bwd_hooks: HookPairs = (), **kwargs: Any
+    ) -> Any:
+        """Continue a text piece by piece, as `TransformerBridge.generate_stream`; hooks as `generate`.
+
+        Hooks are active while a piece is computed, and not between pieces.
+        """
+        kwargs = _named("generate_stream", args, kwargs)
+        forward = self._heard_in_generation("generate_stream", kwargs, fwd_hooks, bwd_hooks)
+        pieces = super().generate_stream(_batched(input), **kwargs)
+        return self._hooked_pieces(pieces, forward) if forward else pieces
+
+    def hf_generate(
+        self, input: Any = "", *args: Any, fwd_hooks: HookPairs = (), bwd_hooks: HookPairs = (), **kwargs: Any
+    ) -> Any:
+        """Continue a text with transformers' own generate, as `TransformerBridge.hf_generate`; hooks as `generate`."""
+        _refuse_backward("hf_generate", bwd_hooks)
+        with self._hooked(self._pairs(fwd_hooks, "fwd_hooks"), [], {}):
+            return super().hf_generate(_batched(input), *args, **kwargs)
+
+    def hooks(
+        self, fwd_hooks: HookPairs = (), bwd_hooks: HookPairs = (), *args: Any, **kwargs: Any
+    ) -> AbstractContextManager[Any]:
+        """Hooks for a while, as `TransformerBridge.hooks`.
+
+        Raises:
+            PositionsError: a hook name or a hook function that there is not; a filter that no name passes.
+        """
+        forward, backward = self._pairs(fwd_hooks, "fwd_hooks"), self._pairs(bwd_hooks, "bwd_hooks")
+        return super().hooks(forward, backward, *args, **kwargs)
+
+    @contextmanager
+    def _hooked(
+        self, forward: list[Any], backward: list[Any], kwargs: Mapping[str, Any], **keep: bool
+    ) -> Iterator[None]:
+        with ExitStack() as stack:
+            if forward or backward:
+                counted = stack.enter_context(_listened(forward, kwargs))
+                stack.enter_context(super().hooks(counted, backward, **keep))
+            yield
+
+    def _hooked_pieces(self, pieces: Any, forward: list[Any]) -> Iterator[Any]:
+        done = object()
+        try:
+            with _listened(forward, {}) as counted:
+                while True:
+                    with super().hooks(counted):
+                        piece = next(pieces, done)
+                    if piece is done:
+                        return
+                    yield piece
+        finally:
+            pieces.close()
+
+    def _heard(
+        self, method: str, input: Any, kwargs: Mapping[str, Any], fwd_hooks: HookPairs, bwd_hooks: HookPairs
+    ) -> tuple[list[Any], list[Any]]:
+        """The hooks of a call of which everything is heard."""
+        known = _keywords(method) | _keywords("forward")
+        if not kwargs.keys() <= known:
+            self._refuse_unknown(method, kwargs.keys() - known)
+        if isinstance(input, Tensor):
+            _refuse_for_tokens(method, kwargs)
+        self._refuse_layer(kwargs.get("stop_at_layer"))
+        if kwargs.get("return_dict") is False and kwargs.get("return_type") == "logits_and_cache":
+            raise PositionsError(
+                "return_dict=False hides the key-value cache that return_type='logits_and_cache' asks for; expected "
+                "one of the two."
+            )
+        backward = self._pairs(bwd_hooks, "bwd_hooks")
+        if backward and not torch.is_grad_enabled():
+            raise PositionsError(
+                "bwd_hooks were given while gradients are off, so that none would be called; expected "
+                "torch.enable_grad()."
+            )
+        return self._pairs(fwd_hooks, "fwd_hooks"), backward
+
+    def _heard_in_generation(
+        self, method: str, kwargs: Mapping[str, Any], fwd_hooks: HookPairs, bwd_hooks: HookPairs
+    ) -> list[Any]:
+        """The forward hooks of a generation of which everything is heard."""
+        _refuse_backward(method, bwd_hooks)
+        unknown = kwargs.keys() - _keywords(method)
+        for name in sorted(unknown & OF_THE_PROMPT):
+            raise PositionsError(
+                f"{method} would hear {name} with the prompt and not with the tokens after it; expected "
+                f"hf_generate(tokens, {name}=...), or attention_mask for padding."
+            )
+        for name in sorted(unknown & _settings_of_transformers()):
+            raise PositionsError(
+                f"{method} does not hear {name}, a setting of transformers' own generate; expected "
+                f"hf_generate(tokens, {name}=...), which does."
+            )
+        if unknown:
+            self._refuse_unknown(method, unknown)
+        return self._pairs(fwd_hooks, "fwd_hooks")
+
+    def _refuse_unknown(self, method: str, unknown: set[str]) -> None:
+        """Refuse the keywords that the model's forward does not hear either."""
+        heard: set[str] = set()
+        if method != "generate_stream":  # which hands the model nothing
+            heard |= model_keywords(self.original_model)
+        if not method.startswith("generate"):
+            heard |= _keywords("forward") | TAKEN_OUT
+            if "decoder_input_ids" in heard:
+                heard |= {"decoder_input"}
+            if getattr(self.cfg, "is_stateful", False):
+                heard |= {"cache_position", "cache_params"}  # TransformerLens' own generation hands them over
+
+        for name in sorted(unknown - heard):
+            if name in OF_FLASH_ATTENTION:
+                raise PositionsError(
+                    f"{method} does not hear {name}, which is for attention kernels that a bridge does not run; "
+                    "expected attention_mask (and position_ids for packed documents)."
+                )
+            expected = sorted(heard | _keywords(method))
+            near = difflib.get_close_matches(name, expected, n=1)
+            raise PositionsError(
+                f"{method} was given {name}, which neither TransformerLens nor {type(self.original_model).__name__} "
+                f"hears; expected {f'{near[0]}, or another' if near else 'one'} of {', '.join(expected)}."
+            )
+
+    def _refuse_layer(self, stop: Any) -> None:
+        """Past the last block TransformerLens runs to the end and returns logits."""
+        blocks = getattr(self, "blocks", None)
+        if stop is not None and blocks is not None and not -len(blocks) <= stop < len(blocks):
+            raise PositionsError(
+                f"stop_at_layer is {stop}; expected a layer from 0 to {len(blocks) - 1}, before which to stop "
+                f"(blocks.{len(blocks) - 1}.hook_resid_post is what leaves the last)."
+            )
+
+    def _pairs(self, given: HookPairs, argument: str) -> list[Any]:
+        """Hooks as a list, each of them one that can be called."""
+        if given is None:
+            return []
+        if isinstance(given, str | Mapping) or not isinstance(given, Iterable):
+            raise PositionsError(
+                f"{argument} is a {type(given).__name__}; expected a list of (hook name or filter, hook function) "
+                "pairs."
+            )
+        pairs = list(given)
+        every: Mapping[str, Any] = self._hook_registry
+        for pair in pairs:
+            name = _checked_name(pair, argument)
+            if isinstance(name, str) and name in every:
+                continue
+            if every is self._hook_registry:
+                known = self.hook_dict
+                every = {**dict.fromkeys(build_alias_to_canonical_map(known)), **known}
+            if isinstance(name, str) and name not in every:
+                near = difflib.get_close_matches(name, every, n=1)
+                raise PositionsError(
+                    f"{argument} names {name!r}, which is no hook point of this model; expected a name in hook_dict"
+                    f"{f', such as {near[0]!r}' if near else ''}."
+                )
+            if not isinstance(name, str) and not any(map(name, every)):
+                raise PositionsError(
+                    f"{argument} has a filter that no hook point passes, so that its function would not be called; "
+                    "expected one that is true of some name in hook_dict."
+                )
+        return pairs
+
+    def _from_layer(self, start: int, pairs: list[Any]) -> list[Any]:
+        """The hooks of the blocks that a pass from a layer on computes."""
+
+        def runs(name: str) -> bool:
+            number = name.split(".")[1] if name.startswith("blocks.") else ""
+            return not self._is_embedding_stage_hook(name) and not (number.isdigit() and int(number) < start)
+
+        chosen: list[Any] = []
+        for name, function in pairs:
+            if not isinstance(name, str):
+                chosen.append((lambda n, passes=name: passes(n) and runs(n), function))
+            elif runs(name):
+                chosen.append((name, function))
+        return chosen
+
+
+def model_keywords(model: Any) -> frozenset[str]:
+    """The keywords that a model's forward hears in a bridge: its own, and those of the models inside it.
+
+    Args:
+        model: a transformers model, or a PeftModel around one.
+    """
+    parts = [model]
+    for inner in ("get_base_model", "get_decoder"):  # of a PeftModel, and of a model of images and text
+        if hasattr(model, inner):
+            parts.append(getattr(model, inner)())
+    parts += [part.base_model for part in parts[:2] if hasattr(part, "base_model")]
+    heard, passes_on = _parameters(tuple(dict.fromkeys(map(type, parts))))
+    if passes_on:
+        heard |= (TransformersKwargs.__optional_keys__ | {"return_dict"}) - OF_FLASH_ATTENTION
+        heard -= {"num_items_in_batch"}  # for a loss that a bridge computes itself
+    return heard - {"input_ids"}
+
+
+@lru_cache
+def _parameters(models: tuple[Any, ...]) -> tuple[frozenset[str], bool]:
+    """The named parameters of some models' forward, and whether the first passes others on."""
+    every = [inspect.signature(model.forward).parameters.values() for model in models]
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    names = {p.name for parameters in every for p in parameters if p.kind in kinds}
+    return frozenset(names - {"self"}), any(p.kind is inspect.Parameter.VAR_KEYWORD for p in every[0])
+
+
+@lru_cache
+def _keywords(method: str) -> frozenset[str]:
+    """The keywords of one of TransformerLens' methods."""
+    own = frozenset(_order(method))
+    return own | {"device"} if method == "run_with_cache" else own
+
+
+@lru_cache
+def _order(method: str) -> tuple[str, ...]:
+    parameters = inspect.signature(getattr(TransformerBridge, method)).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD)[2:]
+
+
+@lru_cache
+def _settings_of_transformers() -> frozenset[str]:
+    """What transformers' generate takes."""
+    taken = inspect.signature(GenerationMixin.generate).parameters
+    named = frozenset(taken) - {"self", "inputs", "kwargs"}
+    return named | {name for name in vars(GenerationConfig()) if not name.startswith("_")}
+
+
+def _named(method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], after: int = 1) -> dict[str, Any]:
+    """All arguments after the input by name."""
+    names = _order(method)[after - 1 :]
+    named = dict(zip(names, args, strict=False))
+    if len(args) > len(names) or named.keys() & kwargs.keys():
+        raise TypeError(f"{method}() takes at most {len(names) + after} arguments, each once")
+    return named | dict(kwargs)
+
+
+def _batched(input: Any) -> Any:
+    one = isinstance(input, Tensor) and input.ndim == 1 and not input.is_floating_point()
+    return input[None] if one else input
+
+
+def _checked_name(pair: Any, argument: str) -> Any:
+    """The name or filter of a pair whose function can be called."""
+    if not isinstance(pair, tuple | list) or len(pair) != 2 or not (isinstance(pair[0], str) or callable(pair[0])):
+        raise PositionsError(
+            f"{argument} has a {type(pair).__name__} that is no (hook name or filter, hook function) pair; expected a "
+            "list of such pairs."
+        )
+    name, function = pair
+    if not callable(function):
+        at = repr(name) if isinstance(name, str) else "a filter"
+        raise PositionsError(
+            f"{argument} has a {type(function).__name__} as the hook function at {at}; expected a function of the "
+            "activation and its hook."
+        )
+    return name
+
+
+def _refuse_backward(method: str, bwd_hooks: HookPairs) -> None:
+    if bwd_hooks is not None and not (isinstance(bwd_hooks, tuple | list) and len(bwd_hooks) == 0):
+        raise PositionsError(
+            f"{method} was given bwd_hooks and differentiates nothing; expected fwd_hooks, or bwd_hooks for forward, "
+            "run_with_hooks or run_with_cache."
+        )
+
+
+def _refuse_for_tokens(method: str, kwargs: Mapping[str, Any]) -> None:
+    """Keywords that TransformerLens reads for texts alone."""
+    if kwargs.get("prepend_bos"):
+        raise PositionsError(
+            f"{method} was given tokens with prepend_bos=True, which is heard for texts alone; expected tokens that "
+            "begin with it (model.to_tokens(text, prepend_bos=True)), or a text."
+        )
+    if kwargs.get("padding_side") is not None:
+        raise PositionsError(
+            f"{method} was given tokens with padding_side, which is heard for texts alone; expected attention_mask."
+        )
+
+
+@contextmanager
+def _listened(pairs: list[Any], kwargs: Mapping[str, Any]) -> Iterator[list[Any]]:
+    """The same hooks; at the end, a word of those that were not called by a whole forward pass."""
+    calls = [0] * len(pairs)
+    yield [(name, partial(_counted, calls, i, function)) for i, (name, function) in enumerate(pairs)]
+    in_part = any(kwargs.get(name) is not None for name in ("start_at_layer", "stop_at_layer"))
+    missed = [repr(name) for (name, _), n in zip(pairs, calls, strict=True) if n == 0 and isinstance(name, str)]
+    if missed and not in_part:
+        warnings.warn(
+            f"hook functions at {', '.join(dict.fromkeys(missed))} were not called: this model does not come by there.",
+            stacklevel=4,
+        )
+
+
+def _counted(calls: list[int], i: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    calls[i] += 1
+    return function(*args, **kwargs)
