@@ -1,4 +1,4 @@
-"""The one exception for whatever a person can get wrong."""
+"""The one exception for whatever a person can get wrong, and the one refusal that commands and functions share."""
 
 
 class PositionsError(ValueError):
@@ -7,3 +7,16 @@ class PositionsError(ValueError):
     The command line prints the sentence and exits with status 2; the library raises it before
     anything on disk or in a model has changed.
     """
+
+
+def check_text(text: str, name: str = "the text") -> None:
+    """Refuse a text that is empty or that UTF-8 cannot hold."""
+    if not text:
+        raise PositionsError(f"{name} is empty; expected at least one character.")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        raise PositionsError(
+            f"{name} has the lone surrogate U+{code:04X}; expected text that UTF-8 can hold."
+        ) from error

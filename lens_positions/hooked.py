@@ -5,7 +5,7 @@ Everything that TransformerLens does with a bridge works here (`run_with_cache`,
 inside it.
 """
 
-from collections.abc import Sequence
+import math
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -26,10 +26,9 @@ from .config import PositionConfig, PositionModelConfig
 from .errors import PositionsError
 from .pretrained import load_pretrained, save_pretrained, streams_state
 from .streams import PositionStream
+from .text import Mask, TextOrTokens, begins_with_bos, by_length, fitting, padded, prepends_bos, prompts_of
 from .tokenizer import byte_labels, byte_tokenizer, is_byte_tokenizer
 from .wrappers import restored_if_refused, unwrapped
-
-TextOrTokens = str | Sequence[str] | Int[Tensor, "batch pos"] | Int[Tensor, " pos"]
 
 
 def build_model(
@@ -178,66 +177,87 @@ class HookedPositionTransformer(HookedCalls):
             )
         save_pretrained(self.original_model, self.tokenizer, path)
 
-    def increments(self, input: TextOrTokens) -> Float[Tensor, "layer batch pos *head"]:
+    def increments(
+        self, input: TextOrTokens, attention_mask: Mask = None, prepend_bos: bool | None = None
+    ) -> Float[Tensor, "layer batch pos *head"]:
         """The increments of each token at each layer with a stream, in positions (1.0 is one step of standard RoPE).
 
         Args:
             input: text, texts of equal length, or tokens. Text gets the beginning-of-sequence token in front, as
                 everywhere in TransformerLens, so entry 0 is that token's.
+            attention_mask: the real tokens of a padded tensor; the values of padding are NaN.
+            prepend_bos: whether a text gets that token; None is TransformerLens' default for the model.
 
         Raises:
-            PositionsError: empty, longer than the context, texts of different lengths, or no such tokens.
+            PositionsError: empty, longer than the context, texts of different lengths, no such tokens, or padding
+                without a mask.
         """
-        return self._stream_values(input, "hook_increments")
+        return self._stream_values("hook_increments", input, attention_mask, prepend_bos)
 
-    def positions(self, input: TextOrTokens) -> Float[Tensor, "layer batch pos *head"]:
+    def positions(
+        self, input: TextOrTokens, attention_mask: Mask = None, prepend_bos: bool | None = None
+    ) -> Float[Tensor, "layer batch pos *head"]:
         """The position of each token at each layer; arguments and errors as `increments`."""
-        return self._stream_values(input, "hook_positions")
+        return self._stream_values("hook_positions", input, attention_mask, prepend_bos)
 
-    def _stream_values(self, input: TextOrTokens, hook: str) -> Float[Tensor, "layer batch pos *head"]:
-        tokens = self._checked_tokens(input)
+    def _stream_values(
+        self, hook: str, input: TextOrTokens, attention_mask: Mask, prepend_bos: bool | None
+    ) -> Float[Tensor, "layer batch pos *head"]:
         names = [getattr(stream, hook).name for stream in self.position_streams.layers]
-        with torch.no_grad():
-            _, cache = self.run_with_cache(tokens, names_filter=names, return_type=None)
-        return torch.stack([cache[name] for name in names])
+        prompts = self._checked_tokens(input, attention_mask, prepend_bos)
+        groups = []
+        for numbers, rows in by_length(prompts):
+            with torch.no_grad():
+                _, cache = self.run_with_cache(rows, names_filter=names, return_type=None)
+            groups.append((numbers, torch.stack([cache[name] for name in names])))
+        if attention_mask is None:
+            return groups[0][1]
 
-    def _checked_tokens(self, input: TextOrTokens) -> Int[Tensor, "batch pos"]:
-        if isinstance(input, Tensor):
-            tokens = input.unsqueeze(0) if input.ndim == 1 else input
-            if tokens.ndim != 2 or tokens.numel() == 0 or tokens.dtype not in (torch.int64, torch.int32):
-                raise PositionsError(
-                    f"tokens have shape {tuple(input.shape)} and dtype {input.dtype}; expected integers [batch, pos] "
-                    "with at least one position."
-                )
-            if tokens.shape[1] > self.cfg.n_ctx:
-                raise PositionsError(
-                    f"there are {tokens.shape[1]} tokens; expected at most {self.cfg.n_ctx}, the model's context."
-                )
-            if tokens.min() < 0 or tokens.max() >= self.cfg.d_vocab:
-                raise PositionsError(
-                    f"tokens go from {tokens.min()} to {tokens.max()}; expected ids from 0 to {self.cfg.d_vocab - 1}."
-                )
-            return tokens
-        texts = [input] if isinstance(input, str) else list(input)
-        if not texts or not all(texts):
-            raise PositionsError("the text is empty; expected at least one character.")
-        lengths = [self.to_tokens(text).shape[1] for text in texts]
-        if len(set(lengths)) > 1:
+        # Each row's values stand where its real tokens do.
+        real = attention_mask.reshape(len(prompts), -1).bool()
+        first = groups[0][1]
+        values = first.new_full((len(names), *real.shape, *first.shape[3:]), math.nan)
+        for numbers, found in groups:
+            for i, number in enumerate(numbers):
+                values[:, number, real[number]] = found[:, i]
+        return values
+
+    def _checked_tokens(
+        self, input: TextOrTokens, attention_mask: Mask = None, prepend_bos: bool | None = None
+    ) -> list[Int[Tensor, " _pos"]]:
+        """The tokens of each prompt, of equal length where no mask says otherwise."""
+        prompts = prompts_of(self, input, attention_mask, prepend_bos)
+        lengths = [len(prompt) for prompt in prompts]
+        if max(lengths) > self.cfg.n_ctx:
+            raise PositionsError(
+                f"there are {max(lengths)} tokens; expected at most {self.cfg.n_ctx}, the model's context."
+            )
+        if attention_mask is None and len(set(lengths)) > 1:
             raise PositionsError(
                 f"the texts have different lengths ({', '.join(map(str, lengths))} tokens); expected texts of equal "
                 "length, or one at a time."
             )
-        return self.to_tokens(texts if len(texts) > 1 else texts[0])
+        return prompts
 
     def to_tokens(
-        self, input: str | list[str], *args: Any, truncate: bool | None = None, **kwargs: Any
+        self,
+        input: str | list[str],
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        move_to_device: bool = True,
+        truncate: bool | None = None,
     ) -> Int[Tensor, "batch pos"]:
         """Tokens of a text, as in TransformerLens, except that a text longer than the context is refused.
 
+        A text that begins with its own beginning-of-sequence token, as a chat template writes it, gets no second one.
+
         Args:
             input: a text or a list of texts.
+            prepend_bos: whether a text begins with that token, its own or one put in front; with False a text that has
+                its own keeps it. None is TransformerLens' default for the model.
+            padding_side: where the shorter of several texts are padded; None is the tokenizer's side.
+            move_to_device: as in TransformerLens.
             truncate: True cuts at the context, False never cuts; None refuses what is longer.
-            args, kwargs: as `TransformerBridge.to_tokens`.
 
         Returns:
             Int[Tensor, "batch pos"].
@@ -247,14 +267,15 @@ class HookedPositionTransformer(HookedCalls):
         """
         if self.tokenizer is None:
             raise PositionsError("the model has no tokenizer; expected tokens instead of text.")
-        kwargs["truncate"] = bool(truncate)
-        tokens = super().to_tokens(input, *args, **kwargs)
-        if truncate is None and tokens.shape[1] > self.cfg.n_ctx:
-            raise PositionsError(
-                f"the text has {tokens.shape[1]} tokens with the first one; expected at most {self.cfg.n_ctx}, the "
-                "model's context (truncate=True cuts it)."
-            )
-        return tokens
+        how: dict[str, Any] = {"move_to_device": move_to_device, "truncate": bool(truncate)}
+        texts = [input] if isinstance(input, str) else list(input)
+        read = super().to_tokens
+        if not any(begins_with_bos(self.tokenizer, text) for text in texts):
+            tokens = read(input, prepend_bos=prepend_bos, padding_side=padding_side, **how)
+        else:
+            rows = [read(text, prepend_bos=prepends_bos(self, text, prepend_bos), **how)[0] for text in texts]
+            tokens, _ = padded(self.tokenizer, rows, padding_side)
+        return tokens if truncate is not None else fitting(self, tokens)
 
     def to_str_tokens(self, input: Any, *args: Any, **kwargs: Any) -> Any:
         """Tokens as text, as in TransformerLens; bytes inside a longer character read as "中₁", "中₂", "中₃"."""

@@ -283,12 +283,12 @@ def test_bad_requests_are_one_sentence(tiny_model, tiny_llama):
     model = tiny_model()
     for call, says in {
         lambda: repeated(model, TEXTS, length=40): "40 tokens have room for 2 repeats of 16; expected at least 10",
-        lambda: repeated(model, ["abc"], block=6): "text 0 has 3 tokens; expected at least 6, a block",
-        lambda: repeated(model, "text"): "texts is 'text'; expected a list of texts",
+        lambda: repeated(model, ["abc"], block=6): "text 0 has 3 tokens after its first; expected at least 6, a block",
+        lambda: repeated(model, "text", block=6): "text 0 has 4 tokens after its first; expected at least 6, a block",
         lambda: absolute_variation(
             model, TEXTS, block=4, offsets=5
         ): "offsets is 5; expected a whole number from 1 to 4",
-        lambda: absolute_variation(model, [5, 6], block=4): "expected a list of texts",
+        lambda: absolute_variation(model, [5, 6], block=4): "text 0 is 5; expected a text, or a tensor of tokens",
         lambda: replacement_effects(model, TEXTS, [], block=4): "expected some of token, mean, zeros, noise",
         lambda: replace_first(model, "another"): "how is 'another'; expected one of token, mean, zeros, noise",
         lambda: fingerprints(model, TEXTS[:1]): "expected at least three texts",

@@ -140,7 +140,7 @@ def test_people_segmented_the_held_out_text():
         (["天气"], [["天气"]], "0 of 1 gaps"),
         (["天气"], [["天", "气"]], "1 of 1 gaps"),
         ([], [], "expected a list of lines"),
-        ("天气", [["天气"]], "expected a list of lines"),
+        ([5], [["天气"]], "expected a list of lines, as text"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")

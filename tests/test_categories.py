@@ -166,12 +166,11 @@ def test_padding_changes_nothing():
     model = random_model(source="per_layer")
     texts = ["a b", "Long 中文 text."]
     rows = [model.to_tokens(text)[0] for text in texts]
-    padded = torch.nn.utils.rnn.pad_sequence(
-        [torch.cat([row, row.new_tensor([END_OF_DOCUMENT])]) for row in rows],
-        batch_first=True,
-        padding_value=END_OF_DOCUMENT,
-    )
-    pd.testing.assert_frame_equal(increments_by_category(model, padded), increments_by_category(model, texts))
+    closed = [torch.cat([row, row.new_tensor([END_OF_DOCUMENT])]) for row in rows]
+    padded = torch.nn.utils.rnn.pad_sequence(closed, batch_first=True, padding_value=END_OF_DOCUMENT)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in closed], batch_first=True)
+    of_padded = increments_by_category(model, padded, attention_mask=mask)
+    pd.testing.assert_frame_equal(of_padded, increments_by_category(model, texts))
 
 
 def test_the_interval_is_of_documents():
@@ -210,10 +209,10 @@ def test_all_heads_average_to_their_mean():
     ("texts", "said"),
     [
         ([], "no texts were given"),
-        ("", "text 0 is empty"),
+        ("", "the text is empty"),
         (["a", ""], "text 1 is empty"),
         (torch.tensor([97]), "text 0 has 1 tokens; expected at least two"),
-        (torch.full((1, 4), END_OF_DOCUMENT), "text 0 has 0 tokens"),
+        (torch.full((1, 4), END_OF_DOCUMENT), "row 0 of the tokens begins with 4 of token 256"),
     ],
 )
 def test_bad_texts_are_refused(texts, said):

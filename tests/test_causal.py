@@ -412,7 +412,7 @@ def refusals(model):
         "the metric reads token 9; expected one of the prompt's 9 tokens":
             lambda: sweep(model, TOKENS, causal.log_probability(5, at=9)),
         "tokens are shape (2, 9); expected the token ids of one prompt": lambda: sweep(model, pair, LOSS),
-        "tokens are a str; expected": lambda: sweep(model, "a text", LOSS),
+        "2 prompts; expected the token ids of one prompt": lambda: sweep(model, ["a text", "another"], LOSS),
         "tokens go from 300 to 300; expected ids from 0 to 256":
             lambda: sweep(model, torch.tensor([[300, 300]]), LOSS),
         "by is 0.0; expected": lambda: sweep(model, TOKENS, LOSS, by=0.0),
@@ -427,15 +427,17 @@ def refusals(model):
         "patterns are patched row by row": lambda: patch(model, OTHER, TOKENS, LOSS, "pattern", align={0: 1}),
         "the cache has no blocks.0.attn.hook_increments": lambda: patch(model, bare, TOKENS, LOSS),
         "the source has 2 rows; expected one": lambda: patch(model, two, TOKENS, LOSS),
-        "source is a str; expected token ids or a cache": lambda: patch(model, "a text", TOKENS, LOSS),
+        "source is a dict; expected text, token ids or a cache": lambda: patch(model, {}, TOKENS, LOSS),
         "the recorded values have shape (4,) a token and the prompt's ()": lambda: patch(model, of_heads, TOKENS, LOSS),
         "method is 'magic'": lambda: causal.attribution(model, TOKENS, LOSS, "magic"),
         "baseline is 'shuffle'; expected a number":
             lambda: causal.attribution(model, TOKENS, LOSS, "integrated", baseline="shuffle"),
         "baseline has shape (3, 4)":
             lambda: causal.attribution(model, TOKENS, LOSS, "integrated", baseline=torch.ones(3, 4)),
-        "clean has shape (1, 9) and corrupted (1, 4); expected pairs of prompts of equal length":
+        "pair 0 has 9 tokens in the clean prompt and 4 in the corrupted one; expected pairs of prompts of equal length":
             lambda: causal.mediation(model, TOKENS, OTHER[:, :4], DIFFERENCE),
+        "there are 1 clean and 2 corrupted prompts; expected pairs":
+            lambda: causal.mediation(model, TOKENS, pair, DIFFERENCE),
         "to is []; expected a list of ablations": lambda: causal.ablation_table(model, TEXTS, to=[]),
         "to is 'mean'; expected a list": lambda: causal.ablation_table(model, TEXTS, to="mean"),
         "seed is -1; expected": lambda: causal.ablation_table(model, TEXTS, seed=-1),
@@ -451,7 +453,7 @@ def refusals(model):
         "the metric is None; expected a function": lambda: sweep(model, TOKENS, None),
         "the metric has no gradient":
             lambda: causal.attribution(model, TOKENS, lambda logits: DIFFERENCE(logits.detach())),
-        "tokens are a list": lambda: causal.mediation(model, [1, 2], TOKENS, DIFFERENCE),
+        "text 0 is 1; expected a text, or a tensor": lambda: causal.mediation(model, [1, 2], TOKENS, DIFFERENCE),
         "tokens are shape (1, 9) and torch.float32":
             lambda: causal.mediation(model, TOKENS.float(), TOKENS, DIFFERENCE),
         "align is {}": lambda: patch(model, OTHER, TOKENS, LOSS, align={}),
@@ -460,7 +462,7 @@ def refusals(model):
         "to is 'zero'": lambda: causal.ablation_table(model, TEXTS, to=["zero"]),
         "layer 7 has no positions": lambda: causal.ablation_table(model, TEXTS, layers=[7]),
         "no texts were given": lambda: causal.ablation_table(model, []),
-        "text 0 is empty": lambda: causal.ablation_table(model, [""]),
+        "the text is empty": lambda: causal.ablation_table(model, [""]),
     }  # fmt: skip
 
 

@@ -395,7 +395,7 @@ def test_increments_of_text_and_of_tokens(tiny_model):
     ("given", "words"),
     [
         ("", "empty"),
-        ([], "empty"),
+        ([], "no texts were given"),
         (["abc", ""], "empty"),
         ("a" * 64, "65 tokens.*64"),
         (["abc", "ab"], "different lengths"),

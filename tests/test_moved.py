@@ -178,7 +178,7 @@ def test_a_window_is_no_longer_than_it_must_be(tiny_model, monkeypatch):
     monkeypatch.setattr(reading, "WINDOW", 16)
     model, seen = tiny_model(source="shared"), []
     plain = model.increments
-    monkeypatch.setattr(model, "increments", lambda rows: seen.append(rows.shape[1]) or plain(rows))
+    monkeypatch.setattr(model, "increments", lambda rows, mask: seen.append(rows.shape[1]) or plain(rows, mask))
     found = read(model, "a" * 100)
     assert max(seen) == 16
     assert found.increments.shape[-1] == 101

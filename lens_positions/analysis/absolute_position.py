@@ -39,9 +39,9 @@ from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
 from ..interventions import HOOK, Hooks, Some, hook_names, index_of
 from ..progress import tracked
-from ..tokenizer import END_OF_DOCUMENT, is_byte_tokenizer
+from ..text import Mask, prompts_of
 from .intervals import Tally, interval_of, resamples
-from .reading import WINDOW, rows_of, windows
+from .reading import WINDOW, Texts, rows_of, windows
 from .running import EARLIEST, attention_names, keep_states, run, softmax_checks
 
 OFFSETS = 8
@@ -70,21 +70,28 @@ REPLACEMENTS: tuple[Replacement, ...] = get_args(Replacement)
 
 
 def repeated(
-    model: HookedPositionTransformer, texts: Sequence[str], block: int = BLOCK, length: int | None = None
+    model: HookedPositionTransformer,
+    texts: Texts,
+    block: int = BLOCK,
+    length: int | None = None,
+    *,
+    attention_mask: Mask = None,
+    prepend_bos: bool | None = None,
 ) -> Int[Tensor, "text pos"]:
-    """The first tokens of each text, repeated; in front the token that texts begin with in this model.
+    """The first tokens of each text, repeated, after the token that it begins with.
 
     Args:
         model: the model; a byte model's texts begin after an end of document.
-        texts: each with as many tokens as a block at least.
+        texts: each with a first token and as many more as a block at least.
         block: tokens that repeat.
         length: tokens at most, the one in front included; None is the model's context, at most 512.
+        attention_mask: the real tokens of a padded tensor.
+        prepend_bos: whether a text begins with the beginning-of-sequence token; where it does not, its own first token
+            stands in front. None is TransformerLens' default.
 
     Raises:
         PositionsError: no texts, one that is shorter than a block, or no room for ten repeats.
     """
-    if isinstance(texts, str) or not len(texts) or not all(isinstance(text, str) for text in texts):
-        raise PositionsError(f"texts is {texts!r:.40}; expected a list of texts.")
     block = index_of(block, "block", "a whole number of tokens from 1", least=1)
     room = min(model.cfg.n_ctx, WINDOW) if length is None else index_of(length, "length", "a number of tokens", least=1)
     repeats = (room - 1) // block
@@ -93,36 +100,35 @@ def repeated(
             f"{room} tokens have room for {repeats} repeats of {block}; expected at least {FEWEST_REPEATS}, to see "
             "absolute positions (a smaller block, or a longer context)."
         )
-    first = first_token(model)
     rows = []
-    for number, text in enumerate(texts):
-        tokens = model.to_tokens(text, truncate=False, prepend_bos=False)[0]
-        if len(tokens) < block + (first is None):
+    for number, tokens in enumerate(prompts_of(model, texts, attention_mask, prepend_bos, whole=True)):
+        front, own = tokens[:1], tokens[1:]
+        if len(own) < block:
             raise PositionsError(
-                f"text {number} has {len(tokens)} tokens; expected at least {block + (first is None)}, a block."
+                f"text {number} has {len(own)} tokens after its first; expected at least {block}, a block."
             )
-        front = tokens[:1] if first is None else tokens.new_tensor([first])
-        own = tokens[1:] if first is None else tokens
         rows.append(torch.cat([front, own[:block].repeat(repeats)]))
     return torch.stack(rows)
 
 
-def first_token(model: HookedPositionTransformer) -> int | None:
-    """The token that texts begin with: an end of document in a byte model, else the tokenizer's, if it has one."""
-    if getattr(model, "tokenizer", None) is None:
-        raise PositionsError("the model has no tokenizer; expected one, to read texts.")
-    return END_OF_DOCUMENT if is_byte_tokenizer(model.tokenizer) else model.tokenizer.bos_token_id
+def first_token(model: HookedPositionTransformer, prepend_bos: bool | None = None) -> int | None:
+    """The token that is put in front of texts: an end of document in a byte model, else the tokenizer's, if any is."""
+    with_it, without = (prompts_of(model, "a", None, how)[0] for how in (prepend_bos, False))
+    return int(with_it[0]) if len(with_it) > len(without) else None
 
 
 def absolute_variation(
     model: HookedPositionTransformer,
-    texts: Sequence[str],
+    texts: Texts,
     layers: Some = None,
     hooks: Hooks | None = None,
     block: int = BLOCK,
     offsets: int | None = None,
     length: int | None = None,
     seed: int = 0,
+    *,
+    attention_mask: Mask = None,
+    prepend_bos: bool | None = None,
 ) -> pd.DataFrame:
     """How much the log attention at a fixed distance varies with absolute position, and through what.
 
@@ -131,7 +137,7 @@ def absolute_variation(
         texts: the source of repeated content, a document each.
         layers: the model's own layer numbers; None is all that rotate.
         hooks: interventions to measure under, such as those of `replace_first`.
-        block, length: as for `repeated`.
+        block, length, attention_mask, prepend_bos: as for `repeated`.
         offsets: distances that are looked at, from 0; None is 8, or a block where that is shorter.
         seed: of the bootstrap.
 
@@ -146,7 +152,8 @@ def absolute_variation(
     Raises:
         PositionsError: as `repeated`; no attention scores, or patterns that are not their softmax.
     """
-    rows, found = _variances(model, texts, layers, hooks, block, offsets, length)
+    rows = repeated(model, texts, block, length, attention_mask=attention_mask, prepend_bos=prepend_bos)
+    found = _variances(rows, model, layers, hooks, block, offsets)
     draws = resamples(len(rows), seed)
     size = _repeats_a_quarter(rows, block)
     offsets = _distances(offsets, block)
@@ -174,7 +181,7 @@ def absolute_variation(
 
 def replacement_effects(
     model: HookedPositionTransformer,
-    texts: Sequence[str],
+    texts: Texts,
     replacements: Sequence[Replacement] = REPLACEMENTS,
     layers: Some = None,
     hooks: Hooks | None = None,
@@ -182,6 +189,9 @@ def replacement_effects(
     offsets: int | None = None,
     length: int | None = None,
     seed: int = 0,
+    *,
+    attention_mask: Mask = None,
+    prepend_bos: bool | None = None,
 ) -> pd.DataFrame:
     """How much of the residual part goes when the embedding at position 0 is replaced, at early and late queries.
 
@@ -197,7 +207,8 @@ def replacement_effects(
     """
     if not replacements or isinstance(replacements, str):
         raise PositionsError(f"replacements is {replacements!r}; expected some of {', '.join(REPLACEMENTS)}.")
-    rows, own = _variances(model, texts, layers, hooks, block, offsets, length)
+    rows = repeated(model, texts, block, length, attention_mask=attention_mask, prepend_bos=prepend_bos)
+    own = _variances(rows, model, layers, hooks, block, offsets)
     draws = resamples(len(rows), seed)
     numbers: list[int | str] = ["all", *own]
     table = []
@@ -205,7 +216,7 @@ def replacement_effects(
         others: list[dict[int, np.ndarray]] = []
         for i in range(DRAWS if replacement in ("token", "noise") else 1):
             replaced = partial(_replacement_of_batch, model, replacement, (seed, i), hooks or [])
-            others.append(_variances(model, texts, layers, replaced, block, offsets, length)[1])
+            others.append(_variances(rows, model, layers, replaced, block, offsets))
         other = {layer: np.mean([of[layer] for of in others], axis=0) for layer in own}
         for layer in numbers:
             pairs = [
@@ -265,19 +276,17 @@ def _shares(parts: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def _variances(
+    rows: Int[Tensor, "text pos"],
     model: HookedPositionTransformer,
-    texts: Sequence[str],
     layers: Some,
     hooks: Hooks | Callable[[int], Hooks] | None,
     block: int,
     offsets: int | None,
-    length: int | None,
-) -> tuple[Int[Tensor, "text pos"], dict[int, np.ndarray]]:
-    """The repeated rows; by layer the variances of score and log Z and their covariance, [text head quarter part].
+) -> dict[int, np.ndarray]:
+    """By layer the variances of score and log Z and their covariance in repeated rows, [text head quarter part].
 
     Hooks may depend on the number of the batch.
     """
-    rows = repeated(model, texts, block, length)
     offsets = _distances(offsets, block)
     names = attention_names(model, layers, "attn_scores")
     found: dict[int, list[np.ndarray]] = {layer: [] for layer in names}
@@ -300,7 +309,7 @@ def _variances(
         listen = [(name, partial(collect, layer)) for layer, name in names.items()]
         active = hooks(number) if callable(hooks) else hooks or []
         run(model, batch, [*active, *softmax_checks(names), *listen])
-    return rows, {layer: np.concatenate(parts) for layer, parts in found.items()}
+    return {layer: np.concatenate(parts) for layer, parts in found.items()}
 
 
 def replace_first(model: TransformerBridge, how: Replacement, seed: int = 0) -> Hooks:
@@ -361,10 +370,13 @@ def _replaced(
 
 def attention_sinks(
     model: HookedPositionTransformer,
-    texts: Sequence[str],
+    texts: Texts,
     layers: Some = None,
     hooks: Hooks | None = None,
     seed: int = 0,
+    *,
+    attention_mask: Mask = None,
+    prepend_bos: bool | None = None,
 ) -> pd.DataFrame:
     """The share of attention that goes to position 0, by head, on the beginnings of texts.
 
@@ -377,11 +389,11 @@ def attention_sinks(
     Raises:
         PositionsError: attention without patterns, texts without a window of 18 tokens, and as `reading.read`.
     """
-    documents, batches = windows(model, texts)
+    documents, batches = windows(model, texts, attention_mask, prepend_bos)
     begun = [[window for window in batch if window[1] == 0 and window[2] > EARLIEST + 1] for batch in batches]
     if not any(begun):
         raise PositionsError(f"no text has {EARLIEST + 2} tokens; expected at least one, to see a sink from afar.")
-    names, common = attention_names(model, layers, "pattern"), first_token(model)
+    names, common = attention_names(model, layers, "pattern"), first_token(model, prepend_bos)
     tallies: dict[tuple[str, int], Tally] = {}
 
     def tally(first: str, layer: int, owners: list[int], pattern: Tensor, hook: HookPoint) -> None:
@@ -405,10 +417,13 @@ def attention_sinks(
 
 def fingerprints(
     model: HookedPositionTransformer,
-    texts: Sequence[str],
+    texts: Texts,
     layers: Some = None,
     hooks: Hooks | None = None,
     seed: int = 0,
+    *,
+    attention_mask: Mask = None,
+    prepend_bos: bool | None = None,
 ) -> pd.DataFrame:
     """How alike the states at position 0 are across texts, with a common first token and with the texts' own.
 
@@ -427,8 +442,15 @@ def fingerprints(
     Raises:
         PositionsError: fewer than three texts, or one of fewer than 17 tokens.
     """
-    if isinstance(texts, str) or len(texts) < 3 or not all(isinstance(text, str) for text in texts):
-        raise PositionsError(f"texts is {texts!r:.40}; expected at least three texts, to compare them.")
+    common = first_token(model, prepend_bos)
+    own = [
+        tokens[int(int(tokens[0]) == common) :][: EARLIEST + 1]
+        for tokens in prompts_of(model, texts, attention_mask, prepend_bos, whole=True)
+    ]
+    if len(own) < 3:
+        raise PositionsError(f"there are {len(own)} texts; expected at least three texts, to compare them.")
+    if short := [number for number, tokens in enumerate(own) if len(tokens) <= EARLIEST]:
+        raise PositionsError(f"text {short[0]} has {len(own[short[0]])} tokens; expected at least {EARLIEST + 1}.")
     states = {"resid_pre": "hook_resid_pre"} | {side: HOOK.format(side) for side in ("k", "v")}
     names = {
         (layer, state): name
@@ -436,11 +458,7 @@ def fingerprints(
         for layer, name in hook_names(model, layers, hook)
         if name in model.hook_dict
     }
-    own = [model.to_tokens(text, truncate=False, prepend_bos=False)[0, : EARLIEST + 1] for text in texts]
-    if short := [number for number, tokens in enumerate(own) if len(tokens) <= EARLIEST]:
-        raise PositionsError(f"text {short[0]} has {len(own[short[0]])} tokens; expected at least {EARLIEST + 1}.")
     rows = torch.stack(own)
-    common = first_token(model)
     front = rows[:1, :1] if common is None else rows.new_tensor([[common]])
     draws = resamples(len(rows), seed)
     table = []

@@ -28,6 +28,7 @@ from torch import Tensor
 from ..corpora import jieba_words
 from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
+from ..text import prompts_of
 from ..tokenizer import character_spans
 from .categories import is_han
 from .intervals import auc_interval, resamples, shuffled_within
@@ -64,10 +65,12 @@ class Gaps:
 
 def boundary_auc(
     model: HookedPositionTransformer,
-    texts: Sequence[str],
+    texts: str | Sequence[str],
     words: Sequence[Sequence[str]] | Literal["jieba"],
     training: Iterable[str] | Association | None = None,
     seed: int = 0,
+    *,
+    prepend_bos: bool | None = None,
 ) -> pd.DataFrame:
     """How well increments tell a word boundary from the inside of a word, between two Chinese characters, by layer.
 
@@ -78,6 +81,7 @@ def boundary_auc(
         training: text that the model was trained on, for the mutual information of characters, or what
             `mutual_information` made of it.
         seed: of the shuffled labels and of the intervals.
+        prepend_bos: as for `analysis.read`.
 
     Returns:
         One row for each `measure` and `layer`: `auc`, the area under the ROC curve (the chance that a boundary has the
@@ -91,7 +95,7 @@ def boundary_auc(
         PositionsError: no gap between two Chinese characters, no boundary or nothing else among them, words that do
             not spell their line, or not as many of them.
     """
-    gaps = gaps_of(model, texts, words)
+    gaps = gaps_of(model, texts, words, prepend_bos)
     return gap_areas(gaps, *gap_increments(model, gaps), training, seed)
 
 
@@ -132,11 +136,15 @@ def gap_increments(model: HookedPositionTransformer, gaps: Gaps) -> tuple[list[i
 
 
 def gaps_of(
-    model: HookedPositionTransformer, texts: Sequence[str], words: Sequence[Sequence[str]] | Literal["jieba"]
+    model: HookedPositionTransformer,
+    texts: str | Sequence[str],
+    words: Sequence[Sequence[str]] | Literal["jieba"],
+    prepend_bos: bool | None = None,
 ) -> Gaps:
     """The gaps between two Chinese characters of each line that fall between two tokens; errors as `boundary_auc`."""
-    if isinstance(texts, str) or not len(texts):
-        raise PositionsError(f"texts is {texts!r:.40}; expected a list of lines.")
+    texts = [texts] if isinstance(texts, str) else texts
+    if not len(texts) or not all(isinstance(text, str) for text in texts):
+        raise PositionsError(f"texts is {texts!r:.40}; expected a list of lines, as text.")
     words = jieba_words(texts) if isinstance(words, str) else words
     if len(words) != len(texts):
         raise PositionsError(f"there are {len(texts)} lines and words for {len(words)}; expected as many.")
@@ -150,7 +158,7 @@ def gaps_of(
             continue
         ends = set(np.cumsum([len(word) for word in of_line]).tolist())
         spans = character_spans(model.tokenizer, text)
-        for start, stop, tokens, offset in _pieces(model, text, spans):
+        for start, stop, tokens, offset in _pieces(model, text, spans, prepend_bos):
             for i in range(start + 1, stop):
                 if is_han(text[i - 1]) and is_han(text[i]) and spans[i][0] >= spans[i - 1][1]:
                     found.append((number, i in ends, (text[i - 1], text[i]), len(pieces), spans[i][0] - offset))
@@ -171,10 +179,10 @@ def gaps_of(
 
 
 def _pieces(
-    model: HookedPositionTransformer, text: str, spans: list[tuple[int, int]]
+    model: HookedPositionTransformer, text: str, spans: list[tuple[int, int]], prepend_bos: bool | None
 ) -> Iterable[tuple[int, int, Int[Tensor, " _pos"], int]]:
     """A line in pieces that fit the context: the characters from start to stop, their tokens, the offset of these."""
-    tokens = model.to_tokens(text, truncate=False)[0]
+    (tokens,) = prompts_of(model, text, None, prepend_bos, whole=True)
     in_front = len(tokens) - spans[-1][1]  # what the tokenizer puts before a text
     longest = min(model.cfg.n_ctx, WINDOW)
     start = 0

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..config import Alphabet
 from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
+from ..text import Mask
 from ..tokenizer import END_OF_DOCUMENT, is_byte_tokenizer
 from .intervals import drawn_means, interval_of, resamples
 from .reading import Reading, Texts, read
@@ -138,18 +139,22 @@ def increments_by_category(
     seed: int = 0,
     alphabet: Alphabet = "prose",
     only: Sequence[str] | None = None,
+    *,
+    attention_mask: Mask = None,
+    prepend_bos: bool | None = None,
 ) -> pd.DataFrame:
     """Increments by layer and kind of token.
 
     Args:
         model: the model.
         texts: documents, as text or as tokens (a tensor, its rows, or a list of tensors). A byte model's texts are
-            closed with the end-of-document token, as in training; tokens are used as they are, less padding. Or what
-            `reading.read` made of them.
+            closed with the end-of-document token, as in training; tokens are used as they are. Or what `reading.read`
+            made of them.
         heads: with increments per head, "mean" averages the heads of a token first, "all" gives each head its rows.
         seed: of the bootstrap.
         alphabet: the kinds, "prose", or "code" for the kinds of program text.
         only: the kinds that are asked for, each of which must occur; None is all that do.
+        attention_mask, prepend_bos: as for `analysis.read`.
 
     Returns:
         One row for each layer (and head, where all are asked for) and kind that occurs: `layer`, `head`, `kind`,
@@ -167,7 +172,7 @@ def increments_by_category(
     if heads == "all" and not model.position_config.per_head:
         raise PositionsError('heads is "all"; expected "mean", as the increments of this model are not per head.')
 
-    reading = read(model, texts)
+    reading = read(model, texts, attention_mask, prepend_bos)
     kind = kinds_read(model, reading, alphabet)
     order = kind_order(model, alphabet)
     for asked in only or ():

@@ -24,6 +24,7 @@ from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
 from ..interventions import Hooks, Some, indices_of
 from ..progress import tracked
+from ..text import Mask
 from .intervals import Tally, drawn_means, interval_of, resamples
 from .reading import Texts, rows_of, windows
 from .running import attention_names, evaluated, hidden, run, visible
@@ -91,6 +92,9 @@ def attention_dispersion(
     layers: Some = None,
     hooks: Hooks | None = None,
     seed: int = 0,
+    *,
+    attention_mask: Mask = None,
+    prepend_bos: bool | None = None,
 ) -> pd.DataFrame:
     """Entropy and largest weight of every head's attention, by how many items there are.
 
@@ -100,6 +104,7 @@ def attention_dispersion(
         layers: the model's own layer numbers; None is all that rotate.
         hooks: interventions to measure under, such as `adaptive_temperature`.
         seed: of the bootstrap.
+        attention_mask, prepend_bos: as for `analysis.read`.
 
     Returns:
         One row for each `layer`, `head` ("all" is their mean) and octave of `items`: a query with n tokens up to it,
@@ -112,7 +117,7 @@ def attention_dispersion(
     Raises:
         PositionsError: attention without patterns, texts of two tokens alone, and as `reading.read`.
     """
-    documents, batches = windows(model, texts)
+    documents, batches = windows(model, texts, attention_mask, prepend_bos)
     names = attention_names(model, layers, "pattern")
     longest = max(stop - start for batch in batches for _, start, stop in batch)
     if longest < 3:
@@ -164,6 +169,9 @@ def loss_by_length(
     hooks: Hooks,
     lengths: Sequence[int] = (64, 128, 256, 512),
     seed: int = 0,
+    *,
+    attention_mask: Mask = None,
+    prepend_bos: bool | None = None,
 ) -> pd.DataFrame:
     """The loss with and without an intervention, on the same text read in windows of several lengths.
 
@@ -174,6 +182,7 @@ def loss_by_length(
         hooks: the intervention, such as that of `adaptive_temperature`.
         lengths: tokens of a window; each divides the longest. Longer than the model's context is extrapolation.
         seed: of the bootstrap.
+        attention_mask, prepend_bos: as for `analysis.read`.
 
     Returns:
         One row for each `length`: `n` (predicted tokens, the same in number at every length but for the first of each
@@ -188,7 +197,7 @@ def loss_by_length(
         raise PositionsError(f"lengths is {lengths!r}; expected whole numbers from 2 that divide the longest.")
     lengths = sorted(set(lengths))
     longest = lengths[-1]
-    documents = [tokens for tokens in windows(model, texts)[0] if len(tokens) >= longest]
+    documents = [tokens for tokens in windows(model, texts, attention_mask, prepend_bos)[0] if len(tokens) >= longest]
     if not documents:
         raise PositionsError(f"no text has {longest} tokens; expected at least one as long as the longest length.")
     draws = resamples(len(documents), seed)

@@ -23,6 +23,7 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
 from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
+from ..text import prompts_of
 from ..tokenizer import character_spans
 from .intervals import t_interval
 from .reading import read
@@ -148,6 +149,8 @@ def entity_grouping(
     training: Iterable[str] | pd.DataFrame,
     names: Sequence[str] = NAMES,
     carriers: Sequence[str] = CARRIERS,
+    *,
+    prepend_bos: bool | None = None,
 ) -> pd.DataFrame:
     """The increment at the space inside two-word names against the same words reversed, and inside ordinary pairs.
 
@@ -157,6 +160,7 @@ def entity_grouping(
             found in it for these names.
         names: two words each, with one space between them.
         carriers: sentences with {} for the name.
+        prepend_bos: as for `analysis.read`.
 
     Pairs that share a word share measurements (in a model of bytes all names that begin with "New" have the very same
     increment), so the unit of the test and of the interval is a family: all pairs that are linked by words in common.
@@ -192,7 +196,7 @@ def entity_grouping(
             "in English that has them."
         )
     pairs = [*names, *matched["ordinary"]]
-    layers, spaces = _inner_spaces(model, pairs, carriers)
+    layers, spaces = _inner_spaces(model, pairs, carriers, prepend_bos)
     real, reversed_ = spaces[:, :, 0], spaces[:, :, 1]
     ordinary = slice(len(names), None)
     partner = np.array([names.index(name) for name in matched["name"]])
@@ -263,7 +267,7 @@ def _is_ordinary(word: str) -> bool:
 
 
 def _inner_spaces(
-    model: HookedPositionTransformer, pairs: Sequence[str], carriers: Sequence[str]
+    model: HookedPositionTransformer, pairs: Sequence[str], carriers: Sequence[str], prepend_bos: bool | None
 ) -> tuple[list[int], np.ndarray]:
     """Increments at the inner space, [layer, pair, order], heads and carriers averaged."""
     texts, places = [], []
@@ -271,10 +275,11 @@ def _inner_spaces(
         first, second = pair.split(" ")[::order]
         text = carrier.replace("{}", f"{first} {second}", 1)
         spans = character_spans(model.tokenizer, text)
-        in_front = len(model.to_tokens(text, truncate=False)[0]) - spans[-1][1]
+        (tokens,) = prompts_of(model, text, None, prepend_bos, whole=True)
+        in_front = len(tokens) - spans[-1][1]
         places.append(spans[carrier.index("{}") + len(first)][0] + in_front)
         texts.append(text)
-    reading = read(model, texts)
+    reading = read(model, texts, None, prepend_bos)
     found = reading.at(np.arange(len(texts)), np.array(places)).mean(axis=1)
     found = found.reshape(len(reading.layers), len(pairs), 2, len(carriers)).mean(axis=-1)
     return reading.layers, found.round(ROUNDING)

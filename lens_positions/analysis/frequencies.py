@@ -30,10 +30,10 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-from ..causal.sweeps import one_prompt
 from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
 from ..interventions import Hooks, Some, finite, hook_names, index_of
+from ..text import Mask, TextOrTokens, one_prompt
 from .chunks import ROTATION, RotaryLayout, names_of, products_of, rotary_layout, score_factor, turning
 from .intervals import Tally, drawn_means, interval_of, resamples, shuffled_within
 from .reading import Texts, rows_of, windows
@@ -48,6 +48,9 @@ def frequency_norms(
     layers: Some = None,
     hooks: Hooks | None = None,
     seed: int = 0,
+    *,
+    attention_mask: Mask = None,
+    prepend_bos: bool | None = None,
 ) -> pd.DataFrame:
     """The mean 2-norm of the chunks of queries and keys, by frequency, layer and head (Barbero et al., section 4).
 
@@ -57,6 +60,7 @@ def frequency_norms(
         layers: the model's own layer numbers; None is all that rotate.
         hooks: interventions to measure under, such as those of `truncate_frequencies`.
         seed: of the bootstrap.
+        attention_mask, prepend_bos: as for `analysis.read`.
 
     Returns:
         One row for each `layer`, `side` ("query", "key"), `head` and chunk: its `index`, 0 for the highest frequency,
@@ -67,7 +71,7 @@ def frequency_norms(
         PositionsError: as `rotary_layout` and `reading.read`.
     """
     layouts = rotary_layout(model, layers)
-    documents, batches = windows(model, texts)
+    documents, batches = windows(model, texts, attention_mask, prepend_bos)
     tallies: dict[tuple[int, str], Tally] = {}
 
     def tally(side: str, layer: int, owners: list[int], states: Tensor) -> None:
@@ -116,15 +120,21 @@ class Contributions:
 
 
 def frequency_contributions(
-    model: TransformerBridge, tokens: Int[Tensor, "*one pos"], layer: int, hooks: Hooks | None = None
+    model: TransformerBridge,
+    tokens: TextOrTokens,
+    layer: int,
+    hooks: Hooks | None = None,
+    *,
+    attention_mask: Mask = None,
+    prepend_bos: bool | None = None,
 ) -> Contributions:
     """The attention scores of a layer on a prompt, split exactly into one term for each frequency.
 
-    `hooks` are interventions to split them under.
+    The prompt is a text or tokens, with the mask of its padding; `hooks` are interventions to split them under.
 
     Raises:
-        PositionsError: no such layer, as `rotary_layout`, or scores that are more than scaled products of queries and
-            keys (capped, or with a bias).
+        PositionsError: several prompts, no such layer, as `rotary_layout`, or scores that are more than scaled products
+            of queries and keys (capped, or with a bias).
     """
     layer = index_of(layer, "layer", "the number of one layer")
     layouts = rotary_layout(model, layer)
@@ -133,7 +143,7 @@ def frequency_contributions(
     def collect(_layer: int, terms: Iterator[Tensor], _seen_keys: Tensor) -> None:
         found.append(torch.stack([term[0] for term in terms], dim=1))
 
-    _each_score(model, one_prompt(model, tokens), layouts, collect, hooks)
+    _each_score(model, one_prompt(model, tokens, attention_mask, prepend_bos), layouts, collect, hooks)
     return Contributions(layouts[layer].all_frequencies, found[0])
 
 
@@ -201,6 +211,9 @@ def frequency_shares(
     layers: Some = None,
     hooks: Hooks | None = None,
     seed: int = 0,
+    *,
+    attention_mask: Mask = None,
+    prepend_bos: bool | None = None,
 ) -> pd.DataFrame:
     """How much of the variation of a head's scores over keys each frequency makes.
 
@@ -215,7 +228,7 @@ def frequency_shares(
         `documents`, `share` and `low` to `high`, as in `frequency_norms`.
     """
     layouts = rotary_layout(model, layers)
-    documents, batches = windows(model, texts)
+    documents, batches = windows(model, texts, attention_mask, prepend_bos)
     tallies = {layer: Tally(len(documents)) for layer in layouts}
 
     def tally(owners: list[int], layer: int, terms: Iterator[Tensor], seen: Tensor) -> None:
@@ -317,6 +330,9 @@ def positional_heads(
     hooks: Hooks | None = None,
     offsets: int = OFFSETS,
     seed: int = 0,
+    *,
+    attention_mask: Mask = None,
+    prepend_bos: bool | None = None,
 ) -> pd.DataFrame:
     """Heads that attend to a fixed offset, whatever the tokens are: the diagonal, the previous token, and so on.
 
@@ -338,7 +354,7 @@ def positional_heads(
         PositionsError: attention without patterns, texts without a window of 17 tokens, and as `reading.read`.
     """
     offsets = index_of(offsets, "offsets", f"a whole number from 1 to {EARLIEST}", least=1, most=EARLIEST)
-    documents, batches = windows(model, texts)
+    documents, batches = windows(model, texts, attention_mask, prepend_bos)
     batches = [batch for batch in batches if batch[0][2] - batch[0][1] > EARLIEST]
     if not batches:
         raise PositionsError(f"no text has {EARLIEST + 1} tokens; expected at least one, to see offsets from afar.")

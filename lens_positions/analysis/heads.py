@@ -24,6 +24,7 @@ from ..causal.metrics import look_back
 from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
 from ..interventions import HOOK, hook_names
+from ..text import Mask
 from .intervals import Tally, resamples, shuffled_within
 from .reading import Texts, rows_of, windows
 from .running import attention_names, keep_states
@@ -31,13 +32,21 @@ from .running import attention_names, keep_states
 PERMUTATIONS = 10_000
 
 
-def head_profile(model: HookedPositionTransformer, texts: Texts, seed: int = 0) -> pd.DataFrame:
+def head_profile(
+    model: HookedPositionTransformer,
+    texts: Texts,
+    seed: int = 0,
+    *,
+    attention_mask: Mask = None,
+    prepend_bos: bool | None = None,
+) -> pd.DataFrame:
     """The mean increment and the mean look-back of every head.
 
     Args:
         model: the model.
         texts: documents, as for `increments_by_category`.
         seed: of the bootstrap.
+        attention_mask, prepend_bos: as for `analysis.read`.
 
     Returns:
         One row for each `layer` and `head`: `n` (tokens), `documents`, `increment` (in positions; that of the layer
@@ -48,7 +57,7 @@ def head_profile(model: HookedPositionTransformer, texts: Texts, seed: int = 0) 
     Raises:
         PositionsError: attention without patterns, and as `reading.read`.
     """
-    documents, batches = windows(model, texts)
+    documents, batches = windows(model, texts, attention_mask, prepend_bos)
     patterns = attention_names(model, None, "pattern")
     increments = dict(hook_names(model, None, HOOK.format("increments")))
     tallies = {layer: Tally(len(documents)) for layer in patterns}

@@ -35,15 +35,16 @@ class Losses:
     bytes: Int64[np.ndarray, " document"]
 
 
-def losses(model: HookedPositionTransformer, texts: Sequence[str]) -> Losses:
+def losses(model: HookedPositionTransformer, texts: str | Sequence[str], prepend_bos: bool | None = None) -> Losses:
     """The loss of each document.
 
     Raises:
         PositionsError: no documents, one of fewer than two tokens, or a model without a tokenizer.
     """
+    texts = [texts] if isinstance(texts, str) else texts
     if not all(isinstance(text, str) for text in texts):
         raise PositionsError("losses were asked for of something else than text; expected documents as strings.")
-    documents, batches = windows(model, texts)
+    documents, batches = windows(model, texts, None, prepend_bos)
     nats, tokens = np.zeros(len(documents)), np.zeros(len(documents), dtype=np.int64)
     for batch in tracked(batches, f"loss of {model.name}", quick=sum(map(len, documents)) < 4096):
         rows = torch.stack([documents[number][start:stop] for number, start, stop in batch])
@@ -55,13 +56,20 @@ def losses(model: HookedPositionTransformer, texts: Sequence[str]) -> Losses:
     return Losses(nats, tokens, np.array([len(text.encode()) for text in texts]))
 
 
-def compared(models: Sequence[HookedPositionTransformer], texts: Sequence[str], seed: int = 0) -> pd.DataFrame:
+def compared(
+    models: Sequence[HookedPositionTransformer],
+    texts: str | Sequence[str],
+    seed: int = 0,
+    *,
+    prepend_bos: bool | None = None,
+) -> pd.DataFrame:
     """The loss of each model in nats per byte, and its difference to the first one's.
 
     Args:
         models: one or more.
-        texts: documents.
+        texts: documents, as text, since bytes are counted.
         seed: of the resampling.
+        prepend_bos: as for `analysis.read`.
 
     Returns:
         A row for each model: `model`, `documents`, `bytes`, `tokens` (predicted), `loss` (nats per byte) with its
@@ -72,7 +80,8 @@ def compared(models: Sequence[HookedPositionTransformer], texts: Sequence[str], 
     Raises:
         PositionsError: as `losses`.
     """
-    found = [losses(model, texts) for model in models]
+    texts = [texts] if isinstance(texts, str) else texts
+    found = [losses(model, texts, prepend_bos) for model in models]
     draws = resamples(len(texts), seed)
 
     def mean_of(nats: Float64[np.ndarray, " document"], name: str) -> dict[str, float]:

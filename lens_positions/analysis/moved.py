@@ -14,6 +14,7 @@ import torch
 from ..attach import increment_table
 from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
+from ..text import Mask
 from ..tokenizer import byte_labels, is_byte_tokenizer
 from .categories import kinds, kinds_read
 from .reading import Reading, Texts, read
@@ -21,7 +22,14 @@ from .reading import Reading, Texts, read
 CONTEXT_CHARACTERS = 24
 
 
-def what_moved(model: HookedPositionTransformer, texts: Texts | Reading | None = None, top: int = 10) -> pd.DataFrame:
+def what_moved(
+    model: HookedPositionTransformer,
+    texts: Texts | Reading | None = None,
+    top: int = 10,
+    *,
+    attention_mask: Mask = None,
+    prepend_bos: bool | None = None,
+) -> pd.DataFrame:
     """The tokens with the largest and the smallest increments, at each layer.
 
     Args:
@@ -29,6 +37,7 @@ def what_moved(model: HookedPositionTransformer, texts: Texts | Reading | None =
         texts: documents, as for `increments_by_category`; None ranks the whole vocabulary, which a shared or frozen
             source allows.
         top: how many tokens at each end; each token id is listed once, by its most extreme occurrence.
+        attention_mask, prepend_bos: as for `analysis.read`.
 
     Returns:
         One row for each layer, end and rank: `layer`, `end` ("largest" or "smallest"), `rank`, `token`, `kind`,
@@ -44,8 +53,13 @@ def what_moved(model: HookedPositionTransformer, texts: Texts | Reading | None =
         raise PositionsError("the model has no tokenizer; expected one, to name its tokens.")
     if model.position_config.source == "static":
         raise PositionsError("the source is static, so every increment is 1; expected a learned or frozen one.")
+    if texts is None and (attention_mask is not None or prepend_bos is not None):
+        raise PositionsError(
+            "attention_mask or prepend_bos was given without texts; expected texts (--corpus on the command line), as "
+            "the whole vocabulary has none."
+        )
     if texts is not None:
-        return _of_texts(model, read(model, texts), top)
+        return _of_texts(model, read(model, texts, attention_mask, prepend_bos), top)
     if model.position_streams.shared_source is None:
         raise PositionsError(
             f"the source is {model.position_config.source!r}, whose increments are no function of the token alone; "

@@ -6,9 +6,8 @@
 - An increment of a token early in a window was computed from less context than one later on. Layer 0 does not care.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
 from ..progress import tracked
+from ..text import Mask, TextOrTokens, prompts_of
 from ..tokenizer import END_OF_DOCUMENT, is_byte_tokenizer
 
 WINDOW = 512
@@ -25,7 +25,8 @@ WINDOW = 512
 
 TOKENS_A_BATCH = 2048
 
-Texts = str | Sequence[str] | Int[Tensor, "..."] | Sequence[Int[Tensor, " _pos"]]
+Texts = TextOrTokens
+"""Documents: texts, the rows of a tensor of tokens, or a list of the tokens of each."""
 
 
 @dataclass(frozen=True)
@@ -61,26 +62,39 @@ class Reading:
         return self.increments[..., order[np.searchsorted(keys, document * longest + index, sorter=order)]]
 
 
-def read(model: HookedPositionTransformer, texts: "Texts | Reading") -> Reading:
+def read(
+    model: HookedPositionTransformer,
+    texts: "Texts | Reading",
+    attention_mask: Mask = None,
+    prepend_bos: bool | None = None,
+) -> Reading:
     """The increment of every token of some documents, at every layer and head; a reading is returned as it is.
 
     Args:
         model: the model.
         texts: documents, as text or as tokens (a tensor, its rows, or a list of tensors). A byte model's texts are
-            closed with the end-of-document token, as in training; tokens are used as they are, less padding.
+            closed with the end-of-document token, as in training; tokens are used as they are.
+        attention_mask: the real tokens of a padded tensor.
+        prepend_bos: whether texts get the beginning-of-sequence token; None is TransformerLens' default.
 
     Raises:
-        PositionsError: no documents, one of fewer than two tokens, or a model without a tokenizer.
+        PositionsError: no documents, one of fewer than two tokens, padding without a mask, or a model without a
+            tokenizer.
     """
     if isinstance(texts, Reading):
+        if attention_mask is not None or prepend_bos is not None:
+            raise PositionsError(
+                "attention_mask or prepend_bos was given with a reading; expected them where it is read, as its tokens "
+                "are what they are."
+            )
         return texts
-    documents, batches = windows(model, texts)
+    documents, batches = windows(model, texts, attention_mask, prepend_bos)
     kept = model.position_config.effective
     values, owners, places = [], [], []
     for batch in tracked(batches, "reading", quick=sum(map(len, documents)) < 2 * TOKENS_A_BATCH):
         rows = torch.stack([documents[number][start:stop] for number, start, stop in batch])
         with torch.no_grad():
-            increments = model.increments(rows)[:, :, kept]
+            increments = model.increments(rows, torch.ones_like(rows))[:, :, kept]
         values.append(increments.flatten(1, 2).double().cpu().numpy())
         for number, start, stop in batch:
             place = np.arange(start, stop)[kept]
@@ -92,7 +106,10 @@ def read(model: HookedPositionTransformer, texts: "Texts | Reading") -> Reading:
 
 
 def windows(
-    model: HookedPositionTransformer, texts: Texts
+    model: HookedPositionTransformer,
+    texts: Texts,
+    attention_mask: Mask = None,
+    prepend_bos: bool | None = None,
 ) -> tuple[list[Int[Tensor, " _pos"]], list[list[tuple[int, int, int]]]]:
     """The tokens of each document, and all their windows (document, start, stop) in batches of equal length.
 
@@ -105,7 +122,7 @@ def windows(
         raise PositionsError("the model's context is one token; expected at least two.")
     if getattr(model, "tokenizer", None) is None:
         raise PositionsError("the model has no tokenizer; expected one, to tell what its tokens are.")
-    documents = _documents(model, texts)
+    documents = _documents(model, texts, attention_mask, prepend_bos)
     return documents, list(_batches(documents, min(model.cfg.n_ctx, WINDOW)))
 
 
@@ -120,29 +137,21 @@ def rows_of(
         )
 
 
-def _documents(model: HookedPositionTransformer, texts: Any) -> list[Int[Tensor, " _pos"]]:
+def _documents(
+    model: HookedPositionTransformer, texts: Texts, attention_mask: Mask, prepend_bos: bool | None
+) -> list[Int[Tensor, " _pos"]]:
     """Each document as tokens, at least two of them."""
-    if isinstance(texts, str):
-        texts = [texts]
-    elif isinstance(texts, Tensor):
-        texts = [texts] if texts.ndim == 1 else list(texts)
-    if not len(texts):
-        raise PositionsError("no texts were given; expected at least one.")
-    documents = []
-    for number, text in enumerate(texts):
-        if isinstance(text, str):
-            if not text:
-                raise PositionsError(f"text {number} is empty; expected at least one character.")
-            tokens = model.to_tokens(text, truncate=False)[0]
-            if is_byte_tokenizer(model.tokenizer):
-                tokens = torch.cat([tokens, tokens.new_tensor([END_OF_DOCUMENT])])
-        elif isinstance(text, Tensor) and text.ndim == 1:
-            tokens = _without_padding(text, model.tokenizer)
-        else:
-            raise PositionsError(f"text {number} is {text!r:.40}; expected a text, or a tensor of tokens [pos].")
+    documents = prompts_of(model, texts, attention_mask, prepend_bos, whole=True)
+    if is_byte_tokenizer(model.tokenizer) and not isinstance(texts, Tensor):
+        given = [texts] if isinstance(texts, str) else texts
+        end = documents[0].new_tensor([END_OF_DOCUMENT])
+        documents = [
+            torch.cat([tokens, end]) if isinstance(text, str) else tokens
+            for text, tokens in zip(given, documents, strict=True)
+        ]
+    for number, tokens in enumerate(documents):
         if len(tokens) < 2:
             raise PositionsError(f"text {number} has {len(tokens)} tokens; expected at least two.")
-        documents.append(tokens)
     return documents
 
 
@@ -157,13 +166,3 @@ def _batches(documents: list[Int[Tensor, " _pos"]], length: int) -> Iterator[lis
         together = max(1, TOKENS_A_BATCH // size)
         for first in range(0, len(of_size), together):
             yield of_size[first : first + together]
-
-
-def _without_padding(tokens: Int[Tensor, " _pos"], tokenizer: Any) -> Int[Tensor, " _pos"]:
-    """Tokens less the padding at either end; where the padding token is also BOS or EOS, one of them stays."""
-    pad = tokenizer.pad_token_id
-    content = (tokens != pad).nonzero() if pad is not None else torch.arange(len(tokens))
-    if not len(content):
-        return tokens[:0]
-    margin = 1 if pad in (tokenizer.bos_token_id, tokenizer.eos_token_id) else 0
-    return tokens[max(int(content[0]) - margin, 0) : int(content[-1]) + 1 + margin]

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float64, Int64
 from ..config import Alphabet
 from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
+from ..text import Mask
 from .categories import by_document, increments_by_category, kinds_read
 from .intervals import drawn_means, interval_of, resamples, shuffled_within
 from .reading import Reading, Texts, read
@@ -20,13 +21,21 @@ AT_CAP = 0.99
 """From this fraction of the cap on, an increment counts as at the cap."""
 
 
-def saturation(model: HookedPositionTransformer, texts: Texts | Reading, seed: int = 0) -> pd.DataFrame:
+def saturation(
+    model: HookedPositionTransformer,
+    texts: Texts | Reading,
+    seed: int = 0,
+    *,
+    attention_mask: Mask = None,
+    prepend_bos: bool | None = None,
+) -> pd.DataFrame:
     """The share of increments at the cap of the sigmoid, where they can grow no more, by layer.
 
     Args:
         model: a model whose increments are bounded; heads are counted apart and pooled.
         texts: documents, as for `increments_by_category`.
         seed: of the bootstrap.
+        attention_mask, prepend_bos: as for `analysis.read`.
 
     Returns:
         One row a layer: `n` (increments), `documents`, `cap` (in positions), `share` of the increments at 0.99 of it or
@@ -38,13 +47,20 @@ def saturation(model: HookedPositionTransformer, texts: Texts | Reading, seed: i
     if (given := _other_activation(model, "sigmoid")) is not None:
         raise PositionsError(f"the model has {given}, which has no cap; expected learned increments with a sigmoid.")
     cap = model.position_config.max_increment
-    reading = read(model, texts)
+    reading = read(model, texts, attention_mask, prepend_bos)
     table = _shares(reading, reading.increments >= AT_CAP * cap, seed)
     table.insert(3, "cap", cap)
     return table.assign(max=reading.increments.max(axis=(1, 2)))
 
 
-def below_zero(model: HookedPositionTransformer, texts: Texts | Reading, seed: int = 0) -> pd.DataFrame:
+def below_zero(
+    model: HookedPositionTransformer,
+    texts: Texts | Reading,
+    seed: int = 0,
+    *,
+    attention_mask: Mask = None,
+    prepend_bos: bool | None = None,
+) -> pd.DataFrame:
     """The share of increments that put a token before the last one, where a source may be signed, by layer.
 
     Returns:
@@ -55,7 +71,7 @@ def below_zero(model: HookedPositionTransformer, texts: Texts | Reading, seed: i
     """
     if (given := _other_activation(model, "none")) is not None:
         raise PositionsError(f'the model has {given}; expected learned increments with activation "none".')
-    reading = read(model, texts)
+    reading = read(model, texts, attention_mask, prepend_bos)
     return _shares(reading, reading.increments < 0, seed).assign(min=reading.increments.min(axis=(1, 2)))
 
 
@@ -79,7 +95,13 @@ def _shares(reading: Reading, chosen: Bool[np.ndarray, "layer head token"], seed
 
 
 def specialisation(
-    model: HookedPositionTransformer, texts: Texts | Reading, alphabet: Alphabet = "prose", seed: int = 0
+    model: HookedPositionTransformer,
+    texts: Texts | Reading,
+    alphabet: Alphabet = "prose",
+    seed: int = 0,
+    *,
+    attention_mask: Mask = None,
+    prepend_bos: bool | None = None,
 ) -> pd.DataFrame:
     """By layer, how much the kind of a token explains of its increment, and which kinds stand out most.
 
@@ -88,6 +110,7 @@ def specialisation(
         texts: documents, as for `increments_by_category`.
         alphabet: the kinds of prose, or those of program text ("code", in models of bytes).
         seed: of the bootstrap and of the shuffle.
+        attention_mask, prepend_bos: as for `analysis.read`.
 
     Returns:
         One row a layer: `n` (tokens), `documents`, `explained` (eta squared: the variance between kinds as a share of
@@ -100,7 +123,7 @@ def specialisation(
     Raises:
         PositionsError: as `increments_by_category`.
     """
-    reading = read(model, texts)
+    reading = read(model, texts, attention_mask, prepend_bos)
     table = increments_by_category(model, reading, seed=seed, alphabet=alphabet)
     names, kind = np.unique(kinds_read(model, reading, alphabet), return_inverse=True)
     shuffled = kind[shuffled_within(reading.document, seed)]

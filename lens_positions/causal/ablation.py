@@ -27,6 +27,7 @@ from ..attach import unbridged
 from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
 from ..interventions import HOOK, Hooks, Some, ablation_hooks, finite, hook_names, index_of, streams_of
+from ..text import Mask
 from .metrics import look_back, token_losses
 from .replay import Replay
 from .sweeps import SITES
@@ -63,6 +64,9 @@ def ablation_table(
     to: Sequence[To] = INTERVENTIONS,
     seed: int = 0,
     means: Float[Tensor, "layer vocab *head"] | None = None,
+    *,
+    attention_mask: Mask = None,
+    prepend_bos: bool | None = None,
 ) -> Ablations:
     """Change of loss, predictions and attention by ablating increments, layer by layer and together.
 
@@ -73,6 +77,7 @@ def ablation_table(
         to: the ablations; "mean" is best kept, for the reason above. Given `means`, "token" is always among them.
         seed: of the shuffle and the resampling.
         means: of other text, from `token_means`.
+        attention_mask, prepend_bos: as for `analysis.read`.
 
     Returns:
         Two tables, in nats per token and tokens; intervals are where 95% of 1,000 resamples of whole documents lie,
@@ -95,7 +100,7 @@ def ablation_table(
     elif "token" in to:
         raise PositionsError('to has "token" and no means were given; expected those of token_means.')
     seed = index_of(seed, "seed", "a whole number from 0")
-    documents, batches = windows(cast(HookedPositionTransformer, model), corpus)
+    documents, batches = windows(cast(HookedPositionTransformer, model), corpus, attention_mask, prepend_bos)
     patterns = {layer: name for layer, name in names.items() if name in model.hook_dict}
     which: list[int | str] = ["all", *numbers]
     ablated = [(layer, how) for layer in which for how in to]
@@ -147,7 +152,13 @@ def ablation_table(
     return Ablations(pd.DataFrame(losses), pd.DataFrame(attention))
 
 
-def token_means(model: TransformerBridge, corpus: Texts | Reading) -> Float[Tensor, "layer vocab *head"]:
+def token_means(
+    model: TransformerBridge,
+    corpus: Texts | Reading,
+    *,
+    attention_mask: Mask = None,
+    prepend_bos: bool | None = None,
+) -> Float[Tensor, "layer vocab *head"]:
     """The mean increment of each token id at each layer with a stream, over a corpus: what a frozen table could know.
 
     A token that the corpus does not have gets the mean of the layer. Take other text than that which is measured.
@@ -156,7 +167,7 @@ def token_means(model: TransformerBridge, corpus: Texts | Reading) -> Float[Tens
         PositionsError: as `reading.read`.
     """
     streams_of(model)
-    reading = read(cast(HookedPositionTransformer, model), corpus)
+    reading = read(cast(HookedPositionTransformer, model), corpus, attention_mask, prepend_bos)
     of_token = torch.from_numpy(reading.ids())
     values = torch.from_numpy(reading.increments)
     shape = (*values.shape[:2], cast(Any, model.cfg.d_vocab))

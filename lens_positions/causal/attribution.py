@@ -26,9 +26,10 @@ from transformer_lens.tools.analysis.attribution_patching import cache_activatio
 
 from ..errors import PositionsError
 from ..interventions import Hooks, ablation_hooks, hook_names, streams_of
-from .metrics import Metric, measured
+from ..text import Mask, TextOrTokens, one_prompt
+from .metrics import Metric, measured, of_prompts
 from .replay import evaluating
-from .sweeps import SITES, one_prompt
+from .sweeps import SITES
 
 TOKENS_A_BATCH = 512
 STEPS = (16, 32, 64, 128, 256, 512, 1024)
@@ -39,16 +40,19 @@ TOLERANCE = 0.01
 
 def attribution(
     model: TransformerBridge,
-    tokens: Int[Tensor, "*one pos"],
+    tokens: TextOrTokens,
     metric: Metric,
     method: Literal["gradient", "integrated"] = "gradient",
     baseline: float | Literal["mean"] | Float[Tensor, "layer pos *head"] = 1.0,
+    *,
+    attention_mask: Mask = None,
+    prepend_bos: bool | None = None,
 ) -> Float[Tensor, "layer pos"]:
     """The first-order effect of every gap, in one backward pass, or its part of the whole effect.
 
     Args:
         model: a bridge with position streams.
-        tokens: one prompt.
+        tokens: one prompt, as text or as tokens.
         metric: from logits [batch pos vocab] to one number a row, differentiable.
         method: "gradient", the derivative of the metric by each gap at increments as they are; increments of later
             layers respond, as they do in `gap_sweep`. Or "integrated", along the straight path from the baseline's
@@ -56,6 +60,7 @@ def attribution(
         baseline: increments where the path begins: a number (1.0 is standard RoPE, so on a model without learned
             increments another one is needed: 0.0 puts all tokens in one place), "mean" for each layer's mean, or all
             of them.
+        attention_mask, prepend_bos: as for `gap_sweep`.
 
     Returns:
         Entry [l, t], for the gap before token t at layer `model.position_layers[l]`: the metric's unit per position
@@ -68,7 +73,8 @@ def attribution(
     Warns:
         UserWarning: the sum is more than 1% off the whole effect, even with 1,024 steps.
     """
-    prompt = one_prompt(model, tokens)
+    prompt = one_prompt(model, tokens, attention_mask, prepend_bos)
+    metric = of_prompts(metric, prompt)
     names = [name for _, name in hook_names(model, None, SITES["increments"][0])]
     with evaluating(model), torch.inference_mode(False), torch.enable_grad():
         prompt = prompt.clone()

@@ -14,12 +14,14 @@ contains what flows through those of the others. Increments that are set do not 
 Where increments are not learned they are the same for both prompts: direct is total, and the rest 0.
 """
 
-from typing import Any, cast
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -27,27 +29,39 @@ from ..analysis.intervals import t_interval
 from ..errors import PositionsError
 from ..interventions import Hooks, Some, freeze, hook_names
 from ..progress import tracked
-from .metrics import Metric, measured
+from ..text import Mask, TextOrTokens, by_length, prompts_of
+from .metrics import Metric, measured, of_prompts
 from .replay import evaluating
-from .sweeps import SITES, prompts_of
+from .sweeps import SITES
 
 PATHS = ("total", "direct", "increments", "interaction")
+
+Measure = Callable[[Int[Tensor, "row pos"], Float[Tensor, "row pos vocab"]], Float64[np.ndarray, " row"]]
+"""From some rows and their logits to the metric of each."""
 
 
 def mediation(
     model: TransformerBridge,
-    clean: Int[Tensor, "batch pos"],
-    corrupted: Int[Tensor, "batch pos"],
+    clean: TextOrTokens,
+    corrupted: TextOrTokens,
     metric: Metric,
     layers: Some = None,
+    *,
+    attention_mask: Mask | tuple[Mask, Mask] = None,
+    prepend_bos: bool | None = None,
 ) -> pd.DataFrame:
     """Split the effect of a change of input into what goes through the increments and what does not.
 
     Args:
         model: a bridge with position streams.
-        clean, corrupted: pairs of prompts, one a row, of one length: token t of a pair has the same place in both.
-        metric: from logits [batch pos vocab] to one number a row; each row of both belongs to its pair.
+        clean, corrupted: pairs of prompts, as text or as tokens. The two of a pair have one length, so that token t
+            has the same place in both; pairs may differ in length.
+        metric: from logits [batch pos vocab] to one number a row; each row of both belongs to its pair. Pairs of
+            another length run on their own, without padding, so that token -1 is each prompt's own last; the rows of
+            the pairs that are not among them are then NaN.
         layers: the model's own layer numbers; None is all that rotate.
+        attention_mask: the real tokens of both, where they are padded tensors; or a pair of masks, one for each.
+        prepend_bos: whether texts get the beginning-of-sequence token; None is TransformerLens' default.
 
     Returns:
         Columns `layer` ("all" first: those layers together, then each alone), `path` (total, direct, increments,
@@ -55,46 +69,79 @@ def mediation(
         its 95% t interval (NaN for one pair).
 
     Raises:
-        PositionsError: no streams, no such layer, prompts of different shape, or a metric that does not fit.
+        PositionsError: no streams, no such layer, a pair of different lengths, padding without a mask, or a metric
+            that does not fit.
     """
-    clean, corrupted = prompts_of(model, clean), prompts_of(model, corrupted)
-    if clean.shape != corrupted.shape:
-        raise PositionsError(
-            f"clean has shape {tuple(clean.shape)} and corrupted {tuple(corrupted.shape)}; expected pairs of prompts "
-            "of equal length, [batch pos] both."
-        )
     hooks = hook_names(model, layers, SITES["increments"][0])
     names, numbers = [name for _, name in hooks], list(dict(hooks))
+    masks = attention_mask if isinstance(attention_mask, tuple) else (attention_mask, attention_mask)
+    if len(masks) != 2:
+        raise PositionsError(f"attention_mask is a tuple of {len(masks)}; expected one mask, or one for each of two.")
+    cleans, corrupteds = (
+        prompts_of(model, given, mask, prepend_bos) for given, mask in zip((clean, corrupted), masks, strict=True)
+    )
+    _check_pairs(cleans, corrupteds)
+
+    effects = np.empty((1 + len(numbers), len(PATHS), len(cleans)))
     with evaluating(model), torch.no_grad():
-        logits_clean, of_clean = model.run_with_cache(clean, names_filter=names)
-        logits_corrupted, of_corrupted = model.run_with_cache(corrupted, names_filter=names)
-        base = _numbers(metric, logits_clean)
-        total = _numbers(metric, logits_corrupted) - base
-        rows: list[dict[str, Any]] = []
-        for layer in tracked(["all", *numbers], "mediating", quick=len(numbers) < 4):
-            which = None if layer == "all" else cast(int, layer)
-            direct = _with(model, corrupted, metric, freeze(of_clean, layers=which)) - base
-            through = _with(model, clean, metric, freeze(of_corrupted, layers=which)) - base
-            effects = (total, direct, through, total - direct - through)
-            for path, effect in zip(PATHS, effects, strict=True):
-                low, high = t_interval(effect)
-                rows.append(
-                    {
-                        "layer": layer,
-                        "path": path,
-                        "n": len(effect),
-                        "mean": float(effect.mean()),
-                        "low": low,
-                        "high": high,
-                    }
-                )
-    return pd.DataFrame(rows)
+        groups = by_length(cleans)
+        for pairs, rows in tracked(groups, "mediating", quick=len(groups) * len(numbers) < 4):
+            others = torch.stack([corrupteds[pair] for pair in pairs])
+            measure = partial(_numbers, metric, pairs, len(cleans))
+            effects[..., pairs] = _effects(model, rows, others, measure, names, numbers)
+    rows_of_table: list[dict[str, Any]] = []
+    for layer, of_layer in zip(["all", *numbers], effects, strict=True):
+        for path, effect in zip(PATHS, of_layer, strict=True):
+            low, high = t_interval(effect)
+            row: dict[str, Any] = {"layer": layer, "path": path, "n": len(effect)}
+            rows_of_table.append(row | {"mean": float(effect.mean()), "low": low, "high": high})
+    return pd.DataFrame(rows_of_table)
 
 
-def _with(model: TransformerBridge, tokens: Tensor, metric: Metric, hooks: Hooks) -> np.ndarray:
-    with model.hooks(fwd_hooks=hooks):
-        return _numbers(metric, model(tokens, return_type="logits"))
+def _check_pairs(cleans: list[Int[Tensor, " _pos"]], corrupteds: list[Int[Tensor, " _pos"]]) -> None:
+    expected = "expected pairs of prompts of equal length"
+    if len(cleans) != len(corrupteds):
+        raise PositionsError(f"there are {len(cleans)} clean and {len(corrupteds)} corrupted prompts; {expected}.")
+    for number, (clean, corrupted) in enumerate(zip(cleans, corrupteds, strict=True)):
+        if len(clean) != len(corrupted):
+            raise PositionsError(
+                f"pair {number} has {len(clean)} tokens in the clean prompt and {len(corrupted)} in the corrupted one; "
+                f"{expected}."
+            )
 
 
-def _numbers(metric: Metric, logits: Any) -> np.ndarray:
-    return measured(metric, logits).double().cpu().numpy()
+def _effects(
+    model: TransformerBridge,
+    clean: Int[Tensor, "pair pos"],
+    corrupted: Int[Tensor, "pair pos"],
+    measure: Measure,
+    names: list[str],
+    layers: list[int],
+) -> Float64[np.ndarray, "layer_and_all path pair"]:
+    """The effects of pairs of one length: of all layers together, then of each alone."""
+    logits_clean, of_clean = model.run_with_cache(clean, names_filter=names)
+    logits_corrupted, of_corrupted = model.run_with_cache(corrupted, names_filter=names)
+    base = measure(clean, logits_clean)
+    total = measure(corrupted, logits_corrupted) - base
+
+    def held(tokens: Int[Tensor, "pair pos"], hooks: Hooks) -> Float64[np.ndarray, " pair"]:
+        with model.hooks(fwd_hooks=hooks):
+            return measure(tokens, model(tokens, return_type="logits")) - base
+
+    found = []
+    for layer in (None, *layers):
+        direct = held(corrupted, freeze(of_clean, layers=layer))
+        through = held(clean, freeze(of_corrupted, layers=layer))
+        found.append([total, direct, through, total - direct - through])
+    return np.array(found)
+
+
+def _numbers(
+    metric: Metric, pairs: list[int], n: int, tokens: Int[Tensor, "row pos"], logits: Float[Tensor, "row pos vocab"]
+) -> Float64[np.ndarray, " row"]:
+    """The metric of some of n pairs: it sees all rows, those of the others as NaN, as its rows belong to the pairs."""
+    if len(pairs) < n:
+        some, of_some = logits, tokens
+        logits, tokens = some.new_full((n, *some.shape[1:]), torch.nan), of_some.new_zeros((n, of_some.shape[1]))
+        logits[pairs], tokens[pairs] = some, of_some
+    return measured(of_prompts(metric, tokens), logits, pairs).double().cpu().numpy()

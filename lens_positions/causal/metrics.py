@@ -66,22 +66,52 @@ def _wide(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def loss(tokens: Int[Tensor, "*one pos"]) -> Metric:
-    """The mean loss of a prompt's tokens after the first, in nats per token."""
+@dataclass(frozen=True)
+class Loss:
+    """The mean loss of the tokens after the first of each row, in nats per token.
+
+    Attributes:
+        tokens: of one prompt for all rows, or of a prompt a row; None until a measurement says whose (`of_prompts`).
+    """
+
+    tokens: Int[Tensor, "#batch pos"] | None = None
+
+    def __call__(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
+        """One number a row."""
+        if self.tokens is None:
+            raise PositionsError("loss() was called without a prompt; expected loss(tokens), outside of a measurement.")
+        length = self.tokens.shape[1]
+        if logits.shape[1] != length or length < 2:
+            raise PositionsError(
+                f"loss is of {length} tokens and the prompt has {logits.shape[1]}; expected its own tokens, at least "
+                "two."
+            )
+        return token_losses(logits, self.tokens[:, 1:].expand(len(logits), -1)).mean(1)
+
+
+def loss(tokens: Int[Tensor, "*one pos"] | None = None) -> Loss:
+    """The mean loss of a prompt's tokens after the first, in nats per token.
+
+    Args:
+        tokens: of the prompt, without padding; None is whatever prompt a measurement runs, each of several its own.
+
+    Raises:
+        PositionsError: something else than the tokens of one prompt.
+    """
+    if tokens is None:
+        return Loss()
     if not isinstance(tokens, Tensor) or tokens.ndim not in (1, 2) or tokens.numel() != tokens.shape[-1]:
         given = f"shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
-        raise PositionsError(f"loss was given {given}; expected the token ids of one prompt, [pos] or [1, pos].")
-    targets = tokens.flatten()[1:]
+        raise PositionsError(
+            f"loss was given {given}; expected the token ids of one prompt, [pos] or [1, pos], or nothing, as loss() "
+            "is of the prompts that are measured."
+        )
+    return Loss(tokens.reshape(1, -1))
 
-    def of(logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
-        if logits.shape[1] != len(targets) + 1 or not len(targets):
-            raise PositionsError(
-                f"loss is of {len(targets) + 1} tokens and the prompt has {logits.shape[1]}; expected its own tokens, "
-                "at least two."
-            )
-        return token_losses(logits, targets.expand(len(logits), -1)).mean(1)
 
-    return of
+def of_prompts(metric: Metric, tokens: Int[Tensor, "batch pos"]) -> Metric:
+    """The metric of these prompts: a loss that was given none becomes theirs."""
+    return Loss(tokens) if isinstance(metric, Loss) and metric.tokens is None else metric
 
 
 def token_losses(
@@ -92,8 +122,10 @@ def token_losses(
     return torch.nn.functional.cross_entropy(predicted, targets.to(logits.device), reduction="none")
 
 
-def measured(metric: Metric, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
-    """The metric of each row.
+def measured(
+    metric: Metric, logits: Float[Tensor, "batch pos vocab"], rows: list[int] | None = None
+) -> Float[Tensor, " row"]:
+    """The metric of each row, or of these rows.
 
     Raises:
         PositionsError: it is not one finite number a row.
@@ -107,6 +139,7 @@ def measured(metric: Metric, logits: Float[Tensor, "batch pos vocab"]) -> Float[
             f"the metric returned {given} for logits {tuple(logits.shape)}; expected one number a row, shape "
             f"({len(logits)},)."
         )
+    value = value if rows is None else value[rows]
     if not value.isfinite().all():
         raise PositionsError("the metric returned NaN or infinite values; expected one finite number a row.")
     return value

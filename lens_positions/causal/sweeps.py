@@ -12,7 +12,7 @@ of its own over the whole prompt.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,12 +23,12 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 
-from ..attach import unbridged
 from ..config import SweepSite
 from ..errors import PositionsError
-from ..interventions import Hooks, Some, edited_token, finite, hook_names, index_of, streams_of
+from ..interventions import Hooks, Some, edited_token, finite, hook_names, index_of
 from ..progress import tracked
-from .metrics import Metric, baseline_of, measured, place_of
+from ..text import Mask, TextOrTokens, one_prompt
+from .metrics import Metric, baseline_of, measured, of_prompts, place_of
 from .replay import Replay, evaluating
 
 SITES: dict[str, tuple[str, int]] = {
@@ -53,19 +53,24 @@ LOGITS_A_BATCH = 2**27
 
 def gap_sweep(
     model: TransformerBridge,
-    tokens: Int[Tensor, "*one pos"],
+    tokens: TextOrTokens,
     metric: Metric,
     by: float = 1.0,
     layers: Some = None,
+    *,
+    attention_mask: Mask = None,
+    prepend_bos: bool | None = None,
 ) -> Float[Tensor, "layer pos"]:
     """The effect of lengthening each gap of a prompt, at every layer.
 
     Args:
         model: a bridge with position streams.
-        tokens: one prompt.
+        tokens: one prompt, as text or as tokens.
         metric: from logits [batch pos vocab] to one number a row (`causal.logit_difference`, `causal.loss`, your own).
         by: positions to add to the gap; 1.0 is one step of standard RoPE.
         layers: the model's own layer numbers, taken in the model's order; None is all that rotate.
+        attention_mask: the real tokens of a padded row; the prompt is what they are, and the padding has no entry.
+        prepend_bos: whether a text gets the beginning-of-sequence token; None is TransformerLens' default.
 
     Returns:
         Entry [l, t]: the metric with the gap before token t longer at the l-th of these layers (of
@@ -78,7 +83,7 @@ def gap_sweep(
     by = finite(by, "by", "a finite number of positions")
     if by == 0:
         raise PositionsError("by is 0.0; expected a number of positions other than 0.")
-    prompt = one_prompt(model, tokens)
+    prompt = one_prompt(model, tokens, attention_mask, prepend_bos)
     cells = {t: edited_token(model, t) for t in range(1, prompt.shape[1])}
     effects = _sweep(model, prompt, metric, _known_hooks(model, "increments", layers), 1, cells, _longer(by))
     effects[:, 0] = 0.0
@@ -87,19 +92,22 @@ def gap_sweep(
 
 def patch_sweep(
     model: TransformerBridge,
-    source: ActivationCache | Int[Tensor, "*one pos_source"],
-    tokens: Int[Tensor, "*one pos"],
+    source: ActivationCache | TextOrTokens,
+    tokens: TextOrTokens,
     metric: Metric,
     site: SweepSite = "increments",
     layers: Some = None,
     align: Mapping[int, int] | None = None,
+    *,
+    attention_mask: Mask = None,
+    prepend_bos: bool | None = None,
 ) -> Float[Tensor, "layer pos"]:
     """The effect of each value recorded on another input, put in alone, at every layer and token.
 
     Args:
         model: a bridge with position streams.
-        source: the other input, or a cache that recorded it (one row).
-        tokens: the prompt that values are put into.
+        source: the other input, as text or as tokens without padding, or a cache that recorded it (one row).
+        tokens: the prompt that values are put into, as text or as tokens.
         metric: from logits [batch pos vocab] to one number a row.
         site: "increments", "positions", the rotated queries "rot_q" or keys "rot_k", and for comparison the residual
             stream entering the layer ("resid") and the row of a query in all attention "pattern"s.
@@ -118,9 +126,9 @@ def patch_sweep(
     """
     if not (isinstance(site, str) and site in SITES):
         raise PositionsError(f"site is {site!r}; expected one of {', '.join(SITES)}.")
-    prompt = one_prompt(model, tokens)
+    prompt = one_prompt(model, tokens, attention_mask, prepend_bos)
     names, axis = _known_hooks(model, site, layers), SITES[site][1]
-    recorded = _recorded(model, source, names, axis)
+    recorded = _recorded(model, source, names, axis, prepend_bos)
     length, there = prompt.shape[1], recorded[0].shape[0]
     if align is None and there != length:
         raise PositionsError(
@@ -156,41 +164,6 @@ def patch_sweep(
     return _sweep(model, prompt, metric, names, axis, {t: t for t in sorted(pairs)}, put)
 
 
-def one_prompt(model: TransformerBridge, tokens: Int[Tensor, "*one pos"]) -> Int[Tensor, "1 pos"]:
-    """The tokens of one prompt, as a row.
-
-    Raises:
-        PositionsError: as `prompts_of`, or several prompts.
-    """
-    rows = prompts_of(model, tokens)
-    if len(rows) != 1:
-        raise PositionsError(
-            f"tokens are shape {tuple(rows.shape)}; expected the token ids of one prompt, [pos] or [1, pos]."
-        )
-    return rows
-
-
-def prompts_of(model: TransformerBridge, tokens: Int[Tensor, "*batch pos"]) -> Int[Tensor, "batch pos"]:
-    """The tokens of prompts, a row each, where the model is.
-
-    Raises:
-        PositionsError: no tensor of whole numbers, none at all, or ids that the model does not have.
-    """
-    streams_of(model)
-    base: Any = unbridged(model)
-    rows = tokens[None] if isinstance(tokens, Tensor) and tokens.ndim == 1 else tokens
-    whole = isinstance(rows, Tensor) and rows.dtype in (torch.int64, torch.int32)
-    if not (whole and rows.ndim == 2 and rows.numel()):
-        given = f"a {type(tokens).__name__}"
-        if isinstance(tokens, Tensor):
-            given = f"shape {tuple(tokens.shape)} and {tokens.dtype}"
-        raise PositionsError(f"tokens are {given}; expected a tensor of token ids, [pos] or [batch, pos].")
-    size = base.get_input_embeddings().weight.shape[0]
-    if rows.min() < 0 or rows.max() >= size:
-        raise PositionsError(f"tokens go from {rows.min()} to {rows.max()}; expected ids from 0 to {size - 1}.")
-    return rows.to(base.device)
-
-
 Put = Callable[[int, list[int], Tensor], Tensor]
 """From a layer's place in the sweep, tokens [n] and their values [n ...] to other values."""
 
@@ -214,6 +187,7 @@ def _sweep(
 ) -> Float[Tensor, "layer pos"]:
     """Run every edit; `cells` leads from the columns of the result to the tokens that are edited for them."""
     length = prompt.shape[1]
+    metric = of_prompts(metric, prompt)
     at = getattr(metric, "at", None)
     last = length - 1 if at is None else place_of(at, length)
     hooked = any(point.has_hooks("fwd") for point in model.hook_dict.values())
@@ -300,20 +274,20 @@ def _known_hooks(model: TransformerBridge, site: str, layers: Some) -> list[tupl
 
 def _recorded(
     model: TransformerBridge,
-    source: ActivationCache | Int[Tensor, "*one pos_source"],
+    source: ActivationCache | TextOrTokens,
     names: list[tuple[int, str]],
     axis: int,
+    prepend_bos: bool | None,
 ) -> list[Float[Tensor, "pos_source ..."]]:
     """Values of the source at each of the hook points, by token."""
-    if isinstance(source, Tensor):
-        with evaluating(model), torch.no_grad():
-            _, cache = model.run_with_cache(
-                one_prompt(model, source), names_filter=[n for _, n in names], return_type=None
-            )
-    elif isinstance(source, ActivationCache):
+    if isinstance(source, ActivationCache):
         cache = source
+    elif isinstance(source, Tensor | Sequence):
+        prompt = one_prompt(model, source, prepend_bos=prepend_bos)
+        with evaluating(model), torch.no_grad():
+            _, cache = model.run_with_cache(prompt, names_filter=[n for _, n in names], return_type=None)
     else:
-        raise PositionsError(f"source is a {type(source).__name__}; expected token ids or a cache.")
+        raise PositionsError(f"source is a {type(source).__name__}; expected text, token ids or a cache.")
     recorded = []
     for _, name in names:
         if name not in cache:

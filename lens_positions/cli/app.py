@@ -7,10 +7,12 @@ import io
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
+from tyro.conf import FlagCreatePairsOff, arg
 
 import lens_positions as lp
 
@@ -44,17 +46,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def check_text(text: str) -> None:
-    """Refuse a text that is empty or that UTF-8 cannot hold."""
-    if not text:
-        raise PositionsError("the text is empty; expected at least one character.")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-        raise PositionsError(
-            f"the text has the lone surrogate U+{code:04X}; expected text that UTF-8 can hold."
-        ) from error
+@dataclass(frozen=True)
+class BosFlags:
+    """Whether texts get the beginning-of-sequence token; with neither flag as in TransformerLens."""
+
+    bos: Annotated[bool, FlagCreatePairsOff, arg(help="put the beginning-of-sequence token in front of texts.")] = False
+    no_bos: Annotated[bool, FlagCreatePairsOff, arg(help="leave it out; by default as in TransformerLens.")] = False
+
+    def prepend(self) -> bool | None:
+        """What functions take as `prepend_bos`."""
+        if self.bos and self.no_bos:
+            raise PositionsError("--bos and --no-bos were given; expected one of them, or none.")
+        return True if self.bos else False if self.no_bos else None
+
+
+Bos = Annotated[BosFlags, arg(name="")]
+BOS_OF_MODEL = BosFlags()
 
 
 def check_outputs(csv: Path | None, figure: Path | None) -> None:

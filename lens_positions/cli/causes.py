@@ -9,10 +9,10 @@ from tyro.conf import Positional, arg
 import lens_positions as lp
 
 from ..config import SweepSite
-from ..errors import PositionsError
+from ..errors import PositionsError, check_text
 from ..terminal import effect_cell, print_grid, print_line
 from ..viz import plain
-from .app import app, check_learned, check_outputs, check_text, drawn
+from .app import BOS_OF_MODEL, Bos, app, check_learned, check_outputs, drawn
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -33,6 +33,7 @@ def gaps(
     layers: Annotated[tuple[int, ...], arg(metavar="LAYER ...")] = (),
     csv: Annotated[Path | None, arg(metavar="FILE")] = None,
     figure: Annotated[Path | None, arg(metavar="FILE")] = None,
+    bos: Bos = BOS_OF_MODEL,
 ) -> None:
     """Show what lengthening each gap of a text does, at every layer: the first thing to run on any RoPE model.
 
@@ -48,12 +49,16 @@ def gaps(
     """
     check_text(text)
     check_outputs(csv, figure)
+    prepend_bos = bos.prepend()
     if wrong is not None and answer is None:
         raise PositionsError("--wrong was given without --answer; expected both, or the answer alone.")
+
+    from ..text import one_prompt
+
     loaded = lp.HookedPositionTransformer.from_pretrained(model)
-    tokens = loaded.to_tokens(text)
+    tokens = one_prompt(loaded, text, prepend_bos=prepend_bos)
     metric, unit = _metric(loaded, tokens, answer, wrong)
-    effects = lp.causal.gap_sweep(loaded, tokens, metric, by, layers or None)
+    effects = lp.causal.gap_sweep(loaded, text, metric, by, layers or None, prepend_bos=prepend_bos)
     what = f"{loaded.name}: {by:g} more before each token, one gap and layer at a time"
     _show_effects(loaded, tokens, effects, layers, what, unit, csv, figure)
 
@@ -69,6 +74,7 @@ def patch(
     layers: Annotated[tuple[int, ...], arg(metavar="LAYER ...")] = (),
     csv: Annotated[Path | None, arg(metavar="FILE")] = None,
     figure: Annotated[Path | None, arg(metavar="FILE")] = None,
+    bos: Bos = BOS_OF_MODEL,
 ) -> None:
     """Show what values recorded on the clean prompt do in the corrupted one, one layer and token at a time.
 
@@ -88,20 +94,23 @@ def patch(
     for prompt in (clean, corrupted):
         check_text(prompt)
     check_outputs(csv, figure)
+    prepend_bos = bos.prepend()
 
     import torch
+
+    from ..text import one_prompt
 
     loaded = lp.HookedPositionTransformer.from_pretrained(model)
     if site in ("increments", "positions"):
         check_learned(loaded, f"patching {site} does nothing", "another --site, or lens-positions gaps")
-    source, tokens = loaded.to_tokens(clean), loaded.to_tokens(corrupted)
+    source, tokens = (one_prompt(loaded, prompt, prepend_bos=prepend_bos) for prompt in (clean, corrupted))
     if source.shape != tokens.shape:
         raise PositionsError(
             f"the clean prompt has {source.shape[1]} tokens and the corrupted one {tokens.shape[1]}; expected equally "
             "many (causal.patch_sweep takes a map of tokens)."
         )
     metric, unit = _metric(loaded, tokens, answer, wrong)
-    effects = lp.causal.patch_sweep(loaded, source, tokens, metric, site, layers or None)
+    effects = lp.causal.patch_sweep(loaded, clean, corrupted, metric, site, layers or None, prepend_bos=prepend_bos)
     with torch.no_grad():
         ends = [float(metric(loaded(prompt))[0]) for prompt in (source, tokens)]
     what = (
@@ -121,6 +130,7 @@ def ablate(
     seed: int = 0,
     csv: Annotated[Path | None, arg(metavar="FILE")] = None,
     figure: Annotated[Path | None, arg(metavar="FILE")] = None,
+    bos: Bos = BOS_OF_MODEL,
 ) -> None:
     """Show what the loss and the attention lose without the structure of the increments, layer by layer.
 
@@ -139,14 +149,18 @@ def ablate(
         figure: draw the changes of loss, as .png, .svg or .pdf.
     """
     check_outputs(csv, figure)
+    prepend_bos = bos.prepend()
 
     from rich.console import Console
 
     loaded = lp.HookedPositionTransformer.from_pretrained(model)
     check_learned(loaded, "ablating them does nothing", "a model with learned increments")
     texts = lp.corpora.heldout_excerpts(corpus, characters)
-    means = lp.causal.token_means(loaded, lp.corpora.training_excerpts(corpus, characters)) if tokens else None
-    found = lp.causal.ablation_table(loaded, texts, layers or None, seed=seed, means=means)
+    means = None
+    if tokens:
+        training = lp.corpora.training_excerpts(corpus, characters)
+        means = lp.causal.token_means(loaded, training, prepend_bos=prepend_bos)
+    found = lp.causal.ablation_table(loaded, texts, layers or None, seed=seed, means=means, prepend_bos=prepend_bos)
     console = Console(highlight=False)
     first = found.loss.iloc[0]
     of_text = f"{first['n']:,} tokens of {first['documents']} held-out documents of {corpus}"

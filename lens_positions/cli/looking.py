@@ -9,14 +9,15 @@ from tyro.conf import Positional, arg
 
 import lens_positions as lp
 
-from ..errors import PositionsError
+from ..errors import PositionsError, check_text
 from ..terminal import increment_cell, print_grid, print_line
 from ..viz import plain
-from .app import app, check_outputs, check_text, complain, drawn
+from .app import BOS_OF_MODEL, Bos, app, check_outputs, complain, drawn
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..viz.characters import Scale
     from ..viz.placed import Placed
 
 
@@ -27,6 +28,7 @@ def show(
     layers: Annotated[tuple[int, ...], arg(metavar="LAYER ...")] = (),
     table: bool = True,
     figure: Annotated[Path | None, arg(metavar="FILE")] = None,
+    bos: Bos = BOS_OF_MODEL,
 ) -> None:
     """Show how far apart a model puts the tokens of a text.
 
@@ -38,6 +40,7 @@ def show(
         figure: draw the characters at their learned positions, as .png, .svg or .pdf, or as .html to explore.
     """
     check_text(text)
+    prepend_bos = bos.prepend()
     explored = figure is not None and figure.suffix.lower() in (".html", ".htm")
     if figure is not None and explored:
         plain.check_page(figure)
@@ -53,7 +56,7 @@ def show(
     from ..viz.placed import layers_to_show, place
 
     loaded = lp.HookedPositionTransformer.from_pretrained(model)
-    placed = place(loaded, text, most=loaded.cfg.n_ctx)
+    placed = place(loaded, text, most=loaded.cfg.n_ctx, prepend_bos=prepend_bos)
     increments = placed.increments.mean(dim=-1)
     rows = layers_to_show(loaded, layers or None, increments)
     # Entry 0 stands before the text; with gap "after", it is the last increment that moves no token of the text.
@@ -69,10 +72,11 @@ def show(
     if figure is not None:
         with drawn(console, figure):
             if explored:
-                lp.viz.spacing_view(loaded, text, layers or None).save(figure)
+                lp.viz.spacing_view(loaded, text, layers or None, prepend_bos=prepend_bos).save(figure)
             else:
                 divisible = all(placed.mean_increment(entry) > 0 for entry in rows)
-                lp.viz.spacing(loaded, text, layers or None, "relative" if divisible else "common", figure)
+                scale: Scale = "relative" if divisible else "common"
+                lp.viz.spacing(loaded, text, layers or None, scale, figure, prepend_bos=prepend_bos)
 
 
 @app.command
@@ -83,6 +87,7 @@ def moved(
     layers: Annotated[tuple[int, ...], arg(metavar="LAYER ...")] = (),
     top: int = 8,
     csv: Annotated[Path | None, arg(metavar="FILE")] = None,
+    bos: Bos = BOS_OF_MODEL,
 ) -> None:
     """Show which tokens a graft or a trained model puts nearest and farthest, and which kinds of token.
 
@@ -96,6 +101,10 @@ def moved(
         csv: write the tokens shown to this file as well, with all columns.
     """
     check_outputs(csv, None)
+    prepend_bos = bos.prepend()
+
+    if corpus is None and prepend_bos is not None:
+        raise PositionsError("--bos or --no-bos was given without --corpus; expected text to read, or neither flag.")
 
     from rich.console import Console
     from rich.text import Text
@@ -104,7 +113,7 @@ def moved(
 
     loaded = lp.HookedPositionTransformer.from_pretrained(model)
     texts = None if corpus is None else lp.corpora.heldout_excerpts(corpus, characters)
-    reading = None if texts is None else lp.analysis.read(loaded, texts)
+    reading = None if texts is None else lp.analysis.read(loaded, texts, prepend_bos=prepend_bos)
     found = lp.analysis.what_moved(loaded, reading, top)
     if texts is None or reading is None:
         of_vocabulary = vocabulary(loaded)
@@ -155,6 +164,7 @@ def report(
     corpus: str | None = None,
     characters: int = 20_000,
     seed: int = 0,
+    bos: Bos = BOS_OF_MODEL,
 ) -> None:
     """Write one page that holds everything about a model's increments, and opens without a network.
 
@@ -174,6 +184,7 @@ def report(
     for one in text:
         check_text(one)
     plain.check_page(output)
+    prepend_bos = bos.prepend()
 
     from rich.console import Console
 
@@ -184,8 +195,10 @@ def report(
     for option, value in options:
         words += [option, *([value] if isinstance(value, str) else value)] if value else []
     words += ["--characters", str(characters), "--seed", str(seed)]
+    words += [] if prepend_bos is None else ["--bos" if prepend_bos else "--no-bos"]
+    command = shlex.join(words)
     try:
-        left_out = lp.viz.report(loaded, output, text, other, corpus, characters, seed, shlex.join(words))
+        left_out = lp.viz.report(loaded, output, text, other, corpus, characters, seed, command, prepend_bos)
     except KeyboardInterrupt as interruption:
         if interruption.args:
             complain(f"interrupted: {output} has the parts that were done.")
@@ -221,7 +234,9 @@ def _print_kinds(
     means: dict[int, float],
 ) -> None:
     """The mean and standard deviation of the increments by kind of token, a column a layer."""
-    table = lp.analysis.increments_by_category(model, placed.tokens)
+    import torch
+
+    table = lp.analysis.increments_by_category(model, placed.tokens, attention_mask=torch.ones_like(placed.tokens))
     print_line(console, "by kind of token (how many): mean ± standard deviation\n")
     entry_of = {model.position_layers[entry]: entry for entry in rows}
     by_kind = table[table["layer"].isin(list(entry_of))].groupby("kind", sort=False)

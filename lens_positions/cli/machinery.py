@@ -11,7 +11,7 @@ import lens_positions as lp
 from ..config import BLOCK
 from ..errors import PositionsError
 from ..terminal import print_grid, print_line, with_interval
-from .app import app, check_outputs, drawn
+from .app import BOS_OF_MODEL, Bos, app, check_outputs, drawn
 from .measuring import Characters, Chart, Corpus, Model, Seed, headed, read_heldout, written
 
 if TYPE_CHECKING:
@@ -32,12 +32,14 @@ def frequencies(
     seed: Seed = 0,
     csv: Csvs = None,
     figure: Chart = None,
+    bos: Bos = BOS_OF_MODEL,
 ) -> None:
     """Show which rotary frequencies queries and keys are large at, layer by layer, and which heads go by position.
 
     Works on any RoPE model that streams attach to, learned increments or not.
     """
     check_outputs(csv, figure)
+    prepend_bos = bos.prepend()
 
     import pandas as pd
     from rich.text import Text
@@ -45,8 +47,8 @@ def frequencies(
     from ..analysis.frequencies import SIDES
 
     loaded, texts, what = read_heldout(model, corpus, characters)
-    norms = lp.analysis.frequency_norms(loaded, texts, seed=seed)
-    heads = lp.analysis.positional_heads(loaded, texts, seed=seed)
+    norms = lp.analysis.frequency_norms(loaded, texts, seed=seed, prepend_bos=prepend_bos)
+    heads = lp.analysis.positional_heads(loaded, texts, seed=seed, prepend_bos=prepend_bos)
     console = headed(
         f"{loaded.name}: mean 2-norm of queries and keys by rotary frequency, {what}",
         "mean over tokens, heads and the frequencies of a quarter",
@@ -96,6 +98,7 @@ def absolute(
     seed: Seed = 0,
     csv: Csvs = None,
     figure: Chart = None,
+    bos: Bos = BOS_OF_MODEL,
 ) -> None:
     """Show where absolute position comes from, layer by layer, on texts whose beginning repeats.
 
@@ -103,6 +106,7 @@ def absolute(
     sum over all keys (the causal mask); then, what goes when the first token's embedding is replaced.
     """
     check_outputs(csv, figure)
+    prepend_bos = bos.prepend()
     if texts < 2:
         raise PositionsError(f"--texts is {texts}; expected at least 2, for intervals.")
 
@@ -113,9 +117,9 @@ def absolute(
     loaded = lp.HookedPositionTransformer.from_pretrained(model)
     given = lp.corpora.heldout_pieces(corpus, texts)
     hooks = lp.ablate(loaded, to="mean", site="positions") if hold else None
-    table = lp.analysis.absolute_variation(loaded, given, hooks=hooks, block=block, seed=seed)
-    drops = lp.analysis.replacement_effects(loaded, given, hooks=hooks, block=block, seed=seed)
-    found = lp.analysis.attention_sinks(loaded, given, hooks=hooks, seed=seed)
+    table = lp.analysis.absolute_variation(loaded, given, hooks=hooks, block=block, seed=seed, prepend_bos=prepend_bos)
+    drops = lp.analysis.replacement_effects(loaded, given, hooks=hooks, block=block, seed=seed, prepend_bos=prepend_bos)
+    found = lp.analysis.attention_sinks(loaded, given, hooks=hooks, seed=seed, prepend_bos=prepend_bos)
     sinks = found[found["first"] == found["first"].iloc[0]].groupby("layer")["share"]
     overall = table[(table["head"] == "all") & (table["layer"] != "all")]
     what = f"the beginnings of {len(given)} pieces of held-out {corpus}, repeated"
@@ -153,16 +157,18 @@ def dispersion(
     seed: Seed = 0,
     csv: Csvs = None,
     figure: Chart = None,
+    bos: Bos = BOS_OF_MODEL,
 ) -> None:
     """Show how attention spreads with the number of items, and what an adaptive temperature does to the loss."""
     check_outputs(csv, figure)
+    prepend_bos = bos.prepend()
 
     from rich.text import Text
 
     loaded, texts, what = read_heldout(model, corpus, characters)
     hooks = lp.analysis.adaptive_temperature(loaded)
-    table = lp.analysis.attention_dispersion(loaded, texts, seed=seed)
-    losses = lp.analysis.loss_by_length(loaded, texts, hooks, lengths, seed)
+    table = lp.analysis.attention_dispersion(loaded, texts, seed=seed, prepend_bos=prepend_bos)
+    losses = lp.analysis.loss_by_length(loaded, texts, hooks, lengths, seed, prepend_bos=prepend_bos)
     console = headed(
         f"{loaded.name}: attention by the number of items, {what}",
         "entropy in nats, mean over heads, with 95% intervals; the entropy of even attention below",

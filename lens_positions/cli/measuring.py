@@ -12,7 +12,7 @@ import lens_positions as lp
 from ..config import Alphabet
 from ..errors import PositionsError
 from ..terminal import print_grid, print_line, with_interval
-from .app import app, check_learned, check_outputs, complain, drawn
+from .app import BOS_OF_MODEL, Bos, app, check_learned, check_outputs, complain, drawn
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,6 +38,7 @@ def kinds(
     seed: Seed = 0,
     csv: Csv = None,
     figure: Chart = None,
+    bos: Bos = BOS_OF_MODEL,
 ) -> None:
     """Show increments by layer and kind of token: mean, least and largest.
 
@@ -46,11 +47,14 @@ def kinds(
         only: the kinds to show; all that occur if none is named.
     """
     check_outputs(csv, figure)
+    prepend_bos = bos.prepend()
 
     from rich.text import Text
 
     loaded, texts, what = read_heldout(model, corpus, characters)
-    table = lp.analysis.increments_by_category(loaded, texts, seed=seed, alphabet=alphabet, only=only or None)
+    table = lp.analysis.increments_by_category(
+        loaded, texts, seed=seed, alphabet=alphabet, only=only or None, prepend_bos=prepend_bos
+    )
     console = headed(f"{loaded.name}: increments by kind of token, {what}", f"mean (least to largest); {PER_TOKEN}")
     names = [f"{kind} ({n:,})" for kind, n in table.groupby("kind", sort=False)["n"].first().items()]
     _grid(console, table, "kind", "layer", lambda row: f"{row.mean:.2f} ({row.min:.2f} to {row.max:.2f})", names)
@@ -73,6 +77,7 @@ def boundaries(
     seed: Seed = 0,
     csv: Csv = None,
     figure: Chart = None,
+    bos: Bos = BOS_OF_MODEL,
 ) -> None:
     """Show how well increments tell Chinese word boundaries from the inside of words, layer by layer.
 
@@ -86,6 +91,7 @@ def boundaries(
         training: the corpus whose training text gives the mutual information of characters; none leaves that out.
     """
     check_outputs(csv, figure)
+    prepend_bos = bos.prepend()
     texts, segmented, of_what = _segmented(words, corpus)
     if lines is not None:
         if lines < 1:
@@ -95,7 +101,7 @@ def boundaries(
         segmented = segmented if isinstance(segmented, str) else [segmented[i] for i in kept]
     counted = None if training == "none" else lp.corpora.load(training)["train"]["text"]
     loaded = lp.HookedPositionTransformer.from_pretrained(model)
-    table = lp.analysis.boundary_auc(loaded, texts, segmented, counted, seed)
+    table = lp.analysis.boundary_auc(loaded, texts, segmented, counted, seed, prepend_bos=prepend_bos)
     first = table.iloc[0]
     what = f"{first['n']:,} gaps between Chinese characters in {first['lines']:,} lines, {of_what}"
     console = headed(
@@ -120,6 +126,7 @@ def names(
     ] = "english",
     names: Annotated[Path | None, arg(metavar="FILE")] = None,
     csv: Csv = None,
+    bos: Bos = BOS_OF_MODEL,
 ) -> None:
     """Show whether the space inside a two-word name is shorter than in the reversed name, layer by layer.
 
@@ -129,6 +136,7 @@ def names(
         names: two-word names, one a line; 94 that presidents speak of if none are given.
     """
     check_outputs(csv, None)
+    prepend_bos = bos.prepend()
     if names is not None and not names.is_file():
         raise PositionsError(f"there is no file {names}; expected one with a two-word name a line.")
 
@@ -140,7 +148,9 @@ def names(
     given = NAMES if names is None else [line for line in lines if line]
     loaded = lp.HookedPositionTransformer.from_pretrained(model)
     check_learned(loaded, "names and other words are alike", "a model with learned increments")
-    table = lp.analysis.entity_grouping(loaded, lp.corpora.load(corpus)["train"]["text"], given)
+    table = lp.analysis.entity_grouping(
+        loaded, lp.corpora.load(corpus)["train"]["text"], given, prepend_bos=prepend_bos
+    )
     console = headed(
         f"{loaded.name}: the increment at the space inside two words, real order minus reversed",
         "mean with a 95% interval, share nearer in the real order, Wilcoxon p (q over layers), over families of pairs "
@@ -163,16 +173,22 @@ def names(
 
 @app.command
 def heads(
-    model: Model, corpus: Corpus = "bilingual", characters: Characters = 60_000, seed: Seed = 0, csv: Csv = None
+    model: Model,
+    corpus: Corpus = "bilingual",
+    characters: Characters = 60_000,
+    seed: Seed = 0,
+    csv: Csv = None,
+    bos: Bos = BOS_OF_MODEL,
 ) -> None:
     """Show each head's mean increment and how far back it looks, and how the two go together."""
     check_outputs(csv, None)
+    prepend_bos = bos.prepend()
 
     import pandas as pd
 
     loaded, texts, what = read_heldout(model, corpus, characters)
     check_learned(loaded, "there is nothing to compare", "a model with learned increments")
-    table = lp.analysis.head_profile(loaded, texts, seed)
+    table = lp.analysis.head_profile(loaded, texts, seed, prepend_bos=prepend_bos)
     console = headed(f"{loaded.name}: heads, {what}", f"mean increment, and look-back in tokens; {PER_TOKEN}")
     named = table.assign(head=[f"{layer}.{head}" for layer, head in zip(table["layer"], table["head"], strict=True)])
     both = pd.concat(
@@ -196,19 +212,25 @@ def heads(
 
 @app.command
 def saturation(
-    model: Model, corpus: Corpus = "bilingual", characters: Characters = 60_000, seed: Seed = 0, csv: Csv = None
+    model: Model,
+    corpus: Corpus = "bilingual",
+    characters: Characters = 60_000,
+    seed: Seed = 0,
+    csv: Csv = None,
+    bos: Bos = BOS_OF_MODEL,
 ) -> None:
     """Show the share of increments that sit at their cap, or below zero where they are signed, layer by layer."""
     check_outputs(csv, None)
+    prepend_bos = bos.prepend()
     loaded, texts, what = read_heldout(model, corpus, characters)
     if loaded.position_config.learned and loaded.position_config.activation == "none":
-        table = lp.analysis.below_zero(loaded, texts, seed)
+        table = lp.analysis.below_zero(loaded, texts, seed, prepend_bos=prepend_bos)
         console = headed(f"{loaded.name}: increments below zero, {what}", PER_TOKEN)
         for row in table.itertuples():
             print_line(console, f"  layer {row.layer}  {_share(row, 'share')}  least {row.min:.2f}")
         written(console, table, csv)
         return
-    table = lp.analysis.saturation(loaded, texts, seed)
+    table = lp.analysis.saturation(loaded, texts, seed, prepend_bos=prepend_bos)
     console = headed(f"{loaded.name}: increments at the cap of {table['cap'].iloc[0]:g}, {what}", PER_TOKEN)
     for row in table.itertuples():
         print_line(console, f"  layer {row.layer}  {_share(row, 'share')}  largest {row.max:.2f}")
@@ -223,6 +245,7 @@ def specialisation(
     alphabet: Alphabet = "prose",
     seed: Seed = 0,
     csv: Csv = None,
+    bos: Bos = BOS_OF_MODEL,
 ) -> None:
     """Show how much of each layer's increments the kind of a token explains, and which kinds stand out.
 
@@ -230,9 +253,10 @@ def specialisation(
         alphabet: kinds of prose, or those of program text (code).
     """
     check_outputs(csv, None)
+    prepend_bos = bos.prepend()
     loaded, texts, what = read_heldout(model, corpus, characters)
     check_learned(loaded, "no kind stands out", "a model with learned increments")
-    table = lp.analysis.specialisation(loaded, texts, alphabet, seed)
+    table = lp.analysis.specialisation(loaded, texts, alphabet, seed, prepend_bos=prepend_bos)
     console = headed(
         f"{loaded.name}: what the kind of a token explains of its increment, {what}",
         f"share of the variance (with kinds shuffled in each document); × is to the mean of the layer; {PER_TOKEN}",

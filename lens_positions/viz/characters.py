@@ -16,15 +16,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-from jaxtyping import Int
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
-from torch import Tensor
 
 from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
+from ..text import Mask, TextOrTokens
 from . import style
 from .placed import Placed, layers_to_show, place
 
@@ -40,10 +39,13 @@ Scale = Literal["relative", "common"]
 
 def spacing(
     model: HookedPositionTransformer,
-    text: str | Int[Tensor, " pos"],
+    text: TextOrTokens,
     layers: Sequence[int] | None = None,
     scale: Scale = "relative",
     path: str | Path | None = None,
+    *,
+    attention_mask: Mask = None,
+    prepend_bos: bool | None = None,
 ) -> Figure:
     """Draw a text with each character at its learned position, one row a layer.
 
@@ -57,16 +59,18 @@ def spacing(
         layers: the layers to draw; None is all of them.
         scale: "relative" divides each row by its mean increment, "common" keeps steps of standard RoPE.
         path: where to write the figure as well, as .png, .svg or .pdf.
+        attention_mask, prepend_bos: as for `placed.place`.
 
     Raises:
-        PositionsError: an empty text, a layer that the model lacks, a mean increment that is not positive in the
-            relative scale, a path that cannot be written, or (MissingFontError) Chinese and no font that can draw it.
+        PositionsError: an empty text, several texts, padding without a mask, a layer that the model lacks, a mean
+            increment that is not positive in the relative scale, a path that cannot be written, or (MissingFontError)
+            Chinese and no font that can draw it.
     """
     if scale not in ("relative", "common"):
         raise PositionsError(f'scale is {scale!r}; expected "relative" or "common".')
     if path is not None:
         style.check_path(path)
-    placed = place(model, text)
+    placed = place(model, text, attention_mask=attention_mask, prepend_bos=prepend_bos)
     rows = rows_of(placed, layers_to_show(model, layers, placed.positions), scale)
     fonts = style.fonts_for("".join(placed.units))
     with style.context():

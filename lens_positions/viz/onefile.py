@@ -50,12 +50,13 @@ Piece = dict[str, Any]
 def report(
     model: HookedPositionTransformer,
     path: str | Path,
-    texts: Sequence[str] = (),
+    texts: str | Sequence[str] = (),
     compare: HookedPositionTransformer | None = None,
     corpus: str | None = None,
     characters: int = 20_000,
     seed: int = 0,
     command: str = "",
+    prepend_bos: bool | None = None,
 ) -> list[str]:
     """Write a report on a model, and on another beside it.
 
@@ -69,6 +70,7 @@ def report(
         characters: at most so much of it, taken evenly from the held-out documents.
         seed: of the resampling and the shuffles.
         command: how to make it again, as it stands in the report.
+        prepend_bos: whether every text gets the beginning-of-sequence token; None is TransformerLens' default.
 
     Returns:
         What was cut or left out, a sentence each. Interrupted, it writes the parts that are done, says so in the page,
@@ -86,12 +88,12 @@ def report(
 
     planned: list[tuple[str, Callable[[], Iterator[Piece]]]] = [
         ("The model" if compare is None else "The models", lambda: _facts(models)),
-        ("Characters at their positions", lambda: _spacing(models, texts)),
-        ("Tokens tinted by increment", lambda: _tints(models, texts)),
-        ("Attention beside increments", lambda: _attention(models, texts)),
-        ("Increments by kind of token", lambda: _kinds(models, held_out, of_corpus, seed)),
-        ("Loss on held-out text", lambda: _losses(models, held_out, of_corpus, seed)),
-        ("What the increments are needed for", lambda: _ablations(models, held_out, of_corpus, seed)),
+        ("Characters at their positions", lambda: _spacing(models, texts, prepend_bos)),
+        ("Tokens tinted by increment", lambda: _tints(models, texts, prepend_bos)),
+        ("Attention beside increments", lambda: _attention(models, texts, prepend_bos)),
+        ("Increments by kind of token", lambda: _kinds(models, held_out, of_corpus, seed, prepend_bos)),
+        ("Loss on held-out text", lambda: _losses(models, held_out, of_corpus, seed, prepend_bos)),
+        ("What the increments are needed for", lambda: _ablations(models, held_out, of_corpus, seed, prepend_bos)),
         ("How to make this report again", lambda: _again(models, of_corpus, seed, command)),
     ]
     parts: list[dict[str, Any]] = []
@@ -172,22 +174,22 @@ def _training_facts(folder: Path) -> dict[str, str]:
         return {}
 
 
-def _spacing(models: list[HookedPositionTransformer], texts: list[str]) -> Iterator[Piece]:
+def _spacing(models: list[HookedPositionTransformer], texts: list[str], bos: bool | None) -> Iterator[Piece]:
     yield _text("Each character stands as far from the last as the model puts it, one row a layer.")
     for text in texts:
         if len(text) > SNIPPET:
             yield {"kind": "quote", "text": text}
         for model in models:
-            yield _view(spacing_view(model, text), text, model, models)
+            yield _view(spacing_view(model, text, prepend_bos=bos), text, model, models)
 
 
-def _tints(models: list[HookedPositionTransformer], texts: list[str]) -> Iterator[Piece]:
+def _tints(models: list[HookedPositionTransformer], texts: list[str], bos: bool | None) -> Iterator[Piece]:
     for text in texts:
         for model in models:
-            yield _view(tokens_view(model, text), text, model, models)
+            yield _view(tokens_view(model, text, prepend_bos=bos), text, model, models)
 
 
-def _attention(models: list[HookedPositionTransformer], texts: list[str]) -> Iterator[Piece]:
+def _attention(models: list[HookedPositionTransformer], texts: list[str], bos: bool | None) -> Iterator[Piece]:
     yield _text(
         "The same attention on two rulers: tokens as far apart as the layer has them, and counted. What is near on the "
         "upper ruler is near for this layer, whatever stands between."
@@ -195,12 +197,14 @@ def _attention(models: list[HookedPositionTransformer], texts: list[str]) -> Ite
     for text in texts:
         for model in models:
             try:
-                yield _view(attention_view(model, text), text, model, models)
+                yield _view(attention_view(model, text, prepend_bos=bos), text, model, models)
             except PositionsError as error:
                 yield _note(str(error))
 
 
-def _kinds(models: list[HookedPositionTransformer], texts: list[str], of: str, seed: int) -> Iterator[Piece]:
+def _kinds(
+    models: list[HookedPositionTransformer], texts: list[str], of: str, seed: int, bos: bool | None
+) -> Iterator[Piece]:
     if not texts:
         yield _note(of)
         return
@@ -208,7 +212,7 @@ def _kinds(models: list[HookedPositionTransformer], texts: list[str], of: str, s
         if model.position_config.source == "static":
             yield _note(f"Every increment of {model.name} is 1: there is nothing to compare.")
             continue
-        table = increments_by_category(model, texts, seed=seed)
+        table = increments_by_category(model, texts, seed=seed, prepend_bos=bos)
         caption = f"{model.name}; {of}. Intervals: 95% of resamples of documents, seed {seed}."
         yield _figure(kinds_chart(table, caption), f"Increments by kind of token and layer, {model.name}")
         rows = [
@@ -220,11 +224,13 @@ def _kinds(models: list[HookedPositionTransformer], texts: list[str], of: str, s
         yield _table(columns, rows, f"The numbers, {model.name}")
 
 
-def _losses(models: list[HookedPositionTransformer], texts: list[str], of: str, seed: int) -> Iterator[Piece]:
+def _losses(
+    models: list[HookedPositionTransformer], texts: list[str], of: str, seed: int, bos: bool | None
+) -> Iterator[Piece]:
     if not texts:
         yield _note(of)
         return
-    table = compared(models, texts, seed)
+    table = compared(models, texts, seed, prepend_bos=bos)
     rows = []
     for row in table.to_dict("records"):
         loss = f"{row['loss']:.4f}{_interval(row['low'], row['high'], '.4f')}"
@@ -242,7 +248,9 @@ def _losses(models: list[HookedPositionTransformer], texts: list[str], of: str, 
     )
 
 
-def _ablations(models: list[HookedPositionTransformer], texts: list[str], of: str, seed: int) -> Iterator[Piece]:
+def _ablations(
+    models: list[HookedPositionTransformer], texts: list[str], of: str, seed: int, bos: bool | None
+) -> Iterator[Piece]:
     if not texts:
         yield _note(of)
         return
@@ -254,7 +262,7 @@ def _ablations(models: list[HookedPositionTransformer], texts: list[str], of: st
         if model.position_config.source == "static":
             yield _note(f"Every increment of {model.name} is 1: ablating them does nothing.")
             continue
-        loss = causal.ablation_table(model, texts, seed=seed).loss
+        loss = causal.ablation_table(model, texts, seed=seed, prepend_bos=bos).loss
         base = loss.iloc[0]
         caption = (
             f"{model.name}; {base['n']:,} tokens, {of}; {base['baseline']:.4f} nats per token without ablation. "

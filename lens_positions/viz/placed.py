@@ -20,6 +20,7 @@ from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
 from ..increments import PositionConfig
 from ..interventions import hook_names, index_of, indices_of
+from ..text import Mask, TextOrTokens, prompts_of
 from ..tokenizer import byte_characters, character_spans, is_byte_tokenizer
 
 MOST_DRAWN = 1024
@@ -105,10 +106,12 @@ class Placed:
 
 def place(
     model: HookedPositionTransformer,
-    text: str | Int[Tensor, " pos"],
+    text: TextOrTokens,
     *,
     patterns: bool = False,
     most: int = MOST_DRAWN,
+    attention_mask: Mask = None,
+    prepend_bos: bool | None = None,
 ) -> Placed:
     """Run a model on a text, and keep where it puts what.
 
@@ -117,15 +120,22 @@ def place(
         text: a text, or the tokens of one as they are, special ones in front included.
         patterns: keep the attention patterns as well.
         most: tokens at most; the context in any case.
+        attention_mask: the real tokens of a padded row; the padding is left out.
+        prepend_bos: whether a text gets the beginning-of-sequence token; None is TransformerLens' default.
 
     Raises:
-        PositionsError: an empty text, a model without a tokenizer, no such tokens, or a first character that alone is
-            too long.
+        PositionsError: an empty text, several texts, a model without a tokenizer, no such tokens, padding without a
+            mask, or a first character that alone is too long.
     """
     if getattr(model, "tokenizer", None) is None:
         raise PositionsError("the model has no tokenizer; expected one, to tell what its tokens are.")
     room = min(model.cfg.n_ctx, index_of(most, "most", "at least one token", least=1))
-    tokens, units, sizes, spans = _units(model, text)
+    prompts = prompts_of(model, text, attention_mask, prepend_bos, whole=True)
+    if len(prompts) != 1:
+        raise PositionsError(f"{len(prompts)} texts were given; expected one text, or its token ids [pos].")
+    tokens = prompts[0]
+    (given,) = [text] if isinstance(text, str | Tensor) else text
+    units, sizes, spans = _units(model, tokens, given if isinstance(given, str) else None)
     kept = sum(stop <= room for _, stop in spans)
     if not kept:
         raise PositionsError(f"the first character takes more than {room} tokens; expected a text that begins in them.")
@@ -189,41 +199,26 @@ def layers_to_show(
 
 
 def _units(
-    model: HookedPositionTransformer, text: str | Int[Tensor, " pos"]
-) -> tuple[Int[Tensor, " pos"], list[str], list[int], list[tuple[int, int]]]:
-    """The tokens; the units, how many characters each has, and the half-open range of its tokens."""
+    model: HookedPositionTransformer, tokens: Int[Tensor, " pos"], text: str | None
+) -> tuple[list[str], list[int], list[tuple[int, int]]]:
+    """The units of some tokens, how many characters each has, and the range of its tokens; `text` where it is known."""
     tokenizer = model.tokenizer
-    if isinstance(text, str):
-        if not text:
-            raise PositionsError("the text is empty; expected at least one character.")
+    if text is not None:
         of_character = character_spans(tokenizer, text)
-        tokens = model.to_tokens(text, truncate=False)[0]
         own = len(tokenizer(text, add_special_tokens=False)["input_ids"])
     else:
-        if (
-            not isinstance(text, Tensor)
-            or text.ndim != 1
-            or text.dtype not in (torch.int32, torch.int64)
-            or not len(text)
-        ):
-            given = f"shape {tuple(text.shape)}" if isinstance(text, Tensor) else repr(text)
-            raise PositionsError(f"a text was given as {given}; expected a string, or its token ids [pos].")
-        if text.min() < 0 or text.max() >= model.cfg.d_vocab:
-            raise PositionsError(
-                f"tokens go from {text.min()} to {text.max()}; expected ids from 0 to {model.cfg.d_vocab - 1}."
-            )
-        tokens, special = text, set(tokenizer.all_special_ids)
-        own = len(text) - next((i for i, token in enumerate(text.tolist()) if token not in special), len(text) - 1)
-        ids = text[len(text) - own :].tolist()
+        given, special = tokens.tolist(), set(tokenizer.all_special_ids)
+        own = len(given) - next((i for i, token in enumerate(given) if token not in special), len(given) - 1)
+        ids = given[len(given) - own :]
         text = str(tokenizer.decode(ids))
         if tokenizer(text, add_special_tokens=False)["input_ids"] != ids:
             named = byte_characters(ids) if is_byte_tokenizer(tokenizer) else [(tokenizer.decode([i]), 1) for i in ids]
             stops = list(accumulate((size for _, size in named), initial=len(tokens) - own))
-            return tokens, [unit for unit, _ in named], [1] * len(named), list(pairwise(stops))
+            return [unit for unit, _ in named], [1] * len(named), list(pairwise(stops))
         of_character = character_spans(tokenizer, text)
     before = len(tokens) - own
     starts = [min(start, own - 1) for start, _ in of_character]
     heads = [i for i, start in enumerate(starts) if i == 0 or start != starts[i - 1]]
     pieces = list(pairwise([*heads, len(text)]))
     spans = [(before + starts[i], before + max(of_character[j - 1][1], starts[i] + 1)) for i, j in pieces]
-    return tokens, [text[i:j] for i, j in pieces], [j - i for i, j in pieces], spans
+    return [text[i:j] for i, j in pieces], [j - i for i, j in pieces], spans

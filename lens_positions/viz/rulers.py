@@ -8,14 +8,13 @@ is the same to explore.
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int
 from matplotlib.figure import Figure
 from matplotlib.patches import Arc
-from torch import Tensor
 
 from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
 from ..interventions import index_of
+from ..text import Mask, TextOrTokens
 from . import style
 from .placed import MOST_ATTENDING, place
 
@@ -28,11 +27,14 @@ LABEL_LENGTH = 12
 
 def arcs(
     model: HookedPositionTransformer,
-    text: str | Int[Tensor, " pos"],
+    text: TextOrTokens,
     layer: int,
     head: int,
     token: int | None = None,
     path: str | Path | None = None,
+    *,
+    attention_mask: Mask = None,
+    prepend_bos: bool | None = None,
 ) -> Figure:
     """Draw the attention of one token in one head, on a ruler of learned positions and on one of token counts.
 
@@ -43,14 +45,18 @@ def arcs(
         head: a query head.
         token: the one that attends, counted from 0 with special tokens in front; None is the last.
         path: where to write the figure as well, as .png, .svg or .pdf.
+        attention_mask, prepend_bos: as for `placed.place`.
 
     Raises:
-        PositionsError: an empty text, no such layer, head or token, a model that shows no attention patterns, a path
-            that cannot be written, or (MissingFontError) Chinese and no font that can draw it.
+        PositionsError: an empty text, several texts, padding without a mask, no such layer, head or token, a model that
+            shows no attention patterns, a path that cannot be written, or (MissingFontError) Chinese and no font that
+            can draw it.
     """
     if path is not None:
         style.check_path(path)
-    placed = place(model, text, patterns=True, most=MOST_ATTENDING)
+    placed = place(
+        model, text, patterns=True, most=MOST_ATTENDING, attention_mask=attention_mask, prepend_bos=prepend_bos
+    )
     patterns = placed.attention()
     n, heads = len(placed.tokens), patterns.shape[1]
     layer = index_of(layer, "layer", "a number from 0")

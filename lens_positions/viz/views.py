@@ -21,10 +21,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from ..hooked import HookedPositionTransformer
+from ..text import Mask, TextOrTokens
 from . import style
 from .characters import Scale, caption_of, is_boundary, rows_of
 from .placed import MOST_ATTENDING, Placed, layers_to_show, place
@@ -83,7 +84,12 @@ class View:
 
 
 def spacing_view(
-    model: HookedPositionTransformer, text: str | Int[Tensor, " pos"], layers: Sequence[int] | None = None
+    model: HookedPositionTransformer,
+    text: TextOrTokens,
+    layers: Sequence[int] | None = None,
+    *,
+    attention_mask: Mask = None,
+    prepend_bos: bool | None = None,
 ) -> View:
     """Characters at their learned positions: `characters.spacing` to explore.
 
@@ -91,11 +97,12 @@ def spacing_view(
         model: the model.
         text: what to draw, or its tokens, special ones in front included.
         layers: the layers to draw; None is all of them.
+        attention_mask, prepend_bos: as for `placed.place`.
 
     Raises:
-        PositionsError: an empty text, or a layer that the model lacks.
+        PositionsError: an empty text, several texts, padding without a mask, or a layer that the model lacks.
     """
-    placed = place(model, text)
+    placed = place(model, text, attention_mask=attention_mask, prepend_bos=prepend_bos)
     shown = layers_to_show(model, layers, placed.positions)
     rows = rows_of(placed, shown, "common")
     relative = all(row.mean_increment > LEAST_MEAN for row in rows)
@@ -123,7 +130,12 @@ def spacing_view(
 
 
 def tokens_view(
-    model: HookedPositionTransformer, text: str | Int[Tensor, " pos"], layers: Sequence[int] | None = None
+    model: HookedPositionTransformer,
+    text: TextOrTokens,
+    layers: Sequence[int] | None = None,
+    *,
+    attention_mask: Mask = None,
+    prepend_bos: bool | None = None,
 ) -> View:
     """The tokens of a text tinted by their increments, one row a layer, by circuitsvis.
 
@@ -132,7 +144,7 @@ def tokens_view(
 
     Args, raises: as `spacing_view`.
     """
-    placed = place(model, text)
+    placed = place(model, text, attention_mask=attention_mask, prepend_bos=prepend_bos)
     shown = layers_to_show(model, layers, placed.increments)
     n = _fitting(placed, len(shown))
     stop = placed.last[n - 1] + 1
@@ -162,7 +174,12 @@ def tokens_view(
 
 
 def attention_view(
-    model: HookedPositionTransformer, text: str | Int[Tensor, " pos"], most: int = MOST_ATTENDING
+    model: HookedPositionTransformer,
+    text: TextOrTokens,
+    most: int = MOST_ATTENDING,
+    *,
+    attention_mask: Mask = None,
+    prepend_bos: bool | None = None,
 ) -> View:
     """Attention beside increments: arcs on two rulers, and circuitsvis' attention heads.
 
@@ -170,11 +187,13 @@ def attention_view(
         model: the model.
         text: what to read, or its tokens, special ones in front included.
         most: tokens at most; the text is cut there, and the caption says so.
+        attention_mask, prepend_bos: as for `placed.place`.
 
     Raises:
-        PositionsError: an empty text, or a model that shows no attention patterns.
+        PositionsError: an empty text, several texts, padding without a mask, or a model that shows no attention
+            patterns.
     """
-    placed = place(model, text, patterns=True, most=most)
+    placed = place(model, text, patterns=True, most=most, attention_mask=attention_mask, prepend_bos=prepend_bos)
     patterns = placed.attention()
     spread = placed.increments.std(dim=(1, 2), correction=0) / placed.increments.abs().mean(dim=(1, 2)).clamp_min(1e-9)
     source = placed.config.source
