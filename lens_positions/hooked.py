@@ -6,6 +6,7 @@ inside it.
 """
 
 import math
+import tempfile
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -18,7 +19,7 @@ from transformer_lens.model_bridge.sources._bridge_builder import (
     build_bridge_config_from_hf,
     configure_tokenizer,
 )
-from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from .attach import PositionStreams, attach_positions, unbridged
 from .calls import HookedCalls
@@ -109,8 +110,7 @@ class HookedPositionTransformer(HookedCalls):
         adapter.cfg.device = str(model.device)
         adapter.prepare_model(model)
         if tokenizer is not None:
-            tokenizer.init_kwargs.setdefault("name_or_path", "")  # TransformerLens asks for it
-            tokenizer = configure_tokenizer(tokenizer, adapter.cfg)
+            tokenizer = _configured(tokenizer, adapter.cfg)
         bridge = cls(model, adapter, tokenizer)
         attach_positions(bridge, config, table=table).load_state_dict(state)
         bridge.name = name
@@ -283,3 +283,18 @@ class HookedPositionTransformer(HookedCalls):
             return super().to_str_tokens(input, *args, **kwargs)
         tokens = self.to_tokens(input, *args, **kwargs)[0] if isinstance(input, str) else torch.as_tensor(input)
         return byte_labels(tokens.flatten().tolist())
+
+
+def _configured(tokenizer: Any, cfg: Any) -> Any:
+    """The tokenizer as TransformerLens sets it up: it loads another one by the name of the first.
+
+    One that was made in memory has no name, and is loaded from a folder for the time.
+    """
+    tokenizer.init_kwargs.setdefault("name_or_path", "")
+    if tokenizer.init_kwargs["name_or_path"] or is_byte_tokenizer(tokenizer):
+        return configure_tokenizer(tokenizer, cfg)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        configured = configure_tokenizer(AutoTokenizer.from_pretrained(folder), cfg)
+    configured.name_or_path = configured.init_kwargs["name_or_path"] = ""
+    return configured

@@ -266,9 +266,10 @@ def _attach_saved(model: Any, saved: SavedPositions, state: dict[str, Tensor], f
     except (RuntimeError, PositionsError) as error:
         if streams is not None:
             streams.detach()
-        reason = " ".join(str(error).split())
+        first = next((line for line in str(error).splitlines()[1:] if line), str(error))  # of torch's list
         raise PositionsError(
-            f"{folder / 'positions.safetensors'} does not fit its positions.json ({reason[:200]})."
+            f"{folder / 'positions.safetensors'} does not fit its positions.json ({' '.join(first.split())[:150]}); "
+            "expected the streams that it describes."
         ) from error
     return streams
 
