@@ -11,6 +11,9 @@ name or a hook function that nothing hears is refused before the model runs.
                                 settings of transformers' generate are `hf_generate`'s
     generate_stream             TransformerLens' own
     hf_generate                 transformers' own, which it checks itself
+
+TransformerLens pads texts of different length itself, and hands on no mask of that padding, or one that it guesses from
+the tokens. Here such texts go on as tokens beside their mask, so that each gives what it gives alone.
 """
 
 import difflib
@@ -22,6 +25,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.bridge_core import build_alias_to_canonical_map
@@ -29,6 +33,7 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.utils import TransformersKwargs
 
 from .errors import PositionsError
+from .text import padded, prompts_of
 
 HookPairs = Iterable[tuple[Any, Any]] | None
 """(hook name or filter of hook names, hook function) pairs, as TransformerLens takes them."""
@@ -43,6 +48,10 @@ OF_THE_PROMPT = {"position_ids", "past_key_values", "labels", "inputs_embeds"}
 """Keywords of a forward pass that `generate` would hand over with the prompt and forget at the next token."""
 
 
+COUNT_PADDING = {"repetition_penalty": 1.0, "freq_penalty": 0.0, "no_repeat_ngram_size": 0, "min_length": 0}
+"""Settings of a generation that count the padding among the tokens of a prompt, and what they are when they are off."""
+
+
 class HookedCalls(TransformerBridge):
     """A TransformerBridge that hears hooks in every call and refuses keywords that nothing hears."""
 
@@ -52,15 +61,17 @@ class HookedCalls(TransformerBridge):
         """Run the model, as `TransformerBridge.forward`, with hooks for this pass where any are given.
 
         Args:
-            input: text, a list of texts, tokens [batch, pos] or [pos], or embeddings [batch, pos, d_model].
+            input: text, a list of texts, tokens [batch, pos] or [pos], or embeddings [batch, pos, d_model]. Of texts of
+                different length, the shorter are padded and their padding is masked: a loss is the mean over real
+                tokens, and 0 at padding with `loss_per_token`.
             args, kwargs: as `TransformerBridge.forward` (return_type, prepend_bos, attention_mask, ...) and the
                 model's own forward (position_ids, logits_to_keep, ...).
             fwd_hooks: (hook name or filter, hook function) pairs, for this pass, beside hooks that are active.
             bwd_hooks: the same for the gradients of this pass, whenever its backward pass runs.
 
         Raises:
-            PositionsError: a keyword, hook name or hook function that nothing hears, or backward hooks while
-                gradients are off.
+            PositionsError: a keyword, hook name or hook function that nothing hears, backward hooks while gradients
+                are off, or texts of different length with a mask that shows their padding.
 
         Warns:
             UserWarning: a hook function was not called, as the model does not come by its hook point.
@@ -69,6 +80,7 @@ class HookedCalls(TransformerBridge):
         forward, backward = self._heard("forward", input, kwargs, fwd_hooks, bwd_hooks)
         if forward or backward:
             return self.run_with_hooks(input, fwd_hooks=forward, bwd_hooks=backward, **kwargs)
+        input = self._masked("forward", input, kwargs)
         return super().forward(input, **kwargs)
 
     def run_with_hooks(
@@ -77,6 +89,7 @@ class HookedCalls(TransformerBridge):
         """Run the model with hooks, as `TransformerBridge.run_with_hooks`; refusals and warnings as `forward`."""
         kwargs = _named("run_with_hooks", args, kwargs, after=3)
         forward, backward = self._heard("run_with_hooks", input, kwargs, fwd_hooks, bwd_hooks)
+        input = self._masked("run_with_hooks", input, kwargs)
         with _listened(forward, kwargs) as counted:
             return super().run_with_hooks(input, counted, backward, **kwargs)
 
@@ -92,6 +105,7 @@ class HookedCalls(TransformerBridge):
         forward, backward = self._heard("run_with_cache", input, kwargs, fwd_hooks, bwd_hooks)
         if isinstance(input, str):
             kwargs.pop("padding_side", None)  # one text has none; its tokens would be refused with it
+        input = self._masked("run_with_cache", input, kwargs)
         if kwargs.get("start_at_layer") is not None:
             start = kwargs["start_at_layer"] % len(self.blocks)
             forward, backward = (self._from_layer(start, pairs) for pairs in (forward, backward))
@@ -107,19 +121,22 @@ class HookedCalls(TransformerBridge):
         With a key-value cache, hooks are called once for the prompt and once for each new token but the last.
 
         Args:
-            input: text, a list of texts, or tokens [batch, pos] or [pos].
+            input: text, a list of texts, or tokens [batch, pos] or [pos]. Texts of different length are padded on the
+                left, whatever `padding_side` is.
             args, kwargs: as `TransformerBridge.generate`; `use_cache` is `use_past_kv_cache`.
             fwd_hooks: as `forward`.
             bwd_hooks: refused, as nothing is differentiated.
 
         Raises:
-            PositionsError: as `forward`, or a setting that only transformers' own generate hears.
+            PositionsError: as `forward`, a setting that only transformers' own generate hears, or one that would count
+                the padding of a prompt.
         """
         kwargs = _named("generate", args, kwargs)
         if kwargs.get("use_cache") is not None:
             kwargs["use_past_kv_cache"] = kwargs["use_cache"]
         kwargs.pop("use_cache", None)
         forward = self._heard_in_generation("generate", kwargs, fwd_hooks, bwd_hooks)
+        input = self._masked("generate", input, kwargs)
         with self._hooked(forward, [], kwargs):
             return super().generate(_batched(input), **kwargs)
 
@@ -132,6 +149,7 @@ class HookedCalls(TransformerBridge):
         """
         kwargs = _named("generate_stream", args, kwargs)
         forward = self._heard_in_generation("generate_stream", kwargs, fwd_hooks, bwd_hooks)
+        input = self._masked("generate_stream", input, kwargs)
         pieces = super().generate_stream(_batched(input), **kwargs)
         return self._hooked_pieces(pieces, forward) if forward else pieces
 
@@ -140,6 +158,13 @@ class HookedCalls(TransformerBridge):
     ) -> Any:
         """Continue a text with transformers' own generate, as `TransformerBridge.hf_generate`; hooks as `generate`."""
         _refuse_backward("hf_generate", bwd_hooks)
+        mask = kwargs.get("attention_mask")
+        if _several_texts(input):
+            padding = len(set(map(len, self.tokenizer(input)["input_ids"]))) > 1
+        else:
+            padding = isinstance(mask, Tensor) and not mask.all()
+        if padding:
+            _refuse_counting("hf_generate", vars(self.original_model.generation_config) | kwargs)
         with self._hooked(self._pairs(fwd_hooks, "fwd_hooks"), [], {}):
             return super().hf_generate(_batched(input), *args, **kwargs)
 
@@ -199,6 +224,27 @@ class HookedCalls(TransformerBridge):
                 "torch.enable_grad()."
             )
         return self._pairs(fwd_hooks, "fwd_hooks"), backward
+
+    def _masked(self, method: str, input: Any, kwargs: dict[str, Any]) -> Any:
+        """Several texts as tokens, with the mask of their padding among the keywords; other input as it is."""
+        generates = method.startswith("generate")
+        if _several_texts(input) and self._pads_as_texts_alone(generates):
+            prompts = prompts_of(self, input, prepend_bos=kwargs.pop("prepend_bos", None), whole=generates)
+            side = kwargs.pop("padding_side", None)
+            input, real = padded(self.tokenizer, prompts, "left" if generates else side)
+            _hand_on(method, real.bool(), kwargs)
+            if generates and kwargs.get("return_type", "input") == "input":
+                kwargs["return_type"] = "str"  # as for texts
+        mask = kwargs.get("attention_mask")
+        if generates and isinstance(mask, Tensor) and not mask.all():
+            _refuse_counting(method, kwargs)
+        return input
+
+    def _pads_as_texts_alone(self, generates: bool) -> bool:
+        """Whether a mask takes padding off; what TransformerLens refuses or pads in another way is left to it."""
+        if getattr(self.original_model.config, "is_encoder_decoder", False):
+            return False
+        return not generates or bool(getattr(self.adapter, "supports_batched_generation", True))
 
     def _heard_in_generation(
         self, method: str, kwargs: Mapping[str, Any], fwd_hooks: HookPairs, bwd_hooks: HookPairs
@@ -361,6 +407,44 @@ def _named(method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], after:
 def _batched(input: Any) -> Any:
     one = isinstance(input, Tensor) and input.ndim == 1 and not input.is_floating_point()
     return input[None] if one else input
+
+
+def _several_texts(input: Any) -> bool:
+    return isinstance(input, list) and len(input) > 1 and all(isinstance(one, str) for one in input)
+
+
+def _hand_on(method: str, real: Bool[Tensor, "batch pos"], kwargs: dict[str, Any]) -> None:
+    """Put the mask of padding among the keywords, where there is padding and they have none."""
+    if real.all():
+        return
+    name = "one_zero_attention_mask" if kwargs.get("attention_mask") is None else "attention_mask"
+    mask = kwargs.get(name)
+    if mask is None and kwargs.get("past_key_values") is None:
+        kwargs["attention_mask"] = real.long()
+        return
+    if mask is None:
+        raise PositionsError(
+            f"{method} was given texts of different length with past_key_values and no mask; expected attention_mask "
+            "for what is cached and for the texts, or texts of equal length."
+        )
+    if mask.ndim != 2:
+        return
+    padding, shown = ~real.to(mask.device), mask[:, -real.shape[1] :] != 0
+    if shown.shape != padding.shape or (shown & padding).any():
+        raise PositionsError(
+            f"{name} of shape {tuple(mask.shape)} shows padding of the texts, which are {tuple(real.shape)} with it; "
+            "expected 0 there, or texts without a mask, which get their own."
+        )
+
+
+def _refuse_counting(method: str, settings: Mapping[str, Any]) -> None:
+    """Refuse settings of a generation that would count padding."""
+    for name, off in COUNT_PADDING.items():
+        if (given := settings.get(name)) is not None and given != off:
+            raise PositionsError(
+                f"{method} was given padded prompts with {name} {given}, which counts padding among their tokens; "
+                f"expected one prompt at a time, prompts of equal length, or {name}={off}."
+            )
 
 
 def _checked_name(pair: Any, argument: str) -> Any:

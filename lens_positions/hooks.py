@@ -59,6 +59,10 @@ class StreamHookPoint(HookPoint):
         self._ctx.__dict__.clear()
         self._ctx.__dict__.update(value)
 
+    @ctx.deleter
+    def ctx(self) -> None:
+        self._ctx.__dict__.clear()
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_ctx"}
 

@@ -81,7 +81,7 @@ def ablate(
             real tokens whose increment lies between two tokens, so that the row keeps its length; or "shuffle",
             those increments in another order.
         layers, positions, heads, site: see above.
-        seed: of the shuffle, which is drawn anew for each row and layer, and alike in every call.
+        seed: of the shuffle, which is drawn anew for each row and layer, and alike in every call and for any padding.
 
     Returns:
         (hook name, hook function) pairs, one a layer.
@@ -497,11 +497,14 @@ def _line(values: Tensor, tokens: HookedTokens) -> tuple[Tensor, Tensor]:
 
 def _shuffled(site: str, seed: int, values: Tensor, chosen: Tensor, tokens: HookedTokens) -> Tensor:
     counted = (chosen & tokens.between() if site == "increments" else chosen).expand(values.shape[:2]).cpu()
-    draws = torch.rand(counted.shape, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
     order = torch.arange(values.shape[1]).repeat(len(counted), 1)
-    for row, (mask, draw) in enumerate(zip(counted, draws, strict=True)):
-        places = mask.nonzero().flatten()
-        order[row, places] = places[draw[places].argsort()]
+    for row, (mask, real) in enumerate(zip(counted, tokens.real().expand(values.shape[:2]).cpu(), strict=True)):
+        # One draw for each token from the first real one to the last, so that padding changes no draw.
+        places, span = mask.nonzero().flatten(), real.nonzero().flatten()
+        if len(span):
+            draw = torch.rand(int(span[-1] - span[0]) + 1, generator=generator)
+            order[row, places] = places[draw[places - span[0]].argsort()]
     return values.gather(1, _like(order.to(values.device), values))
 
 

@@ -350,6 +350,157 @@ def test_prompts_padded_with_their_mask_give_what_each_gives_alone(side, bos):
             assert_alike(row[real], model(prompt[None])[0])
 
 
+def assert_close_to(one, other):
+    """To five digits of the largest value: kernels add in another order for another width."""
+    assert_alike(one, other, 1e-5 * max(1.0, float(other.detach().abs().max())))
+
+
+def of_rows(values, lengths, side):
+    """Of each row, what belongs to its own tokens."""
+    return [row[-n:] if side == "left" else row[:n] for row, n in zip(values, lengths, strict=True)]
+
+
+EDITS = {
+    "none": lambda m: [],
+    "mean": lambda m: lp.ablate(m, to="mean"),
+    "ruler": lambda m: lp.ablate(m, to="mean", site="positions"),
+    "gap": lambda m: lp.add_gap(m, 2, by=3.0),
+    "shuffle": lambda m: lp.ablate(m, to="shuffle", seed=3),
+}
+
+
+@pytest.mark.parametrize("bos", [True, False, None])
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("edit", ["none", "mean", "ruler"])
+def test_texts_of_different_length_give_in_one_call_what_each_gives_alone(edit, side, bos):
+    for model in (small_model(), small_model("shared", per_head=True)):
+        hooks, how = EDITS[edit](model), {"prepend_bos": bos}
+        alone = [model.run_with_cache(text, fwd_hooks=hooks, **how) for text in TEXTS]
+        lengths = [logits.shape[1] for logits, _ in alone]
+        assert len(set(lengths)) == 3
+
+        logits, cache = model.run_with_cache(TEXTS, fwd_hooks=hooks, padding_side=side, **how)
+        for found in (logits, model(TEXTS, fwd_hooks=hooks, padding_side=side, **how),
+                      model.run_with_hooks(TEXTS, hooks, padding_side=side, **how)):  # fmt: skip
+            for row, (expected, _) in zip(of_rows(found, lengths, side), alone, strict=True):
+                assert_close_to(row, expected[0])
+        for name in ("blocks.1.attn.hook_increments", "blocks.1.hook_resid_post"):
+            for row, (_, own) in zip(of_rows(cache[name], lengths, side), alone, strict=True):
+                assert_close_to(row, own[name][0])
+        if edit != "none":
+            assert (logits - model(TEXTS, padding_side=side, **how)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_the_shipped_model_gives_texts_of_different_length_what_each_gives_alone(side):
+    model = shipped()
+    hooks = lp.ablate(model, to="mean")
+    with torch.no_grad():
+        for bos in (True, False):
+            alone = [model(text, prepend_bos=bos, fwd_hooks=hooks)[0] for text in CLEAN]
+            found = model.run_with_hooks(CLEAN, hooks, prepend_bos=bos, padding_side=side)
+            for row, expected in zip(of_rows(found, map(len, alone), side), alone, strict=True):
+                assert_close_to(row, expected)
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_a_shuffle_of_texts_is_the_same_under_any_padding(bos):
+    model = small_model()
+    hooks = EDITS["shuffle"](model)
+    for first in range(3):  # the first row's draw is that of the text alone
+        texts = TEXTS[first:] + TEXTS[:first]
+        lengths = [model.to_tokens(text, prepend_bos=bos).shape[1] for text in texts]
+        left, right = (
+            of_rows(model(texts, fwd_hooks=hooks, padding_side=side, prepend_bos=bos), lengths, side) for side in SIDES
+        )
+        assert_close_to(left[0], model(texts[0], fwd_hooks=hooks, prepend_bos=bos)[0])
+        assert (left[0] - model(texts[0], prepend_bos=bos)[0]).abs().max() > 0.01
+        for one, other in zip(left, right, strict=True):
+            assert_close_to(one, other)
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("side", SIDES)
+def test_a_loss_of_texts_of_different_length_counts_no_padding(side, bos):
+    model = small_model()
+    how = {"prepend_bos": bos, "fwd_hooks": EDITS["mean"](model)}
+    alone = [model(text, return_type="loss", loss_per_token=True, **how)[0] for text in TEXTS]
+    how["padding_side"] = side
+    mean = torch.cat(alone).mean()
+    assert_close_to(model(TEXTS, return_type="loss", **how), mean)
+    assert_close_to(model(TEXTS, return_type="both", **how)[1], mean)
+    assert_close_to(model.run_with_cache(TEXTS, return_type="loss", **how)[0], mean)
+    each = model(TEXTS, return_type="loss", loss_per_token=True, **how)
+    for row, expected in zip(of_rows(each, map(len, alone), side), alone, strict=True):
+        assert_close_to(row, expected)
+    assert_close_to(each.sum(1), torch.stack([losses.sum() for losses in alone]))
+    labels, _ = padded([model.to_tokens(text, prepend_bos=bos)[0] for text in TEXTS], side)
+    assert_close_to(model(TEXTS, labels=labels, return_type="loss", **how), mean)
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["cached", "uncached"])
+@pytest.mark.parametrize("bos", [True, False, None])
+@pytest.mark.parametrize("edit", ["none", "mean", "gap"])
+def test_texts_of_different_length_go_on_as_each_does_alone(edit, bos, cached):
+    model = shipped()
+    how = {"max_new_tokens": 8, "do_sample": False, "verbose": False, "prepend_bos": bos, "use_past_kv_cache": cached}
+    how["fwd_hooks"] = EDITS[edit](model)
+    alone = [model.generate(text, **how) for text in CLEAN]
+    assert model.generate(CLEAN, **how) == alone
+    assert model.generate(CLEAN, padding_side="right", return_type="str", **how) == alone
+    pieces = model.generate_stream(CLEAN, max_tokens_per_yield=3, **how)
+    assert ["".join(of_text) for of_text in zip(*pieces, strict=True)] == alone
+    tokens = model.generate(CLEAN, return_type="tokens", **how)
+    assert tokens.shape[1] == max(model.to_tokens(text, prepend_bos=bos).shape[1] for text in CLEAN) + 8
+
+
+def test_transformers_generate_goes_on_with_texts_of_different_length_as_with_each():
+    model = shipped()
+    how = {"max_new_tokens": 8, "do_sample": False, "fwd_hooks": EDITS["mean"](model)}
+    assert model.hf_generate(CLEAN, **how) == [model.hf_generate(text, **how) for text in CLEAN]
+
+
+def test_settings_that_count_padding_are_refused_for_texts_of_different_length():
+    model, how = small_model(), {"max_new_tokens": 2, "verbose": False}
+    tokens, mask = padded([model.to_tokens(text)[0] for text in TEXTS], "left")
+    for generate in (model.generate, lambda *given, **settings: list(model.generate_stream(*given, **settings))):
+        for name, value in (("repetition_penalty", 1.5), ("freq_penalty", 0.5)):
+            for given, masks in ((TEXTS, {}), (tokens, {"attention_mask": mask})):
+                with pytest.raises(lp.PositionsError, match=f"{name} {value}, which counts padding .* one prompt at a"):
+                    generate(given, **{name: value}, **how, **masks)
+            generate(TEXTS[:1], **{name: value}, **how)
+            generate(["one", "two"], **{name: value}, **how)
+    for name, value in (("repetition_penalty", 1.5), ("no_repeat_ngram_size", 2), ("min_length", 40)):
+        for given, masks in ((TEXTS, {}), (tokens, {"attention_mask": mask})):
+            with pytest.raises(lp.PositionsError, match=f"{name} {value}, which counts padding"):
+                model.hf_generate(given, max_new_tokens=2, **{name: value}, **masks)
+        model.hf_generate(["one", "two"], max_new_tokens=2, **{name: value})
+        model.hf_generate(TEXTS, max_new_tokens=2)
+
+
+def test_masks_of_texts_that_show_their_padding_are_refused():
+    model = small_model()
+    rows = [model.to_tokens(text)[0] for text in TEXTS]
+    for name in ("attention_mask", "one_zero_attention_mask"):
+        for side, other in (SIDES, SIDES[::-1]):
+            _, mask = padded(rows, side)
+            own, given = (model(TEXTS, padding_side=side, **how) for how in ({}, {name: mask}))
+            assert torch.equal(own, given)
+            for wrong in (padded(rows, other)[1], mask[:, 1:], mask[:2], torch.ones_like(mask)):
+                with pytest.raises(lp.PositionsError, match=f"{name} of shape .* shows padding of the texts"):
+                    model(TEXTS, padding_side=side, **{name: wrong})
+    _, cached = model([TEXTS[0]] * 3, return_type="logits_and_cache", use_cache=True)
+    with pytest.raises(lp.PositionsError, match="with past_key_values and no mask; expected attention_mask"):
+        model(TEXTS, past_key_values=cached)
+
+
+def test_texts_of_equal_length_run_without_a_mask():
+    model, texts = small_model(), ["one", "two"]
+    tokens = model.to_tokens(texts, prepend_bos=False)
+    for side in SIDES:
+        assert torch.equal(model(texts, prepend_bos=False, padding_side=side), model(tokens))
+
+
 def test_a_loss_of_no_prompt_is_that_of_the_prompt_measured():
     model = small_model()
     tokens = model.to_tokens(TEXTS[0])
