@@ -1,6 +1,7 @@
 # make demo    train a small model on English and Chinese, and look at its increments
 # make test    the tests
 # make families  check every model family of TransformerLens, and write docs/families.md
+# make placements  check models whose parts are in several places, and write docs/placements.md
 # make notebooks  run the notebooks of demos/ and store what they show
 # make lint    style and types
 # make bench   what position streams cost in a training step
@@ -10,7 +11,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := HF_HUB_OFFLINE=1 $(VENV)/bin
 
-.PHONY: demo test families notebooks lint bench fonts chromium clean
+.PHONY: demo test families placements notebooks lint bench fonts chromium clean
 
 demo: $(VENV)/demo fonts
 	$(RUN)/python demos/demo.py
@@ -20,6 +21,9 @@ test: $(VENV)/dev
 
 families: $(VENV)/dev
 	$(RUN)/python tests/families.py
+
+placements: $(VENV)/dev
+	$(RUN)/python tests/placements.py
 
 notebooks: $(VENV)/dev fonts
 	PYTHONWARNINGS="ignore:IProgress not found" $(RUN)/jupyter execute --inplace demos/*.ipynb
