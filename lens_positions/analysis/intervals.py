@@ -23,14 +23,19 @@ def t_interval(samples: Float64[np.ndarray, " sample"]) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
+def check_seed(seed: int) -> None:
+    """Refuse what numpy and torch do not both take as a seed."""
+    if not 0 <= seed < 1 << 63:
+        raise PositionsError(f"seed is {seed}; expected a whole number from 0, of at most 63 bits.")
+
+
 def resamples(documents: int, seed: int) -> Int64[np.ndarray, "draw document"]:
     """How often each document occurs in each of 1,000 resamples of whole documents.
 
     Raises:
-        PositionsError: a seed below zero.
+        PositionsError: a seed that is no whole number from 0, of 63 bits.
     """
-    if seed < 0:
-        raise PositionsError(f"seed is {seed}; expected a whole number from 0.")
+    check_seed(seed)
     chances = np.full(documents, 1 / documents)
     return np.random.default_rng(seed).multinomial(documents, chances, size=BOOTSTRAP_DRAWS)
 

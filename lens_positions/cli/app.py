@@ -1,15 +1,16 @@
 """The command itself, and what all of its parts check and say alike."""
 
-import io
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import pandas as pd
 import tyro
 from rich.console import Console
 
+from .. import exits
 from ..errors import PositionsError
+from ..exits import exit_status
 from ..hooked import HookedPositionTransformer
 from ..terminal import print_line
 from ..viz import style
@@ -20,20 +21,16 @@ app = tyro.extras.SubcommandApp()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command with these arguments (None: the process's own) and return its exit status."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        app.cli(prog="lens-positions", description=DESCRIPTION, args=argv)
-    except (PositionsError, OSError) as error:
-        complain(str(error))
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except SystemExit as exit:  # tyro has printed its help or its complaint
-        return exit.code if isinstance(exit.code, int) else int(exit.code is not None)
-    return 0
+    """Run the command with these arguments (None: the process's own) and return its exit status, as in `exits`."""
+
+    def run() -> int:
+        try:
+            app.cli(prog="lens-positions", description=DESCRIPTION, args=argv)
+        except SystemExit as exit:  # tyro has printed its help or its complaint
+            return exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+        return 0
+
+    return exit_status("lens-positions", run)
 
 
 def check_text(text: str) -> None:
@@ -66,7 +63,7 @@ def check_learned(model: HookedPositionTransformer, so: str, expected: str) -> N
 
 def complain(sentence: str) -> None:
     """Say on standard error, in one line, what went wrong or was left out."""
-    print(f"lens-positions: {' '.join(sentence.split())}", file=sys.stderr)
+    exits.complain("lens-positions", sentence)
 
 
 @contextmanager
@@ -78,3 +75,8 @@ def drawn(console: Console, figure: Path) -> Iterator[None]:
         complain(f"no figure was drawn: {error}")
     else:
         print_line(console, f"figure: {figure}")
+
+
+def write_table(table: pd.DataFrame, csv: Path) -> None:
+    """Write a table; what was there stays until the new one is whole."""
+    style.write_whole(csv, table.to_csv(index=False).encode("utf-8", "backslashreplace"), "table")

@@ -13,6 +13,7 @@ from torch import Tensor
 from tyro.conf import Positional, arg
 
 from .. import causal, corpora
+from ..analysis.intervals import check_seed
 from ..causal.metrics import Metric
 from ..causal.sweeps import SweepSite
 from ..errors import PositionsError
@@ -20,7 +21,7 @@ from ..hooked import HookedPositionTransformer
 from ..terminal import effect_cell, print_grid, print_line
 from ..viz import style
 from ..viz.effects import ABLATION_LABELS, ablation_bars, effect_map
-from .app import app, check_learned, check_outputs, check_text, drawn
+from .app import app, check_learned, check_outputs, check_text, drawn, write_table
 
 
 @app.command
@@ -136,6 +137,7 @@ def ablate(
         figure: draw the changes of loss, as .png, .svg or .pdf.
     """
     check_outputs(csv, figure)
+    check_seed(seed)
     loaded = HookedPositionTransformer.from_pretrained(model)
     check_learned(loaded, "ablating them does nothing", "a model with learned increments")
     texts = corpora.heldout_excerpts(corpus, characters)
@@ -151,8 +153,8 @@ def ablate(
     _print_ablations(console, found)
     if csv is not None:
         beside = csv.with_name(f"{csv.stem}-attention{csv.suffix}")
-        found.loss.to_csv(csv, index=False)
-        found.attention.to_csv(beside, index=False)
+        write_table(found.loss, csv)
+        write_table(found.attention, beside)
         print_line(console, f"loss: {csv}, attention: {beside}")
     if figure is not None:
         caption = f"{loaded.name}; {of_text}. Intervals: 95% of resamples of documents, seed {seed}."
@@ -216,7 +218,7 @@ def _show_effects(
             for i, number in enumerate(numbers)
             for t, label in enumerate(model.to_str_tokens(tokens[0]))
         ]
-        pd.DataFrame(rows).to_csv(csv, index=False)
+        write_table(pd.DataFrame(rows), csv)
         print_line(console, f"effects: {csv}")
     if figure is not None:
         title = "Effect of each layer and token"

@@ -11,6 +11,7 @@ from tyro.conf import Positional, arg
 
 from .. import corpora
 from ..analysis.categories import increments_by_category
+from ..analysis.intervals import check_seed
 from ..analysis.moved import vocabulary, what_moved
 from ..analysis.reading import read
 from ..errors import PositionsError
@@ -21,7 +22,7 @@ from ..viz.characters import spacing
 from ..viz.onefile import report as write_report
 from ..viz.placed import Placed, layers_to_show, place
 from ..viz.views import check_page, spacing_view
-from .app import app, check_outputs, check_text, complain, drawn
+from .app import app, check_outputs, check_text, complain, drawn, write_table
 
 
 @app.command
@@ -135,7 +136,7 @@ def moved(
             print_line(console, f"  {row['kind']} (n={row['n']:,}): ×{row['relative']:.3f}{interval}")
         console.print()
     if csv is not None:
-        found[found["layer"].isin(shown)].to_csv(csv, index=False)
+        write_table(found[found["layer"].isin(shown)], csv)
         print_line(console, f"tokens: {csv}")
 
 
@@ -167,6 +168,7 @@ def report(
     for one in text:
         check_text(one)
     check_page(output)
+    check_seed(seed)
     loaded = HookedPositionTransformer.from_pretrained(model)
     other = None if compare is None else HookedPositionTransformer.from_pretrained(compare)
     options: list[tuple[str, Any]] = [("--text", text), ("--compare", compare), ("--corpus", corpus)]
@@ -178,7 +180,8 @@ def report(
         left_out = write_report(loaded, output, text, other, corpus, characters, seed, shlex.join(words))
     except KeyboardInterrupt as interruption:
         if interruption.args:
-            complain(f"interrupted: {output} has the parts that were done.")
+            sentence = f"interrupted: {output} has the parts that were done."
+            raise type(interruption)(sentence) from interruption
         raise
     for sentence in left_out:
         complain(sentence)

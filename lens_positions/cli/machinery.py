@@ -13,6 +13,7 @@ from .. import corpora
 from ..analysis.absolute_position import BLOCK, QUARTERS, absolute_variation, attention_sinks, replacement_effects
 from ..analysis.dispersion import adaptive_temperature, attention_dispersion, loss_by_length
 from ..analysis.frequencies import SIDES, frequency_norms, frequency_quarters, high_frequency_use, positional_heads
+from ..analysis.intervals import check_seed
 from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
 from ..interventions import ablate
@@ -100,6 +101,7 @@ def absolute(
     sum over all keys (the causal mask); then, what goes when the first token's embedding is replaced.
     """
     check_outputs(csv, figure)
+    check_seed(seed)
     loaded = HookedPositionTransformer.from_pretrained(model)
     if texts < 2:
         raise PositionsError(f"--texts is {texts}; expected at least 2, for intervals.")

@@ -22,7 +22,7 @@ from ..errors import PositionsError
 from ..hooked import HookedPositionTransformer
 from ..terminal import print_grid, print_line, with_interval
 from ..viz.measurements import auc_chart, kinds_chart
-from .app import app, check_learned, check_outputs, complain, drawn
+from .app import app, check_learned, check_outputs, complain, drawn, write_table
 
 Model = Annotated[Positional[str], arg(metavar="MODEL", help="a folder, an adapter, a packaged or a hub model.")]
 Corpus = Annotated[str, arg(help="held-out text to read: english, chinese, bilingual, code, a file or a folder.")]
@@ -304,5 +304,5 @@ def _share(row: Any, column: str) -> str:
 def written(console: Console, table: pd.DataFrame, csv: Path | None) -> None:
     """Write a table where that is asked for, and say where."""
     if csv is not None:
-        table.to_csv(csv, index=False)
+        write_table(table, csv)
         print_line(console, f"table: {csv}")
