@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
+from datasets.utils import logging
 
 from lens_positions.errors import PositionsError
 
@@ -287,10 +288,14 @@ def _table_texts(path: Path, text_column: str) -> list[str]:
     kind = _TABLES[path.suffix.lower()]
     if not path.stat().st_size:
         raise PositionsError(f"{path} is empty: expected a table with a row for each document")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # what is wrong with the file is said below
     try:  # streamed, so that `datasets` keeps no copy that could be found again after the file has changed
         rows = list(load_dataset(kind, data_files=str(path), split="train", streaming=True))
     except Exception as error:
         raise PositionsError(f"{path} could not be read as {kind}: {_first_line(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
     for number, row in enumerate(rows):
         _check_text_column(row, text_column, f"row {number} of {path}")
     return [row[text_column] or "" for row in rows]

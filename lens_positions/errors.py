@@ -1,4 +1,4 @@
-"""The one exception for whatever a person can get wrong, and the one refusal that commands and functions share."""
+"""The one exception for whatever a person can get wrong, and the refusals that commands and functions share."""
 
 
 class PositionsError(ValueError):
@@ -20,3 +20,9 @@ def check_text(text: str, name: str = "the text") -> None:
         raise PositionsError(
             f"{name} has the lone surrogate U+{code:04X}; expected text that UTF-8 can hold."
         ) from error
+
+
+def check_seed(seed: int) -> None:
+    """Refuse what numpy and torch do not both take as a seed."""
+    if not 0 <= seed < 1 << 63:
+        raise PositionsError(f"seed is {seed}; expected a whole number from 0, of at most 63 bits.")

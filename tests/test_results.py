@@ -90,7 +90,7 @@ def test_what_is_measured_is_left_and_new_weights_are_measured_anew(trained, cap
     assert "measured: per_layer-0" in capsys.readouterr().out
     run = trained / "runs" / "per_layer-0"
     (trained / "results" / "per_layer-0" / "run.json").write_text(
-        json.dumps({"variant": "per_layer", "sha256": "other"})
+        json.dumps({"variant": "per_layer", "sha256": {"model.safetensors": "0" * 64}})
     )
     with pytest.raises(PositionsError, match=r"is not the run that .* was scored on"):
         measure(asked(trained))

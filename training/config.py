@@ -1,16 +1,45 @@
 """What a run is: a dataclass for training from fresh weights, with presets in presets/*.toml, and one for grafts."""
 
+import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from lens_positions.config import PositionConfig, PositionModelConfig
 from lens_positions.errors import PositionsError
 
+from .schema import MOST_STEPS, first_of
+
 PRESETS = Path(__file__).parent / "presets"
+MOST = (1 << 31) - 1
+MOST_FLOAT = sys.float_info.max
 Config = TypeVar("Config")
+
+
+def check_whole(name: str, value: object, least: int, most: int = MOST) -> None:
+    """Refuse what is no whole number of a range."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise PositionsError(f"{name} is {_shown(value)}; expected at least {least}, a whole number up to {most}.")
+
+
+def check_number(name: str, value: object, zero: bool = False) -> None:
+    """Refuse what is no finite number above zero; with `zero`, zero is one too."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and -MOST_FLOAT <= value <= MOST_FLOAT
+    if not is_number or value < 0 or (value == 0 and not zero):  # type: ignore[operator]
+        expected = "a finite number that is not negative" if zero else "a positive number"
+        raise PositionsError(f"{name} is {_shown(value)}; expected {expected}.")
+
+
+def _shown(value: object) -> str:
+    """A value as a sentence can hold it."""
+    if isinstance(value, int) and abs(value) >= 10**40:
+        return "a number of over 40 digits"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 @dataclass(frozen=True)
@@ -59,16 +88,16 @@ class RunConfig:
     trackers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "eval_every", "eval_windows", "save_every"):
-            if getattr(self, name) < 1:
-                raise PositionsError(f"{name} is {getattr(self, name)}; expected at least 1.")
-        for name in ("learning_rate", "clip"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise PositionsError(f"{name} is {getattr(self, name)}; expected a positive number.")
-        if min(self.warmup_steps, self.weight_decay) < 0:
-            raise PositionsError("warmup_steps and weight_decay must not be negative.")
-        if not 0 <= self.seed < 1 << 31:
-            raise PositionsError(f"seed is {self.seed}; expected a whole number from 0 to {(1 << 31) - 1}.")
+        for name in ("batch_size", "accumulate", "eval_every", "eval_windows", "save_every"):
+            check_whole(name, getattr(self, name), 1)
+        check_whole("steps", self.steps, 1, MOST_STEPS)
+        check_whole("warmup_steps", self.warmup_steps, 0)
+        check_whole("seed", self.seed, 0)
+        check_number("learning_rate", self.learning_rate)
+        check_number("clip", self.clip)
+        check_number("weight_decay", self.weight_decay, zero=True)
+        if self.max_bytes is not None:
+            check_whole("max_bytes", self.max_bytes, 1, 1 << 62)
         if self.batch_size % self.accumulate:
             raise PositionsError(
                 f"batch_size {self.batch_size} is no multiple of accumulate {self.accumulate}; expected equal parts."
@@ -146,11 +175,9 @@ class GraftConfig(RunConfig):
                 "dtype is bf16 with adapt full; expected float32, since bf16 weights do not move at small learning "
                 "rates (precision bf16 runs float32 weights through bf16 autocast)."
             )
-        for name, least in (("n_ctx", 2), ("lora_rank", 1)):
-            if getattr(self, name) < least:
-                raise PositionsError(f"{name} is {getattr(self, name)}; expected at least {least}.")
-        if not 0 < self.adapt_learning_rate < float("inf"):
-            raise PositionsError(f"adapt_learning_rate is {self.adapt_learning_rate}; expected a positive number.")
+        check_whole("n_ctx", self.n_ctx, 2)
+        check_whole("lora_rank", self.lora_rank, 1)
+        check_number("adapt_learning_rate", self.adapt_learning_rate)
 
 
 def preset_names() -> list[str]:
@@ -162,34 +189,53 @@ def load_preset(name: str) -> TrainConfig:
     """The configuration in training/presets/NAME.toml.
 
     Raises:
-        PositionsError: there is no such preset, or it has an unknown field.
+        PositionsError: there is no such preset, it is no TOML, or it has an unknown field or a value of another type.
     """
     path = PRESETS / f"{name}.toml"
     if name not in preset_names():
         raise PositionsError(f"there is no preset {name!r}; expected one of {', '.join(preset_names())}.")
-    return updated(TrainConfig(), tomllib.loads(path.read_text("utf-8")), str(path))
+    try:
+        values = tomllib.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise PositionsError(f"{path} cannot be read ({error}); expected TOML.") from error
+    return updated(TrainConfig(), values, str(path))
 
 
 def updated(config: Config, values: dict[str, Any], where: str) -> Config:
     """A dataclass with the given fields replaced, nested ones by nested dictionaries.
 
     Raises:
-        PositionsError: a field that it does not have.
+        PositionsError: a field that it does not have, or a value of another type or out of range.
     """
     known = {f.name: getattr(config, f.name) for f in fields(config)}  # type: ignore[arg-type]
+    types = get_type_hints(type(config))
     changes = {}
     for name, value in values.items():
         if name not in known:
             raise PositionsError(f"{where} has the unknown field {name!r}; expected one of {', '.join(known)}.")
         current = known[name]
-        if is_dataclass(current) and isinstance(value, dict):
-            value = updated(current, value, f"{where}, {name}")
-        elif name == "frozen_from" and value is not None:
-            value = Path(value)
-        elif isinstance(value, list):
-            value = tuple(value)
-        changes[name] = value
-    return replace(config, **changes)  # type: ignore[type-var]
+        if is_dataclass(current):
+            if not isinstance(value, dict):
+                raise PositionsError(f"{where} has {_shown(value)} as {name}; expected its fields.")
+            changes[name] = updated(current, value, f"{where}, {name}")
+        else:
+            changes[name] = _of_type(types[name], value, f"{where} has a wrong {name}")
+    try:
+        return replace(config, **changes)  # type: ignore[type-var]
+    except PositionsError as error:
+        raise PositionsError(f"{where}: {error}") from error
+
+
+def _of_type(expected: Any, value: Any, wrong: str) -> Any:
+    """A value of JSON or TOML as its field has it: a list as a tuple, a path from its text."""
+    if expected == Path | None and isinstance(value, str) and "\0" not in value:
+        return Path(value)
+    if isinstance(value, list):
+        value = tuple(value)
+    try:
+        return TypeAdapter(expected).validate_python(value, strict=True)
+    except ValidationError as error:
+        raise PositionsError(f"{wrong} ({first_of(error)}); expected what such a file says.") from error
 
 
 def to_json(config: RunConfig) -> dict[str, Any]:

@@ -201,7 +201,7 @@ def _read(folder: Path) -> dict[str, np.ndarray] | None:
         digests = json.loads((folder / "digests.json").read_text())
         if digests != {name: sha256_of(folder / f"{name}.npy") for name in ARRAYS}:
             return None
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
     return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
 

@@ -11,9 +11,11 @@ The streams start at increments of exactly 1.0, so before the first step both ar
 """
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from peft import LoraConfig, set_peft_model_state_dict
@@ -36,8 +38,10 @@ from lens_positions.pretrained import (
 from lens_positions.sites import RotaryAttention
 from lens_positions.tokenizer import is_byte_tokenizer
 
-from .config import GraftConfig
-from .loop import Run, Subject, new_accelerator, refuse_used, tokenize_corpus_once
+from .checkpoints import logged, refuse_other
+from .config import GraftConfig, to_json
+from .data import write_whole
+from .loop import Run, Subject, held, new_accelerator, refuse_used, tokenize_corpus_once
 
 PARTS = ("graft", "baseline")
 
@@ -129,25 +133,40 @@ def graft(
         documents of the difference, graft minus baseline, with its 95% t interval.
 
     Raises:
-        PositionsError: the base or the corpus cannot be had, the base is not what the folder was started with, or
-            the folder is in use.
+        PositionsError: the base or the corpus cannot be had, the base is not what the folder was started with, the
+            folder is in use, or what is in it is damaged.
         KeyboardInterrupt: after an interrupt, when the checkpoint has been written.
     """
     if not resume:
         refuse_used(folder)
-    for part in PARTS:
-        if not (folder / part / "heldout.csv").exists():
-            _run_part(config, part, folder / part, cache_dir)
+    for part in PARTS if resume else ():
+        if (folder / part / "training.json").exists():
+            refuse_other(folder / part, {"config": to_json(config)})
+    left = [part for part in PARTS if not (folder / part / "heldout.csv").exists()]
+    with ExitStack() as holding:
+        for part in left:
+            run = _prepared(config, part, folder, cache_dir)
+            if part == left[0]:
+                holding.enter_context(held(folder))
+                if not resume:  # again, as another process may have come first
+                    refuse_used(folder)
+            run.go(resume=(folder / part / "training.json").exists())
+            run.accelerator.free_memory()
+            if run.interrupted:  # when all was done
+                raise run.interrupted
+            del run  # or two models would be in memory
     compared = compare(folder)
-    (folder / "comparison.json").write_text(json.dumps(compared, indent=2) + "\n", "utf-8")
+    text = json.dumps(compared, indent=2) + "\n"
+    write_whole(folder / "comparison.json", lambda file: file.write(text.encode()))
     return compared
 
 
-def _run_part(config: GraftConfig, part: str, folder: Path, cache_dir: Path) -> None:
+def _prepared(config: GraftConfig, part: str, folder: Path, cache_dir: Path) -> Run:
+    """The run of a part, with what is there of it checked; nothing is written yet."""
     positions = config.positions
     if part == "baseline":
         positions = PositionConfig(source="static", gap=positions.gap)
-    accelerator = new_accelerator(config, folder)
+    accelerator = new_accelerator(config, folder / part)
     subject = GraftedModel(config, positions)
     corpus = tokenize_corpus_once(config, cache_dir, accelerator, subject.tokenizer)
     rows = len(subject.model.get_input_embeddings().weight)
@@ -157,35 +176,46 @@ def _run_part(config: GraftConfig, part: str, folder: Path, cache_dir: Path) -> 
             f"the tokenizer of {config.base} gives token {largest}, and the model has embeddings of {rows}; expected a "
             "tokenizer made for it."
         )
-    run = Run(config, folder, accelerator, corpus, subject, name=part)
-    run.go(resume=(folder / "training.json").exists())
-    accelerator.free_memory()
-    if run.interrupted:  # when all was done
-        raise KeyboardInterrupt
+    run = Run(config, folder / part, accelerator, corpus, subject, name=part, whole=folder)
+    if (folder / part / "training.json").exists():
+        run.checked()
+    return run
 
 
 def compare(folder: Path) -> dict[str, Any]:
     """Held-out loss of a graft and its baseline, and the paired difference over documents.
 
     Raises:
-        PositionsError: one of them is not finished.
+        PositionsError: one of them is not finished, or a file is damaged.
     """
     for part in PARTS:
         if not (folder / part / "heldout.csv").is_file():
             raise PositionsError(f"{folder} has no finished {part}; expected a folder that graft wrote to the end.")
-    ours, theirs = (pd.read_csv(folder / part / "heldout.csv", index_col="document") for part in PARTS)
+    ours, theirs = (_read_heldout(folder / part / "heldout.csv") for part in PARTS)
     unit = ours.columns[0]
-    if not ours[unit].equals(theirs[unit]):
+    if unit not in theirs or not ours[unit].equals(theirs[unit]):
         raise PositionsError(f"the parts of {folder} were measured on different text; expected one graft.")
-    log = [json.loads(line) for line in (folder / "graft" / "log.jsonl").read_text("utf-8").splitlines()]
     name = f"nats_per_{unit.removesuffix('s')}"
     return {
         "graft_" + name: ours["nats"].sum() / ours[unit].sum(),
         "baseline_" + name: theirs["nats"].sum() / theirs[unit].sum(),
         "difference_of_documents": paired(ours["nats"] / ours[unit], theirs["nats"] / theirs[unit]),
         f"heldout_{unit}": int(ours[unit].sum()),
-        "increments": [record for record in log if "increments" in record][-1]["increments"],
+        "increments": logged(folder / "graft")[0][-1]["increments"],
     }
+
+
+def _read_heldout(path: Path) -> pd.DataFrame:
+    """Predicted tokens and their nats by document."""
+    try:
+        table = pd.read_csv(path, index_col="document")
+        sizes, nats = table.columns
+        table = table.astype({sizes: "int64", nats: "float64"})
+        if nats != "nats" or not len(table) or not np.isfinite(table["nats"]).all() or (table[sizes] < 0).any():
+            raise ValueError("its numbers are none that a run writes")
+    except (ValueError, KeyError, OSError) as error:
+        raise PositionsError(f"{path} is damaged ({error}); expected what the run wrote.") from error
+    return table
 
 
 def paired(ours: "pd.Series[float]", theirs: "pd.Series[float]") -> dict[str, float | int | None]:

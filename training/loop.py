@@ -4,16 +4,18 @@ A run is a folder:
 
     training.json        the configuration
     log.jsonl            a line a step and a line an evaluation
-    checkpoints/step-N   the newest checkpoint: model, optimizer, step (each appears whole, by a rename)
+    checkpoints/step-N   the newest checkpoint: model, optimizer, state.json (each appears whole, by a rename)
     model                the finished model, for `HookedPositionTransformer.from_pretrained`
     heldout.csv          its loss on each held-out document; written last
 
+Beside it stands a file with `.lock` behind the folder's name, held by the process that works on the run.
 Batch n is a function of (seed, n) alone, so a resumed run reads what an uninterrupted one would have read.
 """
 
+import errno
 import json
 import math
-import re
+import os
 import shutil
 import signal
 import time
@@ -24,25 +26,42 @@ from pathlib import Path
 from typing import Any, cast
 
 import pandas as pd
+import psutil
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from filelock import FileLock, Timeout
 from jaxtyping import Bool, Float, Int
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import get_cosine_schedule_with_warmup
 
 from lens_positions.attach import PositionStreams, increment_table
 from lens_positions.errors import PositionsError
+from lens_positions.exits import interruption
 from lens_positions.hooked import build_model
 from lens_positions.pretrained import load_pretrained, replaced_folder, save_pretrained
 from lens_positions.tokenizer import END_OF_DOCUMENT, byte_tokenizer
 
-from .config import RunConfig, TrainConfig, changes, to_json
-from .data import TokenizedCorpus, batch, heldout_documents, heldout_windows, tokenize_corpus
+from .checkpoints import (
+    LOG,
+    OPTIMIZER,
+    STATE,
+    described_state,
+    newest_checkpoint,
+    read_description,
+    read_log,
+    read_optimizer,
+    read_state,
+    refuse_damaged,
+    refuse_other,
+)
+from .config import RunConfig, TrainConfig, to_json
+from .data import TokenizedCorpus, batch, heldout_documents, heldout_windows, tokenize_corpus, write_whole
+from .schema import CheckpointState, digest_of
 
 LOG_EVERY = 10
 """Steps between readings of the loss, which makes a GPU wait."""
@@ -52,10 +71,9 @@ class DivergedError(PositionsError):
     """The loss stopped being a number at this step."""
 
     def __init__(self, loss: float, step: int, run: Path) -> None:
-        super().__init__(
-            f"the loss is {loss} at step {step}; expected a number. Try a lower learning_rate; the last "
-            f"checkpoint in {run} is from before."
-        )
+        checkpoint = newest_checkpoint(run)
+        kept = "there is no checkpoint from before" if checkpoint is None else f"{checkpoint} is from before"
+        super().__init__(f"the loss is {loss} at step {step}; expected a number. Try a lower learning_rate; {kept}.")
         self.step = step
 
 
@@ -69,13 +87,49 @@ def train(config: TrainConfig, run: Path, *, resume: bool = False, cache_dir: Pa
         cache_dir: where the tokens of corpora are kept.
 
     Raises:
-        PositionsError: the folder is in use or has nothing to resume, or the corpus cannot be had.
+        PositionsError: the folder is in use or has nothing to resume, what is in it is damaged, or the corpus cannot
+            be had.
         DivergedError: the loss stopped being a number.
         KeyboardInterrupt: after an interrupt, when the checkpoint has been written.
     """
+    if resume:
+        read_description(run)
+    else:
+        refuse_used(run)
     accelerator = new_accelerator(config, run)
     corpus = tokenize_corpus_once(config, cache_dir, accelerator)
-    return Run(config, run, accelerator, corpus, FreshModel(config)).go(resume)
+    training = Run(config, run, accelerator, corpus, FreshModel(config))
+    if resume:
+        training.checked()
+    with held(run):
+        return training.go(resume)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other processes from working on a folder; the lock of one that was killed does not.
+
+    Raises:
+        PositionsError: another process has it.
+    """
+    if not PartialState().is_main_process:  # of joint processes, the one that writes
+        yield
+        return
+    folder = folder.resolve()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = os.strerror(errno.ENOTDIR) if isinstance(error, FileExistsError) else error.strerror
+        raise PositionsError(f"{folder} cannot be written ({reason}); expected a place in a folder.") from error
+    lock = FileLock(folder.with_name(f"{folder.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise PositionsError(f"another process works on {folder}; expected one at a time.") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def new_accelerator(config: RunConfig, run: Path) -> Accelerator:
@@ -133,6 +187,10 @@ class FreshModel(Subject):
     """A model of bytes from fresh weights, all of which learn."""
 
     def __init__(self, config: TrainConfig) -> None:
+        model = config.model
+        width, mlp = model.d_model, model.d_mlp or 4 * model.d_model
+        weights = model.n_layers * width * (4 * width + 3 * mlp)
+        refuse_too_large(4 * weights, f"a model of {model.n_layers} layers and width {width}")
         table = None
         if config.frozen_from is not None:
             table = increment_table(load_pretrained(config.frozen_from)[0])
@@ -152,6 +210,19 @@ class FreshModel(Subject):
         self.model.load_state_dict(load_pretrained(folder)[0].state_dict())
 
 
+def refuse_too_large(size: int, what: str) -> None:
+    """Refuse what alone takes more than this machine's memory.
+
+    Raises:
+        PositionsError: it has more bytes.
+    """
+    memory = psutil.virtual_memory().total
+    if size > memory:
+        raise PositionsError(
+            f"{what} takes over {size / 1e9:,.0f} GB; expected less than the {memory / 1e9:,.0f} GB of memory here."
+        )
+
+
 class Run:
     """One training run, in this process's memory."""
 
@@ -163,16 +234,19 @@ class Run:
         corpus: TokenizedCorpus,
         subject: Subject,
         name: str = "training",
+        whole: Path | None = None,
     ) -> None:
+        """Args as attributes; `whole` is what a person resumes, where the run is a part of it."""
         parts = config.accumulate * accelerator.num_processes
         if config.batch_size % parts:
             raise PositionsError(
                 f"batch_size {config.batch_size} is no multiple of {accelerator.num_processes} processes times "
                 f"accumulate {config.accumulate}; expected equal parts."
             )
+        refuse_too_large(8 * config.batch_size * (subject.n_ctx + 1), f"a batch of {config.batch_size}")
         self.config, self.folder, self.accelerator, self.corpus = config, folder, accelerator, corpus
         self.subject, self.model, self.n_ctx = subject, subject.model, subject.n_ctx
-        self.name = name
+        self.name, self.whole = name, whole or folder
         self.unit = "byte" if subject.byte_tokens else "token"
         self.console = Console(stderr=True)
         self.windows = heldout_windows(corpus.heldout, self.n_ctx, config.eval_windows)
@@ -190,7 +264,7 @@ class Run:
             self.optimizer = accelerator.prepare(optimizer)
         self.stepped = torch.compile(self.prepared) if config.compile else self.prepared
         self.step = 0
-        self.interrupted = False
+        self.interrupted: type[KeyboardInterrupt] | None = None
         self.heldout_nats: Float[Tensor, "window pos_less_one"] | None = None  # of the newest evaluation
 
     def go(self, resume: bool) -> dict[str, Any]:
@@ -210,7 +284,7 @@ class Run:
                 if last or self.step % LOG_EVERY == 0 or self.step % config.save_every == 0:
                     speed = (self.step - began_at) * config.batch_size * self.n_ctx / (time.monotonic() - began)
                     show(self._log_losses(pending, speed))
-                if self.step % config.eval_every == 0 or self.step == config.steps:
+                if self._is_evaluated(self.step):
                     evaluation = self.evaluate(show)
                     self._log(evaluation)
                     show(evaluation)
@@ -224,10 +298,11 @@ class Run:
                 if not self.learns:
                     self._log(evaluation)
                     show(evaluation)
-        self.interrupted = bool(interrupted)
+        self.interrupted = interruption(interrupted[0]) if interrupted else None
         if not done:
-            self._say(f"interrupted at step {self.step} of {config.steps}; --resume {self.folder} goes on from there")
-            raise KeyboardInterrupt
+            raise (self.interrupted or KeyboardInterrupt)(
+                f"interrupted at step {self.step} of {config.steps}; --resume {self.whole} goes on from there"
+            )
         if accelerator.is_main_process:
             self.subject.save(self.folder / "model")
             self._write_heldout()
@@ -300,51 +375,44 @@ class Run:
         documents = heldout_documents(self.corpus, self.n_ctx, self.config.eval_windows)
         columns = {"document": documents, self.unit + "s": self._counted().int(), "nats": self.heldout_nats}
         table = pd.DataFrame({name: values.flatten().numpy() for name, values in columns.items()})
-        written = self.folder / "heldout.tmp"
-        table.groupby("document").sum().to_csv(written)
-        written.replace(self.folder / "heldout.csv")
+        text = table.groupby("document").sum().to_csv()
+        write_whole(self.folder / "heldout.csv", lambda file: file.write(text.encode()))
 
     def _open(self, resume: bool) -> None:
-        description = self.folder / "training.json"
+        """Begin the run, or take up where it was left; everything there is checked before anything is written."""
+        described, kept = self._described(), list[str]()
+        if resume:
+            described, checkpoint, state, kept = self.checked()
+            if checkpoint is not None and state is not None:
+                self._load(checkpoint, state)
+        else:
+            refuse_used(self.folder)
+        self.digest = digest_of(described)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            if not resume:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                text = json.dumps(described, indent=2) + "\n"
+                write_whole(self.folder / "training.json", lambda file: file.write(text.encode()))
+            lines = "".join(line + "\n" for line in kept)
+            write_whole(self.folder / LOG, lambda file: file.write(lines.encode()))
+        if self.config.trackers:
+            self.accelerator.init_trackers("lens-positions", config={"run": str(self.folder)})
+
+    def _described(self) -> dict[str, Any]:
         described = {
             "config": to_json(self.config),
             "corpus_fingerprint": self.corpus.fingerprint,
             **self.subject.identity(),
         }
-        if resume:
-            checkpoint = newest_checkpoint(self.folder)
-            refuse_other(self.folder, described)
-            if checkpoint is not None:
-                self._load(checkpoint)
-        else:
-            refuse_used(self.folder)
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            if not resume:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                description.write_text(json.dumps(described, indent=2) + "\n", "utf-8")
-            self._trim_log()
-        if self.config.trackers:
-            self.accelerator.init_trackers("lens-positions", config={"run": str(self.folder)})
+        return dict(json.loads(json.dumps(described)))
 
-    def _trim_log(self) -> None:
-        """Drop what the log says of steps after the checkpoint: they are run again."""
-        log = self.folder / "log.jsonl"
-        lines = log.read_text("utf-8").splitlines() if log.exists() else []
-        kept = []
-        for line in lines:
-            try:
-                if json.loads(line)["step"] <= self.step:
-                    kept.append(line)
-            except ValueError:  # the line that a killed run was writing
-                break
-        trimmed = log.with_suffix(".tmp")
-        trimmed.write_text("".join(line + "\n" for line in kept), "utf-8")
-        trimmed.replace(log)
+    def _is_evaluated(self, step: int) -> bool:
+        return step % self.config.eval_every == 0 or step == self.config.steps
 
     def _log(self, record: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
-            with (self.folder / "log.jsonl").open("a", encoding="utf-8") as log:
+            with (self.folder / LOG).open("a", encoding="utf-8") as log:
                 log.write(json.dumps(record) + "\n")
         if self.config.trackers:
             flat = {k: v for k, v in record.items() if isinstance(v, float)}
@@ -372,32 +440,55 @@ class Run:
                 self.subject.save(folder / "model")
                 state = self.optimizer.state_dict()
                 tensors = {f"{i}.{k}": v.contiguous() for i, s in state["state"].items() for k, v in s.items()}
-                save_file(tensors, folder / "optimizer.safetensors")
-                described = {
-                    "step": self.step,
-                    "schedule": self.schedule.state_dict(),
-                    "param_groups": state["param_groups"],
-                }
-                (folder / "state.json").write_text(json.dumps(described), "utf-8")
+                save_file(tensors, folder / OPTIMIZER)
+                schedule = self.schedule.state_dict()
+                described = described_state(folder, self.step, self.digest, schedule, state["param_groups"])
+                (folder / STATE).write_text(json.dumps(described), "utf-8")
             for other in checkpoints.iterdir():
                 if other != checkpoint:
                     shutil.rmtree(other, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
-    def _load(self, checkpoint: Path) -> None:
+    def checked(self) -> tuple[dict[str, Any], Path | None, CheckpointState | None, list[str]]:
+        """What is there to go on from: the run's description, its checkpoint, that one's state, the log up to there.
+
+        Raises:
+            PositionsError: it is of another run, or damaged.
+        """
+        refuse_other(self.folder, self._described())
+        described = dict(read_description(self.folder))
+        checkpoint = newest_checkpoint(self.folder)
+        if checkpoint is None:
+            return described, None, None, read_log(self.folder, 0, self._is_evaluated)
+        state = read_state(checkpoint)
+        if not self.learns or state["step"] > self.config.steps:
+            raise PositionsError(f"{checkpoint} is of a step that this run does not have; expected its own.")
+        refuse_damaged(checkpoint, state, self._decided(state["step"]))
+        return described, checkpoint, state, read_log(self.folder, state["step"], self._is_evaluated)
+
+    def _load(self, checkpoint: Path, state: CheckpointState) -> None:
+        """Take over a checkpoint that was checked."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        moments = read_optimizer(checkpoint, parameters)
         try:
-            described = json.loads((checkpoint / "state.json").read_text("utf-8"))
-            tensors = load_file(checkpoint / "optimizer.safetensors")
             self.subject.restore(checkpoint / "model")
-            state: dict[int, dict[str, Tensor]] = {}
-            for name, tensor in tensors.items():
-                index, key = name.split(".")
-                state.setdefault(int(index), {})[key] = tensor
-            self.optimizer.load_state_dict({"state": state, "param_groups": described["param_groups"]})
-            self.schedule.load_state_dict(described["schedule"])
+            self.optimizer.load_state_dict({"state": moments, "param_groups": state["param_groups"]})
+            self.schedule.load_state_dict(state["schedule"])
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise PositionsError(f"the checkpoint {checkpoint} is damaged: {' '.join(str(error).split())}") from error
-        self.step = described["step"]
+        self.step = state["step"]
+
+    def _decided(self, step: int) -> dict[str, Any]:
+        """The schedule and the groups of parameters after a step, which the configuration decides."""
+        schedule, groups = self.schedule.state_dict(), self.optimizer.state_dict()["param_groups"]
+        rates = [
+            rate * factor(step) for rate, factor in zip(schedule["base_lrs"], self.schedule.lr_lambdas, strict=True)
+        ]
+        schedule |= {"last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
+        return {
+            "schedule": schedule,
+            "param_groups": [group | {"lr": rate} for group, rate in zip(groups, rates, strict=True)],
+        }
 
     def _any(self, interrupted: list[int]) -> bool:
         return bool(self.accelerator.reduce(torch.tensor(len(interrupted), device=self.accelerator.device)).item())
@@ -481,43 +572,6 @@ def refuse_used(folder: Path) -> None:
         raise PositionsError(f"{folder} exists already; expected a new or empty folder, or --resume with it.")
 
 
-def read_description(run: Path) -> dict[str, Any]:
-    """What the training.json of a run says.
-
-    Raises:
-        PositionsError: it is damaged.
-    """
-    path = run / "training.json"
-    try:
-        described = dict(json.loads(path.read_text("utf-8")))
-        return described | {"config": dict(described["config"])}
-    except (ValueError, KeyError, TypeError) as error:
-        raise PositionsError(f"{path} is damaged ({error}); expected what the run wrote.") from error
-
-
-def refuse_other(run: Path, described: dict[str, Any]) -> None:
-    """Refuse a run whose training.json says something else than this.
-
-    Raises:
-        PositionsError: it does, or it is damaged.
-    """
-    saved = read_description(run)
-    if any(changes(saved, json.loads(json.dumps(described)))):
-        raise PositionsError(f"{run} was started with another configuration or text; expected its training.json.")
-
-
-def newest_checkpoint(run: Path) -> Path | None:
-    """The newest whole checkpoint of a run, or None where it stopped before the first.
-
-    Raises:
-        PositionsError: the folder is no run.
-    """
-    if not (run / "training.json").is_file():
-        raise PositionsError(f"{run} has no run to resume; expected a folder that training wrote.")
-    found = [p for p in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{8}", p.name)]
-    return max(found, default=None)
-
-
 @contextmanager
 def interrupts() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM in a list instead of stopping at once; a second one stops."""
@@ -525,7 +579,7 @@ def interrupts() -> Iterator[list[int]]:
 
     def note(number: int, _frame: object) -> None:
         if caught:
-            raise KeyboardInterrupt
+            raise interruption(number)
         caught.append(number)
 
     previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -30,9 +30,11 @@ from lens_positions.errors import PositionsError
 from lens_positions.progress import tracked
 from lens_positions.terminal import print_grid, print_line, with_interval
 
+from .config import check_number, check_whole
 from .data import write_whole
 from .options import MaximumConfig
-from .suite import read_json, say
+from .schema import MaximumResults, read_json
+from .suite import say
 
 FEWEST, MOST = 5, 16
 """Items in training."""
@@ -117,21 +119,22 @@ def maximum(asked: MaximumConfig) -> pd.DataFrame:
     """Train and test what is not done yet; returns what `accuracy_table` makes of the files.
 
     Raises:
-        PositionsError: no seeds or sizes, or numbers below 1.
+        PositionsError: no seeds or sizes, a number out of range, or damaged files.
     """
     if len(set(asked.seeds)) < len(asked.seeds) or len(set(asked.sizes)) < len(asked.sizes):
         raise PositionsError("a seed or a size was given twice; expected distinct ones.")
-    if not 0 < asked.learning_rate < math.inf:
-        raise PositionsError(f"learning_rate is {asked.learning_rate}; expected a positive number.")
+    check_number("learning_rate", asked.learning_rate)
     numbers = (asked.steps, asked.batch_size, asked.width, asked.tested, *asked.sizes)
     if not asked.seeds or not asked.sizes or min(*numbers, asked.classes - 1) < 1 or min(asked.seeds) < 0:
         raise PositionsError("a number of the task is too small; expected seeds from 0, 2 classes and all else from 1.")
+    for number in (*numbers, asked.classes, *asked.seeds):
+        check_whole("a number of the task", number, 0)
     asked.results.mkdir(parents=True, exist_ok=True)
     for seed in asked.seeds:
         described, table = asked.results / f"seed-{seed}.json", asked.results / f"seed-{seed}.csv"
         config = {name: value for name, value in asdict(asked).items() if name not in ("seeds", "results")}
         config = json.loads(json.dumps(config))
-        if described.is_file() and table.is_file() and read_json(described).get("config") == config:
+        if described.is_file() and table.is_file() and read_json(described, MaximumResults)["config"] == config:
             say(f"seed {seed}: done before")
             continue
         if described.is_file():

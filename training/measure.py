@@ -38,7 +38,8 @@ from lens_positions.hooked import HookedPositionTransformer
 
 from .data import write_whole
 from .options import MeasureConfig
-from .suite import commit, finished, read_json, say, weights_of
+from .schema import Measured, read_json
+from .suite import commit, finished, read_results, say, weights_of
 
 CHARACTERS = 60_000
 ABLATED_CHARACTERS = 10_000
@@ -175,7 +176,7 @@ def measure(asked: MeasureConfig) -> list[str]:
     if unknown := set(asked.only) - {folder.name for folder in scored}:
         raise PositionsError(f"{results} has no scored run {min(unknown)!r}; expected one that the suite has finished.")
     chosen = [folder for folder in scored if not asked.only or folder.name in asked.only]
-    chosen = [folder for folder in chosen if read_json(folder / "run.json")["variant"] != "static"]
+    chosen = [folder for folder in chosen if read_results(folder / "run.json", "variant")["variant"] != "static"]
     if not chosen:
         raise PositionsError(
             f"{results} has no scored run with increments to measure (those of static are all 1); expected "
@@ -195,7 +196,7 @@ def measure(asked: MeasureConfig) -> list[str]:
 
 def _measure(run: Path, folder: Path, text: Text, names: list[str], title: str) -> None:
     model, weights = run / "model", weights_of(run)
-    if weights != read_json(folder / "run.json")["sha256"]:
+    if weights != read_results(folder / "run.json", "sha256")["sha256"]:
         raise PositionsError(
             f"{run} is not the run that {folder} was scored on; expected python -m training suite again."
         )
@@ -222,7 +223,7 @@ def measure_left(
 ) -> None:
     """Write what is not measured yet of some weights, each table with the command that prints it, and measured.json."""
     described = folder / "measured.json"
-    done: dict[str, Any] = read_json(described) if described.exists() else {}
+    done: dict[str, Any] = read_measured(described) if described.exists() else {}
     for name, (measurement, command) in tables.items():
         if done.get(name, {}).get("sha256") == weights:
             continue
@@ -242,3 +243,13 @@ def measure_left(
         written = (json.dumps(done, indent=2) + "\n").encode()
         write_whole(described, lambda file, written=written: file.write(written))  # type: ignore[misc]
         say(f"{title}: {name}, {seconds:.0f} s")
+
+
+def read_measured(path: Path) -> dict[str, Measured]:
+    """What a measured.json says, by table.
+
+    Raises:
+        PositionsError: it is damaged.
+    """
+    found: dict[str, Measured] = read_json(path, dict[str, Measured])
+    return found

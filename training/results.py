@@ -6,7 +6,6 @@ sentences are drawn with.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -32,8 +31,10 @@ from .findings import (
     word_boundaries,
 )
 from .findings_rope import ROPE_FINDINGS, Machinery
+from .measure import read_measured
 from .options import ROPE_VARIANTS, VARIANTS, ResultsConfig
-from .suite import read_json, say
+from .schema import Commit
+from .suite import read_results, say
 
 DRAWN = "bilingual-per-layer"
 """The shipped model that sentences are drawn with."""
@@ -64,11 +65,19 @@ def write_results(asked: ResultsConfig) -> Path:
     suite, beside = Suite(folder), Suite(asked.results / asked.beside)
     machinery = Machinery(asked.results / "machinery", suite, asked.results / "maximum")
     try:
-        lines = [*_page(suite, asked), *_beside(beside, asked), *_rope(machinery, asked)]
-        lines += _traces([suite, beside], machinery)
+        _setting(suite)  # this and the traces first, so that no figure is drawn where a description is damaged
+        traces = list(_traces([suite, beside], machinery))
+        lines = [*_page(suite, asked), *_beside(beside, asked), *_rope(machinery, asked), *traces]
     except (KeyError, IndexError) as error:
         raise PositionsError(
             f"a file in {asked.results} lacks {error}; expected what suite, measure, machinery and maximum wrote."
+        ) from error
+    except (TypeError, ValueError) as error:  # a table with text where a number belongs, or the other way round
+        if isinstance(error, PositionsError):
+            raise
+        raise PositionsError(
+            f"a file in {asked.results} is damaged ({error}); expected what suite, measure, machinery and maximum "
+            "wrote."
         ) from error
     text = "\n".join(lines).rstrip() + "\n"
     write_whole(asked.output, lambda file: file.write(text.encode()))
@@ -77,7 +86,7 @@ def write_results(asked: ResultsConfig) -> Path:
 
 def _setting(suite: Suite) -> str:
     """What the models of a suite are, from one of them."""
-    config = read_json(next(iter(sorted(suite.folder.glob("*/run.json")))))["config"]
+    config = read_results(next(iter(sorted(suite.folder.glob("*/run.json")))))["config"]
     model = config["model"]
     seen = config["steps"] * config["batch_size"] * model["n_ctx"]
     return (
@@ -204,7 +213,7 @@ def _traces(suites: list[Suite], machinery: Machinery) -> Iterator[str]:
     for suite in suites:
         for variant in (*VARIANTS, *ROPE_VARIANTS):
             for seed, folder in suite.runs(variant).items():
-                run = read_json(folder / "run.json")
+                run = read_results(folder / "run.json")
                 weights = run["sha256"]["model.safetensors"]
                 yield (
                     f"| {suite.folder.name} {variant}-{seed} | `{run['command']}` | {run['parameters']:,} | "
@@ -239,14 +248,14 @@ def _measured(machinery: Machinery) -> Iterator[str]:
     yield "| tables | weights (sha256) | commits |"
     yield "|---|---|---|"
     for folder in folders:
-        done = read_json(folder / "measured.json")
+        done = read_measured(folder / "measured.json")
         weights = {sha256[:12] for entry in done.values() for sha256 in entry["sha256"].values()}
         commits = {_commit(entry["git"]) for entry in done.values()}
         yield f"| `{folder.as_posix()}` | {', '.join(sorted(weights))} | {', '.join(sorted(commits))} |"
     yield ""
 
 
-def _commit(git: dict[str, Any] | None) -> str:
+def _commit(git: Commit | None) -> str:
     return "none" if git is None else f"{git['commit'][:10]}{'+' if git['changed'] else ''}"
 
 

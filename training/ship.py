@@ -27,13 +27,16 @@ from lens_positions.errors import PositionsError
 from lens_positions.pretrained import load_pretrained
 from lens_positions.saved import replaced_folder, seal
 
+from .checkpoints import refuse_other
 from .config import TrainConfig, updated
 from .data import TokenizedCorpus, sha256_of, tokenize_corpus
-from .loop import refuse_other
 from .options import SHIPPED, ShipConfig
-from .suite import evaluate_lengths, finished, heldout_sources, paired_difference, read_json, read_scores
+from .suite import evaluate_lengths, finished, heldout_sources, paired_difference, read_results, read_scores
 
 ROPE = "bilingual-rope"
+
+CARD_FIELDS = ("command", "config", "corpus_fingerprint", "parameters", "sha256", "versions", "git", "device")
+"""What a card says of a run.json."""
 
 TEXTS = {
     "all": ("sotu", "peoples_daily", "reviews"),
@@ -102,7 +105,9 @@ def _scored_run(asked: ShipConfig, variant: str) -> dict[str, Any]:
         raise PositionsError(f"there is no run {run}; expected one that python -m training suite trained.")
     if not finished(run):
         raise PositionsError(f"the run {run} is not finished; expected python -m training suite to have ended it.")
-    described = read_json(results / "run.json") if (results / "run.json").is_file() else {}
+    described: dict[str, Any] = {}
+    if (results / "run.json").exists():
+        described = dict(read_results(results / "run.json", *CARD_FIELDS))
     weights = {path.name: sha256_of(path) for path in (run / "model").glob("*.safetensors")}
     if described.get("sha256") != weights or not (results / "heldout.csv").is_file():
         raise PositionsError(

@@ -42,6 +42,7 @@ from lens_positions.pretrained import load_pretrained, replaced_folder
 from lens_positions.progress import tracked
 from lens_positions.terminal import print_grid, print_line
 
+from .checkpoints import logged, read_description, refuse_other
 from .config import TrainConfig, changes, load_preset, to_json
 from .data import TokenizedCorpus, heldout_documents, heldout_windows, sha256_of, tokenize_corpus, write_whole
 from .loop import (
@@ -50,11 +51,10 @@ from .loop import (
     Run,
     are_bytes,
     new_accelerator,
-    read_description,
-    refuse_other,
     token_nats,
 )
 from .options import ROPE_VARIANTS, VARIANTS, SuiteConfig
+from .schema import RunResults, read_json
 
 FACTORS = (1, 2, 4)
 """Lengths at which models are scored, in training contexts."""
@@ -180,22 +180,24 @@ def _refuse_other_results(results: Path, common: TrainConfig) -> None:
 
     for path in [*results.glob("*/run.json"), *results.glob("*/diverged.json")]:
         wanted = json.loads(json.dumps(to_json(_of_variant(common, path.parent.name.rpartition("-")[0]))))
-        for name, value in changes(compared(read_json(path)["config"]), compared(wanted)):
+        for name, value in changes(compared(read_results(path, "config")["config"]), compared(wanted)):
             raise PositionsError(
                 f"{path.parent} was trained with another {name} than {value}; expected a results folder for it alone."
             )
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_results(path: Path, *needed: str) -> RunResults:
     """What run.json or diverged.json says.
 
+    Args:
+        path: the file.
+        needed: fields that are asked of it.
+
     Raises:
-        PositionsError: it is damaged.
+        PositionsError: it is damaged, or lacks one of these.
     """
-    try:
-        return dict(json.loads(path.read_text("utf-8")))
-    except (ValueError, TypeError) as error:
-        raise PositionsError(f"{path} is damaged ({error}); expected what the suite wrote.") from error
+    found: RunResults = read_json(path, RunResults, *needed)
+    return found
 
 
 def _corpus(config: TrainConfig, cache_dir: Path) -> TokenizedCorpus:
@@ -248,7 +250,7 @@ def _train(run: SuiteRun, corpus: TokenizedCorpus) -> None:
     training = Run(run.config, run.folder, accelerator, corpus, FreshModel(run.config), name=run.folder.name)
     training.go(resume=(run.folder / "training.json").exists())
     if training.interrupted:  # when all was done
-        raise KeyboardInterrupt
+        raise training.interrupted
 
 
 def weights_of(run: Path) -> dict[str, str]:
@@ -258,7 +260,7 @@ def weights_of(run: Path) -> dict[str, str]:
 
 def _is_scored(run: SuiteRun) -> bool:
     described = run.results / "run.json"
-    return described.is_file() and read_json(described).get("sha256") == weights_of(run.folder)
+    return described.is_file() and read_results(described).get("sha256") == weights_of(run.folder)
 
 
 def score(run: SuiteRun, corpus: TokenizedCorpus) -> None:
@@ -267,9 +269,7 @@ def score(run: SuiteRun, corpus: TokenizedCorpus) -> None:
     Versions, commit and machine are those of this measurement; the speed is the training's.
     """
     model = load_pretrained(run.folder / "model")[0].to(PartialState().device)
-    log = [json.loads(line) for line in (run.folder / "log.jsonl").read_text("utf-8").splitlines()]
-    evaluations = [record for record in log if "increments" in record]
-    speeds = [record["tokens_per_second"] for record in log if "tokens_per_second" in record]
+    evaluations, speeds = logged(run.folder)
     nats = evaluate_lengths(model, corpus, run.config.model.n_ctx, name=run.folder.name)
     nats.insert(1, "source", np.array(heldout_sources(run.config, corpus))[nats["document"]])
     described = {
@@ -415,7 +415,7 @@ def loss_table(results: Path) -> pd.DataFrame:
         scored[variant], steps = {}, []
         for seed, folder in by_seed(results, variant).items():
             if (folder / "diverged.json").is_file():
-                steps.append(f"seed {seed} at step {read_json(folder / 'diverged.json')['step']}")
+                steps.append(f"seed {seed} at step {read_results(folder / 'diverged.json', 'step')['step']}")
             elif (folder / "heldout.csv").is_file():
                 table = read_scores(folder / "heldout.csv")
                 sizes = table["bytes"] if sizes is None else sizes
@@ -451,8 +451,12 @@ def read_scores(path: Path) -> pd.DataFrame:
         PositionsError: it is damaged.
     """
     try:
-        return pd.read_csv(path, index_col=["length", "document"])[["source", "bytes", "nats"]].sort_index()
-    except (ValueError, KeyError) as error:
+        table = pd.read_csv(path, index_col=["length", "document"])[["source", "bytes", "nats"]].sort_index()
+        table = table.astype({"bytes": "int64", "nats": "float64"})
+        if not len(table) or not table.index.is_unique or not np.isfinite(table["nats"]).all():
+            raise ValueError("a document is missing, there twice, or without its nats")
+        return table
+    except (ValueError, KeyError, OSError) as error:
         raise PositionsError(f"{path} is damaged ({error}); expected what the suite wrote.") from error
 
 

@@ -8,7 +8,7 @@ import scipy
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
-from ..errors import PositionsError
+from ..errors import check_seed
 
 BOOTSTRAP_DRAWS = 1000
 
@@ -27,10 +27,9 @@ def resamples(documents: int, seed: int) -> Int64[np.ndarray, "draw document"]:
     """How often each document occurs in each of 1,000 resamples of whole documents.
 
     Raises:
-        PositionsError: a seed below zero.
+        PositionsError: a seed that is no whole number from 0, of 63 bits.
     """
-    if seed < 0:
-        raise PositionsError(f"seed is {seed}; expected a whole number from 0.")
+    check_seed(seed)
     chances = np.full(documents, 1 / documents)
     return np.random.default_rng(seed).multinomial(documents, chances, size=BOOTSTRAP_DRAWS)
 

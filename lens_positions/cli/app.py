@@ -3,8 +3,6 @@
 What a command runs on is imported when it runs: through `lp`, or inside it. Help and refusals need no torch.
 """
 
-import io
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,11 +14,14 @@ from tyro.conf import FlagCreatePairsOff, arg
 
 import lens_positions as lp
 
+from .. import exits
 from ..errors import PositionsError
+from ..exits import exit_status
 from ..terminal import print_line
 from ..viz import plain
 
 if TYPE_CHECKING:
+    import pandas as pd
     from rich.console import Console
 
 DESCRIPTION = "What a model's increments are and what they cause, in a terminal."
@@ -29,21 +30,17 @@ app = tyro.extras.SubcommandApp()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command with these arguments (None: the process's own) and return its exit status."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        # Without a help text for "which command", tyro reads the source of its own classes for one.
-        app.cli(prog="lens-positions", description=DESCRIPTION, args=argv, config=[tyro.conf.arg(help="")])
-    except (PositionsError, OSError) as error:
-        complain(str(error))
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except SystemExit as exit:  # tyro has printed its help or its complaint
-        return exit.code if isinstance(exit.code, int) else int(exit.code is not None)
-    return 0
+    """Run the command with these arguments (None: the process's own) and return its exit status, as in `exits`."""
+
+    def run() -> int:
+        try:
+            # Without a help text for "which command", tyro reads the source of its own classes for one.
+            app.cli(prog="lens-positions", description=DESCRIPTION, args=argv, config=[tyro.conf.arg(help="")])
+        except SystemExit as exit:  # tyro has printed its help or its complaint
+            return exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+        return 0
+
+    return exit_status("lens-positions", run)
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,7 @@ def check_learned(model: "lp.HookedPositionTransformer", so: str, expected: str)
 
 def complain(sentence: str) -> None:
     """Say on standard error, in one line, what went wrong or was left out."""
-    print(f"lens-positions: {' '.join(sentence.split())}", file=sys.stderr)
+    exits.complain("lens-positions", sentence)
 
 
 @contextmanager
@@ -93,3 +90,8 @@ def drawn(console: "Console", figure: Path) -> Iterator[None]:
         complain(f"no figure was drawn: {error}")
     else:
         print_line(console, f"figure: {figure}")
+
+
+def write_table(table: "pd.DataFrame", csv: Path) -> None:
+    """Write a table; what was there stays until the new one is whole."""
+    plain.write_whole(csv, table.to_csv(index=False).encode("utf-8", "backslashreplace"), "table")

@@ -9,10 +9,10 @@ from tyro.conf import Positional, arg
 import lens_positions as lp
 
 from ..config import SweepSite
-from ..errors import PositionsError, check_text
+from ..errors import PositionsError, check_seed, check_text
 from ..terminal import effect_cell, print_grid, print_line
 from ..viz import plain
-from .app import BOS_OF_MODEL, Bos, app, check_learned, check_outputs, drawn
+from .app import BOS_OF_MODEL, Bos, app, check_learned, check_outputs, drawn, write_table
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -150,6 +150,7 @@ def ablate(
     """
     check_outputs(csv, figure)
     prepend_bos = bos.prepend()
+    check_seed(seed)
 
     from rich.console import Console
 
@@ -171,8 +172,8 @@ def ablate(
     _print_ablations(console, found)
     if csv is not None:
         beside = csv.with_name(f"{csv.stem}-attention{csv.suffix}")
-        found.loss.to_csv(csv, index=False)
-        found.attention.to_csv(beside, index=False)
+        write_table(found.loss, csv)
+        write_table(found.attention, beside)
         print_line(console, f"loss: {csv}, attention: {beside}")
     if figure is not None:
         caption = f"{loaded.name}; {of_text}. Intervals: 95% of resamples of documents, seed {seed}."
@@ -241,7 +242,7 @@ def _show_effects(
             for i, number in enumerate(numbers)
             for t, label in enumerate(model.to_str_tokens(tokens[0]))
         ]
-        pd.DataFrame(rows).to_csv(csv, index=False)
+        write_table(pd.DataFrame(rows), csv)
         print_line(console, f"effects: {csv}")
     if figure is not None:
         title = "Effect of each layer and token"

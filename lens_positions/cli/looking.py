@@ -9,10 +9,10 @@ from tyro.conf import Positional, arg
 
 import lens_positions as lp
 
-from ..errors import PositionsError, check_text
+from ..errors import PositionsError, check_seed, check_text
 from ..terminal import increment_cell, print_grid, print_line
 from ..viz import plain
-from .app import BOS_OF_MODEL, Bos, app, check_outputs, complain, drawn
+from .app import BOS_OF_MODEL, Bos, app, check_outputs, complain, drawn, write_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -151,7 +151,7 @@ def moved(
             print_line(console, f"  {row['kind']} (n={row['n']:,}): ×{row['relative']:.3f}{interval}")
         console.print()
     if csv is not None:
-        found[found["layer"].isin(shown)].to_csv(csv, index=False)
+        write_table(found[found["layer"].isin(shown)], csv)
         print_line(console, f"tokens: {csv}")
 
 
@@ -185,6 +185,7 @@ def report(
         check_text(one)
     plain.check_page(output)
     prepend_bos = bos.prepend()
+    check_seed(seed)
 
     from rich.console import Console
 
@@ -201,7 +202,8 @@ def report(
         left_out = lp.viz.report(loaded, output, text, other, corpus, characters, seed, command, prepend_bos)
     except KeyboardInterrupt as interruption:
         if interruption.args:
-            complain(f"interrupted: {output} has the parts that were done.")
+            sentence = f"interrupted: {output} has the parts that were done."
+            raise type(interruption)(sentence) from interruption
         raise
     for sentence in left_out:
         complain(sentence)

@@ -9,7 +9,7 @@ from tyro.conf import arg
 import lens_positions as lp
 
 from ..config import BLOCK
-from ..errors import PositionsError
+from ..errors import PositionsError, check_seed
 from ..terminal import print_grid, print_line, with_interval
 from .app import BOS_OF_MODEL, Bos, app, check_outputs, drawn
 from .measuring import Characters, Chart, Corpus, Model, Seed, headed, read_heldout, written
@@ -107,6 +107,7 @@ def absolute(
     """
     check_outputs(csv, figure)
     prepend_bos = bos.prepend()
+    check_seed(seed)
     if texts < 2:
         raise PositionsError(f"--texts is {texts}; expected at least 2, for intervals.")
 

@@ -12,7 +12,7 @@ import lens_positions as lp
 from ..config import Alphabet
 from ..errors import PositionsError
 from ..terminal import print_grid, print_line, with_interval
-from .app import BOS_OF_MODEL, Bos, app, check_learned, check_outputs, complain, drawn
+from .app import BOS_OF_MODEL, Bos, app, check_learned, check_outputs, complain, drawn, write_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -339,5 +339,5 @@ def _share(row: Any, column: str) -> str:
 def written(console: "Console", table: "pd.DataFrame", csv: Path | None) -> None:
     """Write a table where that is asked for, and say where."""
     if csv is not None:
-        table.to_csv(csv, index=False)
+        write_table(table, csv)
         print_line(console, f"table: {csv}")

@@ -115,7 +115,7 @@ def report(
     )
     write_page(page, path)
     if interrupted is not None:
-        raise KeyboardInterrupt(str(path)) from interrupted
+        raise type(interrupted)(str(path)) from interrupted
     views = [piece for part in parts for piece in part["pieces"] if piece["kind"] == "view" and piece["view"].cut]
     left_out = [f"{piece['title']}: {piece['view'].title}: {piece['view'].cut}" for piece in views]
     return left_out if held_out else [*left_out, of_corpus]
@@ -290,7 +290,7 @@ def _again(models: list[HookedPositionTransformer], of: str, seed: int, command:
 def _held_out(corpus: str | None, characters: int) -> tuple[list[str], str]:
     """Held-out text and what it is; no text and why, where none was asked for by name."""
     try:
-        texts = corpora.heldout_excerpts(corpus or "bilingual", characters)
+        texts = corpora.heldout_excerpts("bilingual" if corpus is None else corpus, characters)
     except PositionsError as error:
         if corpus is not None or characters < 1:
             raise

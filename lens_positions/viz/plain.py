@@ -44,6 +44,9 @@ def write_whole(path: Path, content: bytes, what: str) -> None:
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
+        if path.exists() and not path.is_file():  # /dev/stdout, which must not become a file
+            path.write_bytes(content)
+            return
         partial.write_bytes(content)
         partial.replace(path)
     except OSError as error:
