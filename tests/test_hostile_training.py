@@ -414,7 +414,7 @@ def test_a_memory_that_runs_out_is_one_sentence(error, tmp_path, capsys, monkeyp
     def allocate(*arguments: Any, **options: Any) -> None:
         raise error
 
-    monkeypatch.setattr("training.commands.train", allocate)
+    monkeypatch.setattr("training.loop.train", allocate)
     assert "there is not enough memory" in refused(["train"], tmp_path, capsys)
 
 
@@ -422,7 +422,7 @@ def test_a_bug_is_not_hidden(monkeypatch):
     def broken(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("training.commands.train", broken)
+    monkeypatch.setattr("training.loop.train", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         main(["train"])
 
@@ -630,14 +630,14 @@ def test_a_signal_ends_a_run_with_one_line_and_it_goes_on_from_there(
 
 
 LONG = {
-    "suite": ("training.commands.suite", "the suite was interrupted"),
-    "measure": ("training.commands.measure", ""),
-    "machinery": ("training.commands.machinery", ""),
-    "maximum": ("training.commands.maximum", ""),
-    "results": ("training.commands.write_results", ""),
-    "ship": ("training.commands.ship", ""),
-    "graft": ("training.commands.graft", ""),
-    "train": ("training.commands.train", ""),
+    "suite": ("training.suite.suite", "the suite was interrupted"),
+    "measure": ("training.measure.measure", ""),
+    "machinery": ("training.machinery.machinery", ""),
+    "maximum": ("training.maximum.maximum", ""),
+    "results": ("training.results.write_results", ""),
+    "ship": ("training.ship.ship", ""),
+    "graft": ("training.graft.graft", ""),
+    "train": ("training.loop.train", ""),
 }
 
 
