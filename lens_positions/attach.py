@@ -164,7 +164,8 @@ class PositionStreams(nn.Module):
             call = RotaryCall.of(module, args, kwargs, output)
             step.rotary_calls.append(call)
             if step.checkpointed:
-                step.tag_rotation(call)
+                for tensor in call.tensors():
+                    step.tag(tensor, call)
 
     def _share_increments(self, step: ForwardPass) -> None:
         """The increments of a source that all layers share, once a forward pass and outside checkpointed layers."""
@@ -201,12 +202,14 @@ class PositionStreams(nn.Module):
         """The forward pass that an attention runs in, and the rotary call that its rotation is from."""
         step = self._current.get()
         if step is not None and not step.finished:
-            if rotation is not None and call is None:
-                call = _call_behind(rotation, step)
+            if call is None:
+                return step, None if rotation is None else _call_behind(rotation, step)
+            if step.checkpointed:  # the attention itself made this call, and makes another when it runs again
+                step.tag(call.position_ids, None)
             return step, call
-        found = tagged_pass(rotation)
-        self._current.resume(found[0])
-        return found
+        again, known = tagged_pass(rotation if call is None else call.position_ids)
+        self._current.resume(again)
+        return (None, None) if again is None else (again, known if call is None else call)
 
     def _turn(self, stream: int, states: Tensor, rotation: Any, call: RotaryCall | None) -> Rotation | None:
         """The rotation of one attention in this forward pass; None where it is the model's own."""

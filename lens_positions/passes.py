@@ -91,10 +91,9 @@ class ForwardPass:
         self.calls[stream] = number
         return number
 
-    def tag_rotation(self, call: RotaryCall) -> None:
-        """Hand the pass along with cos and sin, so that a layer which runs again in the backward pass finds it."""
-        for tensor in call.tensors():
-            tensor._position_pass = self, call  # type: ignore[attr-defined]
+    def tag(self, tensor: Tensor, call: RotaryCall | None) -> None:
+        """Hand the pass along with cos, sin or position ids: a layer that runs again in the backward pass finds it."""
+        tensor._position_pass = self, call  # type: ignore[attr-defined]
 
     def finish(self) -> None:
         """The model returned; what only its layers needed goes.
@@ -108,10 +107,11 @@ class ForwardPass:
             call.rotation = None
 
 
-def tagged_pass(rotation: Any) -> "tuple[ForwardPass, RotaryCall] | tuple[None, None]":
-    """The pass and the rotary call that these cos and sin came from, where they were tagged."""
-    first = rotation if isinstance(rotation, Tensor) else next(iter(rotation or ()), None)
-    return getattr(first, "_position_pass", (None, None))
+def tagged_pass(handed: Any) -> tuple[ForwardPass | None, RotaryCall | None]:
+    """The pass that cos and sin, or position ids, were handed along in, and their rotary call where it is known."""
+    first = handed if isinstance(handed, Tensor) else next(iter(handed or ()), None)
+    whole = first if hasattr(first, "_position_pass") else getattr(first, "_base", None)  # of a part of it
+    return getattr(whole, "_position_pass", (None, None))
 
 
 class CurrentPass:
