@@ -187,9 +187,11 @@ def _visible(step: ForwardPass, call: RotaryCall, gap: str, increments: Tensor) 
     """What tokens see of each other, found out once a pass."""
     ids = call.position_ids
     if step.visible is None or step.visible.wide.device != ids.device:
-        memory = memory_of(step.cache)
+        memory, mask = memory_of(step.cache), step.mask
+        if step.cache is not None and isinstance(mask, Tensor) and mask.ndim == 2:
+            mask = mask[:, : step.past_length + ids.shape[1]]  # one for all that the cache has room for
         step.visible = visible_tokens(
-            step.mask,
+            mask,
             ids,
             gap,
             torch.empty(0, dtype=wide_dtype(increments), device=ids.device),
