@@ -286,12 +286,14 @@ class HookedPositionTransformer(HookedCalls):
 
 
 def _configured(tokenizer: Any, cfg: Any) -> Any:
-    """The tokenizer as TransformerLens sets it up: it loads another one by the name of the first.
+    """The tokenizer as TransformerLens sets it up: of one that adds no BOS it loads another by its name.
 
     One that was made in memory has no name, and is loaded from a folder for the time.
     """
-    tokenizer.init_kwargs.setdefault("name_or_path", "")
-    if tokenizer.init_kwargs["name_or_path"] or is_byte_tokenizer(tokenizer):
+    settings = tokenizer.init_kwargs
+    settings.setdefault("name_or_path", "")
+    adds_bos = settings.get("add_bos_token", getattr(tokenizer, "add_bos_token", False))
+    if settings["name_or_path"] or adds_bos or tokenizer.bos_token is None or is_byte_tokenizer(tokenizer):
         return configure_tokenizer(tokenizer, cfg)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
