@@ -79,13 +79,7 @@ class PositionStreams(nn.Module):
         self, names: list[str], links: list[Link], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """The model is called: a model of images and text embeds the tokens before it calls its decoder."""
-        if module._modules.get("position_streams") is not self:
-            raise PositionsError(
-                "the model's position_streams are a copy of those that run (as peft's modules_to_save and DataParallel "
-                "make them), so what trains would not act; expected the model without that copy."
-            )
-        for link in links:
-            link.refuse_replaced()
+        # First of all: `_end` leaves a pass whether or not this one is refused, and must not leave one around it.
         self._current.begin(
             ForwardPass(
                 tokens=argument(names, args, kwargs, "input_ids"),
@@ -93,6 +87,13 @@ class PositionStreams(nn.Module):
                 ids_given=argument(names, args, kwargs, "position_ids") is not None,
             )
         )
+        if module._modules.get("position_streams") is not self:
+            raise PositionsError(
+                "the model's position_streams are a copy of those that run (as peft's modules_to_save and DataParallel "
+                "make them), so what trains would not act; expected the model without that copy."
+            )
+        for link in links:
+            link.refuse_replaced()
 
     def _start(
         self,

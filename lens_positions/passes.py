@@ -152,11 +152,9 @@ class CurrentPass:
         """Leave the pass."""
         step = self.get()
         outer = None if step is None else step.outer
-        if torch.compiler.is_compiling():
-            self._compiled = None
-        else:
+        if not torch.compiler.is_compiling():
             self._eager.step = outer
-            self._compiled = None
+        self._compiled = None
         if step is not None:
             step.finish()
 

@@ -19,6 +19,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from .attach import unbridged
 from .errors import PositionsError, check_text
+from .placement import device_of
 
 TextOrTokens = str | Sequence[str] | Int[Tensor, "*_batch _pos"] | Sequence[Int[Tensor, "*_one _pos"]]
 """A text or a list of texts; the tokens of a prompt or of a batch; or a list of the tokens of prompts of any length."""
@@ -62,7 +63,8 @@ def prompts_of(
                 "beside it, as texts and lists have no padding."
             )
         prompts = _listed(model, [given] if isinstance(given, str) else given, prepend_bos, whole)
-    device = _input_device(model)
+    base = unbridged(model)
+    device = device_of(base.get_input_embeddings(), base)
     return [prompt.to(device) for prompt in prompts]
 
 
@@ -173,12 +175,6 @@ def _check_ids(model: TransformerBridge, rows: Int[Tensor, "batch pos"]) -> None
     size = unbridged(model).get_input_embeddings().weight.shape[0]
     if rows.min() < 0 or rows.max() >= size:
         raise PositionsError(f"tokens go from {rows.min()} to {rows.max()}; expected ids from 0 to {size - 1}.")
-
-
-def _input_device(model: TransformerBridge) -> torch.device:
-    """Where input goes; offloaded weights have no place of their own."""
-    device: torch.device = unbridged(model).device
-    return torch.device("cpu") if device.type == "meta" else device
 
 
 def _without_padding(
