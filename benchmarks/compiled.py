@@ -126,14 +126,14 @@ def tried(source: str, depth: int, dtype: str, rows: Tensor, options: Options) -
     model = streamed(source, options, depth)
     # Without attaching again: what a person does who has one model of each kind in a process.
     counters.clear()
-    run = compiled(model, options, fullgraph=True)
-    loss, eager = gradients(model, model, rows, dtype)
-    compiled_loss, found = gradients(run, model, rows, dtype)
+    nats = compiled(token_nats, options, fullgraph=True)
+    loss, eager = gradients(token_nats, model, rows, dtype)
+    compiled_loss, found = gradients(nats, model, rows, dtype)
     graphs = counters["stats"]["unique_graphs"]
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for step in range(6):
-        gradients(run, model, rows.roll(step, 0), dtype)
+        gradients(nats, model, rows.roll(step, 0), dtype)
         optimizer.step()
     largest = max((float(g.abs().max()) for g in eager), default=0.0)
     apart = max((float((a - b).abs().max()) for a, b in zip(eager, found, strict=True)), default=0.0)
@@ -148,11 +148,11 @@ def tried(source: str, depth: int, dtype: str, rows: Tensor, options: Options) -
     }
 
 
-def gradients(run: Any, model: Any, rows: Tensor, dtype: str) -> tuple[float, list[Tensor]]:
+def gradients(nats: Any, model: Any, rows: Tensor, dtype: str) -> tuple[float, list[Tensor]]:
     """The loss of a step, and the gradient of each weight of the source."""
     model.zero_grad()
     with torch.autocast(rows.device.type, torch.bfloat16, enabled=dtype != "float32"):
-        loss = token_nats(run, rows).mean()
+        loss = nats(model, rows).mean()
     loss.backward()
     found = []
     for parameter in model.position_streams.parameters():
@@ -212,8 +212,8 @@ def times(source: str, options: Options) -> dict[str, Any]:
     row: dict[str, Any] = {"source": source, "size": "width 256, 6 layers, 4 rows of 512"}
     eager_plain = None
     for how in ("eager", "compiled"):
-        pair = [m if how == "eager" else compiled(m, options) for m in (own, plain)]
-        pairs = take_turns(pair[0], pair[1], rows, options)
+        nats = token_nats if how == "eager" else compiled(token_nats, options)
+        pairs = take_turns(nats, own, plain, rows, options)
         row[how] = round(statistics.median(a / b for a, b in pairs), 3)
         if eager_plain is None:
             eager_plain = statistics.median(b for _, b in pairs)
@@ -222,15 +222,15 @@ def times(source: str, options: Options) -> dict[str, Any]:
     return row
 
 
-def take_turns(model: Any, other: Any, rows: Tensor, options: Options) -> list[tuple[float, float]]:
-    """Seconds of one forward and backward pass of each, side by side."""
+def take_turns(nats: Any, model: Any, other: Any, rows: Tensor, options: Options) -> list[tuple[float, float]]:
+    """Seconds of one forward pass, loss and backward pass of each, side by side."""
     seconds = []
     for turn in range(options.turns + 3):
         taken = [0.0, 0.0]
         for i in (0, 1) if turn % 2 else (1, 0):
             run = (model, other)[i]
             start = time.perf_counter()
-            token_nats(run, rows).mean().backward()
+            nats(run, rows).mean().backward()
             if rows.is_cuda:
                 torch.cuda.synchronize()
             taken[i] = time.perf_counter() - start
@@ -265,9 +265,9 @@ def logits(run: Any, rows: Tensor) -> Tensor:
     return run(input_ids=rows[:, :-1], use_cache=False).logits.detach()
 
 
-def compiled(model: Any, options: Options, fullgraph: bool = False) -> Any:
-    """The model through torch.compile."""
-    return torch.compile(model, backend=options.backend, mode=options.mode, fullgraph=fullgraph)
+def compiled(function: Any, options: Options, fullgraph: bool = False) -> Any:
+    """A model, or a function of one, through torch.compile."""
+    return torch.compile(function, backend=options.backend, mode=options.mode, fullgraph=fullgraph)
 
 
 def device_name(device: str) -> str:

@@ -64,6 +64,7 @@ class RunConfig:
         eval_windows: held-out windows as long as the context, spread over the held-out text.
         save_every: steps between checkpoints.
         trackers: what accelerate should log to besides log.jsonl (tensorboard, wandb, ...).
+        keep_at: steps after which the model is kept as it is then, in the folder at/step-N of the run.
 
     Raises:
         PositionsError: a number out of range, or sizes that do not divide.
@@ -86,6 +87,7 @@ class RunConfig:
     eval_windows: int = 128
     save_every: int = 250
     trackers: tuple[str, ...] = ()
+    keep_at: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulate", "eval_every", "eval_windows", "save_every"):
@@ -93,6 +95,8 @@ class RunConfig:
         check_whole("steps", self.steps, 1, MOST_STEPS)
         check_whole("warmup_steps", self.warmup_steps, 0)
         check_whole("seed", self.seed, 0)
+        for step in self.keep_at or ():
+            check_whole("keep_at", step, 1, self.steps)
         check_number("learning_rate", self.learning_rate)
         check_number("clip", self.clip)
         check_number("weight_decay", self.weight_decay, zero=True)
@@ -111,6 +115,9 @@ class TrainConfig(RunConfig):
     Args:
         model: the model and its increment source.
         frozen_from: a saved model whose shared source gives the table of a frozen one.
+        frozen_as: what is made of that table: "constant", every byte gets its mean over the training text; "swapped",
+            letters get the increment of the space and the space gets the mean of theirs. None takes it as it is.
+        head_increments: instead of a table, one constant increment for each head, in positions.
 
     Raises:
         PositionsError: as RunConfig, and a table for a source that has none.
@@ -118,14 +125,30 @@ class TrainConfig(RunConfig):
 
     model: PositionModelConfig = field(default_factory=PositionModelConfig)
     frozen_from: Path | None = None
+    frozen_as: Literal["constant", "swapped"] | None = None
+    head_increments: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.model.n_ctx < 2:
             raise PositionsError("model.n_ctx is 1; expected at least 2, so that there is a gap between tokens.")
-        if self.frozen_from is not None and self.model.positions.source != "frozen":
+        positions = self.model.positions
+        for name in ("frozen_from", "head_increments"):
+            if getattr(self, name) is not None and positions.source != "frozen":
+                raise PositionsError(f"{name} is given for the source {positions.source!r}; expected source 'frozen'.")
+        if self.frozen_as is not None and self.frozen_from is None:
+            raise PositionsError(f"frozen_as is {self.frozen_as!r} without frozen_from; expected both.")
+        if self.head_increments is not None:
+            self._check_head_increments(self.head_increments)
+
+    def _check_head_increments(self, increments: tuple[float, ...]) -> None:
+        for increment in increments:
+            check_number("head_increments", increment)
+        heads = self.model.n_heads
+        if self.frozen_from is not None or not self.model.positions.per_head or len(increments) != heads:
             raise PositionsError(
-                f"frozen_from is given for the source {self.model.positions.source!r}; expected source 'frozen'."
+                f"head_increments has {len(increments)} numbers; expected one for each of {heads} heads, a source per "
+                "head, and no frozen_from."
             )
 
 

@@ -5,6 +5,7 @@ A run is a folder:
     training.json        the configuration
     log.jsonl            a line a step and a line an evaluation
     checkpoints/step-N   the newest checkpoint: model, optimizer, state.json (each appears whole, by a rename)
+    at/step-N            the model as it was at the steps of `keep_at`
     model                the finished model, for `HookedPositionTransformer.from_pretrained`
     heldout.csv          its loss on each held-out document; written last
 
@@ -28,6 +29,8 @@ from typing import Any, cast
 import pandas as pd
 import psutil
 import torch
+import torch._dynamo.exc
+import torch._inductor.exc
 from accelerate import Accelerator, PartialState
 from filelock import FileLock, Timeout
 from jaxtyping import Bool, Float, Int
@@ -39,7 +42,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import get_cosine_schedule_with_warmup
 
-from lens_positions.attach import PositionStreams, increment_table
+from lens_positions.attach import PositionStreams
 from lens_positions.errors import PositionsError
 from lens_positions.exits import interruption
 from lens_positions.hooked import build_model
@@ -62,6 +65,10 @@ from .checkpoints import (
 from .config import RunConfig, TrainConfig, to_json
 from .data import TokenizedCorpus, batch, heldout_documents, heldout_windows, tokenize_corpus, write_whole
 from .schema import CheckpointState, digest_of
+from .tables import fixed_table
+
+Nats = Callable[[Any, Int[Tensor, "batch pos"]], Float[Tensor, "batch pos_less_one"]]
+"""The loss of each token after the first of its row, by a model, in nats."""
 
 LOG_EVERY = 10
 """Steps between readings of the loss, which makes a GPU wait."""
@@ -98,7 +105,7 @@ def train(config: TrainConfig, run: Path, *, resume: bool = False, cache_dir: Pa
         refuse_used(run)
     accelerator = new_accelerator(config, run)
     corpus = tokenize_corpus_once(config, cache_dir, accelerator)
-    training = Run(config, run, accelerator, corpus, FreshModel(config))
+    training = Run(config, run, accelerator, corpus, FreshModel(config, corpus))
     if resume:
         training.checked()
     with held(run):
@@ -186,15 +193,12 @@ class Subject(ABC):
 class FreshModel(Subject):
     """A model of bytes from fresh weights, all of which learn."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, corpus: TokenizedCorpus) -> None:
         model = config.model
         width, mlp = model.d_model, model.d_mlp or 4 * model.d_model
         weights = model.n_layers * width * (4 * width + 3 * mlp)
         refuse_too_large(4 * weights, f"a model of {model.n_layers} layers and width {width}")
-        table = None
-        if config.frozen_from is not None:
-            table = increment_table(load_pretrained(config.frozen_from)[0])
-        self.model = build_model(config.model, seed=config.seed, table=table)
+        self.model = build_model(config.model, seed=config.seed, table=fixed_table(config, corpus))
         self.n_ctx, self.learning_rate = config.model.n_ctx, config.learning_rate
 
     def groups(self) -> list[tuple[list[nn.Parameter], float]]:
@@ -262,7 +266,9 @@ class Run:
             optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
             self.schedule = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
             self.optimizer = accelerator.prepare(optimizer)
-        self.stepped = torch.compile(self.prepared) if config.compile else self.prepared
+        # Forward pass and loss as one graph, whose backward is one as well.
+        mode = os.environ.get("LP_MODE")
+        self.step_nats: Nats = torch.compile(token_nats, mode=mode) if config.compile else token_nats
         self.step = 0
         self.interrupted: type[KeyboardInterrupt] | None = None
         self.heldout_nats: Float[Tensor, "window pos_less_one"] | None = None  # of the newest evaluation
@@ -288,6 +294,9 @@ class Run:
                     evaluation = self.evaluate(show)
                     self._log(evaluation)
                     show(evaluation)
+                if self.step in (config.keep_at or ()) and accelerator.is_main_process:
+                    with replaced_folder(self.folder / "at" / f"step-{self.step:08d}") as folder:
+                        self.subject.save(folder)
                 if last or self.step % config.save_every == 0:
                     self._save()
                 if stop:
@@ -312,6 +321,19 @@ class Run:
         return evaluation
 
     def _train_step(self) -> Float[Tensor, ""]:
+        """One optimizer step, eager from here on where the compiler fails; the mean loss."""
+        if self.step_nats is token_nats:
+            return self._optimized_step()
+        try:
+            return self._optimized_step()
+        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+            reason = str(error).strip().splitlines()[0].rstrip(".")
+            self._say(f"{self.name}: torch.compile failed ({reason}); training goes on without it")
+            self.step_nats = token_nats
+            self.optimizer.zero_grad()
+            return self._optimized_step()
+
+    def _optimized_step(self) -> Float[Tensor, ""]:
         config, accelerator = self.config, self.accelerator
         size = config.batch_size
         # Dropout, where a base has it, draws the same in a run that is resumed.
@@ -324,7 +346,7 @@ class Run:
         for i, part in enumerate(parts):
             more = i + 1 < len(parts)
             with accelerator.no_sync(self.prepared) if more else nullcontext():
-                loss = self._nats(self.stepped, part).mean() / len(parts)
+                loss = self._nats(part, self.step_nats).mean() / len(parts)
                 accelerator.backward(loss)
             total += loss.detach()
         accelerator.clip_grad_norm_(self.prepared.parameters(), config.clip)
@@ -333,12 +355,12 @@ class Run:
         self.optimizer.zero_grad()
         return accelerator.reduce(total, "mean") if accelerator.num_processes > 1 else total
 
-    def _nats(self, model: Any, rows: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos_less_one"]:
+    def _nats(self, rows: Int[Tensor, "batch pos"], nats: Nats) -> Float[Tensor, "batch pos_less_one"]:
         bf16 = self.config.precision == "bf16"
         if self.subject.bos is not None:
             rows = torch.cat([torch.full_like(rows[:, :1], self.subject.bos), rows[:, 1:]], dim=1)
         with torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16, enabled=bf16):
-            return token_nats(model, rows)
+            return nats(self.prepared, rows)
 
     @torch.no_grad()
     def evaluate(self, show: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
@@ -349,7 +371,7 @@ class Run:
         self.model.eval()
         with streams.recorded() as seen:
             for rows in self.windows.split(self.config.batch_size):
-                found.append(self._nats(self.prepared, rows.to(self.accelerator.device)).double().cpu())
+                found.append(self._nats(rows.to(self.accelerator.device), token_nats).double().cpu())
                 if show:
                     show({"windows": sum(map(len, found))})
         self.model.train(training)

@@ -5,7 +5,7 @@ torch is not imported here, so that the command line answers at once.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lens_positions.config import PositionConfig
 
@@ -18,8 +18,21 @@ VARIANTS: dict[str, PositionConfig] = {
     "frozen": PositionConfig(source="frozen"),
     "signed": PositionConfig(source="per_layer", activation="none"),
     "cap_30": PositionConfig(source="per_layer", max_increment=30.0),
+    "constant": PositionConfig(source="frozen"),
+    "swapped": PositionConfig(source="frozen"),
+    "head_steps": PositionConfig(source="frozen", per_head=True),
 }
-"""What is compared; `frozen` has the increments that `shared` learned at the same seed, as a table."""
+"""What is compared; `static` is standard RoPE."""
+
+FROM_SHARED = {"frozen": None, "constant": "constant", "swapped": "swapped"}
+"""Variants with the increments that `shared` learned at the same seed, as a fixed table: as they are; the mean of the
+training text for every byte, which leaves their scale; with letters and the space exchanged, which makes them wrong."""
+
+HEAD_STEPS = (0.5, 1.0, 2.0, 4.0)
+"""The constant increments of the heads of `head_steps`, in positions: does a head that steps farther look back less?"""
+
+USUAL_VARIANTS = tuple(name for name in VARIANTS if name not in ("constant", "swapped", "head_steps"))
+"""What a suite trains where no variant is named."""
 
 ROPE_VARIANTS: dict[str, dict[str, Any]] = {
     "rope_75": {"rope_fraction": 0.75},
@@ -74,6 +87,8 @@ class SuiteConfig:
         variants: some of those above; static is what the others are compared with.
         steps: optimizer steps, instead of the preset's.
         corpus: text to train and score on, instead of the preset's.
+        compile: run training steps through torch.compile.
+        precision: of training steps, instead of the preset's.
         output: the folder of the runs; runs/suite/PRESET where none is given.
         results: the folder of the results; results/PRESET where none is given.
         cache: where tokenised corpora are kept.
@@ -81,9 +96,11 @@ class SuiteConfig:
 
     preset: str = "tiny"
     seeds: tuple[int, ...] = (0, 1, 2)
-    variants: tuple[str, ...] = tuple(VARIANTS)
+    variants: tuple[str, ...] = USUAL_VARIANTS
     steps: int | None = None
     corpus: str | None = None
+    compile: bool = False
+    precision: Literal["float32", "bf16"] | None = None
     output: Path | None = None
     results: Path | None = None
     cache: Path = Path(".cache")

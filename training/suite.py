@@ -53,13 +53,16 @@ from .loop import (
     new_accelerator,
     token_nats,
 )
-from .options import ROPE_VARIANTS, VARIANTS, SuiteConfig
+from .options import FROM_SHARED, HEAD_STEPS, ROPE_VARIANTS, VARIANTS, SuiteConfig
 from .schema import RunResults, read_json
 
 FACTORS = (1, 2, 4)
 """Lengths at which models are scored, in training contexts."""
 
 BATCH_TOKENS = 4096
+
+OF_ONE_RUN = ("seed", "frozen_from", "frozen_as", "head_increments")
+"""Fields in which the runs of a suite may differ, besides their increments."""
 
 
 @dataclass(frozen=True)
@@ -135,23 +138,42 @@ def planned(asked: SuiteConfig) -> list[SuiteRun]:
         shared = output / f"shared-{seed}"
         for variant in (name for name in known if name in asked.variants):
             folder = output / f"{variant}-{seed}"
-            frozen = variant == "frozen"
+            frozen = variant in FROM_SHARED
             if frozen and not ("shared" in asked.variants or finished(shared) or finished(folder)):
                 raise PositionsError(
-                    f"frozen at seed {seed} needs {shared}, which is not finished; expected the variant shared as well."
+                    f"{variant} at seed {seed} needs {shared}, which is not finished; expected the variant shared as "
+                    "well."
                 )
-            frozen_from = shared / "model" if frozen else None
-            config = replace(_of_variant(common, variant), seed=seed, frozen_from=frozen_from)
+            config = replace(_of_variant(common, variant), seed=seed, **_frozen(variant, shared, common))
             command = command_of(config, asked.preset, preset, folder)
             runs.append(SuiteRun(variant, seed, config, folder, results / folder.name, command))
     return runs
+
+
+def _frozen(variant: str, shared: Path, common: TrainConfig) -> dict[str, Any]:
+    """The fixed increments of a variant, where it has some."""
+    if variant in FROM_SHARED:
+        return {"frozen_from": shared / "model", "frozen_as": FROM_SHARED[variant]}
+    if variant == "head_steps":
+        heads = common.model.n_heads
+        return {"head_increments": tuple(HEAD_STEPS[i % len(HEAD_STEPS)] for i in range(heads))}
+    return {}
 
 
 def _common(asked: SuiteConfig, preset: TrainConfig) -> TrainConfig:
     """What all runs have in common."""
     steps = preset.steps if asked.steps is None else asked.steps
     corpus = preset.corpus if asked.corpus is None else asked.corpus
-    return replace(preset, steps=steps, corpus=corpus)
+    # A preset's milestones that fewer steps do not reach are left out.
+    keep_at = tuple(step for step in preset.keep_at or () if step <= steps) or None
+    return replace(
+        preset,
+        steps=steps,
+        corpus=corpus,
+        keep_at=keep_at,
+        compile=preset.compile or asked.compile,
+        precision=asked.precision or preset.precision,
+    )
 
 
 def _of_variant(common: TrainConfig, variant: str) -> TrainConfig:
@@ -176,7 +198,7 @@ def _refuse_other_results(results: Path, common: TrainConfig) -> None:
     """Refuse to mix results: only the seed may differ, and what makes the variant."""
 
     def compared(values: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in values.items() if name not in ("seed", "frozen_from")}
+        return {name: value for name, value in values.items() if name not in OF_ONE_RUN}
 
     for path in [*results.glob("*/run.json"), *results.glob("*/diverged.json")]:
         wanted = json.loads(json.dumps(to_json(_of_variant(common, path.parent.name.rpartition("-")[0]))))
@@ -247,7 +269,7 @@ def _train(run: SuiteRun, corpus: TokenizedCorpus) -> None:
     if run.config.compile:
         torch.compiler.reset()  # or the models before would count against the limit of recompilations
     accelerator = new_accelerator(run.config, run.folder)
-    training = Run(run.config, run.folder, accelerator, corpus, FreshModel(run.config), name=run.folder.name)
+    training = Run(run.config, run.folder, accelerator, corpus, FreshModel(run.config, corpus), name=run.folder.name)
     training.go(resume=(run.folder / "training.json").exists())
     if training.interrupted:  # when all was done
         raise training.interrupted
