@@ -28,6 +28,15 @@ from .errors import PositionsError
 EPS = 1e-6
 
 
+class LinearToOne(nn.Linear):
+    """A Linear with one output, as a matrix times a vector: a compiler fuses that with what stands around it."""
+
+    def forward(self, x: Float[Tensor, "batch pos hidden"]) -> Float[Tensor, "batch pos 1"]:
+        """As nn.Linear."""
+        rows = torch.addmv(self.bias, x.flatten(0, -2), self.weight[0])
+        return rows.view(*x.shape[:-1], 1)
+
+
 class LearnedIncrements(nn.Module):
     """Increments from a two-layer network: Linear, GELU, Linear, activation.
 
@@ -41,7 +50,7 @@ class LearnedIncrements(nn.Module):
         hidden = config.hidden or max(1, d_model // 4)
         self.norm = nn.RMSNorm(d_model, eps=EPS) if normalize else nn.Identity()
         self.hidden = nn.Linear(d_model, hidden)
-        self.out = nn.Linear(hidden, n_heads or 1)
+        self.out = LinearToOne(hidden, 1) if n_heads in (None, 1) else nn.Linear(hidden, n_heads)
         self.per_head = n_heads is not None
         self.activation = config.activation
         self.offset = {

@@ -111,6 +111,9 @@ def test_the_variants_are_the_ones_that_are_written_about():
         "frozen",
         "signed",
         "cap_30",
+        "constant",
+        "swapped",
+        "head_steps",
     ]
     assert VARIANTS["shared_per_head"] == PositionConfig(source="shared", activation="softplus", per_head=True)
     assert VARIANTS["per_layer"] == PositionConfig(source="per_layer", activation="sigmoid", max_increment=10.0)
@@ -127,6 +130,43 @@ def test_variants_of_rope_change_the_model_and_have_static_increments(tiny, tmp_
     assert {model.positions for model in runs.values()} == {VARIANTS["static"]}
     for run in planned(SuiteConfig(seeds=(0,), variants=tuple(ROPE_VARIANTS))):
         assert parse(shlex.split(run.command)[4:])[0] == run.config
+
+
+def test_fixed_increments_are_the_shared_ones_or_one_for_each_head(tiny, corpus, tmp_path):
+    suite(asked(tmp_path, variants=("shared", "frozen", "constant", "swapped", "head_steps")))
+    tables = {
+        name: increment_table(load_pretrained(tmp_path / "runs" / f"{name}-0" / "model")[0])
+        for name in ("shared", "frozen", "constant", "swapped", "head_steps")
+    }
+    shared, letters = tables["shared"], [ord(letter) for letter in "abcXYZ"]
+    assert torch.equal(tables["frozen"], shared)
+
+    # The mean that the training text has, not that of the 257 tokens.
+    tokens = torch.from_numpy(tokenize_corpus(str(corpus), tmp_path / "cache").train.astype("int64"))
+    assert tables["constant"].unique().numel() == 1
+    torch.testing.assert_close(tables["constant"][0], shared[tokens].mean(), rtol=1e-5, atol=0)
+    assert not torch.isclose(shared[tokens].mean(), shared.mean(), rtol=1e-6)
+
+    assert torch.equal(tables["swapped"][letters], shared[32].expand(6))
+    assert tables["swapped"][32] == shared[[*range(65, 91), *range(97, 123)]].mean()
+    other = [token for token in range(257) if token != 32 and not chr(token).isascii() or token in (10, 46, 256)]
+    assert torch.equal(tables["swapped"][other], shared[other])
+
+    assert torch.equal(tables["head_steps"], torch.tensor([0.5, 1.0]).repeat(257, 1))
+
+
+def test_the_command_of_a_run_with_fixed_increments_asks_for_them(monkeypatch):
+    monkeypatch.setattr(suite_module, "load_preset", load_preset)
+    variants = ("shared", "constant", "swapped", "head_steps")
+    for run in planned(SuiteConfig(preset="long", steps=1000, seeds=(0,), variants=variants)):
+        assert run.config.keep_at == (384,)
+        assert parse(shlex.split(run.command)[4:])[0] == run.config
+
+
+def test_a_suite_can_be_compiled_and_in_half_precision_where_its_preset_is_not(tiny):
+    run = planned(SuiteConfig(seeds=(0,), variants=("static",), compile=True, precision="bf16"))[0]
+    assert (run.config.compile, run.config.precision) == (True, "bf16")
+    assert "--compile" in run.command and "--precision bf16" in run.command
 
 
 def test_what_was_written_before_a_field_was_added_is_still_the_same_run():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -297,3 +298,60 @@ def test_a_damaged_checkpoint_is_one_sentence(config, tmp_path):
 def test_a_loss_that_is_no_number_stops_the_run(config, tmp_path):
     with pytest.raises(PositionsError, match="the loss is"):
         train(replace(config, learning_rate=1e30, clip=1e30), tmp_path / "run", cache_dir=tmp_path / "cache")
+
+
+def test_a_run_keeps_the_model_as_it_was_at_milestones(config, tmp_path):
+    train(replace(config, keep_at=(4, 8)), tmp_path / "whole", cache_dir=tmp_path / "cache")
+    assert sorted(path.name for path in (tmp_path / "whole/at").iterdir()) == ["step-00000004", "step-00000008"]
+
+    # What a run of 12 steps had after 8 is what its checkpoint of that step had.
+    for step in (4, 8):
+        stopped = tmp_path / f"stopped-{step}"
+        config_of_stop = replace(config, keep_at=(step,), save_every=6)
+        train(config_of_stop, stopped, cache_dir=tmp_path / "cache")
+        kept, again = (
+            HookedPositionTransformer.from_pretrained(run / "at" / f"step-{step:08d}")
+            for run in (tmp_path / "whole", stopped)
+        )
+        final = HookedPositionTransformer.from_pretrained(stopped / "model")
+        text = "The cat sat on mat 9."
+        assert torch.equal(kept(text), again(text))
+        assert not torch.equal(kept(text), final(text))
+
+
+@pytest.mark.parametrize("steps", [(0,), (13,)])
+def test_a_milestone_is_a_step_of_the_run(config, steps):
+    with pytest.raises(PositionsError, match="keep_at is .*; expected at least 1, a whole number up to 12"):
+        replace(config, keep_at=steps)
+
+
+def test_fixed_increments_are_asked_for_in_one_way(config):
+    heads = replace(config.model, positions=PositionConfig("frozen", per_head=True))
+    assert replace(config, model=heads, head_increments=(0.5, 2.0)).head_increments == (0.5, 2.0)
+    for wrong, sentence in (
+        ({"head_increments": (1.0, 2.0)}, "given for the source 'per_layer'; expected source 'frozen'"),
+        ({"model": heads, "head_increments": (1.0,)}, "has 1 numbers; expected one for each of 2 heads"),
+        ({"model": heads, "head_increments": (1.0, 0.0)}, "head_increments is 0.0; expected a positive number"),
+        ({"model": heads, "frozen_as": "constant"}, "frozen_as is 'constant' without frozen_from; expected both"),
+    ):
+        with pytest.raises(PositionsError, match=re.escape(sentence)):
+            replace(config, **wrong)
+
+
+def test_training_goes_on_eager_where_the_compiler_is_missing(tmp_path, corpus):
+    wrong = {"CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    arguments = ["train", "--corpus", str(corpus), *SMALL, "--steps=3", "--cache", str(tmp_path / "cache")]
+    said = {}
+    for name, more in (("eager", []), ("compiled", ["--compile"])):
+        run = tmp_path / name
+        finished = subprocess.run(
+            [sys.executable, "-m", "training", *arguments, "--output", str(run), *more],
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | wrong,
+            capture_output=True,
+            text=True,
+        )
+        assert finished.returncode == 0, finished.stderr
+        said[name] = finished.stderr
+    assert "torch.compile failed" in said["compiled"] and "training goes on without it" in said["compiled"]
+    assert "Traceback" not in said["compiled"]
+    assert losses(tmp_path / "compiled") == losses(tmp_path / "eager")

@@ -198,6 +198,11 @@ class GraftConfig(RunConfig):
                 "dtype is bf16 with adapt full; expected float32, since bf16 weights do not move at small learning "
                 "rates (precision bf16 runs float32 weights through bf16 autocast)."
             )
+        if self.compile and self.gradient_checkpointing:
+            raise PositionsError(
+                "compile is given with gradient_checkpointing; expected one of them: layers that are computed again in "
+                "the backward pass cannot be compiled with their position streams."
+            )
         check_whole("n_ctx", self.n_ctx, 2)
         check_whole("lora_rank", self.lora_rank, 1)
         check_number("adapt_learning_rate", self.adapt_learning_rate)

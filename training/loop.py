@@ -267,8 +267,15 @@ class Run:
             self.schedule = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
             self.optimizer = accelerator.prepare(optimizer)
         # Forward pass and loss as one graph, whose backward is one as well.
-        mode = os.environ.get("LP_MODE")
+        # On one GPU it is recorded as CUDA graphs: a step of a small model is hundreds of launches otherwise.
+        recorded = config.compile and accelerator.device.type == "cuda" and accelerator.num_processes == 1
+        mode = "reduce-overhead" if recorded else None
         self.step_nats: Nats = torch.compile(token_nats, mode=mode) if config.compile else token_nats
+
+        # A recorded graph writes its gradients to the same place again; several parts add up in a place of their own.
+        self.keeps_gradients = recorded and config.accumulate > 1
+        for parameter in self.model.parameters() if self.keeps_gradients else ():
+            parameter.grad = torch.zeros_like(parameter)
         self.step = 0
         self.interrupted: type[KeyboardInterrupt] | None = None
         self.heldout_nats: Float[Tensor, "window pos_less_one"] | None = None  # of the newest evaluation
@@ -330,7 +337,7 @@ class Run:
             reason = str(error).strip().splitlines()[0].rstrip(".")
             self._say(f"{self.name}: torch.compile failed ({reason}); training goes on without it")
             self.step_nats = token_nats
-            self.optimizer.zero_grad()
+            self.optimizer.zero_grad(set_to_none=not self.keeps_gradients)
             return self._optimized_step()
 
     def _optimized_step(self) -> Float[Tensor, ""]:
@@ -352,7 +359,7 @@ class Run:
         accelerator.clip_grad_norm_(self.prepared.parameters(), config.clip)
         self.optimizer.step()
         self.schedule.step()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=not self.keeps_gradients)
         return accelerator.reduce(total, "mean") if accelerator.num_processes > 1 else total
 
     def _nats(self, rows: Int[Tensor, "batch pos"], nats: Nats) -> Float[Tensor, "batch pos_less_one"]:

@@ -185,7 +185,8 @@ def command_of(config: TrainConfig, name: str, preset: TrainConfig, folder: Path
     """The command that trains this configuration alone, as a preset and what differs from it."""
     words = ["python", "-m", "training", "train", "--preset", name, "--output", str(folder)]
     for field, value in changes(to_json(preset) | {"seed": None}, to_json(config)):
-        words += [f"--{field.replace('_', '-')}", *([] if value is True else [str(value)])]
+        values = value if isinstance(value, list | tuple) else [] if value is True else [value]
+        words += [f"--{field.replace('_', '-')}", *map(str, values)]
     return shlex.join(words)
 
 
