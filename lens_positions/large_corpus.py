@@ -76,6 +76,7 @@ def build(
             (folder / language).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PositionsError(f"the corpus could not be written to {folder}: {error.strerror}") from error
+
     seen = {line for text in heldout for line in _lines(text)}
     for source in recipe:
         documents = read(folder, source)
@@ -96,7 +97,7 @@ def build(
 def read(folder: Path, source: Source) -> list[str]:
     """The documents of a source that lie in the folder, none if it was not built."""
     paths = sorted((folder / source.language).glob(f"{source.name}-*.txt"))
-    return [path.read_bytes().decode() for path in paths]
+    return [path.read_bytes().decode(errors="replace") for path in paths]  # what is damaged, the checksum tells
 
 
 def checksum(documents: list[str]) -> str:
@@ -147,11 +148,13 @@ def _checkout(source: Source, folder: Path) -> Path:
                 f"(git {arguments[0]} ended with status {error.returncode})"
             ) from error
 
-    if not (folder / ".git").exists():
-        git("init", "--quiet")
-        git("remote", "add", "origin", source.url)
-        git("config", "advice.detachedHead", "false")
-        git("config", "core.autocrlf", "false")
+    git("init", "--quiet")  # which changes nothing in a repository that an interrupted call has left
+    for key, value in {
+        "remote.origin.url": source.url,
+        "advice.detachedHead": "false",
+        "core.autocrlf": "false",
+    }.items():
+        git("config", key, value)
     git("fetch", "--depth=1", "--filter=blob:none", "origin", source.commit)
     git("sparse-checkout", "set", "--no-cone", *(f"/{pattern}" for pattern in source.files))
     git("checkout", "--force", "--detach", source.commit)

@@ -101,7 +101,7 @@ def test_what_is_whole_is_not_downloaded_again_and_what_is_damaged_is(source, tm
     build(tmp_path, [], [part.model_copy(update={"url": "file:///nowhere"})], said.append)
     assert [line.split()[1] for line in said] == ["downloading", "2", "2"]
 
-    (tmp_path / "english/part-0001.txt").write_text("damaged")
+    (tmp_path / "english/part-0001.txt").write_bytes(b"damaged \xff")
     build(tmp_path, [], [part])
     assert read(tmp_path, part) == [BOOK, OTHER]
 
