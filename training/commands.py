@@ -19,6 +19,7 @@ from .options import (
     ROPE_VARIANTS,
     SHIPPED,
     VARIANTS,
+    CorpusConfig,
     MachineryConfig,
     MaximumConfig,
     MeasureConfig,
@@ -71,6 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         "ship": ship_command,
         "machinery": machinery_command,
         "maximum": maximum_command,
+        "corpus": corpus_command,
     }
 
     def run() -> int:
@@ -177,6 +179,18 @@ def maximum_command(argv: list[str]) -> int:
     from .maximum import maximum, print_accuracies
 
     print_accuracies(maximum(config))
+    return 0
+
+
+def corpus_command(argv: list[str]) -> int:
+    """Download the sources of a corpus and cut them into documents."""
+    description = "Download a corpus from its sources. What is there already is kept, so the same command goes on."
+    asked = tyro.cli(CorpusConfig, prog="python -m training corpus", description=description, args=argv)
+
+    from lens_positions import corpora, large_corpus
+
+    large_corpus.build(asked.output, corpora.load("bilingual")["heldout"]["text"])
+    print(f"the corpus is in {asked.output}; --corpus {asked.name} reads it")
     return 0
 
 

@@ -47,7 +47,8 @@ class RunConfig:
     """What every training run has.
 
     Args:
-        corpus: english, chinese, bilingual, code, a file, a folder or a hub dataset (owner/name[:config][:split]).
+        corpus: english, chinese, bilingual, bilingual-large, code, a file, a folder or a hub dataset
+            (owner/name[:config][:split]).
         text_column: the column of a table or a hub dataset that holds the text.
         max_bytes: a cap on the corpus; needed for a hub dataset.
         steps: optimizer steps.

@@ -3,11 +3,14 @@
 torch is not imported here, so that the command line answers at once.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import tyro
+
 from lens_positions.config import PositionConfig
+from lens_positions.large_corpus import default_folder
 
 VARIANTS: dict[str, PositionConfig] = {
     "static": PositionConfig(source="static"),
@@ -167,6 +170,20 @@ class MaximumConfig:
     sizes: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
     tested: int = 2048
     results: Path = Path("results/maximum")
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """What is downloaded to where.
+
+    Args:
+        name: the corpus.
+        output: its folder; by default the one that `--corpus bilingual-large` reads, which the environment variable
+            LENS_POSITIONS_LARGE_CORPUS names.
+    """
+
+    name: tyro.conf.Positional[Literal["bilingual-large"]]
+    output: Path = field(default_factory=default_folder)
 
 
 @dataclass(frozen=True)
