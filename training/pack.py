@@ -25,7 +25,6 @@ from lens_positions.saved import replaced_folder
 
 from .config import TrainConfig
 from .data import ARRAYS, FORMAT, PACKED, cache_folder, sha256_of, tokenize_corpus
-from .loop import refuse_used
 from .options import PackConfig
 from .provenance import COMMIT, ROOT, code_digest, commit
 from .schema import digest_of
@@ -36,12 +35,13 @@ SHIPPED = "lens_positions/checkpoints"
 """Only its code is packed: no training needs the shipped models."""
 
 CARRIED = (
-    *("annotated-types", "datasets", "dill", "docstring_parser", "multiprocess", "pydantic", "pydantic_core", "rich"),
-    *("transformer-lens", "typeguard", "typing_extensions", "typing-inspection", "tyro"),
+    *("annotated-types", "datasets", "dill", "docstring_parser", "einops", "jaxtyping", "lazy-loader", "multiprocess"),
+    *("pydantic", "pydantic_core", "rich", "transformer-lens", "typeguard", "typing_extensions", "typing-inspection"),
+    *("tyro", "wadler_lindig", "xxhash"),
 )
-"""What training imports beyond what torch, transformers, accelerate, peft, pandas, scipy, scikit-learn, matplotlib and
-jaxtyping bring. transformer-lens declares more (beartype, fancy-einsum, transformers-stream-generator, wandb), but
-imports none of it. rich and typing_extensions are in many images, of any age: pydantic needs a recent one."""
+"""What training imports beyond torch, transformers, accelerate, peft, pandas, scipy, scikit-learn, matplotlib, pyarrow
+and what these require. transformer-lens requires more (beartype, fancy-einsum, sentencepiece, wandb), but imports none
+of it. Some are in many images, in any version: pydantic needs a recent typing_extensions."""
 
 PLATFORMS = ("manylinux_2_28", "manylinux_2_17", "manylinux2014", "manylinux1")
 
@@ -70,7 +70,7 @@ exec "$@"
 """
 
 READ = """lens-positions for Python VERSION on Linux (MACHINE), to train without a network. That Python has torch,
-transformers, accelerate, peft, pandas, scipy, scikit-learn, matplotlib and jaxtyping; the rest is here:
+transformers, accelerate, peft, pandas, pyarrow, scipy, scikit-learn and matplotlib; the rest is here:
 
     sh install.sh
     sh run python3 -m training train --preset quick
@@ -94,11 +94,11 @@ def pack(asked: PackConfig) -> dict[str, int]:
         PositionsError: this is no checkout, the folder is there already, a wheel cannot be had, a corpus is refused, or
             all is larger than asked for.
     """
-    refuse_used(asked.output)
-    head = commit()
-    if head is None or not asked.corpus:
-        given = "no corpus" if head else f"{ROOT}, which is no git checkout,"
-        raise PositionsError(f"{given} was given to pack; expected a checkout of lens-positions, and a corpus.")
+    if asked.output.exists() and (not asked.output.is_dir() or any(asked.output.iterdir())):
+        raise PositionsError(f"{asked.output} exists already; expected a new or empty folder.")
+    head = None if (ROOT / COMMIT).exists() else commit()
+    if head is None:
+        raise PositionsError(f"{ROOT} is no git checkout; expected one of lens-positions, to pack what it holds.")
     with replaced_folder(asked.output) as folder:
         _copy_project(folder)
         described = {**head, "sha256": code_digest(folder)}
@@ -109,13 +109,14 @@ def pack(asked: PackConfig) -> dict[str, int]:
         sizes |= {path.name: path.stat().st_size for path in sorted((folder / "wheels").iterdir())}
 
         corpora = []
-        for name in asked.corpus:
+        for name in dict.fromkeys(asked.corpus):
             config = TrainConfig(corpus=name, text_column=asked.text_column, max_bytes=asked.max_bytes)
             packed = pack_corpus(config, asked.cache, folder / ".cache")
-            corpora.append(f"    {name} ({packed.name[-16:]})")
+            cap = "" if asked.max_bytes is None else f", with --max-bytes {asked.max_bytes}"
+            corpora.append(f"    {name} ({packed.name[-16:]}){cap}")
             sizes[f"the corpus {name}"] = size_of(packed)
 
-        _write_scripts(asked, folder, "\n".join(corpora))
+        _write_scripts(asked, folder, "\n".join(corpora) or "    none")
         if size_of(folder) > asked.most * 10**6:
             parts = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in sizes.items() if size > 10**6)
             raise PositionsError(
@@ -186,11 +187,13 @@ def download_wheels(asked: PackConfig, wheels: Path) -> None:
     command += ["--only-binary=:all:", "--implementation", "cp", "--python-version", asked.python]
     found = subprocess.run([*command, *platforms, "--dest", wheels, *wanted], capture_output=True, text=True)
     if found.returncode:
-        errors = [line for line in found.stderr.splitlines() if line.strip()]
-        said = next((line for line in errors if line.startswith("ERROR:")), errors[-1] if errors else "no word of why")
+        lines = [line for line in found.stderr.splitlines() if line.strip()] or ["no word of why"]
+        said = next((line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR:")), lines[-1])
+        if "connection broken" in found.stderr:
+            said = "no package index could be reached"
         raise PositionsError(
-            f"pip could not download the wheels for Python {asked.python} ({said.removeprefix('ERROR:').strip()}); "
-            "expected pip, and a package index that it reaches."
+            f"pip could not download the wheels for Python {asked.python} ({said}); expected pip, and a package index "
+            "that has them."
         )
 
 
