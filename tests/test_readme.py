@@ -14,6 +14,7 @@ from training.__main__ import parse, parse_graft
 from training.machinery import MachineryConfig
 from training.maximum import MaximumConfig
 from training.measure import MeasureConfig
+from training.options import PackConfig
 from training.results import ResultsConfig
 from training.ship import ShipConfig
 from training.suite import SuiteConfig
@@ -65,11 +66,11 @@ def test_graft_commands_parse(command):
 
 
 @pytest.mark.parametrize(
-    "command", [c for c in COMMANDS if re.search(r"-m training (suite|measure|results|ship|machinery|maximum)", c)]
+    "command", [c for c in COMMANDS if re.search(r"-m training (suite|measure|results|ship|machinery|maximum|pack)", c)]
 )
 def test_suite_commands_parse(command):
     name, *words = shlex.split(command)[3:]
-    kinds = (SuiteConfig, MeasureConfig, ResultsConfig, ShipConfig, MachineryConfig, MaximumConfig)
+    kinds = (SuiteConfig, MeasureConfig, ResultsConfig, ShipConfig, MachineryConfig, MaximumConfig, PackConfig)
     config = {kind.__name__.removesuffix("Config").lower(): kind for kind in kinds}[name]
     assert tyro.cli(config, args=words) is not None
 

@@ -23,6 +23,7 @@ from .options import (
     MachineryConfig,
     MaximumConfig,
     MeasureConfig,
+    PackConfig,
     ResultsConfig,
     ShipConfig,
     SuiteConfig,
@@ -73,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         "machinery": machinery_command,
         "maximum": maximum_command,
         "corpus": corpus_command,
+        "pack": pack_command,
     }
 
     def run() -> int:
@@ -203,6 +205,17 @@ def ship_command(argv: list[str]) -> int:
     for name, table in ship(asked).items():
         length, loss = table[["length", "loss"]].iloc[0]
         print(f"{name}: {loss:.4f} nats per byte at {length:.0f} tokens; the model is in {asked.output / name}")
+    return 0
+
+
+def pack_command(argv: list[str]) -> int:
+    """Make a folder to train from where there is no network."""
+    description = "Pack the project, tokenised corpora and the wheels that a PyTorch image lacks into one folder."
+    config = tyro.cli(PackConfig, prog="python -m training pack", description=description, args=argv)
+
+    from .pack import pack, print_packed
+
+    print_packed(pack(config), config.output)
     return 0
 
 

@@ -4,15 +4,18 @@ A batch is a function of the seed and the number of the step alone, so that a re
 uninterrupted one would have read, without the state of any loader.
 """
 
+import functools
 import hashlib
 import json
+import lzma
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -27,8 +30,12 @@ from lens_positions import corpora
 from lens_positions.errors import PositionsError
 from lens_positions.tokenizer import END_OF_DOCUMENT, is_byte_tokenizer
 
+from .schema import PackedCorpus, digest_of, read_json
+
 FORMAT = 1
 ARRAYS = ("heldout", "heldout_starts", "train", "train_starts")
+PACKED = "packed.json"
+"""What describes a corpus that came without its text."""
 
 Splits = DatasetDict | IterableDatasetDict
 
@@ -38,7 +45,8 @@ class TokenizedCorpus:
     """A corpus as two streams of tokens, each document followed by the token that ends it.
 
     The arrays are memory maps; `*_starts` holds the offset at which each document begins. `fingerprint`
-    changes with the name, the text, the tokenizer and the format.
+    changes with the name, the text, the tokenizer and the format. `heldout_sources` has the source of each
+    held-out document, where the text that says it is elsewhere.
     """
 
     name: str
@@ -47,6 +55,7 @@ class TokenizedCorpus:
     train_starts: Int64[np.ndarray, " train_document"]
     heldout: UInt[np.ndarray, " heldout_pos"]
     heldout_starts: Int64[np.ndarray, " heldout_document"]
+    heldout_sources: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -94,8 +103,11 @@ def tokenize_corpus(
     a newer version. Every other corpus is found again by its content. Files appear whole or not at all, and are
     checked when they are reused.
 
+    A corpus in `cache_dir` that `training.pack` wrote elsewhere is taken as it is, with its fingerprint, whether
+    its text is here or not.
+
     Raises PositionsError for whatever `corpora.load` refuses, a stream without `max_bytes`, a tokenizer without
-    an end-of-sequence token, and an unwritable folder.
+    an end-of-sequence token, a packed corpus that is damaged, and an unwritable folder.
     """
     encoding = _encoding(tokenizer)
     known = (
@@ -103,6 +115,10 @@ def tokenize_corpus(
     )
     if max_bytes is not None and max_bytes < 1:
         raise PositionsError(f"max_bytes is {max_bytes}: expected at least 1 byte")
+    asked = {"corpus": corpus, "text_column": text_column, "max_bytes": max_bytes, "tokenizer": encoding.name}
+    packed = _packed(cache_dir, asked)
+    if packed is not None:
+        return packed
     if corpora.is_hub_dataset(corpus):
         if max_bytes is None:
             raise PositionsError(f"{corpus!r} is streamed from the hub without end: expected max_bytes to cap it")
@@ -111,7 +127,7 @@ def tokenize_corpus(
     else:
         splits = corpora.load(corpus, text_column=text_column)
         fingerprint = _fingerprint(known, splits)
-    folder = Path(cache_dir) / f"{re.sub(r'[^A-Za-z0-9]+', '-', corpus).strip('-')[-40:]}-{fingerprint}"
+    folder = cache_folder(cache_dir, corpus, fingerprint)
     try:
         arrays = _read(folder)
         if arrays is None:
@@ -122,7 +138,61 @@ def tokenize_corpus(
         raise PositionsError(f"the tokens of {corpus!r} could not be written to {folder}: {error}") from error
     if arrays is None:
         raise PositionsError(f"the token cache {folder} changed while it was written: expected no other writer")
-    return TokenizedCorpus(name=corpus, fingerprint=fingerprint, **arrays)
+    return TokenizedCorpus(name=corpus, fingerprint=fingerprint, heldout_sources=None, **arrays)
+
+
+def cache_folder(cache_dir: Path, corpus: str, fingerprint: str) -> Path:
+    """Where the tokens of a corpus are kept."""
+    return Path(cache_dir) / f"{re.sub(r'[^A-Za-z0-9]+', '-', corpus).strip('-')[-40:]}-{fingerprint}"
+
+
+def _packed(cache_dir: Path, asked: dict[str, Any]) -> TokenizedCorpus | None:
+    """The corpus that was packed by this name, with this tokenizer and this cap, if there is one."""
+    anywhere = cache_folder(cache_dir, asked["corpus"], "?" * 16)
+    found = []
+    for path in sorted(anywhere.parent.glob(f"{anywhere.name}/{PACKED}")):
+        described: PackedCorpus = read_json(path, PackedCorpus)
+        if asked.items() <= described.items():
+            found.append((path.parent, described))
+    if not found:
+        return None
+    if len(found) > 1:
+        folders = " and ".join(str(folder) for folder, _ in found)
+        raise PositionsError(f"{asked['corpus']!r} is packed in {folders}; expected one of them.")
+    return _unpacked(*found[0])
+
+
+def _unpacked(folder: Path, described: PackedCorpus) -> TokenizedCorpus:
+    """A packed corpus, whose arrays are decompressed when it is first used.
+
+    Raises:
+        PositionsError: it is not as it was packed, or the folder cannot be written.
+    """
+    damaged = PositionsError(
+        f"the packed corpus {folder} is damaged; expected what python -m training pack wrote, copied whole."
+    )
+    values = {name: value for name, value in described.items() if name != "sha256"}
+    if digest_of(values) != described["sha256"] or not folder.name.endswith(f"-{described['fingerprint']}"):
+        raise damaged
+
+    try:
+        arrays = _arrays(folder, described["arrays"])
+        if arrays is None:
+            for name in ARRAYS:
+                with lzma.open(folder / f"{name}.npy.xz") as packed:
+                    write_whole(folder / f"{name}.npy", functools.partial(shutil.copyfileobj, packed))
+            arrays = _arrays(folder, described["arrays"])
+    except (FileNotFoundError, EOFError, lzma.LZMAError) as error:
+        raise damaged from error
+    except OSError as error:
+        raise PositionsError(f"the packed corpus {folder} could not be unpacked there: {error}") from error
+    if arrays is None:
+        raise damaged
+
+    sources = tuple(described["heldout_sources"])
+    return TokenizedCorpus(
+        name=described["corpus"], fingerprint=described["fingerprint"], heldout_sources=sources, **arrays
+    )
 
 
 def batch(
@@ -199,9 +269,17 @@ def _read(folder: Path) -> dict[str, np.ndarray] | None:
     """The arrays in `folder` as memory maps, or None where one is missing, cut short or altered."""
     try:
         digests = json.loads((folder / "digests.json").read_text())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
+    return _arrays(folder, digests)
+
+
+def _arrays(folder: Path, digests: object) -> dict[str, np.ndarray] | None:
+    """The arrays in `folder` as memory maps, or None where these are not their digests."""
+    try:
         if digests != {name: sha256_of(folder / f"{name}.npy") for name in ARRAYS}:
             return None
-    except (FileNotFoundError, ValueError, RecursionError):
+    except FileNotFoundError:
         return None
     return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
 

@@ -223,3 +223,28 @@ class ShipConfig:
     output: Path = Path("lens_positions/checkpoints")
     seed: int = 0
     cache: Path = Path(".cache")
+
+
+@dataclass(frozen=True)
+class PackConfig:
+    """What is packed for where.
+
+    Args:
+        output: the folder that is made; a new one.
+        corpus: one or more, tokenised into bytes; each is known there by the same name.
+        text_column: the column of a table or a hub dataset that holds the text.
+        max_bytes: a cap on each corpus; it is then asked for with the same cap there.
+        python: the version of the interpreter there.
+        machine: the processor there, which has Linux.
+        most: megabytes that the folder may have.
+        cache: where tokenised corpora are kept.
+    """
+
+    output: Path
+    corpus: tuple[str, ...] = ("bilingual",)
+    text_column: str = "text"
+    max_bytes: int | None = None
+    python: Literal["3.11", "3.12", "3.13"] = "3.12"
+    machine: Literal["x86_64", "aarch64"] = "x86_64"
+    most: int = 40
+    cache: Path = Path(".cache")

@@ -27,6 +27,7 @@ WITH_NAN = ConfigDict(strict=True, extra="forbid", allow_inf_nan=True)
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Step = Annotated[int, Field(ge=0, le=MOST_STEPS)]
 Count = Annotated[int, Field(ge=0)]
+Fingerprint = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
 Nonempty = Annotated[dict[str, Sha256], Field(min_length=1)]
 
 
@@ -81,6 +82,28 @@ class Commit(TypedDict):
 
     commit: str
     changed: bool
+
+
+@with_config(STRICT)
+class PackedCommit(Commit):
+    """commit.json of a packed project: also a digest of the code, which tells whether it was changed since."""
+
+    sha256: Sha256
+
+
+@with_config(STRICT)
+class PackedCorpus(TypedDict):
+    """packed.json: by what a corpus was asked for when it was tokenised, and what its text alone could say."""
+
+    format: Annotated[int, Field(ge=FORMAT, le=FORMAT)]
+    corpus: str
+    text_column: str
+    max_bytes: int | None
+    tokenizer: Sha256 | None
+    fingerprint: Fingerprint
+    arrays: Nonempty
+    heldout_sources: list[str]
+    sha256: Sha256
 
 
 @with_config(WITH_NAN)

@@ -17,7 +17,6 @@ import json
 import math
 import platform
 import shlex
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -54,6 +53,7 @@ from .loop import (
     token_nats,
 )
 from .options import FROM_SHARED, HEAD_STEPS, ROPE_VARIANTS, VARIANTS, SuiteConfig
+from .provenance import commit
 from .schema import RunResults, read_json
 
 FACTORS = (1, 2, 4)
@@ -380,25 +380,10 @@ def evaluate_lengths(
 
 def heldout_sources(config: TrainConfig, corpus: TokenizedCorpus) -> list[str]:
     """Where each held-out document comes from, in the order of its tokens."""
+    if corpus.heldout_sources is not None:
+        return list(corpus.heldout_sources)
     rows = corpora.load(config.corpus, text_column=config.text_column)["heldout"]
     return list(islice((row["source"] for row in rows if row["text"]), len(corpus.heldout_starts)))
-
-
-def commit() -> dict[str, Any] | None:
-    """The commit of this checkout, and whether the code differs from it; None outside one."""
-    root = Path(__file__).resolve().parent.parent
-
-    def git(*words: str) -> list[str]:
-        command = ["git", "--no-optional-locks", *words]
-        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.splitlines()
-
-    try:
-        commit, top = git("rev-parse", "HEAD", "--show-toplevel")
-        if Path(top).resolve() != root:  # installed inside somebody else's checkout
-            return None
-        return {"commit": commit, "changed": bool(git("status", "--porcelain", "--", "lens_positions", "training"))}
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def _device() -> str:
