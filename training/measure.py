@@ -231,6 +231,8 @@ def measure_left(
         entry: dict[str, Any] = {"sha256": weights, "command": command}
         try:
             table = measurement()
+        except corpora.MissingPackageError:  # says nothing about the model: it is left to where the text is
+            raise
         except PositionsError as error:  # a measurement that this model does not have
             (folder / f"{name}.csv").unlink(missing_ok=True)
             entry |= {"rows": 0, "refused": str(error)}

@@ -81,6 +81,7 @@ under its name whether its text is there or not:
 CORPORA
 
 A run's folder (runs/...) can be carried to a machine that has the text, or from it, and --resume goes on with it.
+python -m training measure reads text, which is not here: it is for a machine that has it.
 """
 
 
