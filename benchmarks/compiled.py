@@ -27,8 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
 from lens_positions import PositionConfig, PositionModelConfig
-from lens_positions.hooked import build_model
-from training.loop import token_nats
+from lens_positions.model import build_model
+from lens_positions.training.loop import token_nats
 
 SOURCES = {
     "static": PositionConfig("static"),

@@ -1,8 +1,8 @@
 """Tokens a second of a training step on a GPU, at the size of the preset `paper`.
 
-A step is what `training/loop.py` does: forward pass and loss in bf16 autocast, backward pass, clipping and AdamW. The
-models are the plain Llama of transformers and the same with static, shared and per_layer streams; each runs eager,
-compiled, and compiled with CUDA graphs ("reduce-overhead"), which is what training does on one GPU.
+A step is what `lens_positions/training/loop.py` does: forward pass and loss in bf16 autocast, backward pass, clipping
+and AdamW. The models are the plain Llama of transformers and the same with static, shared and per_layer streams; each
+runs eager, compiled, and compiled with CUDA graphs ("reduce-overhead"), which is what training does on one GPU.
 
     python benchmarks/gpu.py [--seconds 170] [--output benchmarks/gpu-CARD.json]
 
@@ -28,9 +28,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaForCausalLM
 
 from lens_positions import PositionConfig
-from lens_positions.hooked import build_model
-from training.config import load_preset
-from training.loop import token_nats
+from lens_positions.model import build_model
+from lens_positions.training.config import load_preset
+from lens_positions.training.loop import token_nats
 
 MODELS = ("plain", "static", "shared", "per_layer")
 MODES = {"eager": None, "compiled": "default", "reduce-overhead": "reduce-overhead"}

@@ -2,7 +2,7 @@
 
     python benchmarks/graft.py RUN ... [--output FILE]
 
-Each RUN is a folder that `python -m training graft` wrote. The controls change the graft's increments and nothing else,
+Each RUN is a folder that `lens-positions graft` wrote. The controls change the graft's increments and nothing else,
 on the same held-out windows:
 
     mean      every increment becomes the layer's mean: is it the scale of positions that matters, or who gets what?
@@ -26,14 +26,14 @@ from torch import Tensor
 from tyro.conf import Positional
 
 from lens_positions import HookedPositionTransformer, PositionsError, corpora
-from lens_positions.analysis.categories import increments_by_category
-from lens_positions.analysis.moved import vocabulary, what_moved
-from lens_positions.analysis.reading import read
-from lens_positions.pretrained import load_pretrained
-from training.config import GraftConfig, updated
-from training.data import heldout_documents, heldout_windows, tokenize_corpus
-from training.graft import compare, paired
-from training.loop import token_nats
+from lens_positions.analysis.farthest_tokens import vocabulary, what_moved
+from lens_positions.analysis.token_kinds import increments_by_category
+from lens_positions.checkpoint import load_pretrained
+from lens_positions.measure.corpus_reader import read
+from lens_positions.training.config import GraftConfig, updated
+from lens_positions.training.data import heldout_documents, heldout_windows, tokenize_corpus
+from lens_positions.training.graft import compare, paired
+from lens_positions.training.loop import token_nats
 
 CHARACTERS = 60_000
 """Held-out text that is read for the increments by kind of token and for what moved."""

@@ -30,7 +30,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from lens_positions import PositionConfig, PositionsError, attach_positions, corpora
-from lens_positions.pretrained import load_base
+from lens_positions.checkpoint import load_base
 
 EVERY = 64
 """Logits are compared at every 64th token, the last among them."""

@@ -15,8 +15,8 @@ import torch
 import tyro
 
 from lens_positions import HookedPositionTransformer, PositionsError, corpora
-from lens_positions.analysis.categories import increments_by_category
-from training.config import TrainConfig, updated
+from lens_positions.analysis.token_kinds import increments_by_category
+from lens_positions.training.config import TrainConfig, updated
 
 AT_MOST_MINUTES = 5.0
 AT_MOST_NATS = 1.75

@@ -37,7 +37,7 @@ COMMANDS = {
     HELP: ["-m", "lens_positions", "--help"],
     "lens-positions show --help": ["-m", "lens_positions", "show", "--help"],
     WRONG: ["-m", "lens_positions", "shwo"],
-    "python -m training train --help": ["-m", "training", "train", "--help"],
+    "lens-positions train --help": ["-m", "lens_positions", "train", "--help"],
     SHOW: ["-m", "lens_positions", "show", "bilingual-per-layer", "The President of the United States spoke."],
 }
 STATUS = {WRONG: 2}

@@ -22,8 +22,8 @@ from torch.nn import functional
 from transformers import LlamaForCausalLM
 
 from lens_positions import PositionConfig, PositionModelConfig
-from lens_positions.hooked import build_model
-from training.loop import token_nats
+from lens_positions.model import build_model
+from lens_positions.training.loop import token_nats
 
 SIZES = {
     "width 256, 8 heads, 6 layers, context 512": (PositionModelConfig(), 4),

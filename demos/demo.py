@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from lens_positions.cli import main as lens_positions
-from training.__main__ import main as training
+from lens_positions.training.__main__ import main as training
 
 OUTPUT = Path("demo-output")
 RUN = OUTPUT / "quick"

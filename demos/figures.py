@@ -10,7 +10,7 @@ from demo import MODEL, SENTENCES
 
 import lens_positions as lp
 from lens_positions import corpora, viz
-from lens_positions.analysis.categories import increments_by_category
+from lens_positions.analysis.token_kinds import increments_by_category
 
 DOCS = Path("docs")
 CHARACTERS = 60_000

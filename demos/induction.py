@@ -33,11 +33,11 @@ from scipy import stats
 
 import lens_positions as lp
 from lens_positions import causal
-from lens_positions.analysis.intervals import t_interval
-from lens_positions.causal.metrics import AtToken
+from lens_positions.measure.intervals import t_interval
+from lens_positions.measure.metrics import AtToken
 from lens_positions.progress import tracked
 from lens_positions.viz import style
-from lens_positions.viz.effects import DIVERGING
+from lens_positions.viz.effect_charts import DIVERGING
 
 LIST, AGAIN = 12, 9
 """Words of the list, and how many of them come again; the answer is word AGAIN, counted from 0."""

@@ -1,11 +1,11 @@
 from . import analysis, causal, corpora, viz
 from ._version import __version__
-from .attach import PositionStreams, attach_positions
+from .checkpoint import load_adapter, save_adapter
 from .config import PositionConfig, PositionModelConfig
+from .core.attach import PositionStreams, attach_positions
 from .errors import PositionsError
-from .hooked import HookedPositionTransformer
 from .interventions import ablate, add_gap, freeze, patch, scale
-from .pretrained import load_adapter, save_adapter
+from .model import HookedPositionTransformer
 
 __all__ = [
     "HookedPositionTransformer",

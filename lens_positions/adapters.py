@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformer_lens.model_bridge.generalized_components.joint_qkv_attention import JointQKVAttentionBridge
 
-from .attach import PositionStreams
+from .checkpoint_files import read_description, read_tensors
+from .core.attach import PositionStreams
 from .errors import PositionsError
-from .saved import read_description, read_tensors
 
 WEIGHTS, DESCRIPTION, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 

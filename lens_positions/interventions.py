@@ -45,9 +45,9 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 
-from .attach import PositionStreams, unbridged
+from .core.attach import PositionStreams, unbridged
+from .core.hook_points import HookedTokens
 from .errors import PositionsError
-from .hooks import HookedTokens
 
 HOOK = "attn.hook_{}"
 """The name of increments and positions within their block."""

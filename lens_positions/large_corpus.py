@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 
 from pydantic import BaseModel, ConfigDict
 
-from lens_positions.errors import PositionsError
+from .errors import PositionsError
 
 RECIPE = Path(__file__).with_name("large_corpus.toml")
 FOLDER_VARIABLE = "LENS_POSITIONS_LARGE_CORPUS"
@@ -125,7 +125,7 @@ def parts(folder: Path) -> list[list[tuple[str, str]]]:
         if checksum(documents) != source.sha256:
             raise PositionsError(
                 f"{folder} does not hold the documents of {source.name} that the recipe names: expected what "
-                f"`python -m training corpus` writes there; {FOLDER_VARIABLE} names another folder"
+                f"`lens-positions corpus` writes there; {FOLDER_VARIABLE} names another folder"
             )
         found.append([(document, source.name) for document in documents])
     return found

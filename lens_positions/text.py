@@ -17,9 +17,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from .attach import unbridged
+from .core.attach import unbridged
+from .core.devices import device_of
 from .errors import PositionsError, check_text
-from .placement import device_of
 
 TextOrTokens = str | Sequence[str] | Int[Tensor, "*_batch _pos"] | Sequence[Int[Tensor, "*_one _pos"]]
 """A text or a list of texts; the tokens of a prompt or of a batch; or a list of the tokens of prompts of any length."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from lens_positions.errors import PositionsError
+from .errors import PositionsError
 
 END_OF_DOCUMENT = 256
 END_OF_DOCUMENT_TEXT = "<|endofdocument|>"

@@ -19,10 +19,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 # Before the packages are first imported: in the tests every annotated shape is checked at every call.
 checked = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
-jaxtyping.install_import_hook(["lens_positions", "training"], f"{__name__}.checked")
+jaxtyping.install_import_hook(["lens_positions", "experiments"], f"{__name__}.checked")
 
 import lens_positions as lp  # noqa: E402
-from lens_positions.pretrained import load_base  # noqa: E402
+from lens_positions.checkpoint import load_base  # noqa: E402
 
 torch.set_num_threads(1)  # tiny tensors: threads cost more than they bring
 

@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import lens_positions as lp
-from lens_positions.calls import model_keywords
+from lens_positions.model_calls import model_keywords
 
 TOKENS = torch.randint(0, 256, (2, 9), generator=torch.Generator().manual_seed(1))
 INPUTS = {

@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDatasetDict
 
 from lens_positions import corpora, large_corpus
 from lens_positions.errors import PositionsError
-from training.data import tokenize_corpus
+from lens_positions.training.data import tokenize_corpus
 
 
 def installed_folder(package):

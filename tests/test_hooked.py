@@ -482,8 +482,8 @@ def test_saved_folder_is_a_plain_transformers_folder(tiny_model, tmp_path):
 
 
 def test_saving_from_outside_a_bridge_is_the_same(tiny_config, randomize, tmp_path):
-    from lens_positions.hooked import build_model
-    from lens_positions.pretrained import load_pretrained, save_pretrained
+    from lens_positions.checkpoint import load_pretrained, save_pretrained
+    from lens_positions.model import build_model
 
     model = randomize(build_model(tiny_config(source="shared"), seed=3))
     save_pretrained(model, None, tmp_path / "model")
@@ -628,7 +628,7 @@ def test_full_disk_leaves_the_old_folder_whole(tiny_model, saved, monkeypatch, f
     if file == "model.safetensors":
         monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full)
     elif file == "positions.safetensors":
-        monkeypatch.setattr("lens_positions.pretrained.save_file", full)
+        monkeypatch.setattr("lens_positions.checkpoint.save_file", full)
     elif file == "tokenizer":
         monkeypatch.setattr(type(model.tokenizer), "save_pretrained", full)
     else:
@@ -659,9 +659,9 @@ def test_layers_go_by_their_number_in_the_model():
     """In a model of which only some layers rotate, values are those of the others, and say of which."""
     from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
-    from lens_positions.analysis.categories import increments_by_category
+    from lens_positions.analysis.token_kinds import increments_by_category
     from lens_positions.tokenizer import byte_tokenizer
-    from lens_positions.viz.placed import layers_to_show
+    from lens_positions.viz.drawn_text import layers_to_show
 
     sizes = {"vocab_size": 257, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
     ids = {"bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256}

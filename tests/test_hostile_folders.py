@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lens_positions as lp
-from lens_positions.pretrained import CHECKPOINTS, load_base, load_pretrained, shipped_names
-from lens_positions.saved import read_positions, sha256_of_file
+from lens_positions.checkpoint import CHECKPOINTS, load_base, load_pretrained, shipped_names
+from lens_positions.checkpoint_files import read_positions, sha256_of_file
 from lens_positions.tokenizer import byte_tokenizer
 
 pytestmark = pytest.mark.usefixtures("unchecked")

@@ -7,7 +7,7 @@ import pytest
 from lens_positions import corpora, large_corpus
 from lens_positions.errors import PositionsError
 from lens_positions.large_corpus import Source, build, checksum, read
-from training.commands import main
+from lens_positions.training.commands import main
 
 TEI = """<?xml version="1.0"?>
 <TEI xmlns="http://www.tei-c.org/ns/1.0"><teiHeader><p>not the text</p></teiHeader>

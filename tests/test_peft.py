@@ -26,7 +26,7 @@ from peft import (
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import lens_positions as lp
-from lens_positions.pretrained import load_base, load_pretrained, save_pretrained
+from lens_positions.checkpoint import load_base, load_pretrained, save_pretrained
 from lens_positions.tokenizer import byte_tokenizer
 
 TOKENS = torch.randint(0, 257, (2, 11), generator=torch.Generator().manual_seed(6))

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import lens_positions as lp
 from lens_positions import PositionsError
-from lens_positions.pretrained import fingerprint, load_base, load_pretrained, replaced_folder, save_pretrained
+from lens_positions.checkpoint import fingerprint, load_base, load_pretrained, replaced_folder, save_pretrained
 from lens_positions.tokenizer import byte_tokenizer
 
 TOKENS = torch.randint(0, 257, (2, 11), generator=torch.Generator().manual_seed(6))

@@ -9,15 +9,11 @@ import pytest
 import tyro
 from conftest import SMOLLM2
 
-from lens_positions import cli, pretrained
-from training.__main__ import parse, parse_graft
-from training.machinery import MachineryConfig
-from training.maximum import MaximumConfig
-from training.measure import MeasureConfig
-from training.options import PackConfig
-from training.results import ResultsConfig
-from training.ship import ShipConfig
-from training.suite import SuiteConfig
+from experiments.options import MachineryConfig, MaximumConfig, MeasureConfig, ResultsConfig, ShipConfig, SuiteConfig
+from lens_positions import checkpoint as pretrained
+from lens_positions import cli
+from lens_positions.training.__main__ import parse, parse_graft
+from lens_positions.training.options import CorpusConfig, PackConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -51,31 +47,47 @@ def test_make_targets_exist(command):
     assert re.search(rf"^{command.split()[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "-m training train" in c and "--resume" not in c])
-def test_training_commands_parse(command):
-    config, own = parse(shlex.split(command)[4:])
-    assert config.steps > 0
-    assert own.output is not None
-
-
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "-m training graft" in c])
-def test_graft_commands_parse(command):
-    config, own = parse_graft(shlex.split(command)[4:])
-    assert config.steps > 0
-    assert own.output is not None
-
-
 @pytest.mark.parametrize(
-    "command", [c for c in COMMANDS if re.search(r"-m training (suite|measure|results|ship|machinery|maximum|pack)", c)]
+    "command", [c for c in COMMANDS if c.startswith("lens-positions train") and "--resume" not in c]
 )
-def test_suite_commands_parse(command):
-    name, *words = shlex.split(command)[3:]
-    kinds = (SuiteConfig, MeasureConfig, ResultsConfig, ShipConfig, MachineryConfig, MaximumConfig, PackConfig)
-    config = {kind.__name__.removesuffix("Config").lower(): kind for kind in kinds}[name]
-    assert tyro.cli(config, args=words) is not None
+def test_training_commands_parse(command):
+    config, own = parse(shlex.split(command)[2:])
+    assert config.steps > 0
+    assert own.output is not None
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("lens-positions ")])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("lens-positions graft")])
+def test_graft_commands_parse(command):
+    config, own = parse_graft(shlex.split(command)[2:])
+    assert config.steps > 0
+    assert own.output is not None
+
+
+ASKED = {
+    "experiments suite": SuiteConfig,
+    "experiments measure": MeasureConfig,
+    "experiments results": ResultsConfig,
+    "experiments ship": ShipConfig,
+    "experiments rope": MachineryConfig,
+    "experiments maximum": MaximumConfig,
+    "pack": PackConfig,
+    "corpus": CorpusConfig,
+}
+
+
+def name_of(command):
+    """The command, by its one or two words."""
+    words = shlex.split(command)[1:]
+    return " ".join(words[:2]) if words[0] == "experiments" else words[0]
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("lens-positions ") and name_of(c) in ASKED])
+def test_commands_of_the_study_parse(command):
+    words = shlex.split(command)[1 + len(name_of(command).split()) :]
+    assert tyro.cli(ASKED[name_of(command)], args=words) is not None
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("lens-positions ") and name_of(c) in COMMAND])
 def test_lens_positions_commands_have_the_options_they_use(command):
     name, *words = shlex.split(command)[1:]
     known = inspect.signature(COMMAND[name]).parameters

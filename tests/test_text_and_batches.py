@@ -18,7 +18,7 @@ from lens_positions.analysis.absolute_position import repeated
 from lens_positions.analysis.losses import losses
 from lens_positions.text import by_length, one_prompt, prompts_of
 from lens_positions.text import padded as batch_of
-from lens_positions.viz.placed import place
+from lens_positions.viz.drawn_text import place
 
 TEXTS = ["the cat that sat then went away", "a dog, it ran and then it was gone.", "so it goes on and on"]
 CLEAN, CORRUPTED = ["The cat sat on the ma", "Hi the"], ["The dog ran in the ma", "Ho thx"]

@@ -1,15 +1,6 @@
-from .absolute_position import (
-    absolute_variation,
-    attention_sinks,
-    fingerprints,
-    replace_first,
-    replacement_effects,
-)
-from .boundaries import boundary_auc, mutual_information
-from .categories import increments_by_category
-from .chunks import rotary_layout
+from .absolute_position import absolute_variation, attention_sinks, fingerprints, replace_first, replacement_effects
 from .dispersion import adaptive_temperature, attention_dispersion, loss_by_length
-from .entities import entity_grouping, matched_pairs
+from .farthest_tokens import what_moved
 from .frequencies import (
     aligned_key,
     frequency_contributions,
@@ -23,9 +14,12 @@ from .frequencies import (
 )
 from .heads import head_correlations, head_profile
 from .losses import compared
-from .moved import what_moved
 from .reading import read
+from .rotary_layout import rotary_layout
 from .specialisation import below_zero, saturation, specialisation
+from .token_kinds import increments_by_category
+from .two_word_names import entity_grouping, matched_pairs
+from .word_boundaries import boundary_auc, mutual_information
 
 __all__ = [
     "absolute_variation",

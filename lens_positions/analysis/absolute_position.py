@@ -33,16 +33,16 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-from ..attach import unbridged
 from ..config import BLOCK
+from ..core.attach import unbridged
 from ..errors import PositionsError
-from ..hooked import HookedPositionTransformer
 from ..interventions import HOOK, Hooks, Some, hook_names, index_of
+from ..measure.attention import EARLIEST, attention_names, keep_states, run, softmax_checks
+from ..measure.corpus_reader import WINDOW, Texts, rows_of, windows
+from ..measure.intervals import Tally, interval_of, resamples
+from ..model import HookedPositionTransformer
 from ..progress import tracked
 from ..text import Mask, prompts_of
-from .intervals import Tally, interval_of, resamples
-from .reading import WINDOW, Texts, rows_of, windows
-from .running import EARLIEST, attention_names, keep_states, run, softmax_checks
 
 OFFSETS = 8
 """Distances that are looked at: 0 (the token itself) to 7."""

@@ -4,7 +4,7 @@ Veličković et al., "softmax is not enough (for sharp out-of-distribution)" (ar
 bounded every weight of a softmax falls like one over the number of items, so heads that are sharp on short inputs
 disperse on long ones. `attention_dispersion` measures it, `adaptive_temperature` is the paper's remedy as an
 intervention, and `loss_by_length` asks whether a language model is better for it. The paper's task, to find the largest
-of n items, is `python -m training maximum`.
+of n items, is `lens-positions maximum`.
 """
 
 import math
@@ -19,15 +19,15 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-from ..causal.metrics import token_losses
 from ..errors import PositionsError
-from ..hooked import HookedPositionTransformer
 from ..interventions import Hooks, Some, indices_of
+from ..measure.attention import attention_names, evaluated, hidden, run, visible
+from ..measure.corpus_reader import Texts, rows_of, windows
+from ..measure.intervals import Tally, drawn_means, interval_of, resamples
+from ..measure.metrics import token_losses
+from ..model import HookedPositionTransformer
 from ..progress import tracked
 from ..text import Mask
-from .intervals import Tally, drawn_means, interval_of, resamples
-from .reading import Texts, rows_of, windows
-from .running import attention_names, evaluated, hidden, run, visible
 
 COEFFICIENTS = (-0.037, 0.481, -2.3, 4.917, -1.791)
 """Of the inverse temperature as a polynomial in the entropy, the highest power first (Veličković et al., section 5)."""

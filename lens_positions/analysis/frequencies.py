@@ -31,13 +31,13 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from ..errors import PositionsError
-from ..hooked import HookedPositionTransformer
 from ..interventions import Hooks, Some, finite, hook_names, index_of
+from ..measure.attention import EARLIEST, attention_names, run, visible
+from ..measure.corpus_reader import Texts, rows_of, windows
+from ..measure.intervals import Tally, drawn_means, interval_of, resamples, shuffled_within
+from ..model import HookedPositionTransformer
 from ..text import Mask, TextOrTokens, one_prompt
-from .chunks import ROTATION, RotaryLayout, names_of, products_of, rotary_layout, score_factor, turning
-from .intervals import Tally, drawn_means, interval_of, resamples, shuffled_within
-from .reading import Texts, rows_of, windows
-from .running import EARLIEST, attention_names, run, visible
+from .rotary_layout import ROTATION, RotaryLayout, names_of, products_of, rotary_layout, score_factor, turning
 
 SIDES = ("query", "key")
 

@@ -20,14 +20,14 @@ from scipy import stats
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from ..causal.metrics import look_back
 from ..errors import PositionsError
-from ..hooked import HookedPositionTransformer
 from ..interventions import HOOK, hook_names
+from ..measure.attention import attention_names, keep_states
+from ..measure.corpus_reader import Texts, rows_of, windows
+from ..measure.intervals import Tally, resamples, shuffled_within
+from ..measure.metrics import look_back
+from ..model import HookedPositionTransformer
 from ..text import Mask
-from .intervals import Tally, resamples, shuffled_within
-from .reading import Texts, rows_of, windows
-from .running import attention_names, keep_states
 
 PERMUTATIONS = 10_000
 

@@ -12,12 +12,12 @@ import pandas as pd
 import torch
 from jaxtyping import Float64, Int64
 
-from ..causal.metrics import token_losses
 from ..errors import PositionsError
-from ..hooked import HookedPositionTransformer
+from ..measure.corpus_reader import windows
+from ..measure.intervals import drawn_means, interval_of, resamples
+from ..measure.metrics import token_losses
+from ..model import HookedPositionTransformer
 from ..progress import tracked
-from .intervals import drawn_means, interval_of, resamples
-from .reading import windows
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from jaxtyping import Bool, Float64, Int64
 
 from ..config import Alphabet
 from ..errors import PositionsError
-from ..hooked import HookedPositionTransformer
+from ..measure.corpus_reader import Reading, Texts, read
+from ..measure.intervals import drawn_means, interval_of, resamples, shuffled_within
+from ..model import HookedPositionTransformer
 from ..text import Mask
-from .categories import by_document, increments_by_category, kinds_read
-from .intervals import drawn_means, interval_of, resamples, shuffled_within
-from .reading import Reading, Texts, read
+from .token_kinds import by_document, increments_by_category, kinds_read
 
 AT_CAP = 0.99
 """From this fraction of the cap on, an increment counts as at the cap."""

@@ -21,15 +21,15 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-from ..analysis.intervals import Tally, resamples
-from ..analysis.reading import Reading, Texts, read, rows_of, windows
-from ..attach import unbridged
+from ..core.attach import unbridged
 from ..errors import PositionsError
-from ..hooked import HookedPositionTransformer
 from ..interventions import HOOK, Hooks, Some, ablation_hooks, finite, hook_names, index_of, streams_of
+from ..measure.corpus_reader import Reading, Texts, read, rows_of, windows
+from ..measure.intervals import Tally, resamples
+from ..measure.metrics import look_back, token_losses
+from ..measure.partial_forward import Replay
+from ..model import HookedPositionTransformer
 from ..text import Mask
-from .metrics import look_back, token_losses
-from .replay import Replay
 from .sweeps import SITES
 
 To = float | Literal["mean", "shuffle", "token"]

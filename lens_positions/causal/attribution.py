@@ -26,9 +26,9 @@ from transformer_lens.tools.analysis.attribution_patching import cache_activatio
 
 from ..errors import PositionsError
 from ..interventions import Hooks, ablation_hooks, hook_names, streams_of
+from ..measure.metrics import Metric, measured, of_prompts
+from ..measure.partial_forward import evaluating
 from ..text import Mask, TextOrTokens, one_prompt
-from .metrics import Metric, measured, of_prompts
-from .replay import evaluating
 from .sweeps import SITES
 
 TOKENS_A_BATCH = 512

@@ -26,10 +26,10 @@ from transformer_lens.model_bridge import TransformerBridge
 from ..config import SweepSite
 from ..errors import PositionsError
 from ..interventions import Hooks, Some, edited_token, finite, hook_names, index_of
+from ..measure.metrics import Metric, baseline_of, measured, of_prompts, place_of
+from ..measure.partial_forward import Replay, evaluating
 from ..progress import tracked
 from ..text import Mask, TextOrTokens, one_prompt
-from .metrics import Metric, baseline_of, measured, of_prompts, place_of
-from .replay import Replay, evaluating
 
 SITES: dict[str, tuple[str, int]] = {
     "increments": ("attn.hook_increments", 1),

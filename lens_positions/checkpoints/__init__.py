@@ -1,1 +1,1 @@
-"""The models shipped in this package, a folder each, as `python -m training ship` wrote them."""
+"""The models shipped in this package, a folder each, as `lens-positions ship` wrote them."""

@@ -5,10 +5,10 @@ Colour says again what the printed numbers say, and is left out for a pipe, a du
 """
 
 from .app import app, main
-from .causes import ablate, gaps, patch
-from .looking import moved, report, show
-from .machinery import absolute, dispersion, frequencies
-from .measuring import boundaries, heads, kinds, names, saturation, specialisation
+from .cause import ablate, gaps, patch
+from .look import moved, report, show
+from .measure import boundaries, heads, kinds, names, saturation, specialisation
+from .rope import absolute, dispersion, frequencies
 
 __all__ = [
     "ablate",

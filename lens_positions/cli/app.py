@@ -3,6 +3,9 @@
 What a command runs on is imported when it runs: through `lp`, or inside it. Help and refusals need no torch.
 """
 
+import inspect
+import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,29 +21,88 @@ from .. import exits
 from ..errors import PositionsError
 from ..exits import exit_status
 from ..terminal import print_line
-from ..viz import plain
+from ..viz import output as plain
 
 if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
 
-DESCRIPTION = "What a model's increments are and what they cause, in a terminal."
+DESCRIPTION = "How far apart a model puts its tokens, and what that causes."
+
+PROGRAM = "lens-positions"
+
+TRAINING = {
+    "train": "Train a model with position streams from fresh weights, on any text.",
+    "graft": "Learn position streams on a pretrained model, beside the same model without them.",
+    "resume": "Go on with a training run or a graft that was interrupted.",
+    "corpus": "Download a corpus by its recipe.",
+    "pack": "Make one folder to train from where there is no network.",
+}
+STUDY = {"experiments": "The study of the repository: suites of runs, measurements of them, findings."}
+
+GROUPS = {
+    "Look at increments": ("show", "moved", "report"),
+    "Ask what they cause": ("gaps", "patch", "ablate"),
+    "Measure them on held-out text": ("kinds", "boundaries", "names", "heads", "saturation", "specialisation"),
+    "Ask how a model uses RoPE itself": ("frequencies", "absolute", "dispersion"),
+    "Train": tuple(TRAINING),
+    "Reproduce": tuple(STUDY),
+}
+"""The commands by what people do."""
 
 app = tyro.extras.SubcommandApp()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments (None: the process's own) and return its exit status, as in `exits`."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in TRAINING:
+        from ..training.commands import main as training
 
-    def run() -> int:
-        try:
-            # Without a help text for "which command", tyro reads the source of its own classes for one.
-            app.cli(prog="lens-positions", description=DESCRIPTION, args=argv, config=[tyro.conf.arg(help="")])
-        except SystemExit as exit:  # tyro has printed its help or its complaint
-            return exit.code if isinstance(exit.code, int) else int(exit.code is not None)
-        return 0
+        return training(words)
+    if words and words[0] == "experiments":
+        return exit_status(PROGRAM, lambda: _experiments(words[1:]))
+    return exit_status(PROGRAM, lambda: _run(words))
 
-    return exit_status("lens-positions", run)
+
+def _run(words: list[str]) -> int:
+    """One of the commands in this package, or the list of all."""
+    if not words or words[0] in ("-h", "--help"):
+        print(overview(), file=sys.stdout if words else sys.stderr)
+        return 0 if words else 2
+    try:
+        # Without a help text for "which command", tyro reads the source of its own classes for one.
+        app.cli(prog=PROGRAM, description=DESCRIPTION, args=words, config=[tyro.conf.arg(help="")])
+    except SystemExit as exit:  # tyro has printed its help or its complaint
+        return exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+    return 0
+
+
+def _experiments(words: list[str]) -> int:
+    """A command of the study, which stands in the repository and not in the package."""
+    try:
+        from experiments.commands import main as experiments
+    except ModuleNotFoundError as error:
+        if error.name not in ("experiments", "experiments.commands"):
+            raise
+        raise PositionsError(
+            "the experiments are not here; expected a checkout of the lens-positions repository as the current folder."
+        ) from error
+    return experiments(words)
+
+
+def overview() -> str:
+    """What `lens-positions --help` prints: every command with one line, by what people do."""
+    from .. import cli
+
+    lines = [f"usage: {PROGRAM} COMMAND [--help]", "", DESCRIPTION]
+    for group, names in GROUPS.items():
+        lines += ["", group]
+        for name in names:
+            said = TRAINING.get(name) or STUDY.get(name) or inspect.getdoc(getattr(cli, name)) or ""
+            first = said.split("\n\n")[0].replace("\n", " ").rstrip(".")
+            lines += textwrap.wrap(first, 100, initial_indent=f"  {name:16}", subsequent_indent=" " * 18)
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -78,7 +140,7 @@ def check_learned(model: "lp.HookedPositionTransformer", so: str, expected: str)
 
 def complain(sentence: str) -> None:
     """Say on standard error, in one line, what went wrong or was left out."""
-    exits.complain("lens-positions", sentence)
+    exits.complain(PROGRAM, sentence)
 
 
 @contextmanager

@@ -1,11 +1,11 @@
-from .characters import spacing
-from .effects import ablation_bars, effect_map
-from .machinery import absolute_chart, entropy_chart, norms_map
-from .measurements import auc_chart, differences_chart, frequency_map, kinds_chart, lines_chart
-from .onefile import report
-from .plain import MissingFontError
-from .rulers import arcs
-from .views import View, attention_view, spacing_view, tokens_view
+from .arcs import arcs
+from .charts import auc_chart, differences_chart, frequency_map, kinds_chart, lines_chart
+from .effect_charts import ablation_bars, effect_map
+from .interactive import View, attention_view, spacing_view, tokens_view
+from .output import MissingFontError
+from .report import report
+from .rope_charts import absolute_chart, entropy_chart, norms_map
+from .spacing import spacing
 
 __all__ = [
     "MissingFontError",

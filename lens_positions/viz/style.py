@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import LogFormatter
 
-from ..analysis.categories import is_chinese_punctuation, is_han
-from .plain import SUBSTITUTE, MissingFontError, check_path, legible, write_whole
+from ..analysis.token_kinds import is_chinese_punctuation, is_han
+from .output import SUBSTITUTE, MissingFontError, check_path, legible, write_whole
 
 INK = "#1d2129"
 FAINT = "#c9ced6"

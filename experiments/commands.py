@@ -1,0 +1,138 @@
+"""The commands of the study: `lens-positions experiments suite`, or another, from a checkout of the repository.
+
+A command imports what it runs on when it runs: help and refusals need no torch.
+"""
+
+import sys
+
+import tyro
+
+from lens_positions.errors import PositionsError
+from lens_positions.exits import exit_status
+from lens_positions.training.config import preset_names
+
+from .options import (
+    MEASURED,
+    OF_ROPE,
+    ROPE_VARIANTS,
+    SHIPPED,
+    VARIANTS,
+    MachineryConfig,
+    MaximumConfig,
+    MeasureConfig,
+    ResultsConfig,
+    ShipConfig,
+    SuiteConfig,
+)
+
+SUITE = """Train every variant of increments at several seeds with the same data, and compare their losses.
+
+The variants are %s; and, of RoPE itself,
+%s. Runs that are finished are kept, interrupted ones go on, and several of these commands may share
+the work of one folder. The presets are %s.
+"""
+
+MEASURE = """Measure the increments of the runs that a suite has finished, and keep the tables beside their scores.
+
+The measurements are %s. What is measured already is left as it is.
+"""
+
+SHIP = """Put finished, scored runs of a suite into the package in half precision, each with a card of what it is.
+
+The models are %s.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command and return its exit status, as `lens_positions.exits` has them."""
+    argv = sys.argv[1:] if argv is None else argv
+    commands = {
+        "suite": suite_command,
+        "measure": measure_command,
+        "rope": rope_command,
+        "maximum": maximum_command,
+        "results": results_command,
+        "ship": ship_command,
+    }
+
+    def run() -> int:
+        if not argv or argv[0] not in commands:
+            given = f"{argv[0]!r} is no command" if argv else "no command was given"
+            raise PositionsError(f"{given}; expected: lens-positions experiments {', '.join(commands)} [--help]")
+        return commands[argv[0]](argv[1:])
+
+    return exit_status("lens-positions", run)
+
+
+def suite_command(argv: list[str]) -> int:
+    """Train, score and compare what is left of a suite."""
+    description = SUITE % (", ".join(VARIANTS), ", ".join(ROPE_VARIANTS), ", ".join(preset_names()))
+    config = tyro.cli(SuiteConfig, prog="lens-positions experiments suite", description=description, args=argv)
+
+    from .suite import suite
+
+    try:
+        suite(config)
+    except KeyboardInterrupt as interruption:
+        sentence = "the suite was interrupted; the same command again goes on from there"
+        raise type(interruption)(sentence) from interruption
+    return 0
+
+
+def measure_command(argv: list[str]) -> int:
+    """Measure what is left of a suite's runs."""
+    description = MEASURE % ", ".join(MEASURED)
+    config = tyro.cli(MeasureConfig, prog="lens-positions experiments measure", description=description, args=argv)
+
+    from .measure import measure
+
+    names = measure(config)
+    print(f"measured: {', '.join(names) or 'nothing, as no weights are here'}")
+    return 0
+
+
+def results_command(argv: list[str]) -> int:
+    """Write RESULTS.md from the files of results."""
+    description = "Write RESULTS.md and its figures from the files of results alone."
+    config = tyro.cli(ResultsConfig, prog="lens-positions experiments results", description=description, args=argv)
+
+    from .results import write_results
+
+    print(write_results(config))
+    return 0
+
+
+def rope_command(argv: list[str]) -> int:
+    """Measure how models use RoPE itself."""
+    description = f"Frequencies, absolute position and dispersion: {', '.join(OF_ROPE)}. What is measured is left."
+    config = tyro.cli(MachineryConfig, prog="lens-positions experiments rope", description=description, args=argv)
+
+    from .rope_measures import machinery
+
+    print(f"measured: {', '.join(machinery(config))}")
+    return 0
+
+
+def maximum_command(argv: list[str]) -> int:
+    """Train the maximum-retrieval task and print its accuracy by number of items."""
+    description = "Which class has the largest of n items? Trained on 5 to 16, tested on more, by Veličković et al."
+    config = tyro.cli(MaximumConfig, prog="lens-positions experiments maximum", description=description, args=argv)
+
+    from .maximum import maximum, print_accuracies
+
+    print_accuracies(maximum(config))
+    return 0
+
+
+def ship_command(argv: list[str]) -> int:
+    """Ship three runs of a suite."""
+    asked = tyro.cli(
+        ShipConfig, prog="lens-positions experiments ship", description=SHIP % ", ".join(SHIPPED), args=argv
+    )
+
+    from .ship import ship
+
+    for name, table in ship(asked).items():
+        length, loss = table[["length", "loss"]].iloc[0]
+        print(f"{name}: {loss:.4f} nats per byte at {length:.0f} tokens; the model is in {asked.output / name}")
+    return 0

@@ -1,0 +1,257 @@
+"""Every measurement of `lens_positions` on the finished runs of a suite, kept as small files beside their scores.
+
+    results/tiny/per_layer-0/boundaries.csv      word boundaries in Chinese, segmented by people and by jieba
+    results/tiny/per_layer-0/kinds.csv           increments by kind of byte
+    results/tiny/per_layer-0/kinds_code.csv      the same in program text
+    results/tiny/per_layer-0/names.csv           the space inside two-word names, and inside ordinary pairs
+    results/tiny/per_layer-0/heads.csv           increment and look-back of every head
+    results/tiny/per_layer-0/correlations.csv    how these go together
+    results/tiny/per_layer-0/saturation.csv      the share at the cap
+    results/tiny/signed-0/below_zero.csv         the share below zero, where increments are signed
+    results/tiny/per_layer-0/specialisation.csv  what the kind of a byte explains, in prose and in program text
+    results/tiny/per_layer-0/ablation.csv        the loss without the structure of increments, in English and Chinese
+    results/tiny/per_layer-0/measured.json       the weights, command, text and time of each
+
+All text is held out; what is only counted (pairs of words and of characters, each byte's mean increment) comes from the
+training text. Nothing here is tuned: every option is the default of its command.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from lens_positions import causal, corpora
+from lens_positions.analysis.heads import head_correlations, head_profile
+from lens_positions.analysis.specialisation import below_zero, saturation, specialisation
+from lens_positions.analysis.token_kinds import increments_by_category
+from lens_positions.analysis.two_word_names import NAMES, entity_grouping, matched_pairs
+from lens_positions.analysis.word_boundaries import Association, gap_areas, gap_increments, gaps_of, mutual_information
+from lens_positions.errors import PositionsError
+from lens_positions.measure.corpus_reader import Reading, read
+from lens_positions.model import HookedPositionTransformer
+from lens_positions.training.data import write_whole
+from lens_positions.training.schema import Measured, read_json
+
+from .options import MeasureConfig
+from .suite import commit, finished, read_results, say, weights_of
+
+CHARACTERS = 60_000
+ABLATED_CHARACTERS = 10_000
+
+
+class Text:
+    """The text that all runs are measured on, read once."""
+
+    @cached_property
+    def segmented(self) -> list[list[str]]:
+        """The words of held-out lines of the People's Daily, as people segmented them."""
+        return corpora.segmented_heldout()
+
+    @cached_property
+    def by_jieba(self) -> list[list[str]]:
+        """The same lines, as jieba does."""
+        return corpora.jieba_words(self.lines)
+
+    @property
+    def lines(self) -> list[str]:
+        """Their text."""
+        return ["".join(words) for words in self.segmented]
+
+    @cached_property
+    def association(self) -> Association:
+        """Of Chinese characters, in the training text."""
+        return mutual_information(corpora.load("chinese")["train"]["text"])
+
+    @cached_property
+    def pairs(self) -> pd.DataFrame:
+        """Names and the ordinary pairs of words that are as frequent in the training text."""
+        return matched_pairs(corpora.load("english")["train"]["text"])
+
+    @cached_property
+    def prose(self) -> list[str]:
+        """English and Chinese."""
+        return corpora.heldout_excerpts("bilingual", CHARACTERS)
+
+    @cached_property
+    def code(self) -> list[str]:
+        """Python."""
+        return corpora.heldout_excerpts("code", CHARACTERS)
+
+    @cached_property
+    def ablated(self) -> dict[str, tuple[list[str], list[str]]]:
+        """By language, training text for each byte's mean increment, and held-out text."""
+        size = ABLATED_CHARACTERS
+        return {
+            corpus: (corpora.training_excerpts(corpus, size), corpora.heldout_excerpts(corpus, size))
+            for corpus in ("english", "chinese")
+        }
+
+
+class Subject:
+    """A model to measure, and what is read of it once for several measurements."""
+
+    def __init__(self, model: HookedPositionTransformer, text: Text) -> None:
+        self.model, self.text = model, text
+
+    @cached_property
+    def prose(self) -> Reading:
+        """The increments of English and Chinese."""
+        return read(self.model, self.text.prose)
+
+    @cached_property
+    def code(self) -> Reading:
+        """The increments of Python."""
+        return read(self.model, self.text.code)
+
+    @cached_property
+    def heads(self) -> pd.DataFrame:
+        """Increment and look-back of every head."""
+        return head_profile(self.model, self.text.prose)
+
+
+def _boundaries(subject: Subject) -> pd.DataFrame:
+    text, model = subject.text, subject.model
+    human = gaps_of(model, text.lines, text.segmented)
+    layers, increments = gap_increments(model, human)  # of the same gaps, whoever finds the words
+    jieba = gaps_of(model, text.lines, text.by_jieba)
+    tables = [
+        gap_areas(gaps, layers, increments, text.association).assign(words=words)
+        for words, gaps in (("human", human), ("jieba", jieba))
+    ]
+    return pd.concat(tables, ignore_index=True)
+
+
+def _specialisation(subject: Subject) -> pd.DataFrame:
+    prose = specialisation(subject.model, subject.prose).assign(corpus="bilingual")
+    code = specialisation(subject.model, subject.code, "code").assign(corpus="code")
+    return pd.concat([prose, code], ignore_index=True)
+
+
+def _ablation(subject: Subject) -> pd.DataFrame:
+    tables = []
+    for corpus, (counted, texts) in subject.text.ablated.items():
+        means = causal.token_means(subject.model, counted)
+        tables.append(causal.ablation_table(subject.model, texts, means=means).loss.assign(corpus=corpus))
+    return pd.concat(tables, ignore_index=True)
+
+
+MEASUREMENTS: dict[str, tuple[Callable[[Subject], pd.DataFrame], str]] = {
+    "boundaries": (_boundaries, "boundaries {model}"),
+    "kinds": (lambda s: increments_by_category(s.model, s.prose), "kinds {model}"),
+    "kinds_code": (
+        lambda s: increments_by_category(s.model, s.code, alphabet="code"),
+        "kinds {model} --corpus code --alphabet code",
+    ),
+    "names": (lambda s: entity_grouping(s.model, s.text.pairs, NAMES), "names {model}"),
+    "heads": (lambda s: s.heads, "heads {model}"),
+    "correlations": (lambda s: head_correlations(s.heads), "heads {model}"),
+    "saturation": (lambda s: saturation(s.model, s.prose), "saturation {model}"),
+    "below_zero": (lambda s: below_zero(s.model, s.prose), "saturation {model}"),
+    "specialisation": (_specialisation, "specialisation {model}"),
+    "ablation": (_ablation, f"ablate {{model}} --corpus english --characters {ABLATED_CHARACTERS} --tokens"),
+}
+"""Each measurement, and the command that prints it (or the first half of it, where two texts are measured)."""
+
+
+def measure(asked: MeasureConfig) -> list[str]:
+    """Measure what is not measured yet, and return the names of the runs that are measured and whose weights are here.
+
+    A file is written when its measurement is done, so that an interruption loses one measurement at most. A run whose
+    weights have changed since is measured anew; one whose weights are not here keeps the files that it has.
+
+    Raises:
+        PositionsError: no scored run with increments of its own, or an unknown one, or an unknown measurement.
+    """
+    if wrong := set(asked.tables) - set(MEASUREMENTS):
+        raise PositionsError(f"there is no measurement {min(wrong)!r}; expected some of {', '.join(MEASUREMENTS)}.")
+    runs = asked.output or Path("runs/suite") / asked.preset
+    results = asked.results or Path("experiments/results") / asked.preset
+    scored = [path.parent for path in sorted(results.glob("*/run.json"))]
+    if unknown := set(asked.only) - {folder.name for folder in scored}:
+        raise PositionsError(f"{results} has no scored run {min(unknown)!r}; expected one that the suite has finished.")
+    chosen = [folder for folder in scored if not asked.only or folder.name in asked.only]
+    chosen = [folder for folder in chosen if read_results(folder / "run.json", "variant")["variant"] != "static"]
+    if not chosen:
+        raise PositionsError(
+            f"{results} has no scored run with increments to measure (those of static are all 1); expected "
+            "lens-positions experiments suite before."
+        )
+    text, measured = Text(), []
+    names = [name for name in MEASUREMENTS if name in asked.tables or not asked.tables]
+    for number, folder in enumerate(chosen, 1):
+        run = runs / folder.name
+        if not finished(run):
+            say(f"{folder.name}: its weights are not in {run}; what was measured stays")
+            continue
+        _measure(run, folder, text, names, f"{folder.name} ({number} of {len(chosen)})")
+        measured.append(folder.name)
+    return measured
+
+
+def _measure(run: Path, folder: Path, text: Text, names: list[str], title: str) -> None:
+    model, weights = run / "model", weights_of(run)
+    if weights != read_results(folder / "run.json", "sha256")["sha256"]:
+        raise PositionsError(
+            f"{run} is not the run that {folder} was scored on; expected lens-positions experiments suite again."
+        )
+    subject: list[Subject] = []  # loaded for the first measurement that is left
+
+    def loaded() -> Subject:
+        if not subject:
+            subject.append(Subject(HookedPositionTransformer.from_pretrained(str(model)), text))
+        return subject[0]
+
+    def of_subject(measurement: Callable[[Subject], pd.DataFrame]) -> pd.DataFrame:
+        return measurement(loaded())
+
+    tables = {
+        name: (partial(of_subject, measurement), f"lens-positions {command.format(model=model)}")
+        for name, (measurement, command) in MEASUREMENTS.items()
+        if name in names
+    }
+    measure_left(tables, folder, weights, title)
+
+
+def measure_left(
+    tables: Mapping[str, tuple[Callable[[], pd.DataFrame], str]], folder: Path, weights: dict[str, str], title: str
+) -> None:
+    """Write what is not measured yet of some weights, each table with the command that prints it, and measured.json."""
+    described = folder / "measured.json"
+    done: dict[str, Any] = read_measured(described) if described.exists() else {}
+    for name, (measurement, command) in tables.items():
+        if done.get(name, {}).get("sha256") == weights:
+            continue
+        began = time.monotonic()
+        entry: dict[str, Any] = {"sha256": weights, "command": command}
+        try:
+            table = measurement()
+        except corpora.MissingPackageError:  # says nothing about the model: it is left to where the text is
+            raise
+        except PositionsError as error:  # a measurement that this model does not have
+            (folder / f"{name}.csv").unlink(missing_ok=True)
+            entry |= {"rows": 0, "refused": str(error)}
+        else:
+            csv = table.to_csv(index=False, float_format="%.6g").encode()
+            write_whole(folder / f"{name}.csv", lambda file, csv=csv: file.write(csv))  # type: ignore[misc]
+            entry |= {"rows": len(table)}
+        seconds = time.monotonic() - began
+        done[name] = entry | {"seconds": math.ceil(seconds), "git": commit()}
+        written = (json.dumps(done, indent=2) + "\n").encode()
+        write_whole(described, lambda file, written=written: file.write(written))  # type: ignore[misc]
+        say(f"{title}: {name}, {seconds:.0f} s")
+
+
+def read_measured(path: Path) -> dict[str, Measured]:
+    """What a measured.json says, by table.
+
+    Raises:
+        PositionsError: it is damaged.
+    """
+    found: dict[str, Measured] = read_json(path, dict[str, Measured])
+    return found

@@ -1,0 +1,208 @@
+"""What each command of the study can be asked for, and the names to choose from.
+
+torch is not imported here, so that the command line answers at once.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lens_positions.config import PositionConfig
+
+VARIANTS: dict[str, PositionConfig] = {
+    "static": PositionConfig(source="static"),
+    "shared": PositionConfig(source="shared", activation="softplus"),
+    "per_layer": PositionConfig(source="per_layer"),
+    "shared_per_head": PositionConfig(source="shared", activation="softplus", per_head=True),
+    "per_layer_per_head": PositionConfig(source="per_layer", per_head=True),
+    "frozen": PositionConfig(source="frozen"),
+    "signed": PositionConfig(source="per_layer", activation="none"),
+    "cap_30": PositionConfig(source="per_layer", max_increment=30.0),
+    "constant": PositionConfig(source="frozen"),
+    "swapped": PositionConfig(source="frozen"),
+    "head_steps": PositionConfig(source="frozen", per_head=True),
+}
+"""What is compared; `static` is standard RoPE."""
+
+FROM_SHARED = {"frozen": None, "constant": "constant", "swapped": "swapped"}
+"""Variants with the increments that `shared` learned at the same seed, as a fixed table: as they are; the mean of the
+training text for every byte, which leaves their scale; with letters and the space exchanged, which makes them wrong."""
+
+HEAD_STEPS = (0.5, 1.0, 2.0, 4.0)
+"""The constant increments of the heads of `head_steps`, in positions: does a head that steps farther look back less?"""
+
+USUAL_VARIANTS = tuple(name for name in VARIANTS if name not in ("constant", "swapped", "head_steps"))
+"""What a suite trains where no variant is named."""
+
+ROPE_VARIANTS: dict[str, dict[str, Any]] = {
+    "rope_75": {"rope_fraction": 0.75},
+    "rope_25": {"rope_fraction": 0.25},
+    "rope_0": {"rope_fraction": 0.0},
+    "ntk": {"rope_theta": 91_896.0},
+    "window": {"sliding_window": 64},
+}
+"""Other uses of RoPE, with static increments, by what they change in the model: a fraction of the frequencies (Barbero
+et al.), a base as NTK scaling by 8 makes it of 10,000 in heads of 32 (10,000 * 8 ** (32 / 30)), a sliding window."""
+
+SHIPPED = {"bilingual-rope": "static", "bilingual-shared": "shared", "bilingual-per-layer": "per_layer"}
+"""What is shipped: the name in the package, and the variant of the suite."""
+
+MEASURED = (
+    "boundaries",
+    "kinds",
+    "kinds_code",
+    "names",
+    "heads",
+    "correlations",
+    "saturation",
+    "below_zero",
+    "specialisation",
+    "ablation",
+)
+"""What `measure` measures of a run."""
+
+OF_ROPE = (
+    "increments",
+    "norms",
+    "positional",
+    "truncated",
+    "absolute",
+    "held",
+    "drops",
+    "sinks",
+    "fingerprints",
+    "dispersion",
+    "temperature",
+)
+"""What `machinery` measures of a model."""
+
+
+@dataclass(frozen=True)
+class SuiteConfig:
+    """What a suite is asked for.
+
+    Args:
+        preset: the preset that every run takes its other fields from.
+        seeds: distinct whole numbers; each gives weights and an order of the data.
+        variants: some of those above; static is what the others are compared with.
+        steps: optimizer steps, instead of the preset's.
+        corpus: text to train and score on, instead of the preset's.
+        compile: run training steps through torch.compile.
+        precision: of training steps, instead of the preset's.
+        output: the folder of the runs; runs/suite/PRESET where none is given.
+        results: the folder of the results; results/PRESET where none is given.
+        cache: where tokenised corpora are kept.
+    """
+
+    preset: str = "tiny"
+    seeds: tuple[int, ...] = (0, 1, 2)
+    variants: tuple[str, ...] = USUAL_VARIANTS
+    steps: int | None = None
+    corpus: str | None = None
+    compile: bool = False
+    precision: Literal["float32", "bf16"] | None = None
+    output: Path | None = None
+    results: Path | None = None
+    cache: Path = Path(".cache")
+
+
+@dataclass(frozen=True)
+class MeasureConfig:
+    """What is measured.
+
+    Args:
+        preset: the preset of the suite whose runs are measured.
+        output: the folder of the runs; runs/suite/PRESET where none is given.
+        results: the folder of the results; results/PRESET where none is given.
+        only: some of the runs, such as per_layer-0; all finished and scored ones if none is named.
+        tables: some of the measurements, such as boundaries; all if none is named.
+    """
+
+    preset: str = "tiny"
+    output: Path | None = None
+    results: Path | None = None
+    only: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class MachineryConfig:
+    """What is measured.
+
+    Args:
+        models: names or folders; the shipped models, SmolLM2 and the finished runs of those variants if none is given.
+        runs: the folder of those runs.
+        results: the folder of the tables.
+        tables: some of the measurements, such as norms; if none is named all, and of the runs those that compare them.
+    """
+
+    models: tuple[str, ...] = ()
+    runs: Path = Path("runs/suite/tiny")
+    results: Path = Path("experiments/results/machinery")
+    tables: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class MaximumConfig:
+    """How the task is trained and tested.
+
+    Args:
+        seeds: each gives weights and data.
+        steps: of training.
+        batch_size: sets of items a step.
+        classes: kinds of items.
+        width: of the attention and of the networks around it.
+        learning_rate: of AdamW.
+        sizes: numbers of items that are tested.
+        tested: sets of items for each of them.
+        results: the folder of the tables.
+    """
+
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    steps: int = 10_000
+    batch_size: int = 128
+    classes: int = 10
+    width: int = 128
+    learning_rate: float = 1e-3
+    sizes: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+    tested: int = 2048
+    results: Path = Path("experiments/results/maximum")
+
+
+@dataclass(frozen=True)
+class ResultsConfig:
+    """Where results are read from and written to.
+
+    Args:
+        results: the folder of results, with one folder for each suite in it.
+        preset: the suite that findings are taken from.
+        beside: a suite whose findings are told after them, if it has results; how RoPE itself is used comes last, from
+            the folders machinery and maximum, if they are there.
+        output: the text to write.
+        figures: the folder of figures, beside it.
+    """
+
+    results: Path = Path("experiments/results")
+    preset: str = "tiny"
+    beside: str = "base"
+    output: Path = Path("RESULTS.md")
+    figures: Path = Path("docs")
+
+
+@dataclass(frozen=True)
+class ShipConfig:
+    """What is shipped from where.
+
+    Args:
+        runs: the folder of the runs.
+        results: the folder of their results.
+        output: the folder of the shipped models.
+        seed: the seed of the runs.
+        cache: where tokenised corpora are kept.
+    """
+
+    runs: Path = Path("runs/suite/base")
+    results: Path = Path("experiments/results/base")
+    output: Path = Path("lens_positions/checkpoints")
+    seed: int = 0
+    cache: Path = Path(".cache")

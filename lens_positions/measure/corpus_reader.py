@@ -1,0 +1,168 @@
+"""A corpus read through a model: the increment of each of its tokens, and where that token stands.
+
+- A document longer than a window is read in windows that overlap by one token. The one increment of a window that
+  no rotation depends on (the first with gap "before", the last with gap "after") is left out, so that every other
+  token of a document is counted exactly once.
+- An increment of a token early in a window was computed from less context than one later on. Layer 0 does not care.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float64, Int, Int64
+from torch import Tensor
+
+from ..errors import PositionsError
+from ..model import HookedPositionTransformer
+from ..progress import tracked
+from ..text import Mask, TextOrTokens, prompts_of
+from ..tokenizer import END_OF_DOCUMENT, is_byte_tokenizer
+
+WINDOW = 512
+"""Tokens of a window at most, where the model's context is longer: attention costs their square."""
+
+TOKENS_A_BATCH = 2048
+
+Texts = TextOrTokens
+"""Documents: texts, the rows of a tensor of tokens, or a list of the tokens of each."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a model makes of documents.
+
+    Attributes:
+        documents: the tokens of each document.
+        document: for each token measured, the document that it stands in.
+        index: its place in that document.
+        layers: the model's own number of each layer measured.
+        increments: in positions; one head where the source has one for all.
+    """
+
+    documents: list[Int[Tensor, " _pos"]]
+    document: Int64[np.ndarray, " token"]
+    index: Int64[np.ndarray, " token"]
+    layers: list[int]
+    increments: Float64[np.ndarray, "layer head token"]
+
+    def ids(self) -> Int64[np.ndarray, " token"]:
+        """The id of each token measured."""
+        starts = np.cumsum([0, *map(len, self.documents)])
+        return torch.cat(self.documents).cpu().numpy()[starts[self.document] + self.index]
+
+    def at(
+        self, document: Int64[np.ndarray, " asked"], index: Int64[np.ndarray, " asked"]
+    ) -> Float64[np.ndarray, "layer head asked"]:
+        """The increments of certain tokens, by document and index."""
+        longest = max(map(len, self.documents))
+        keys = self.document * longest + self.index
+        order = np.argsort(keys)
+        return self.increments[..., order[np.searchsorted(keys, document * longest + index, sorter=order)]]
+
+
+def read(
+    model: HookedPositionTransformer,
+    texts: "Texts | Reading",
+    attention_mask: Mask = None,
+    prepend_bos: bool | None = None,
+) -> Reading:
+    """The increment of every token of some documents, at every layer and head; a reading is returned as it is.
+
+    Args:
+        model: the model.
+        texts: documents, as text or as tokens (a tensor, its rows, or a list of tensors). A byte model's texts are
+            closed with the end-of-document token, as in training; tokens are used as they are.
+        attention_mask: the real tokens of a padded tensor.
+        prepend_bos: whether texts get the beginning-of-sequence token; None is TransformerLens' default.
+
+    Raises:
+        PositionsError: no documents, one of fewer than two tokens, padding without a mask, or a model without a
+            tokenizer.
+    """
+    if isinstance(texts, Reading):
+        if attention_mask is not None or prepend_bos is not None:
+            raise PositionsError(
+                "attention_mask or prepend_bos was given with a reading; expected them where it is read, as its tokens "
+                "are what they are."
+            )
+        return texts
+    documents, batches = windows(model, texts, attention_mask, prepend_bos)
+    kept = model.position_config.effective
+    values, owners, places = [], [], []
+    for batch in tracked(batches, "reading", quick=sum(map(len, documents)) < 2 * TOKENS_A_BATCH):
+        rows = torch.stack([documents[number][start:stop] for number, start, stop in batch])
+        with torch.no_grad():
+            increments = model.increments(rows, torch.ones_like(rows))[:, :, kept]
+        values.append(increments.flatten(1, 2).double().cpu().numpy())
+        for number, start, stop in batch:
+            place = np.arange(start, stop)[kept]
+            places.append(place)
+            owners.append(np.full(len(place), number))
+    value = np.concatenate(values, axis=1)
+    value = value.transpose(0, 2, 1) if value.ndim == 3 else value[:, None]
+    return Reading(documents, np.concatenate(owners), np.concatenate(places), model.position_layers, value)
+
+
+def windows(
+    model: HookedPositionTransformer,
+    texts: Texts,
+    attention_mask: Mask = None,
+    prepend_bos: bool | None = None,
+) -> tuple[list[Int[Tensor, " _pos"]], list[list[tuple[int, int, int]]]]:
+    """The tokens of each document, and all their windows (document, start, stop) in batches of equal length.
+
+    Windows of a document overlap by one token, so that each of its tokens but the first is predicted exactly once.
+
+    Raises:
+        PositionsError: as `read`.
+    """
+    if model.cfg.n_ctx < 2:
+        raise PositionsError("the model's context is one token; expected at least two.")
+    if getattr(model, "tokenizer", None) is None:
+        raise PositionsError("the model has no tokenizer; expected one, to tell what its tokens are.")
+    documents = _documents(model, texts, attention_mask, prepend_bos)
+    return documents, list(_batches(documents, min(model.cfg.n_ctx, WINDOW)))
+
+
+def rows_of(
+    documents: list[Int[Tensor, " _pos"]], batches: list[list[tuple[int, int, int]]], what: str
+) -> Iterator[tuple[Int[Tensor, "batch pos"], list[int]]]:
+    """The rows of each batch of windows, and the document that each is of; `what` is done is what progress says."""
+    for batch in tracked(batches, what, quick=sum(map(len, documents)) < 512):
+        yield (
+            torch.stack([documents[number][start:stop] for number, start, stop in batch]),
+            [number for number, _, _ in batch],
+        )
+
+
+def _documents(
+    model: HookedPositionTransformer, texts: Texts, attention_mask: Mask, prepend_bos: bool | None
+) -> list[Int[Tensor, " _pos"]]:
+    """Each document as tokens, at least two of them."""
+    documents = prompts_of(model, texts, attention_mask, prepend_bos, whole=True)
+    if is_byte_tokenizer(model.tokenizer) and not isinstance(texts, Tensor):
+        given = [texts] if isinstance(texts, str) else texts
+        end = documents[0].new_tensor([END_OF_DOCUMENT])
+        documents = [
+            torch.cat([tokens, end]) if isinstance(text, str) else tokens
+            for text, tokens in zip(given, documents, strict=True)
+        ]
+    for number, tokens in enumerate(documents):
+        if len(tokens) < 2:
+            raise PositionsError(f"text {number} has {len(tokens)} tokens; expected at least two.")
+    return documents
+
+
+def _batches(documents: list[Int[Tensor, " _pos"]], length: int) -> Iterator[list[tuple[int, int, int]]]:
+    """All windows of the documents (document, start, stop), in batches of equal length, so that none is padded."""
+    by_length: dict[int, list[tuple[int, int, int]]] = {}
+    for number, document in enumerate(documents):
+        for start in range(0, len(document) - 1, length - 1):
+            stop = min(start + length, len(document))
+            by_length.setdefault(stop - start, []).append((number, start, stop))
+    for size, of_size in by_length.items():
+        together = max(1, TOKENS_A_BATCH // size)
+        for first in range(0, len(of_size), together):
+            yield of_size[first : first + together]

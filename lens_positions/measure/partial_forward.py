@@ -1,0 +1,216 @@
+"""Run a prompt again from a layer and a token on.
+
+An edit at layer l and token t changes nothing below layer l and nothing before token t. So the residual stream that
+enters layer l, and the keys and values of the tokens before t, are taken from one baseline pass. Copies of the prompt
+join the batch at the layer that edits them: blocks below the first are skipped, and the tokens before t stand in a
+key-value cache, with what the streams remember of them in it.
+
+Whether that holds in a model is tried, not assumed: the middle of the prompt is run again without any edit, and where
+it does not give the baseline's logits back, every run is one of the whole prompt (with a warning).
+"""
+
+import copy
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import accumulate
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import DynamicCache
+
+from ..core.kv_cache import memory_of
+from ..interventions import Hooks, streams_of
+
+
+class Replay:
+    """The baseline pass of a prompt, or of a batch of them, and what it takes to run parts of it again.
+
+    Attributes:
+        logits: of the baseline, of the last token alone where `last_only`.
+        exact: whether parts can be run again.
+    """
+
+    def __init__(
+        self,
+        model: TransformerBridge,
+        tokens: Int[Tensor, "batch pos"],
+        *,
+        hooks: Hooks | None = None,
+        last_only: bool = False,
+        tokens_too: bool = True,
+        resume: bool = True,
+    ) -> None:
+        """Run the baseline.
+
+        Args:
+            model: a bridge with position streams.
+            tokens: one prompt, or several of equal length (which can be resumed at layers only).
+            hooks: for the baseline pass, to record from it.
+            last_only: compute the logits of the last token alone.
+            tokens_too: keep what is needed to resume at a token after the first.
+            resume: False runs the whole prompt every time.
+        """
+        self.model = model
+        self.tokens = tokens
+        self._blocks: Sequence[Any] = cast(Any, getattr(model, "blocks", ()))
+        forward = inspect.signature(type(model.original_model).forward).parameters
+        self._last_only = last_only
+        self._keep = {"logits_to_keep": 1} if last_only and "logits_to_keep" in forward else {}
+        self._inputs: list[Tensor] = []
+        self._outputs: list[Any] = []
+        self._cache = DynamicCache() if tokens_too and len(tokens) == 1 and tokens.shape[1] > 1 else None
+        self.exact = False
+        if self._cache is not None and resume:
+            try:
+                self.logits = self._baseline(hooks or [])
+                self.exact = self._try_again() is None
+            except Exception:  # recurrent layers, say, want a cache of another kind
+                self.exact = False
+        if not self.exact:
+            self._cache = None
+            self.logits = self._baseline(hooks or [])
+            why = self._try_again() if resume else None
+            self.exact = resume and why is None
+            if why is not None and tokens_too:
+                warnings.warn(
+                    f"{type(model.original_model).__name__} cannot be resumed in the middle ({why}); every edit runs "
+                    "the whole prompt through all layers, which is slower.",
+                    stacklevel=4,
+                )
+
+    def start(self, token: int) -> int:
+        """The token from which a run that concerns this token and later ones starts."""
+        return token if self.exact and self._cache is not None else 0
+
+    def run(self, hooks: Hooks, joining: Mapping[int, int], token: int = 0) -> Float[Tensor, "rows rest vocab"]:
+        """The logits of the tokens from `start(token)` on (or of the last alone), with hooks.
+
+        Args:
+            hooks: what to do; tokens count from `start(token)`, rows in the order in which they join.
+            joining: how many copies of the prompt join the batch at each block, the lowest block first.
+            token: see above.
+        """
+        with evaluating(self.model), torch.no_grad():
+            if self.exact:
+                return self._resumed(hooks, joining, self.start(token))
+            with self.model.hooks(fwd_hooks=hooks):
+                return self._logits(self.tokens.repeat(sum(joining.values()), 1), None)
+
+    def _baseline(self, hooks: Hooks) -> Tensor:
+        self._inputs, self._outputs = [], []
+        handles = []
+        for block in self._blocks:
+            handles.append(block.register_forward_pre_hook(self._keep_input, with_kwargs=True))
+            handles.append(block.register_forward_hook(self._keep_output))
+        try:
+            with evaluating(self.model), torch.no_grad(), self.model.hooks(fwd_hooks=hooks):
+                return self._logits(self.tokens, self._cache)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _try_again(self) -> str | None:
+        """Run the middle of the prompt again without any edit: why that fails, or None."""
+        if not self._blocks:
+            return "it has no row of blocks"
+        layer = len(self._blocks) // 2
+        joining = {layer: 1} if len(self.tokens) > 1 else {layer: 1, len(self._blocks) - 1: 1}
+        token = 0 if self._cache is None else self.tokens.shape[1] // 2
+        try:
+            with evaluating(self.model), torch.no_grad():
+                again = self._resumed([], joining, token)
+        except Exception as error:  # the model's own code meets input that it need not be made for
+            return " ".join(str(error).split())[:200]
+        own = self.logits[:, -again.shape[1] :]
+        off = float((again - own).abs().max() / own.abs().max().clamp(min=1e-30))
+        rounding = min(1e3 * torch.finfo(own.dtype).eps, 0.05)
+        return None if off <= rounding else f"its logits are then off by {off:.1e} of their size"
+
+    def _resumed(self, hooks: Hooks, joining: Mapping[int, int], token: int) -> Tensor:
+        present = list(accumulate(joining.get(i, 0) for i in range(len(self._blocks))))
+        first = min(joining)
+        handles = [
+            self._blocks[layer].register_forward_pre_hook(
+                partial(self._join, layer, copies, token, layer == first), with_kwargs=True, prepend=True
+            )
+            for layer, copies in joining.items()
+        ]
+        try:
+            with self._skipping(first), self.model.hooks(fwd_hooks=hooks):
+                return self._logits(self.tokens[:, token:], self._prefix(token, present) if token else None)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _join(
+        self, layer: int, copies: int, token: int, alone: bool, _block: Any, args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        joined = self._inputs[layer][:, token:].repeat(copies, 1, 1)
+        if args:
+            return (joined if alone else torch.cat([args[0], joined]), *args[1:]), kwargs
+        return args, {
+            **kwargs,
+            "hidden_states": joined if alone else torch.cat([kwargs["hidden_states"], joined]),
+        }
+
+    def _prefix(self, token: int, present: list[int]) -> Any:
+        """The key-value cache of the tokens before one, with as many rows at each layer as are present there."""
+        cache: Any = copy.deepcopy(self._cache)
+        cache.crop(token - self.tokens.shape[1])
+        for layer, rows in zip(cache.layers, present, strict=False):
+            if rows:
+                layer.batch_repeat_interleave(rows)
+        streams: Any = streams_of(self.model).layers
+        memory = memory_of(cache)
+        surplus = {} if memory is None else memory.surplus
+        for (index, call), values in surplus.items():
+            surplus[index, call] = values.repeat_interleave(max(present[streams[index].layer], 1), dim=0)
+        return cache
+
+    def _logits(self, tokens: Tensor, cache: Any) -> Tensor:
+        how = {"use_cache": False} if cache is None else {"past_key_values": cache}
+        logits = self.model(tokens, return_type="logits", **how, **self._keep)
+        return logits[:, -1:] if self._last_only else logits
+
+    def _keep_input(self, _block: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        self._inputs.append(args[0] if args else kwargs["hidden_states"])
+
+    def _keep_output(self, _block: Any, _args: Any, output: Any) -> None:
+        self._outputs.append(output)
+
+    @contextmanager
+    def _skipping(self, layer: int) -> Iterator[None]:
+        """Blocks below a layer compute nothing; what they return is not used."""
+        below = [vars(block) for block in self._blocks[:layer]]
+        own = [attributes.get("forward") for attributes in below]
+        try:
+            for attributes, output in zip(below, self._outputs, strict=False):
+                attributes["forward"] = _returning(output)  # past a bridge component's own __setattr__
+            yield
+        finally:
+            for attributes, forward in zip(below, own, strict=True):
+                del attributes["forward"]
+                if forward is not None:
+                    attributes["forward"] = forward
+
+
+def _returning(result: Any) -> Callable[..., Any]:
+    return lambda *_args, **_kwargs: result
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Without dropout for the time being."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,1 @@
+"""Train increments from scratch: `lens-positions train --preset quick`."""

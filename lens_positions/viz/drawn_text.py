@@ -1,0 +1,224 @@
+"""A text as a model places it: what every picture of it is drawn from.
+
+- A unit is what is drawn in one place: a character, or a whole token where a token holds several characters. The
+  several bytes (or tokens) of one character are one unit.
+- Tokens may be given instead of a text, such as those that a model sampled: a byte that belongs to no valid character
+  is then a unit of its own, written as its hexadecimal value.
+- What is longer than the context, or than a picture can hold, is cut, and `cut` says where.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from jaxtyping import Float, Float64, Int
+from torch import Tensor
+
+from ..causal.sweeps import SITES
+from ..core.increments import PositionConfig
+from ..errors import PositionsError
+from ..interventions import hook_names, index_of, indices_of
+from ..model import HookedPositionTransformer
+from ..text import Mask, TextOrTokens, prompts_of
+from ..tokenizer import byte_characters, character_spans, is_byte_tokenizer
+
+MOST_DRAWN = 1024
+"""Tokens of a picture: beyond these nobody can read it."""
+
+MOST_ATTENDING = 48
+"""Tokens of a picture of attention: its patterns, and the time that circuitsvis takes, grow with their square."""
+
+SOURCES = {
+    "static": "static increments: every token stands one step after the last, as in standard RoPE",
+    "shared": "one learned increment per token, shared by all layers",
+    "per_layer": "each layer learns its own increments from its residual stream",
+    "frozen": "increments held fixed, by token",
+}
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A text and what a model makes of it.
+
+    Attributes:
+        name: the model's.
+        config: where its increments come from.
+        layers: the model's own number of each layer that has positions.
+        tokens: those of the text, special ones in front included.
+        labels: a readable label of each token.
+        units: what is drawn in one place.
+        sizes: how many characters each unit has.
+        first, last: the first and the last token of each unit.
+        increments, positions: in steps of standard RoPE; one head where all heads share them.
+        patterns: attention from each token to each, where it was asked for and the model shows it.
+        whole: characters of the text, those that were cut included.
+        limit: why it was cut; empty where it was not.
+    """
+
+    name: str
+    config: PositionConfig
+    layers: list[int]
+    tokens: Int[Tensor, " pos"]
+    labels: list[str]
+    units: list[str]
+    sizes: list[int]
+    first: list[int]
+    last: list[int]
+    increments: Float64[Tensor, "layer pos head"]
+    positions: Float64[Tensor, "layer pos head"]
+    patterns: Float[Tensor, "layer query_head pos pos"] | None
+    whole: int
+    limit: str
+
+    def mean_increment(self, entry: int) -> float:
+        """The mean step between the tokens of the text at an entry of `layers`; of one token alone, its increment."""
+        steps = self.positions[entry, self.first[0] :].mean(-1).diff()
+        return float(steps.mean() if len(steps) else self.increments[entry, self.first[0]].mean())
+
+    def convention(self, heads: str = "mean over heads") -> list[str]:
+        """Whose increments these are, and what an increment is, a sentence each."""
+        of_heads = f"; {heads}" if self.config.per_head else ""
+        said = [f"{self.name} ({SOURCES[self.config.source]}{of_heads})."]
+        return (
+            said if self.config.source == "static" else [*said, f"An increment is the gap {self.config.gap} its token."]
+        )
+
+    def attention(self) -> Float[Tensor, "layer query_head pos pos"]:
+        """The patterns.
+
+        Raises:
+            PositionsError: the model shows none.
+        """
+        if self.patterns is None:
+            raise PositionsError(
+                f"{self.name} shows no attention patterns (TransformerLens leaves its attention whole); expected a "
+                "model with hook_pattern."
+            )
+        return self.patterns
+
+    def cut(self, units: int | None = None) -> str:
+        """What is left out of the text where its first units are shown, in a sentence; empty where nothing is."""
+        shown = sum(self.sizes[:units])
+        why = f" ({self.limit})" if self.limit and shown == sum(self.sizes) else ""
+        return f"The first {shown:,} of {self.whole:,} characters are drawn{why}." if shown < self.whole else ""
+
+
+def place(
+    model: HookedPositionTransformer,
+    text: TextOrTokens,
+    *,
+    patterns: bool = False,
+    most: int = MOST_DRAWN,
+    attention_mask: Mask = None,
+    prepend_bos: bool | None = None,
+) -> Placed:
+    """Run a model on a text, and keep where it puts what.
+
+    Args:
+        model: the model.
+        text: a text, or the tokens of one as they are, special ones in front included.
+        patterns: keep the attention patterns as well.
+        most: tokens at most; the context in any case.
+        attention_mask: the real tokens of a padded row; the padding is left out.
+        prepend_bos: whether a text gets the beginning-of-sequence token; None is TransformerLens' default.
+
+    Raises:
+        PositionsError: an empty text, several texts, a model without a tokenizer, no such tokens, padding without a
+            mask, or a first character that alone is too long.
+    """
+    if getattr(model, "tokenizer", None) is None:
+        raise PositionsError("the model has no tokenizer; expected one, to tell what its tokens are.")
+    room = min(model.cfg.n_ctx, index_of(most, "most", "at least one token", least=1))
+    prompts = prompts_of(model, text, attention_mask, prepend_bos, whole=True)
+    if len(prompts) != 1:
+        raise PositionsError(f"{len(prompts)} texts were given; expected one text, or its token ids [pos].")
+    tokens = prompts[0]
+    (given,) = [text] if isinstance(text, str | Tensor) else text
+    units, sizes, spans = _units(model, tokens, given if isinstance(given, str) else None)
+    kept = sum(stop <= room for _, stop in spans)
+    if not kept:
+        raise PositionsError(f"the first character takes more than {room} tokens; expected a text that begins in them.")
+    limit = f"the model's context is {room:,} tokens" if room == model.cfg.n_ctx else f"they are {room:,} tokens"
+    tokens = tokens[: spans[kept - 1][1]] if kept < len(units) else tokens
+
+    wanted = ["increments", "positions", *(["pattern"] if patterns else [])]
+    hooks = {site: [name for _, name in hook_names(model, None, SITES[site][0])] for site in wanted}
+    names = [name for of_site in hooks.values() for name in of_site if name in model.hook_dict]
+    with torch.no_grad():
+        _, cache = model.run_with_cache(tokens[None], names_filter=names, return_type=None)
+    increments, positions = (
+        torch.stack([cache[name][0] for name in hooks[site]]).detach().cpu().double()
+        for site in ("increments", "positions")
+    )
+    if increments.ndim == 2:
+        increments, positions = increments[..., None], positions[..., None]
+    seen = patterns and all(name in cache for name in hooks["pattern"])
+    return Placed(
+        name=model.name,
+        config=model.position_config,
+        layers=model.position_layers,
+        tokens=tokens.cpu(),
+        labels=list(model.to_str_tokens(tokens)),
+        units=units[:kept],
+        sizes=sizes[:kept],
+        first=[start for start, _ in spans[:kept]],
+        last=[stop - 1 for _, stop in spans[:kept]],
+        increments=increments,
+        positions=positions,
+        patterns=torch.stack([cache[name][0].float().cpu() for name in hooks["pattern"]]) if seen else None,
+        whole=sum(sizes),
+        limit=limit if kept < len(units) else "",
+    )
+
+
+def layers_to_show(
+    model: HookedPositionTransformer, layers: Sequence[int] | None, values: Float[Tensor, "layer ..."]
+) -> dict[int, str]:
+    """The layers to give a row each, as entries of `values`, with the row's name; one row where all are the same.
+
+    Args:
+        model: the model, whose `position_layers` are those of `values`.
+        layers: their numbers in the model; None is all of them.
+        values: what would be shown of each layer.
+
+    Raises:
+        PositionsError: a layer that the model does not have, or that does not rotate.
+    """
+    numbers = model.position_layers
+    wanted = numbers if layers is None else indices_of(layers, "a layer")
+    for layer in wanted:
+        if layer not in numbers:
+            known = f"0 to {len(numbers) - 1}" if numbers == list(range(len(numbers))) else ", ".join(map(str, numbers))
+            raise PositionsError(f"layer {layer} was asked for; expected one of the layers {known}.")
+    chosen = sorted({numbers.index(layer) for layer in wanted})
+    source = model.position_config.source
+    if source != "per_layer" and all(torch.equal(values[entry], values[chosen[0]]) for entry in chosen):
+        return {chosen[0]: "static" if source == "static" else "all layers"}
+    return {entry: f"layer {numbers[entry]}" for entry in chosen}
+
+
+def _units(
+    model: HookedPositionTransformer, tokens: Int[Tensor, " pos"], text: str | None
+) -> tuple[list[str], list[int], list[tuple[int, int]]]:
+    """The units of some tokens, how many characters each has, and the range of its tokens; `text` where it is known."""
+    tokenizer = model.tokenizer
+    if text is not None:
+        of_character = character_spans(tokenizer, text)
+        own = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    else:
+        given, special = tokens.tolist(), set(tokenizer.all_special_ids)
+        own = len(given) - next((i for i, token in enumerate(given) if token not in special), len(given) - 1)
+        ids = given[len(given) - own :]
+        text = str(tokenizer.decode(ids))
+        if tokenizer(text, add_special_tokens=False)["input_ids"] != ids:
+            named = byte_characters(ids) if is_byte_tokenizer(tokenizer) else [(tokenizer.decode([i]), 1) for i in ids]
+            stops = list(accumulate((size for _, size in named), initial=len(tokens) - own))
+            return [unit for unit, _ in named], [1] * len(named), list(pairwise(stops))
+        of_character = character_spans(tokenizer, text)
+    before = len(tokens) - own
+    starts = [min(start, own - 1) for start, _ in of_character]
+    heads = [i for i, start in enumerate(starts) if i == 0 or start != starts[i - 1]]
+    pieces = list(pairwise([*heads, len(text)]))
+    spans = [(before + starts[i], before + max(of_character[j - 1][1], starts[i] + 1)) for i, j in pieces]
+    return [text[i:j] for i, j in pieces], [j - i for i, j in pieces], spans

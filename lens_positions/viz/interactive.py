@@ -1,0 +1,288 @@
+"""Views to explore, in a notebook, in a page of their own, or in the report: the same objects everywhere.
+
+- `spacing_view`: characters at their positions; hover or use the arrow keys, switch layers and scale.
+- `tokens_view`: circuitsvis' coloured tokens, tinted by increment, one row a layer.
+- `attention_view`: attention beside increments. Arcs from a chosen token on a ruler of learned positions, and below it
+  the same attention on the ruler of token counts; then circuitsvis' attention heads of the same layer.
+
+A view is data and the page's own script draws it. Whatever a text holds stays text: it is escaped here and is only
+ever put into text nodes there. Nothing is fetched: circuitsvis' script comes from the installed package, once a page.
+"""
+
+import base64
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..model import HookedPositionTransformer
+from ..text import Mask, TextOrTokens
+from . import style
+from .drawn_text import MOST_ATTENDING, Placed, layers_to_show, place
+from .output import check_page, write_whole
+from .spacing import Scale, caption_of, is_boundary, rows_of
+
+LEAST_MEAN = 1e-6
+"""A mean increment below this is none to divide by."""
+
+MOST_UNITS = 20_000
+"""Characters times rows of an interactive drawing."""
+
+
+@dataclass(frozen=True)
+class View:
+    """A drawing that answers the mouse and the keyboard; Jupyter shows it as it stands.
+
+    Attributes:
+        kind: which of the page's views it is.
+        title: its heading.
+        data: what is drawn.
+        cut: what was left out of the text, in a sentence; empty where nothing was.
+    """
+
+    kind: Literal["spacing", "tokens", "attention"]
+    title: str
+    data: dict[str, Any] = field(repr=False)
+    cut: str = ""
+
+    def fragment(self, title: str | None = None) -> str:
+        """Its part of a page, under a title of its own or another, without the scripts that draw it."""
+        # A "<" inside a JSON string would end the script element in which it stands.
+        data = json.dumps(self.data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+        return (
+            f'<figure class="lp-view" data-view="{self.kind}"><h3>{escape(title or self.title)}</h3>'
+            f'<script type="application/json">{data}</script></figure>'
+        )
+
+    def page(self) -> str:
+        """A page of its own, light as a notebook is, which needs no network."""
+        return page_of([self], self.title)
+
+    def save(self, path: str | Path) -> None:
+        """Write the page; what was there stays until the new one is whole.
+
+        Raises:
+            PositionsError: a place that cannot be written.
+        """
+        write_page(self.page(), path)
+
+    def _repr_html_(self) -> str:
+        """A frame around the page, so that nothing of it meets the notebook's own styles; it takes its own height."""
+        return (
+            f'<iframe srcdoc="{escape(self.page())}" title="{escape(self.title)}" '
+            'style="width:100%;height:420px;border:0"></iframe>'
+        )
+
+
+def spacing_view(
+    model: HookedPositionTransformer,
+    text: TextOrTokens,
+    layers: Sequence[int] | None = None,
+    *,
+    attention_mask: Mask = None,
+    prepend_bos: bool | None = None,
+) -> View:
+    """Characters at their learned positions: `characters.spacing` to explore.
+
+    Args:
+        model: the model.
+        text: what to draw, or its tokens, special ones in front included.
+        layers: the layers to draw; None is all of them.
+        attention_mask, prepend_bos: as for `placed.place`.
+
+    Raises:
+        PositionsError: an empty text, several texts, padding without a mask, or a layer that the model lacks.
+    """
+    placed = place(model, text, attention_mask=attention_mask, prepend_bos=prepend_bos)
+    shown = layers_to_show(model, layers, placed.positions)
+    rows = rows_of(placed, shown, "common")
+    relative = all(row.mean_increment > LEAST_MEAN for row in rows)
+    n = _fitting(placed, len(rows))
+    ranges = list(zip(placed.first[:n], placed.last[:n], strict=True))
+    increments = [placed.increments[layer].mean(-1).tolist() for layer in shown]
+    scales: tuple[Scale, ...] = ("relative", "common")
+    data = {
+        "units": [style.legible(unit) for unit in placed.units[:n]],
+        "boundary": [is_boundary(unit) for unit in placed.units[:n]],
+        "relative": relative,
+        "rows": [
+            {
+                "name": row.name,
+                "mean": _short(row.mean_increment),
+                "first": _short(row.first[:n]),
+                "last": _short(row.last[:n]),
+                "increments": [_short(of_row[first : last + 1]) for first, last in ranges],
+            }
+            for row, of_row in zip(rows, increments, strict=True)
+        ],
+        "caption": {scale: " ".join([*caption_of(placed, rows, scale), placed.cut(n)]).strip() for scale in scales},
+    }
+    return View("spacing", "Characters at their learned positions", data, placed.cut(n))
+
+
+def tokens_view(
+    model: HookedPositionTransformer,
+    text: TextOrTokens,
+    layers: Sequence[int] | None = None,
+    *,
+    attention_mask: Mask = None,
+    prepend_bos: bool | None = None,
+) -> View:
+    """The tokens of a text tinted by their increments, one row a layer, by circuitsvis.
+
+    A token at its row's mean is white; one whose increment is twice the mean or more is orange, and one without any is
+    blue. Rows whose mean is 0 have no tint.
+
+    Args, raises: as `spacing_view`.
+    """
+    placed = place(model, text, attention_mask=attention_mask, prepend_bos=prepend_bos)
+    shown = layers_to_show(model, layers, placed.increments)
+    n = _fitting(placed, len(shown))
+    stop = placed.last[n - 1] + 1
+    moves = torch.zeros(len(placed.tokens), dtype=torch.bool)
+    moves[placed.config.effective] = True  # the others have no tint
+    rows = []
+    for layer, name in shown.items():
+        increments = placed.increments[layer, placed.first[0] : stop].mean(-1)
+        mean = placed.mean_increment(layer)
+        tint = increments / mean - 1 if abs(mean) > LEAST_MEAN else torch.zeros_like(increments)
+        tint[~moves[placed.first[0] : stop]] = 0
+        rows.append({"name": name, "mean": _short(mean), "relative": _short(tint.tolist())})
+    said = [
+        *placed.convention(),
+        "White: at the row's mean; orange: twice as far or more; blue: no distance at all. Pointing at a token shows "
+        "the deviation, as a share of the mean.",
+        placed.cut(n),
+    ]
+    data = {
+        "labels": [style.legible(label) for label in placed.labels[placed.first[0] : stop]],
+        "rows": rows,
+        "farther": style.ORANGE,
+        "nearer": style.BLUE,
+        "caption": " ".join(said).strip(),
+    }
+    return View("tokens", "Tokens tinted by increment", data, placed.cut(n))
+
+
+def attention_view(
+    model: HookedPositionTransformer,
+    text: TextOrTokens,
+    most: int = MOST_ATTENDING,
+    *,
+    attention_mask: Mask = None,
+    prepend_bos: bool | None = None,
+) -> View:
+    """Attention beside increments: arcs on two rulers, and circuitsvis' attention heads.
+
+    Args:
+        model: the model.
+        text: what to read, or its tokens, special ones in front included.
+        most: tokens at most; the text is cut there, and the caption says so.
+        attention_mask, prepend_bos: as for `placed.place`.
+
+    Raises:
+        PositionsError: an empty text, several texts, padding without a mask, or a model that shows no attention
+            patterns.
+    """
+    placed = place(model, text, patterns=True, most=most, attention_mask=attention_mask, prepend_bos=prepend_bos)
+    patterns = placed.attention()
+    spread = placed.increments.std(dim=(1, 2), correction=0) / placed.increments.abs().mean(dim=(1, 2)).clamp_min(1e-9)
+    source = placed.config.source
+    said = [
+        *placed.convention(heads="each head has its own"),
+        "Each arc runs from the chosen token to one that it attends to; its width and strength are the "
+        "attention, and below 1% none is drawn. Above the line tokens stand at their "
+        + ("positions, one step a token unless they are edited" if source == "static" else "learned positions")
+        + "; below it they are counted. Click a token, or use the arrow keys.",
+        placed.cut(),
+    ]
+    data = {
+        "labels": [style.legible(label) for label in placed.labels],
+        "rows": [
+            {
+                "name": f"layer {number}",
+                "increments": _short(placed.increments[entry].T.tolist()),
+                "positions": _short(placed.positions[entry].T.tolist()),
+            }
+            for entry, number in enumerate(placed.layers)
+        ],
+        "heads": patterns.shape[1],
+        "patterns": [_packed(of_layer) for of_layer in patterns],
+        "layer": int(spread.argmax()),
+        "head": 0,
+        "static": source == "static",
+        "positive": style.BLUE,
+        "caption": " ".join(said).strip(),
+    }
+    return View("attention", "Attention beside increments", data, placed.cut())
+
+
+def page_of(views: Sequence[View], title: str) -> str:
+    """A page with some views, which needs no network."""
+    drawn_by = scripts(circuits=any(view.kind != "spacing" for view in views))
+    return (
+        '<!doctype html><html lang="en" data-theme="light"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
+        f"<style>{styles()}</style></head>"
+        f'<body class="lp-alone">{"".join(view.fragment() for view in views)}{drawn_by}</body></html>'
+    )
+
+
+@cache
+def styles() -> str:
+    """The styles of a page with views."""
+    return _web("views.css")
+
+
+def scripts(circuits: bool = True) -> str:
+    """The scripts that draw the views of a page, to stand once at its end."""
+    texts = [_circuitsvis()] if circuits else []
+    return "".join(f"<script>{text}</script>" for text in [*texts, _web("views.js")])
+
+
+def write_page(page: str, path: str | Path) -> None:
+    """Write a page; what was there stays until the new one is whole.
+
+    Raises:
+        PositionsError: a place that cannot be written.
+    """
+    path = Path(path)
+    check_page(path)
+    write_whole(path, page.encode("utf-8", "backslashreplace"), "page")
+
+
+def _fitting(placed: Placed, rows: int) -> int:
+    return min(len(placed.units), max(1, MOST_UNITS // rows))
+
+
+def _short(values: Any) -> Any:
+    """Numbers with as many digits as a page needs, in lists of any depth."""
+    return [_short(value) for value in values] if isinstance(values, list) else float(f"{values:.7g}")
+
+
+def _packed(patterns: Float[Tensor, "head pos pos"]) -> str:
+    """The lower triangles of some heads as whole numbers from 0 to 65535, in base 64: a fifth of their JSON."""
+    rows, columns = torch.tril_indices(*patterns.shape[1:]).unbind()
+    whole = (patterns[:, rows, columns].clamp(0, 1) * 65535).round().numpy().astype("<u2")
+    return base64.b64encode(np.ascontiguousarray(whole).tobytes()).decode("ascii")
+
+
+@cache
+def _web(name: str) -> str:
+    return resources.files(__package__).joinpath("web", name).read_text("utf-8")
+
+
+@cache
+def _circuitsvis() -> str:
+    """circuitsvis' own script, as the package ships it, without the address of its source map."""
+    script = resources.files("circuitsvis").joinpath("dist", "cdn", "iife.js").read_text("utf-8")
+    return script.split("//# sourceMappingURL=")[0].replace("</script", "<\\/script")

@@ -1,0 +1,331 @@
+"""Everything about a model's increments in one file that opens anywhere: `lens-positions report`.
+
+The page holds its data, its figures and the scripts that draw its views, circuitsvis' own among them, once. It asks
+nothing of a network. Parts that a model cannot have (increments of a static model, attention that TransformerLens
+leaves whole, a corpus whose package is missing) are replaced by a sentence that says why.
+"""
+
+import base64
+import json
+import math
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from .. import causal, corpora
+from .._version import __version__
+from ..analysis.losses import compared
+from ..analysis.token_kinds import increments_by_category
+from ..checkpoint import fingerprint
+from ..errors import PositionsError
+from ..measure.corpus_reader import WINDOW
+from ..model import HookedPositionTransformer
+from ..progress import announced
+from . import style
+from .charts import kinds_chart
+from .drawn_text import SOURCES
+from .effect_charts import ABLATION_LABELS, ablation_bars
+from .interactive import View, attention_view, scripts, spacing_view, styles, tokens_view, write_page
+from .output import check_page, visible
+
+ENGLISH = "The President of the United States spoke today."
+CHINESE = "中国政府今天在北京举行记者会。"
+
+PACKAGES = ("torch", "transformers", "transformer-lens", "circuitsvis")
+
+SNIPPET = 80
+"""Characters of a text in a heading."""
+
+Piece = dict[str, Any]
+
+
+def report(
+    model: HookedPositionTransformer,
+    path: str | Path,
+    texts: str | Sequence[str] = (),
+    compare: HookedPositionTransformer | None = None,
+    corpus: str | None = None,
+    characters: int = 20_000,
+    seed: int = 0,
+    command: str = "",
+    prepend_bos: bool | None = None,
+) -> list[str]:
+    """Write a report on a model, and on another beside it.
+
+    Args:
+        model: the model.
+        path: where to write it, as .html; what was there stays until the new one is whole.
+        texts: what to draw; an English and a Chinese sentence where none is given.
+        compare: another model, drawn beside the first and compared in loss per byte, paired by document.
+        corpus: held-out text for the kinds of token, the loss and the ablations: a name, a file or a folder. None is
+            "bilingual" where the packages with its text are installed.
+        characters: at most so much of it, taken evenly from the held-out documents.
+        seed: of the resampling and the shuffles.
+        command: how to make it again, as it stands in the report.
+        prepend_bos: whether every text gets the beginning-of-sequence token; None is TransformerLens' default.
+
+    Returns:
+        What was cut or left out, a sentence each. Interrupted, it writes the parts that are done, says so in the page,
+        and raises KeyboardInterrupt with the path.
+
+    Raises:
+        PositionsError: an empty text, a path that cannot be written, or a corpus that was named and is not there.
+    """
+    check_page(path)
+    models = [model] if compare is None else [model, compare]
+    texts = [texts] if isinstance(texts, str) else list(texts) or [ENGLISH, CHINESE]
+    if not all(texts):
+        raise PositionsError("a text is empty; expected at least one character.")
+    held_out, of_corpus = _held_out(corpus, characters)
+
+    planned: list[tuple[str, Callable[[], Iterator[Piece]]]] = [
+        ("The model" if compare is None else "The models", lambda: _facts(models)),
+        ("Characters at their positions", lambda: _spacing(models, texts, prepend_bos)),
+        ("Tokens tinted by increment", lambda: _tints(models, texts, prepend_bos)),
+        ("Attention beside increments", lambda: _attention(models, texts, prepend_bos)),
+        ("Increments by kind of token", lambda: _kinds(models, held_out, of_corpus, seed, prepend_bos)),
+        ("Loss on held-out text", lambda: _losses(models, held_out, of_corpus, seed, prepend_bos)),
+        ("What the increments are needed for", lambda: _ablations(models, held_out, of_corpus, seed, prepend_bos)),
+        ("How to make this report again", lambda: _again(models, of_corpus, seed, command)),
+    ]
+    parts: list[dict[str, Any]] = []
+    interrupted: KeyboardInterrupt | None = None
+    for title, pieces in announced(planned, "report"):
+        try:
+            parts.append({"title": title, "id": title.lower().replace(" ", "-"), "pieces": list(pieces())})
+        except KeyboardInterrupt as interruption:
+            interrupted = interruption
+            break
+    loader = Environment(loader=PackageLoader("lens_positions.viz", "web"), autoescape=True)
+    page = loader.get_template("report.html").render(
+        title=f"does {model.name} think its" if compare is None else f"do {model.name} and {compare.name} think their",
+        styles=_trusted(styles()),
+        scripts=_trusted(scripts()),
+        parts=parts,
+        missing=[title for title, _ in planned[len(parts) :]],
+        version=__version__,
+    )
+    write_page(page, path)
+    if interrupted is not None:
+        raise type(interrupted)(str(path)) from interrupted
+    views = [piece for part in parts for piece in part["pieces"] if piece["kind"] == "view" and piece["view"].cut]
+    left_out = [f"{piece['title']}: {piece['view'].title}: {piece['view'].cut}" for piece in views]
+    return left_out if held_out else [*left_out, of_corpus]
+
+
+def _facts(models: list[HookedPositionTransformer]) -> Iterator[Piece]:
+    """What each model is."""
+    columns = [_facts_of(model) for model in models]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    yield _table(["", *(model.name for model in models)], [[n, *(c.get(n, "") for c in columns)] for n in names])
+    for model in models:
+        if model.position_config.source == "static":
+            yield _note(
+                f"{model.name} has no learned increments: every token stands one step after the last, and its rows are "
+                "drawn so."
+            )
+
+
+def _facts_of(model: HookedPositionTransformer) -> dict[str, str]:
+    config, cfg = model.position_config, model.cfg
+    hf = model.original_model.config
+    facts = {
+        "increments": SOURCES[config.source],
+        "architecture": type(model.original_model).__name__,
+        "parameters": f"{sum(p.numel() for p in model.original_model.parameters()):,}, of which "
+        f"{sum(p.numel() for p in model.position_streams.parameters()):,} make increments",
+        "layers": f"{cfg.n_layers}, of which {len(model.position_layers)} have positions",
+        "heads": f"{cfg.n_heads} a layer",
+        "width": f"{cfg.d_model}",
+        "vocabulary": f"{cfg.d_vocab:,} tokens",
+        "context": f"{cfg.n_ctx:,} tokens",
+        "RoPE base": f"{(getattr(hf, 'rope_parameters', None) or {}).get('rope_theta', 'as its layers say')}",
+        "weights": f"SHA-256 {fingerprint(model)[:16]}… (in bf16, without the streams)",
+    }
+    if config.source != "static":
+        facts["gap"] = f"an increment is the gap {config.gap} its token"
+        if config.source != "frozen":
+            bound = f", at most {config.max_increment:g}" if config.activation == "sigmoid" else ""
+            facts["activation"] = f"{config.activation}{bound}"
+        facts["per head"] = "yes" if config.per_head else "no, one for all heads of a layer"
+    return facts | _training_facts(Path(model.name))
+
+
+def _training_facts(folder: Path) -> dict[str, str]:
+    """What the run that wrote a model left beside it."""
+    if not (folder / "positions.json").is_file():
+        return {}
+    try:
+        config = json.loads((folder.parent / "training.json").read_text("utf-8"))["config"]
+        last = json.loads((folder.parent / "log.jsonl").read_text("utf-8").strip().splitlines()[-1])
+        return {
+            "training": f"{config['steps']:,} steps on {config['corpus']}, seed {config['seed']}",
+            "held-out loss of the run": f"{last['heldout_nats_per_byte']:.4f} nats per byte",
+        }
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+
+
+def _spacing(models: list[HookedPositionTransformer], texts: list[str], bos: bool | None) -> Iterator[Piece]:
+    yield _text("Each character stands as far from the last as the model puts it, one row a layer.")
+    for text in texts:
+        if len(text) > SNIPPET:
+            yield {"kind": "quote", "text": text}
+        for model in models:
+            yield _view(spacing_view(model, text, prepend_bos=bos), text, model, models)
+
+
+def _tints(models: list[HookedPositionTransformer], texts: list[str], bos: bool | None) -> Iterator[Piece]:
+    for text in texts:
+        for model in models:
+            yield _view(tokens_view(model, text, prepend_bos=bos), text, model, models)
+
+
+def _attention(models: list[HookedPositionTransformer], texts: list[str], bos: bool | None) -> Iterator[Piece]:
+    yield _text(
+        "The same attention on two rulers: tokens as far apart as the layer has them, and counted. What is near on the "
+        "upper ruler is near for this layer, whatever stands between."
+    )
+    for text in texts:
+        for model in models:
+            try:
+                yield _view(attention_view(model, text, prepend_bos=bos), text, model, models)
+            except PositionsError as error:
+                yield _note(str(error))
+
+
+def _kinds(
+    models: list[HookedPositionTransformer], texts: list[str], of: str, seed: int, bos: bool | None
+) -> Iterator[Piece]:
+    if not texts:
+        yield _note(of)
+        return
+    for model in models:
+        if model.position_config.source == "static":
+            yield _note(f"Every increment of {model.name} is 1: there is nothing to compare.")
+            continue
+        table = increments_by_category(model, texts, seed=seed, prepend_bos=bos)
+        caption = f"{model.name}; {of}. Intervals: 95% of resamples of documents, seed {seed}."
+        yield _figure(kinds_chart(table, caption), f"Increments by kind of token and layer, {model.name}")
+        rows = [
+            [row.kind, str(row.layer), f"{row.n:,}", f"{row.mean:.3f}{_interval(row.low, row.high, '.3f')}",
+             f"{row.relative:.3f}{_interval(row.relative_low, row.relative_high, '.3f')}"]
+            for row in table.itertuples()
+        ]  # fmt: skip
+        columns = ["kind", "layer", "n", "mean, in steps of RoPE (95%)", "over the layer's mean (95%)"]
+        yield _table(columns, rows, f"The numbers, {model.name}")
+
+
+def _losses(
+    models: list[HookedPositionTransformer], texts: list[str], of: str, seed: int, bos: bool | None
+) -> Iterator[Piece]:
+    if not texts:
+        yield _note(of)
+        return
+    table = compared(models, texts, seed, prepend_bos=bos)
+    rows = []
+    for row in table.to_dict("records"):
+        loss = f"{row['loss']:.4f}{_interval(row['low'], row['high'], '.4f')}"
+        cells = [str(row["model"]), loss, f"{row['bytes']:,}", str(row["documents"])]
+        if len(models) > 1:
+            value = row["difference"]
+            ends = _interval(row["difference_low"], row["difference_high"], "+.4f")
+            cells.append("" if math.isnan(value) else f"{value:+.4f}{ends}")
+        rows.append(cells)
+    columns = ["model", "nats per byte (95%)", "bytes", "documents"]
+    yield _table([*columns, f"minus {models[0].name} (95%, paired)"] if len(models) > 1 else columns, rows)
+    yield _text(
+        f"{of[0].upper()}{of[1:]}; intervals resample documents, seed {seed}. A model reads "
+        f"windows of its context, at most {WINDOW} tokens; a byte model also predicts where a document ends."
+    )
+
+
+def _ablations(
+    models: list[HookedPositionTransformer], texts: list[str], of: str, seed: int, bos: bool | None
+) -> Iterator[Piece]:
+    if not texts:
+        yield _note(of)
+        return
+    yield _text(
+        "Increments at 1.0, at the mean of their row, and given to other tokens of the row. What 1.0 does beyond the "
+        "mean is scale, not structure."
+    )
+    for model in models:
+        if model.position_config.source == "static":
+            yield _note(f"Every increment of {model.name} is 1: ablating them does nothing.")
+            continue
+        loss = causal.ablation_table(model, texts, seed=seed, prepend_bos=bos).loss
+        base = loss.iloc[0]
+        caption = (
+            f"{model.name}; {base['n']:,} tokens, {of}; {base['baseline']:.4f} nats per token without ablation. "
+            f"Intervals: 95% of resamples of documents, seed {seed}."
+        )
+        yield _figure(ablation_bars(loss, caption=caption), f"Change of loss by ablation and layer, {model.name}")
+        rows = [
+            [str(row.layer), ABLATION_LABELS.get(str(row.to), f"to {row.to}"),
+             f"{row.change:+.4f}{_interval(row.low, row.high, '+.4f')}",
+             f"{row.changed:.2%}{_interval(row.changed_low, row.changed_high, '.2%')}"]
+            for row in loss.itertuples()
+        ]  # fmt: skip
+        columns = ["layer", "increments", "change of loss, nats per token (95%)", "other prediction (95%)"]
+        yield _table(columns, rows, f"The numbers, {model.name}", is_open=len(rows) <= 24)
+
+
+def _again(models: list[HookedPositionTransformer], of: str, seed: int, command: str) -> Iterator[Piece]:
+    if command:
+        yield {"kind": "code", "text": command}
+    rows = [["lens-positions", __version__], *([package, version(package)] for package in PACKAGES)]
+    rows += [["Python", platform.python_version()], ["seed", str(seed)], ["text", of], ["made on", str(date.today())]]
+    yield _table(["", ""], rows)
+
+
+def _held_out(corpus: str | None, characters: int) -> tuple[list[str], str]:
+    """Held-out text and what it is; no text and why, where none was asked for by name."""
+    try:
+        texts = corpora.heldout_excerpts("bilingual" if corpus is None else corpus, characters)
+    except PositionsError as error:
+        if corpus is not None or characters < 1:
+            raise
+        return [], f"Left out, as there is no held-out text: {error}"
+    count = f"{sum(map(len, texts)):,} characters of {len(texts)} held-out documents"
+    return texts, f"{count} of {corpus or 'bilingual'}"
+
+
+def _text(text: str) -> Piece:
+    return {"kind": "text", "text": text}
+
+
+def _note(text: str) -> Piece:
+    return {"kind": "note", "text": text}
+
+
+def _table(columns: list[str], rows: Sequence[Sequence[Any]], summary: str = "", is_open: bool = False) -> Piece:
+    return {"kind": "table", "columns": columns, "rows": rows, "summary": summary, "open": is_open}
+
+
+def _view(view: View, text: str, model: HookedPositionTransformer, models: list[HookedPositionTransformer]) -> Piece:
+    snippet = text if len(text) <= SNIPPET else text[:SNIPPET] + "…"
+    title = "".join(c if c == " " and not snippet.isspace() else visible(c) for c in snippet)
+    return {"kind": "view", "view": view, "title": title if len(models) == 1 else f"{title} · {model.name}"}
+
+
+def _figure(figure: Figure, alt: str) -> Piece:
+    source = f"data:image/svg+xml;base64,{base64.b64encode(style.rendered(figure, 'svg')).decode('ascii')}"
+    return {"kind": "figure", "source": source, "alt": alt, "width": round(figure.get_figwidth() * 96)}
+
+
+def _interval(low: Any, high: Any, form: str) -> str:
+    return "" if pd.isna(low) else f" ({low:{form}} to {high:{form}})"
+
+
+def _trusted(text: str) -> Markup:
+    """Text of our own files, which goes into the page as it is."""
+    return Markup(text)

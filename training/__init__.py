@@ -1,1 +1,0 @@
-"""Train increments from scratch: `python -m training train --preset quick`."""
