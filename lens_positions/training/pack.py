@@ -28,7 +28,10 @@ from .options import PackConfig
 from .provenance import COMMIT, ROOT, code_digest, commit
 from .schema import digest_of
 
-PROJECT = ("lens_positions", "experiments/*.py", "benchmarks", "pyproject.toml", "README.md", "Makefile", "LICENSE")
+PROJECT = (
+    *("lens_positions", "experiments/*.py", "experiments/*.sh", "benchmarks"),
+    *("pyproject.toml", "README.md", "Makefile", "LICENSE"),
+)
 SHIPPED = "lens_positions/checkpoints"
 """Only its code is packed: no training needs the shipped models."""
 
