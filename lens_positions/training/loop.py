@@ -29,8 +29,8 @@ from typing import Any, cast
 import pandas as pd
 import psutil
 import torch
+import torch._dynamo.config
 import torch._dynamo.exc
-import torch._inductor.exc
 from accelerate import Accelerator, PartialState
 from filelock import FileLock, Timeout
 from jaxtyping import Bool, Float, Int
@@ -258,7 +258,11 @@ class Run:
             matrices = [p for p in parameters if p.ndim >= 2]
             vectors = [p for p in parameters if p.ndim < 2]
             groups += [{"params": matrices, "lr": rate}, {"params": vectors, "lr": rate, "weight_decay": 0.0}]
-        self.prepared = accelerator.prepare(self.model)
+        if config.compile:
+            # Over several processes, torch.compile would cut the graph at the buckets of gradients that DDP sends, so
+            # that sending overlaps with computing. The sums are the same without: one graph, on one process as on many.
+            torch._dynamo.config.optimize_ddp = False
+        self.prepared = accelerator.prepare(TokenNats(self.model))
         self.learns = any(group["params"] for group in groups)
         if self.learns:
             groups = [group for group in groups if group["params"]]
@@ -332,7 +336,8 @@ class Run:
             return self._optimized_step()
         try:
             return self._optimized_step()
-        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+        # OSError: its cache cannot be written. What else fails so fails again without the compiler, and is raised.
+        except (torch._dynamo.exc.TorchDynamoException, OSError) as error:
             reason = str(error).strip().splitlines()[0].rstrip(".")
             self._say(f"{self.name}: torch.compile failed ({reason}); training goes on without it")
             self.step_nats = token_nats
@@ -366,7 +371,7 @@ class Run:
         if self.subject.bos is not None:
             rows = torch.cat([torch.full_like(rows[:, :1], self.subject.bos), rows[:, 1:]], dim=1)
         with torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16, enabled=bf16):
-            return nats(self.prepared, rows)
+            return cast(Tensor, self.prepared(rows, nats))
 
     @torch.no_grad()
     def evaluate(self, show: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
@@ -565,6 +570,21 @@ class Run:
                     )
 
             yield show
+
+
+class TokenNats(nn.Module):
+    """Forward pass and loss as a module.
+
+    DDP calls it as a whole. Its own bookkeeping, which cannot be traced, so stays outside a compiled function.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, rows: Int[Tensor, "batch pos"], nats: Nats) -> Float[Tensor, "batch pos_less_one"]:
+        """The loss of each token after the first of its row, by `token_nats` or what it was compiled to."""
+        return nats(self.model, rows)
 
 
 def token_nats(model: Any, rows: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos_less_one"]:

@@ -3,7 +3,9 @@
 Shape checks of the tests stand between a compiler and the code, so the figures come from processes without them.
 """
 
+import functools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,9 +25,7 @@ def run_python(*words: str) -> str:
 
 
 def environment() -> dict[str, str]:
-    import os
-
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +156,131 @@ print("all right")
 
 def test_situations_of_people_who_compile():
     assert run_python("-c", SITUATIONS).strip().endswith("all right")
+
+
+TRAINED = """
+import functools
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch._dynamo.utils import counters
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from lens_positions import PositionConfig, PositionModelConfig
+from training.config import TrainConfig
+from training.loop import train
+
+folder, compiled, accumulate = Path(sys.argv[1]), sys.argv[2] == "compiled", int(sys.argv[3])
+graphs, handed = [], []
+
+
+def aot_eager(graph, inputs):
+    handed.append(len(graph.graph.nodes))
+    return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+
+torch.compile = functools.partial(torch.compile, backend=aot_eager)
+parameters = []
+
+
+def note(optimizer, args, kwargs):
+    found = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()), len(handed)
+    learned = [p for group in optimizer.param_groups for p in group["params"]]
+    graphs.append((*found, sum(p.grad is None or not p.grad.any().item() for p in learned)))
+
+
+register_optimizer_step_pre_hook(note)
+# Over 1 MiB of weights, which is more than the first bucket of gradients that DDP sends.
+model = PositionModelConfig(d_model=128, n_layers=3, n_heads=2, n_ctx=32, positions=PositionConfig("per_layer"))
+config = TrainConfig(
+    model=model, corpus=str(folder / "corpus"), steps=5, batch_size=8, warmup_steps=1, eval_every=5, eval_windows=8,
+    save_every=5, compile=compiled, accumulate=accumulate,
+)
+run = folder / "-".join(sys.argv[2:])
+train(config, run, cache_dir=folder / "cache")
+if os.environ.get("RANK", "0") == "0":
+    (run / "graphs.json").write_text(json.dumps(graphs))
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """trained(how, accumulate, processes): the losses of five steps, and of each step its graphs and the like."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "corpus").mkdir()
+    for i in range(40):
+        (folder / "corpus" / f"{i:02}.txt").write_text(f"Document {i}. The cat sat on mat {i * i}.\n" * 12, "utf-8")
+    (folder / "trained.py").write_text(TRAINED)
+
+    @functools.cache
+    def run(how, accumulate=1, processes=1):
+        launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0", "--standalone"]
+        words = [str(folder / "trained.py"), str(folder), how, str(accumulate), str(processes)]
+        run_python(*(launch if processes > 1 else []), *words)
+        done = folder / "-".join(words[2:])
+        lines = [json.loads(line) for line in (done / "log.jsonl").read_text("utf-8").splitlines()]
+        losses = [line["loss"] for line in lines if "loss" in line]
+        return losses, json.loads((done / "graphs.json").read_text())
+
+    return run
+
+
+@pytest.mark.parametrize(("accumulate", "processes"), [(2, 1), (1, 2), (2, 2)])
+def test_a_compiled_run_has_the_losses_of_an_eager_one_in_parts_and_over_processes(trained, accumulate, processes):
+    """Of each step: one graph, no break, one call of the compiler, and in the last one a gradient for every weight.
+
+    Left on, DDPOptimizer cuts the graph at the buckets of gradients, and the compiler runs once for each piece.
+    """
+    eager, _ = trained("eager")
+    losses, steps = trained("compiled", accumulate, processes)
+    assert len(losses) == 5
+    assert max(abs(a - b) for a, b in zip(eager, losses, strict=True)) < 1e-4
+    assert {tuple(step[:3]) for step in steps} == {(1, 0, 1)}
+    assert steps[-1][3] == 0
+
+
+PRECISE = """
+from dataclasses import replace
+
+import torch
+
+import lens_positions as lp
+from lens_positions.hooked import build_model
+
+TOKENS = torch.randint(0, 256, (1, 8192), generator=torch.Generator().manual_seed(0))
+SIZES = lp.PositionModelConfig(d_model=8, n_layers=1, n_heads=1, d_mlp=8, n_ctx=8192)
+
+
+def positions(dtype, increment, source, compiled):
+    "What the model's rotary module is called with."
+    model = build_model(replace(SIZES, positions=lp.PositionConfig(source)), seed=0).to(dtype).eval()
+    if source == "frozen":
+        model.position_streams.shared_source.table.fill_(increment)
+    seen = []
+    model.position_streams.layers[0].hook_positions.add_hook(lambda p, hook: seen.append(p.clone()))
+    with torch.no_grad():
+        run = torch.compile(model, backend="aot_eager") if compiled else model
+        run(TOKENS, use_cache=False)
+    return seen[0]
+
+
+for dtype in (torch.float32, torch.bfloat16):
+    for compiled in (False, True):
+        expected = torch.arange(8192).double() * 1.37
+        found = positions(dtype, 1.37, "frozen", compiled)
+        assert found.dtype == torch.float32, found.dtype
+        apart = (found[0].double() - expected).abs().max()
+        assert apart < 1e-3, (dtype, compiled, float(apart))
+        for source in ("per_layer", "frozen"):
+            ones = positions(dtype, 1.0, source, compiled)
+            assert torch.equal(ones[0], torch.arange(8192.0)), (dtype, compiled, source)
+print("all right")
+"""
+
+
+def test_positions_of_8192_tokens_are_within_a_thousandth_of_a_sum_in_float64():
+    """Eager and compiled, in float32 and bf16 models; increments of one give the model's own to the bit."""
+    assert run_python("-c", PRECISE).strip().endswith("all right")

@@ -348,8 +348,13 @@ def test_fixed_increments_are_asked_for_in_one_way(config):
             replace(config, **wrong)
 
 
-def test_training_goes_on_eager_where_the_compiler_is_missing(tmp_path, corpus):
-    wrong = {"CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+@pytest.mark.parametrize("missing", ["compiler", "cache"])
+def test_training_goes_on_eager_where_a_compiler_or_its_cache_is_missing(tmp_path, corpus, missing):
+    if missing == "cache" and not Path("/proc/self").exists():
+        pytest.skip("/proc is a folder in which nobody can write, the administrator included")
+    wrong = {"TORCHINDUCTOR_CACHE_DIR": "/proc" if missing == "cache" else str(tmp_path / "inductor")}
+    if missing == "compiler":
+        wrong["CXX"] = str(tmp_path / "no-compiler")
     arguments = ["train", "--corpus", str(corpus), *SMALL, "--steps=3", "--cache", str(tmp_path / "cache")]
     said = {}
     for name, more in (("eager", []), ("compiled", ["--compile"])):
@@ -366,3 +371,12 @@ def test_training_goes_on_eager_where_the_compiler_is_missing(tmp_path, corpus):
     assert "training goes on without it" in said["compiled"]
     assert "Traceback" not in said["compiled"]
     assert losses(tmp_path / "compiled") == losses(tmp_path / "eager")
+
+
+def test_compiling_with_gradient_checkpointing_is_refused_on_the_command_line(tmp_path, corpus, capsys):
+    arguments = ["graft", "--base", "smollm2-135m-instruct", "--corpus", str(corpus), "--output", str(tmp_path / "run")]
+    assert main([*arguments, "--compile", "--gradient-checkpointing"]) == 2
+    error = capsys.readouterr().err
+    assert "compile is given with gradient_checkpointing; expected one of them" in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "run").exists()
