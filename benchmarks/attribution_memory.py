@@ -15,6 +15,7 @@ import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,7 +54,9 @@ def main(options: Options) -> None:
         print(json.dumps(peak(options.model, *options.alone)))
         return
     rows = []
-    wanted = [(length, "gradient") for length in options.lengths] + [(min(options.lengths), "integrated")]
+    wanted = [(length, "gradient") for length in options.lengths] + [
+        (length, "integrated") for length in options.lengths[:1]
+    ]
     for length, method in wanted:
         for how in ("whole", "pieces"):
             rows.append(fresh(options.model, length, how, method))
@@ -95,7 +98,7 @@ def peak(name: str, length: int, how: str, method: Literal["gradient", "integrat
 
 def attributed(model: Any, tokens: torch.Tensor, how: str, method: Literal["gradient", "integrated"]) -> torch.Tensor:
     """The attribution of the loss; of the integrated one, whose points are run one after the other, two points."""
-    module: Any = sys.modules["lens_positions.causal.attribution"]
+    module: Any = import_module("lens_positions.causal.attribution")
     module.in_pieces, module.STEPS, module.TOLERANCE = in_pieces if how == "pieces" else whole, (2,), float("inf")
     return causal.attribution(model, tokens, causal.loss(), method, baseline=1.1)
 

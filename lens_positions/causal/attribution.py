@@ -8,9 +8,9 @@ Where it fails: a gradient is the slope at increments as they are. Rotation is p
 see a fast frequency turn past its best place within a fraction of a step, and the effect of a finite change can have
 the other sign. `gap_sweep` gives the finite change itself, at a higher price.
 
-Memory: the logits several times over, what enters each block, and one block's activations, since each block runs a
-second time in the backward pass (`pieces.py`). Hook functions that are active run once; so do hooks of torch's own, whose
-blocks keep their activations instead. Values agree with those of one whole backward pass to rounding.
+Memory: the logits several times over, what enters each block, and the activations of one block, since each runs a
+second time in the backward pass (`pieces.py`). Hook functions that are active run once; a block with a hook of torch's
+own keeps its activations instead. Values agree with those of one whole backward pass to rounding.
 
 Integrated gradients: Sundararajan et al., "Axiomatic Attribution for Deep Networks" (arXiv 1703.01365), equation 1.
 """
@@ -19,12 +19,13 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from ..errors import PositionsError
@@ -98,17 +99,22 @@ def attribution(
 def _gradient(
     model: TransformerBridge, prompt: Int[Tensor, "1 pos"], metric: Metric, names: list[str]
 ) -> Float[Tensor, "layer pos *head"]:
+    current = streams_of(model)._current
+    around = current.get()
     found: dict[str, list[Tensor]] = {name: [] for name in names}
-    hooks: Hooks = [(name, partial(_note, found[name])) for name in names]
-    with model.hooks(fwd_hooks=hooks), in_pieces(model):
+
+    def note(increments: Tensor, hook: HookPoint) -> None:
+        step = current.get()
+        if step is not None and step.outer is around:  # not a pass that another hook function runs in this one
+            found[str(hook.name)].append(increments if increments.requires_grad else increments.requires_grad_())
+
+    with model.hooks(fwd_hooks=[(name, note) for name in names]), in_pieces(model):
         logits = model(prompt, return_type="logits", use_cache=False)
         every = [increments for calls in found.values() for increments in calls]
         gradients = iter(torch.autograd.grad(_differentiable(metric, logits)[0], every, materialize_grads=True))
+
+    # A looped model calls a layer several times, each with the increment that an edit would change.
     return torch.stack([torch.stack([next(gradients)[0] for _ in found[name]]).sum(0) for name in names]).cpu()
-
-
-def _note(found: list[Tensor], increments: Tensor, hook: Any) -> None:
-    found.append(increments if increments.requires_grad else increments.requires_grad_())
 
 
 def _integrated(

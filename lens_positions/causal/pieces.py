@@ -29,8 +29,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from ..interventions import streams_of
 from ..passes import CurrentPass, ForwardPass
 
-OWN_HOOKS = ("transformer_lens.", "lens_positions.")
-"""Modules whose hooks are part of how a bridge runs, and run again with their block."""
+OWN_HOOKS = ("transformer_lens.", "lens_positions.", "transformers.")
+"""Modules whose hooks are part of how a model runs, and run again with their block."""
 
 CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 
