@@ -8,27 +8,31 @@ Where it fails: a gradient is the slope at increments as they are. Rotation is p
 see a fast frequency turn past its best place within a fraction of a step, and the effect of a finite change can have
 the other sign. `gap_sweep` gives the finite change itself, at a higher price.
 
+Memory: the logits several times over, what enters each block, and the activations of one block, since each runs a
+second time in the backward pass (`pieces.py`). Hook functions that are active run once; a block with a hook of torch's
+own keeps its activations instead. Values agree with those of one whole backward pass to rounding.
+
 Integrated gradients: Sundararajan et al., "Axiomatic Attribution for Deep Networks" (arXiv 1703.01365), equation 1.
 """
 
 import math
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.tools.analysis.attribution_patching import cache_activation_and_gradient
 
 from ..errors import PositionsError
 from ..interventions import Hooks, ablation_hooks, hook_names, streams_of
 from ..measure.metrics import Metric, measured, of_prompts
 from ..measure.partial_forward import evaluating
 from ..text import Mask, TextOrTokens, one_prompt
+from .pieces import in_pieces
 from .sweeps import SITES
 
 TOKENS_A_BATCH = 512
@@ -94,9 +98,22 @@ def attribution(
 def _gradient(
     model: TransformerBridge, prompt: Int[Tensor, "1 pos"], metric: Metric, names: list[str]
 ) -> Float[Tensor, "layer pos *head"]:
-    found = cache_activation_and_gradient(model, prompt, lambda logits: _differentiable(metric, logits)[0], names)
-    gradients = [(found.gradients.get(name), found.activations[name]) for name in names]
-    return torch.stack([torch.zeros_like(own[0]) if g is None else g[0] for g, own in gradients]).cpu()
+    current = streams_of(model)._current
+    around = current.get()
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def note(increments: Tensor, hook: HookPoint) -> None:
+        step = current.get()
+        if step is not None and step.outer is around:  # not a pass that another hook function runs in this one
+            found[str(hook.name)].append(increments if increments.requires_grad else increments.requires_grad_())
+
+    with model.hooks(fwd_hooks=[(name, note) for name in names]), in_pieces(model):
+        logits = model(prompt, return_type="logits", use_cache=False)
+        every = [increments for calls in found.values() for increments in calls]
+        gradients = iter(torch.autograd.grad(_differentiable(metric, logits)[0], every, materialize_grads=True))
+
+    # A looped model calls a layer several times, each with the increment that an edit would change.
+    return torch.stack([torch.stack([next(gradients)[0] for _ in found[name]]).sum(0) for name in names]).cpu()
 
 
 def _integrated(
@@ -153,10 +170,8 @@ def _mean_gradient(
     at_once = max(1, TOKENS_A_BATCH // prompt.shape[1])
     for i in range(0, steps, at_once):
         along = own.new_tensor((places[i : i + at_once] + 1) / 2).view(-1, *[1] * own.ndim)
-        points = (start + along * (own - start)).requires_grad_()
-        value = _at_points(model, prompt, partial(_differentiable, metric), names, points)
-        (gradients,) = torch.autograd.grad(value @ value.new_tensor(weights[i : i + at_once] / 2), points)
-        total += gradients.sum(0)
+        points, share = start + along * (own - start), torch.as_tensor(weights[i : i + at_once] / 2)
+        total += _slopes(model, prompt, metric, names, points, share).sum(0)
     return total
 
 
@@ -168,9 +183,28 @@ def _at_points(
     points: Float[Tensor, "row layer pos *head"],
 ) -> Float[Tensor, " row"]:
     """The metric with increments set at all layers, a row for each point."""
-    hooks: Hooks = [(name, _setting(points[:, i])) for i, name in enumerate(names)]
-    with model.hooks(fwd_hooks=hooks):
+    with model.hooks(fwd_hooks=_setting_all(names, points)):
         return measured(metric, model(prompt.expand(len(points), -1), return_type="logits", use_cache=False))
+
+
+def _slopes(
+    model: TransformerBridge,
+    prompt: Int[Tensor, "1 pos"],
+    metric: Metric,
+    names: list[str],
+    points: Float[Tensor, "row layer pos *head"],
+    weights: Float[Tensor, " row"],
+) -> Float[Tensor, "row layer pos *head"]:
+    """The gradient of a weighted sum of the metric at some points."""
+    points = points.requires_grad_()
+    with model.hooks(fwd_hooks=_setting_all(names, points)), in_pieces(model):
+        logits = model(prompt.expand(len(points), -1), return_type="logits", use_cache=False)
+        value = _differentiable(metric, logits)
+        return torch.autograd.grad(value @ weights.to(value), points)[0]
+
+
+def _setting_all(names: list[str], points: Float[Tensor, "row layer pos *head"]) -> Hooks:
+    return [(name, _setting(points[:, i])) for i, name in enumerate(names)]
 
 
 def _differentiable(metric: Metric, logits: Tensor) -> Tensor:

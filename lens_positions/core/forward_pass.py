@@ -5,8 +5,9 @@ a checkpointed layer may run again in the backward pass, each with what belongs 
 """
 
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ class ForwardPass:
         heads: cos and sin of a layer whose heads have positions of their own.
         paged: the cache holds pages of several texts.
         checkpointed: layers run a second time in the backward pass.
+        held: parts of it are kept (`as_it_is`), to run a second time in the backward pass.
         with_grad: gradients are recorded.
         started, finished: the decoder was called; the model returned.
         own_decoder: the decoder was called alone, without the model around it.
@@ -79,6 +81,7 @@ class ForwardPass:
     heads: dict[int, CosSin] = field(default_factory=dict)
     paged: bool = False
     checkpointed: bool = False
+    held: bool = False
     with_grad: bool = False
     started: bool = False
     own_decoder: bool = False
@@ -103,8 +106,17 @@ class ForwardPass:
         """
         self.finished = True
         self.outer = None
-        for call in self.rotary_calls:
+        for call in () if self.held else self.rotary_calls:
             call.rotation = None
+
+    def as_it_is(self) -> "ForwardPass":
+        """A copy of the pass at this point: what runs in it does what it would do now, and leaves this one alone."""
+        self.held = True
+        shared = [replace(work) for work in self.shared]  # which a later layer may add a rotation to
+        kept = replace(self, shared=shared, outer=None, finished=False)
+        for name in ("calls", "residuals", "turned", "heads", "rotary_calls", "remembered"):
+            setattr(kept, name, getattr(self, name).copy())
+        return kept
 
 
 def tagged_pass(handed: Any) -> tuple[ForwardPass | None, RotaryCall | None]:
@@ -161,6 +173,16 @@ class CurrentPass:
     def resume(self, step: ForwardPass | None) -> None:
         """Enter a finished pass again, for a layer that runs a second time; None leaves it."""
         self._eager.step = step
+
+    @contextmanager
+    def within(self, step: ForwardPass) -> Iterator[None]:
+        """Run something in another pass than the one that this thread is in, or in none."""
+        outer = self._of_thread()
+        self._eager.step = step
+        try:
+            yield
+        finally:
+            self._eager.step = outer
 
     def _of_thread(self) -> ForwardPass | None:
         step = getattr(self._eager, "step", None)
