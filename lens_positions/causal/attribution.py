@@ -24,10 +24,10 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.analysis.attribution_patching import cache_activation_and_gradient
 
+from ..core.model_state import evaluating
 from ..errors import PositionsError
 from ..interventions import Hooks, ablation_hooks, hook_names, streams_of
 from ..measure.metrics import Metric, measured, of_prompts
-from ..measure.partial_forward import evaluating
 from ..text import Mask, TextOrTokens, one_prompt
 from .sweeps import SITES
 

@@ -35,8 +35,11 @@ from .forward_pass import CurrentPass, ForwardPass, tagged_pass
 from .hook_points import StreamHookPoint, run_hook
 from .increments import PositionConfig, build_sources
 from .model_wrappers import unwrapped
-from .rotation import RotaryCall, Rotation, moved_to, rotate, rotate_heads, tensors_of
+from .per_head import hook_projections, identity_like, projections_of, refuse_inexact_heads, refuse_split_inputs
+from .positions import CosSin
+from .rotation import RotaryCall, Rotation, moved_to, rotate, tensors_of
 from .stream import PositionStream, full_precision
+from .transformer_lens_internals import hook_registry, scan_hook_points, skips_embeddings
 
 
 class PositionStreams(nn.Module):
@@ -105,7 +108,7 @@ class PositionStreams(nn.Module):
         kwargs: dict[str, Any],
     ) -> None:
         """Its decoder is called."""
-        if self.config.source == "shared" and getattr(first_block, "_start_at_layer_idx", None):
+        if self.config.source == "shared" and skips_embeddings(first_block):
             raise PositionsError(
                 "start_at_layer leaves out the token embeddings, which the shared source reads; expected a forward "
                 "pass from tokens."
@@ -226,8 +229,7 @@ class PositionStreams(nn.Module):
         if turned is None or not self.config.per_head:
             return turned
         step.heads[stream] = turned
-        cos, sin = rotation
-        return torch.ones_like(cos), torch.zeros_like(sin)
+        return identity_like(rotation)
 
     def _follow(self, leader: int, states: Tensor, rotation: Any, call: RotaryCall | None) -> Rotation | None:
         """The rotation of a layer that attends to another layer's keys: by the positions of that layer.
@@ -255,13 +257,7 @@ class PositionStreams(nn.Module):
             if step.cache is None:
                 step.cache = argument(site.parameters, args, kwargs, "layer_past")
         if self.config.per_head:
-            bridge_config = getattr(module, "config", None)
-            for switch in ("use_split_qkv_input", "use_attn_in"):
-                if getattr(bridge_config, switch, False) is True:
-                    raise PositionsError(
-                        f"set_{switch}(True) goes around the projections, whose outputs per-head increments rotate; "
-                        f"expected set_{switch}(False) or per_head=False."
-                    )
+            refuse_split_inputs(module)
 
     def _leave_attention(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
         """A layer that ran again is done."""
@@ -269,12 +265,10 @@ class PositionStreams(nn.Module):
         if step is not None and step.finished:
             self._current.resume(None)
 
-    def _rotate_output(
-        self, stream: int, d_head: int, _module: nn.Module, _args: tuple[Any, ...], output: Tensor
-    ) -> Tensor | None:
+    def _heads_of(self, stream: int) -> CosSin | None:
+        """The rotation of a layer's heads in the pass that runs; None where it is the model's own."""
         step = self._current.get()
-        cos_sin = None if step is None else step.heads.get(stream)
-        return None if cos_sin is None else rotate_heads(output, cos_sin, d_head)
+        return None if step is None else step.heads.get(stream)
 
     @contextmanager
     def recorded(self) -> Iterator[list[Float[Tensor, "rows pos *head"]]]:
@@ -359,7 +353,7 @@ def _built(config: PositionConfig, base: Any, found: RotaryAttention, table: Ten
     embedding = base.get_input_embeddings()
     if config.per_head:
         for site in found.sites:
-            _refuse_inexact_heads(site, found, text.hidden_size, floating_dtype(base))
+            refuse_inexact_heads(site.attention, found.rotary, text.hidden_size, floating_dtype(base))
     sources = build_sources(
         config,
         n_layers=len(own),
@@ -382,7 +376,7 @@ def _hook(streams: PositionStreams, base: Any, found: RotaryAttention) -> None:
     undo = streams._undo
     hooked_into = [base.get_input_embeddings()] if streams.config.source == "shared" else []
     if streams.config.per_head:
-        hooked_into += [projection for site in own for projection in (site.attention.q_proj, site.attention.k_proj)]
+        hooked_into += [projection for site in own for projection in projections_of(site.attention)]
     reads = links_to(base, hooked_into)
     layered = links_to(base, [module for site in own for module in (site.layer, site.attention, site.wrapper)])
 
@@ -410,9 +404,7 @@ def _hook(streams: PositionStreams, base: Any, found: RotaryAttention) -> None:
         add(site.wrapper.register_forward_pre_hook(partial(streams._note_cache, site), with_kwargs=True))
         add(*site.hook(partial(streams._turn, i)))
         if streams.config.per_head:
-            for projection in (site.attention.q_proj, site.attention.k_proj):
-                turn = partial(streams._rotate_output, i, site.attention.head_dim)
-                add(projection.register_forward_hook(turn))
+            add(*hook_projections(site.attention, partial(streams._heads_of, i)))
     for site in found.sites:
         if site.leader is not None:
             add(*site.hook(partial(streams._follow, site.leader)))
@@ -501,9 +493,15 @@ def refuse_attached(base: Any) -> None:
         PositionsError: it has.
     """
     modules = base.modules() if isinstance(base, nn.Module) else ()
-    hooks = (hook for module in modules for hook in module._forward_pre_hooks.values())
-    if any(isinstance(getattr(getattr(h, "func", h), "__self__", None), PositionStreams) for h in hooks):
+    if any(belongs_to_streams(hook) for module in modules for hook in module._forward_pre_hooks.values()):
         raise PositionsError("position streams are attached to this model already; expected detach() on them first.")
+
+
+def belongs_to_streams(hook: Any) -> bool:
+    """Whether a hook of a module is a method of streams, or a partial around one."""
+    if isinstance(hook, partial):
+        return any(belongs_to_streams(part) for part in (hook.func, *hook.args))
+    return isinstance(getattr(hook, "__self__", None), PositionStreams)
 
 
 def _call_behind(rotation: Any, step: ForwardPass) -> RotaryCall | None:
@@ -528,60 +526,6 @@ def _remove_module(owner: nn.Module, name: str) -> None:
     del owner._modules[name]
 
 
-def _refuse_inexact_heads(site: Site, found: RotaryAttention, d_model: int, dtype: torch.dtype) -> None:
-    attention: Any = site.attention
-    kind = type(attention).__name__
-    normed = [n for n, _ in attention.named_children() if "norm" in n]
-    if not (hasattr(attention, "q_proj") and hasattr(attention, "k_proj") and hasattr(attention, "head_dim")):
-        raise PositionsError(
-            f"per-head increments are not exact in {kind}, which has no separate query and key projections; expected "
-            "a model such as Llama, or per_head=False."
-        )
-    if normed:
-        raise PositionsError(
-            f"per-head increments are not exact in {kind}, which has {normed[0]} between projection and rotation; "
-            "expected a model without it, or per_head=False."
-        )
-    clipped = getattr(getattr(attention, "config", None), "clip_qkv", None) is not None
-    if clipped or not found.rotary or not _heads_rotate_like_halves(attention, found.rotary[0], d_model, dtype):
-        raise PositionsError(
-            f"per-head increments are not exact in {kind}, which does not rotate the two halves of each whole head "
-            "straight after the projection; expected a model such as Llama, or per_head=False."
-        )
-
-
-def _heads_rotate_like_halves(attention: Any, rotary: nn.Module, d_model: int, dtype: torch.dtype) -> bool:
-    """Try it: the attention with its own rotation against rotated projections and the identity rotation."""
-    device, modes = device_of(attention), [(module, module.training) for module in attention.modules()]
-    states = torch.randn(1, 8, d_model, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    hooks = []
-    try:
-        attention.eval()
-        with torch.no_grad():
-            # Large enough for scores of a few units, which turning makes a difference to.
-            states *= 2 / (attention.q_proj(states).std() * attention.k_proj(states).std()).sqrt()
-            cos, sin = rotary(states, 7 * torch.arange(8, device=device)[None])
-            own = attention(states, position_embeddings=(cos, sin), attention_mask=None)[0]
-            turn = partial(_rotate_projection, (cos[:, :, None], sin[:, :, None]), attention.head_dim)
-            hooks = [p.register_forward_hook(turn) for p in (attention.q_proj, attention.k_proj)]
-            identity = torch.ones_like(cos), torch.zeros_like(sin)
-            ours = attention(states, position_embeddings=identity, attention_mask=None)[0]
-        return bool((ours - own).abs().max() <= 0.02 * own.abs().max())
-    except (RuntimeError, TypeError, ValueError):
-        return False
-    finally:
-        for module, training in modes:
-            module.training = training
-        for hook in hooks:
-            hook.remove()
-
-
-def _rotate_projection(
-    cos_sin: tuple[Tensor, Tensor], d_head: int, _module: nn.Module, _args: tuple[Any, ...], output: Tensor
-) -> Tensor:
-    return rotate_heads(output, cos_sin, d_head)
-
-
 def _add_hook_points(bridge: Any, streams: PositionStreams, found: RotaryAttention) -> None:
     added: list[tuple[nn.Module, str]] = []
     if streams.shared_source is not None:
@@ -597,11 +541,12 @@ def _add_hook_points(bridge: Any, streams: PositionStreams, found: RotaryAttenti
         for name in ("hook_increments", "hook_positions", "hook_rotation"):
             component.add_module(name, getattr(stream, name))
             added.append((component, name))
-    bridge._scan_existing_hooks(bridge, "")
+    scan_hook_points(bridge)
     streams._undo.append(partial(_remove_hook_points, bridge, added))
 
 
 def _remove_hook_points(bridge: Any, added: list[tuple[nn.Module, str]]) -> None:
     hooks = {id(owner._modules.pop(name)) for owner, name in added}
-    for name in [name for name, hook in bridge._hook_registry.items() if id(hook) in hooks]:
-        del bridge._hook_registry[name]
+    known = hook_registry(bridge)
+    for name in [name for name, hook in known.items() if id(hook) in hooks]:
+        del known[name]

@@ -25,7 +25,9 @@ from torch import Tensor, nn
 
 from ..errors import PositionsError
 from .devices import device_of, refuse_absent_weights
+from .model_state import evaluating
 from .rotation import RotaryCall, SinusoidTable
+from .transformer_lens_internals import is_wrapper
 
 Turn = Callable[[Tensor, Any, RotaryCall | None], Any]
 """From hidden states, rotation and rotary call to another rotation, or None to keep it."""
@@ -179,8 +181,8 @@ class RotaryAttention:
         if getattr(base.config, "is_encoder_decoder", False):
             raise PositionsError(f"{kind} is an encoder with a decoder; expected a decoder such as Llama.")
         refuse_absent_weights(base)
-        self._wrappers = {id(m.original_component): m for m in base.modules() if _is_wrapper(m)}
-        self._own = {name: m for name, m in base.named_modules() if not _is_wrapper(m)}
+        self._wrappers = {id(m.original_component): m for m in base.modules() if is_wrapper(m)}
+        self._own = {name: m for name, m in base.named_modules() if not is_wrapper(m)}
         inside = {id(m) for m in _decoder(base).modules()}
         decoder = {name: m for name, m in self._own.items() if id(m) in inside}
         rotary = {name: m for name, m in decoder.items() if _is_rotary(m)}
@@ -280,10 +282,6 @@ def _takes(module: nn.Module, parameter: str) -> bool:
     return parameter in parameters(module)
 
 
-def _is_wrapper(module: nn.Module) -> bool:
-    return getattr(module, "original_component", None) is not None
-
-
 def _is_rotary(module: nn.Module) -> bool:
     return _takes(module, "position_ids") and any(
         n.endswith("inv_freq") for n, _ in module.named_buffers(recurse=False)
@@ -326,7 +324,6 @@ def _take_part(base: Any, sites: list[Site]) -> list[Site]:
     reached: dict[int, set[int]] = {}
     leaves: dict[int, tuple[int, Tensor]] = {}
     hooks = []
-    modes = [(module, module.training) for module in base.modules()]
     embedding = base.get_input_embeddings()
     try:
         for i, site in enumerate(sites):
@@ -335,8 +332,12 @@ def _take_part(base: Any, sites: list[Site]) -> list[Site]:
                 *site.hook(partial(_plant, leaves, i)),
                 site.wrapper.register_forward_hook(partial(_trace, site, leaves, reached, i), with_kwargs=True),
             ]
-        base.eval()
-        with torch.inference_mode(False), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        with (
+            evaluating(base),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.compiler.set_stance("force_eager"),
+        ):
             tokens = torch.arange(3, device=device_of(embedding, base))[None] % len(embedding.weight)
             base(input_ids=tokens, use_cache=False)
     except Exception as error:  # it is the model's own code that runs here, on input that it need not be made for
@@ -349,8 +350,6 @@ def _take_part(base: Any, sites: list[Site]) -> list[Site]:
     finally:
         for hook in hooks:
             hook.remove()
-        for module, training in modes:
-            module.training = training
     whole = [i for i in reached if not any(sites[j].name.startswith(sites[i].name + ".") for j in reached)]
     kept = [i for i in sorted(whole) if reached[i]]
     leaders = {i: max((j for j in reached[i] - {i} if reached.get(j) == {j}), default=None) for i in kept}

@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .rotation import CosSin, RotaryCall, Rotation
+from .positions import CosSin
+from .rotation import RotaryCall, Rotation
 from .visible_tokens import Visible
 
 

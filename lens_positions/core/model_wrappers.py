@@ -1,7 +1,5 @@
 """What people wrap models in: taken off where that is exact, refused by name where it is not."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -37,26 +35,3 @@ def unwrapped(model: Any) -> Any:
                 "streams are attached."
             )
     return model
-
-
-@contextmanager
-def restored_if_refused(model: Any) -> Iterator[None]:
-    """Give a model its modules, hooks, settings and configuration back if the block raises."""
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    owners = [*modules, *filter(None, [getattr(model, "config", None)])]
-    before = [(vars(owner), _noted(vars(owner))) for owner in owners]
-    try:
-        yield
-    except BaseException:
-        for attributes, noted in before:
-            attributes.clear()
-            for name, (value, content) in noted.items():
-                if content is not None:  # the same dict, which handles of hooks refer to
-                    value.clear()
-                    value.update(content)
-                attributes[name] = value
-        raise
-
-
-def _noted(attributes: dict[str, Any]) -> dict[str, tuple[Any, dict[Any, Any] | None]]:
-    return {name: (value, dict(value) if isinstance(value, dict) else None) for name, value in attributes.items()}

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from .hook_points import HookedTokens, run_hook
+from .positions import CosSin, cos_and_sin
 
-CosSin = tuple[Float[Tensor, "batch pos *head d_rotary"], Float[Tensor, "batch pos *head d_rotary"]]
 Rotation = CosSin | Complex[Tensor, "batch pos *head d_rotary"]
 """What a rotary module returns: cos and sin, or cos + i sin in one tensor."""
 
@@ -102,42 +102,10 @@ class SinusoidTable:
         return turned[0].to(states.dtype), turned[1].to(states.dtype)
 
 
-class WithGradient(torch.autograd.Function):
-    """cos and sin as they are, with the gradient of the positions that they were computed from.
-
-    The model's own module computes them, so scaled, partial and two-base RoPE stay exact. It works under no_grad; the
-    derivative needs only its frequencies w: d cos/dp = -w sin, d sin/dp = w cos, attention scaling included.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, positions: Float[Tensor, "batch pos"], cos: Tensor, sin: Tensor, w: Float[Tensor, " d_rotary"]
-    ) -> CosSin:
-        """cos and sin in the dtype of the model."""
-        cos, sin = cos.view_as(cos), sin.view_as(sin)
-        ctx.save_for_backward(cos, sin, w)
-        ctx.dtype = positions.dtype
-        return cos, sin
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None]:
-        """The gradient of the positions."""
-        cos, sin, w = ctx.saved_tensors
-        grad_cos, grad_sin = gradients
-        angle = torch.addcmul(grad_sin.to(ctx.dtype) * cos, grad_cos.to(ctx.dtype), sin, value=-1)
-        return angle @ w, None, None, None
-
-
 def rotate(positions: Float[Tensor, "batch pos *head"], call: RotaryCall) -> Rotation:
-    """The rotation by positions as the module returns it, with a "head" axis before the last one where they have it."""
-    flat = positions.flatten(1)
-    with torch.no_grad():
-        cos, sin = call.at(flat)
-    if positions.requires_grad and torch.is_grad_enabled():
-        cos, sin = WithGradient.apply(flat, cos, sin, call.frequencies(flat))
-    if positions.ndim == 2:
-        return call.like_the_module((cos, sin))
-    return cos.unflatten(1, positions.shape[1:]), sin.unflatten(1, positions.shape[1:])
+    """Rotate by positions, in the form in which the module returns it; by positions of heads always cos and sin."""
+    rotation = cos_and_sin(positions, call.at, call.frequencies)
+    return call.like_the_module(rotation) if positions.ndim == 2 else rotation
 
 
 def tensors_of(rotation: Any) -> tuple[Tensor, ...]:
@@ -171,17 +139,3 @@ def hooked_rotation(
         return rotation
     cos_sin = returned[..., 0, :], returned[..., 1, :]
     return cos_sin if positions.ndim == 3 else call.like_the_module(cos_sin)
-
-
-def rotate_heads(
-    projected: Float[Tensor, "batch pos width"], cos_sin: CosSin, d_head: int
-) -> Float[Tensor, "batch pos width"]:
-    """Rotate the output of a query or key projection, each head by its own positions (halves layout).
-
-    Where there are more heads than positions have, as the queries of grouped attention do, consecutive heads
-    share one.
-    """
-    heads = projected.unflatten(-1, (-1, d_head))
-    cos, sin = (x.repeat_interleave(heads.shape[2] // x.shape[2], dim=2) for x in cos_sin)
-    first, second = heads.chunk(2, dim=-1)
-    return (heads * cos + torch.cat((-second, first), dim=-1) * sin).flatten(-2)

@@ -26,8 +26,9 @@ from .forward_pass import ForwardPass, SharedWork
 from .hook_points import HookedTokens, StreamHookPoint, hooked_at, run_hook
 from .increments import PositionConfig
 from .kv_cache import memory_of, with_memory
+from .positions import positions_at
 from .rotation import RotaryCall, Rotation, hooked_rotation, moved_to, rotate
-from .visible_tokens import Line, Tree, Visible, like, visible_tokens
+from .visible_tokens import Line, Tree, Visible, visible_tokens
 
 
 class PositionStream(nn.Module):
@@ -108,7 +109,7 @@ class PositionStream(nn.Module):
                 break
         else:
             total = visible.sum(increments, None if surplus is None else surplus.to(ids.device))
-            base = (like(ids, total) + total).to(increments.dtype)
+            base = positions_at(ids, total, increments.dtype)
             work = SharedWork(given, surplus, call, torch.is_grad_enabled(), base)
             if shares:
                 step.shared.append(work)

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import PositionsError
+from .positions import beside_heads, running_sum
 
 HIDDEN = -1e3
 """A number added to a score that takes its key out of the softmax, whatever the score."""
@@ -57,7 +58,7 @@ class Line:
             counted = (self.real & (self.real.cumsum(1) > first)).to(self.wide)
         self.counted: Float[Tensor, "#batch total"] = counted
         self._now = counted[:, self.past :]
-        self._negative = -self._now
+        self._minus = -self._now  # once a pass, for the sums of all layers
 
     def sum(
         self, increments: Float[Tensor, "batch pos *head"], surplus: Float[Tensor, "batch past *head"] | None
@@ -71,13 +72,10 @@ class Line:
         Returns:
             The sum, with the token's own increment where the gap is "before" it, in float64.
         """
-        counted, negative = like(self._now, increments), like(self._negative, increments)
-        total = torch.addcmul(negative, counted, increments).cumsum(1)  # one kernel for (d - 1) * counted
         start = None
         if surplus is not None:
-            start = (surplus * like(self.counted[:, : self.past], surplus)).sum(1, keepdim=True)
-            total = total + start
-        return total if self.gap == "before" else _shifted(total, start)
+            start = (surplus * beside_heads(self.counted[:, : self.past], surplus)).sum(1, keepdim=True)
+        return running_sum(increments, self._now, gap=self.gap, start=start, minus_counted=self._minus)
 
     def between(self) -> Bool[Tensor, "#batch pos"]:
         """The tokens whose increment lies between two real ones: all but the first (gap "after": the last)."""
@@ -106,14 +104,18 @@ class Documents:
     gap: str
     wide: Tensor
 
+    def __post_init__(self) -> None:
+        self._counted = self.wide.new_ones(1, self.starts.shape[1])
+        self._minus = -self._counted
+
     def sum(
         self, increments: Float[Tensor, "batch pos *head"], surplus: Float[Tensor, "batch past *head"] | None
     ) -> Float[Tensor, "batch pos *head"]:
         """As `Line.sum`; there is never a cache."""
-        total = (increments.to(self.wide) - 1).cumsum(1)
-        if self.gap == "after":
-            total = _shifted(total, None)
-        return total - total.gather(1, like(self.starts, total).expand(total.shape))
+        total = running_sum(increments, self._counted, gap=self.gap, minus_counted=self._minus)
+
+        # One sum over the whole row, less what it had come to where the document begins.
+        return total - total.gather(1, beside_heads(self.starts, total).expand(total.shape))
 
     def between(self) -> Bool[Tensor, "#batch pos"]:
         """As `Line.between`, of each document."""
@@ -229,17 +231,6 @@ def visible_tokens(
     if packed and mask is None and past == 0:
         return Documents(_starts(ids), gap, wide)
     return Line(past, length, gap, mask, wide)
-
-
-def like(x: Tensor, values: Float[Tensor, "batch pos *head"]) -> Tensor:
-    """Numbers [batch pos] beside values that may have heads."""
-    return x if values.ndim == 2 else x.unsqueeze(-1)
-
-
-def _shifted(total: Tensor, start: Tensor | None) -> Tensor:
-    """The sum up to the token before."""
-    first = torch.zeros_like(total[:, :1]) if start is None else start
-    return torch.cat([first, total[:, :-1]], dim=1)
 
 
 def _diagonal(ancestors: Bool[Tensor, "#batch pos total"]) -> Bool[Tensor, "pos total"]:
