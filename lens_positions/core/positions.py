@@ -18,8 +18,7 @@ the first token counts for nothing, since nothing is there for it to be away fro
 
 With gap "after", d is the step after its token, and that of the last token counts for nothing:
 
-    >>> everything = torch.ones(1, 3, dtype=torch.float64)
-    >>> positions_at(ids, running_sum(increments, everything, gap="after"), torch.float32).tolist()
+    >>> positions_at(ids, running_sum(increments, gap="after"), torch.float32).tolist()
     [[0.0, 1.0, 1.5]]
 
 The model's own rotary module turns positions into cos and sin, here of a single frequency of one radian a step:
@@ -58,27 +57,31 @@ CosSin = tuple[Float[Tensor, "batch pos *head d_rotary"], Float[Tensor, "batch p
 
 def running_sum(
     increments: Float[Tensor, "batch pos *head"],
-    counted: Float[Tensor, "#batch pos"],
+    counted: Float[Tensor, "#batch pos"] | None = None,
     *,
     gap: str,
     start: Float[Tensor, "batch 1 *head"] | None = None,
     minus_counted: Float[Tensor, "#batch pos"] | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> Float[Tensor, "batch pos *head"]:
     """Sum d - 1 over the tokens up to each one.
 
     Args:
         increments: d of each token.
-        counted: 1 where d counts, 0 where it does not (padding). Its dtype is that of the sum: float64, as errors of
-            float32 would add up over a long text.
+        counted: 1 where d counts, 0 where it does not (padding), in the dtype of the sum; None: every d counts.
         gap: "before" ends each sum with the token's own d, "after" with that of the token before it.
         start: what the tokens of a key-value cache sum to; None is 0.
         minus_counted: -counted, from a caller that has it, which saves an operator in every layer.
+        dtype: of the sum. In float32, errors would add up over a long text.
     """
-    minus = -counted if minus_counted is None else minus_counted
+    if counted is None:
+        surplus = increments.to(dtype) - 1
+    else:
+        # counted * d - counted, which is (d - 1) * counted, in one operator that also widens d.
+        minus = -counted if minus_counted is None else minus_counted
+        surplus = torch.addcmul(beside_heads(minus, increments), beside_heads(counted, increments), increments)
 
-    # counted * d - counted, which is (d - 1) * counted, in one operator that also widens d.
-    steps = torch.addcmul(beside_heads(minus, increments), beside_heads(counted, increments), increments)
-    total = steps.cumsum(1)
+    total = surplus.cumsum(1)
     if start is not None:
         total = total + start
     if gap == "before":

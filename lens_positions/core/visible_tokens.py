@@ -104,15 +104,11 @@ class Documents:
     gap: str
     wide: Tensor
 
-    def __post_init__(self) -> None:
-        self._counted = self.wide.new_ones(1, self.starts.shape[1])
-        self._minus = -self._counted
-
     def sum(
         self, increments: Float[Tensor, "batch pos *head"], surplus: Float[Tensor, "batch past *head"] | None
     ) -> Float[Tensor, "batch pos *head"]:
         """As `Line.sum`; there is never a cache."""
-        total = running_sum(increments, self._counted, gap=self.gap, minus_counted=self._minus)
+        total = running_sum(increments, gap=self.gap, dtype=self.wide.dtype)
 
         # One sum over the whole row, less what it had come to where the document begins.
         return total - total.gather(1, beside_heads(self.starts, total).expand(total.shape))
