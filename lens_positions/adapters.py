@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge.generalized_components.joint_qkv_attention import JointQKVAttentionBridge
 
 from .checkpoint_files import read_description, read_tensors
-from .core.attach import PositionStreams, belongs_to_streams
+from .core.position_streams import PositionStreams, belongs_to_streams
 from .core.transformer_lens_internals import ORIGINAL, own_name
 from .errors import PositionsError
 

@@ -48,9 +48,10 @@ from .checkpoint_files import (
     replaced_folder,
     seal,
 )
-from .core.attach import PositionStreams, attach_positions, refuse_attached, unbridged
+from .core.attach import attach_positions, unbridged
 from .core.increments import FrozenIncrements, PositionConfig
 from .core.model_state import restored_on_failure
+from .core.position_streams import PositionStreams, refuse_attached
 from .core.transformer_lens_internals import has_processed_weights
 from .errors import PositionsError
 

@@ -1,8 +1,8 @@
 """HookedPositionTransformer: a TransformerBridge whose increments and positions are hook points.
 
 Everything that TransformerLens does with a bridge works here (`run_with_cache`, `run_with_hooks`, `hooks`,
-`generate`); this file builds one, `calls.py` is what is heard in its calls, and `pretrained.py` loads and saves what is
-inside it.
+`generate`); this file builds one, `model_calls.py` is what is heard in its calls, and `checkpoint.py` loads and saves
+what is inside it.
 """
 
 import math
@@ -19,9 +19,10 @@ from transformers import AutoTokenizer, LlamaForCausalLM, MistralConfig, Mistral
 
 from .checkpoint import load_pretrained, save_pretrained, streams_state
 from .config import PositionConfig, PositionModelConfig
-from .core.attach import PositionStreams, attach_positions, unbridged
+from .core.attach import attach_positions, unbridged
 from .core.model_state import restored_on_failure
 from .core.model_wrappers import unwrapped
+from .core.position_streams import PositionStreams
 from .core.stream import PositionStream
 from .core.transformer_lens_internals import build_bridge_config_from_hf, configure_tokenizer, has_processed_weights
 from .errors import PositionsError

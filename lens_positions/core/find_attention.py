@@ -133,7 +133,9 @@ class TableSite(Site):
 
     def _restore(self, *_: Any) -> None:
         self._put_back()
-        with suppress(RuntimeError):  # not taken, where the attention failed before
+
+        # Called also on detaching, and where a hook before this one failed: the lock may not be taken.
+        with suppress(RuntimeError):
             self._lock.release()
 
     def _put_back(self) -> None:
@@ -195,6 +197,7 @@ class RotaryAttention:
         in_decoder = {id(m) for m in _decoder(base).modules()}
         decoder = {name: m for name, m in self._own.items() if id(m) in in_decoder}
 
+        # A rotary module that the decoder calls serves all layers; one that attention calls serves that attention.
         rotary = {name: m for name, m in decoder.items() if _is_rotary(m)}
         callers = {name: self._caller(base, m) for name, m in rotary.items()}
         self.rotary = [m for name, m in rotary.items() if _takes(callers[name], "input_ids")]
@@ -245,6 +248,7 @@ class RotaryAttention:
 
     def _caller(self, base: nn.Module, rotary: nn.Module) -> nn.Module:
         """The module that holds a rotary module, the decoder before an attention that only knows of it."""
+        # One module may have several names, where attention keeps a reference to the decoder's.
         names = [name for name, m in base.named_modules(remove_duplicate=False) if m is rotary]
         callers = [self._ancestor(name, "") for name in names]
         return next((m for m in callers if _takes(m, "input_ids")), callers[0])

@@ -142,17 +142,19 @@ class CurrentPass:
         self._outside_graph: Callable[[], ForwardPass | None] = torch.compiler.disable(self._of_thread)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CurrentPass":
-        """A copied model is between passes."""
+        """Copy as between passes: a thread's own values cannot be copied."""
         return CurrentPass()
 
     def __reduce__(self) -> Any:
-        """So is a pickled one."""
+        """Pickle as between passes, for the same reason."""
         return CurrentPass, ()
 
     def get(self) -> ForwardPass | None:
         """Return the pass that runs in this thread, or None."""
         if not torch.compiler.is_compiling():
             return self._of_thread()
+
+        # Nothing was begun inside this graph: it is of a single layer, and breaks here to look the pass up.
         return self._outside_graph() if self._compiled is None else self._compiled
 
     def begin(self, forward_pass: ForwardPass) -> None:
@@ -165,6 +167,7 @@ class CurrentPass:
 
     def end(self) -> None:
         """Leave the pass."""
+        # A pass that runs inside another one gives way to it.
         forward_pass = self.get()
         outer = None if forward_pass is None else forward_pass.outer
         if not torch.compiler.is_compiling():
@@ -178,5 +181,6 @@ class CurrentPass:
         self._eager.forward_pass = forward_pass
 
     def _of_thread(self) -> ForwardPass | None:
+        # Eager code inside a compiled pass (a graph break) finds that pass.
         forward_pass = getattr(self._eager, "forward_pass", None)
         return self._compiled if forward_pass is None else forward_pass

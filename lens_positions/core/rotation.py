@@ -69,7 +69,7 @@ class RotaryCall:
 
     def cos_sin(self, rotation: Rotation | None) -> CosSin:
         """Return a rotation of this call as cos and sin; None stands for that of the model's own position ids."""
-        if rotation is None:
+        if rotation is None:  # an attention that was handed none, as it gathers from a table
             rotation = self.at(self.position_ids.float())
         return (rotation.real, rotation.imag) if isinstance(rotation, Tensor) else rotation
 
@@ -89,6 +89,7 @@ class RotaryCall:
         Args:
             positions: those of the pass: dynamic and long RoPE choose their frequencies by the largest one.
         """
+        # These two choose by the length of the text, so that what was read once may not hold for the next pass.
         follows_length = any(kind in str(getattr(self.module, "rope_type", "")) for kind in ("dynamic", "longrope"))
         if self._frequencies is None or follows_length:
             # A power of two, so that the division is exact; small enough that no angle passes half a turn.
@@ -171,5 +172,6 @@ def run_rotation_hook(
     if returned is activation:
         return rotation
 
+    # A rotation of heads goes to the projections, which take cos and sin whatever the module's form.
     cos_sin = returned[..., 0, :], returned[..., 1, :]
     return cos_sin if positions.ndim == 3 else call.in_module_form(cos_sin)

@@ -74,8 +74,11 @@ class PositionStream(nn.Module):
             PositionsError: the layer runs outside a forward pass of its model, gradients would be lost, or the mask
                 does not say which tokens a token sees.
         """
+        # A looped model runs this layer several times in a pass, and its cache has a place for each.
         key = (self.index, forward_pass.count(self.index))
         surplus = self._past_surplus(states, forward_pass, key)
+
+        # Nothing can differ from the model's own: no arithmetic, and the model's own rotation to the bit.
         static = self.config.source == "static"
         hooks = has_hooks(self.hook_increments) or has_hooks(self.hook_positions) or has_hooks(self.hook_rotation)
         if static and surplus is None and not hooks:
@@ -104,6 +107,7 @@ class PositionStream(nn.Module):
             if rotation is None:
                 return None
 
+            # A layer that attends to this layer's keys comes later in the pass.
             if self.followed:
                 forward_pass.of_leaders[self.index] = positions, call, rotation
             return moved_to(rotation, states.device)
@@ -138,7 +142,8 @@ class PositionStream(nn.Module):
         """The increments of this layer before its hook."""
         if self.source is not None:
             residual = forward_pass.residuals[self.index]
-            # A model with several residual streams mixes them into one for its attention: that one is read.
+            # The layer's hook noted what enters it. A model with several residual streams mixes them into one for its
+            # attention: that one is read.
             return self.source(residual if residual.shape == states.shape else states)
 
         if forward_pass.increments is None:
@@ -147,6 +152,7 @@ class PositionStream(nn.Module):
                     f"the {self.config.source} source saw no tokens in this forward pass; expected the embeddings that "
                     "the model had when streams were attached (detach and attach again after a change)."
                 )
+            # Static: standard steps.
             dtype = torch.float64 if states.dtype == torch.float64 else torch.float32
             forward_pass.increments = torch.ones(*states.shape[:2], *self.heads, dtype=dtype, device=states.device)
 
@@ -162,6 +168,7 @@ class PositionStream(nn.Module):
         if forward_pass.cache is None or length == 0:
             return None
 
+        # The cache may have been filled before streams were attached, or by another model.
         memory = memory_of(forward_pass.cache)
         surplus = None if memory is None else memory.surplus.get(key)
         if surplus is None and self.config.source == "static":
@@ -224,6 +231,7 @@ def _visible(forward_pass: ForwardPass, call: RotaryCall, gap: str, increments: 
             ids,
             gap,
             torch.empty(0, dtype=wide_dtype(increments), device=ids.device),
+            # Ids along three axes go back within one image, too.
             packed=forward_pass.ids_given and forward_pass.cache is None and call.axes is None,
             past=forward_pass.past_length,
             slides=any(getattr(forward_pass.cache, "is_sliding", ())),
@@ -247,6 +255,7 @@ def _remember(forward_pass: ForwardPass, key: tuple[int, int], increments: Tenso
         forward_pass.shared_surplus.append((increments, surplus, whole))
     memory.surplus[key] = whole
 
+    # A line without padding needs no record.
     if isinstance(visible, Line) and visible.real is not None:
         memory.real = visible.real
     elif isinstance(visible, Tree):

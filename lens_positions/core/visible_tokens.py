@@ -150,7 +150,7 @@ class Tree:
         self.roots = self.every.sum(2) == 1
         if self.gap == "before":
             counted = self.ancestors & ~self.roots[:, None]
-        else:
+        else:  # a token's own increment lies after it
             counted = self.ancestors & ~_diagonal(self.ancestors)
         self._counted = counted.to(self.wide)
 
@@ -159,6 +159,8 @@ class Tree:
     ) -> Float[Tensor, "batch pos *head"]:
         """As `Line.sum`."""
         own = increments.to(self.wide) - 1
+
+        # A token may have any set of ancestors, so this sum is no running one: ancestors times increments.
         every = own if surplus is None else torch.cat([surplus, own], dim=1)
         counted = self._counted.expand(len(every), -1, -1)
         return torch.einsum("bqk,bk...->bq...", counted, every)
@@ -209,16 +211,9 @@ def visible_tokens(
     total = past + length
     mask = _one_mask(mask)
 
-    # Scores to add, or a boolean mask: a padding mask in another form, or a tree. A compiler cannot follow that choice,
-    # as it depends on values, and always takes the tree, which is exact for both.
     if mask is not None and mask.ndim == 4:
         seen = _seen(mask, past, length, slides).to(wide.device)
-        line = None
-        if ancestors is None and not torch.compiler.is_compiling():
-            line = _as_padding(seen, past, real)
-        if line is None:
-            return _tree(seen, past, gap, wide, real, ancestors)
-        return Line(past, length, gap, line, wide)
+        return _line_or_tree(seen, past, gap, wide, real, ancestors)
 
     if mask is not None and mask.shape[1] != total:
         raise PositionsError(
@@ -253,6 +248,8 @@ def _diagonal(ancestors: Bool[Tensor, "#batch pos total"]) -> Bool[Tensor, "pos 
 def _starts(ids: Int[Tensor, "#batch pos"]) -> Int[Tensor, "#batch pos"]:
     """The first token of each token's document: ids that do not go on by one begin another."""
     index = torch.arange(ids.shape[1], device=ids.device)
+
+    # The largest beginning so far is the last one.
     begins = functional.pad(ids.diff(dim=1) != 1, (1, 0), value=True)
     return torch.where(begins, index, 0).cummax(1).values
 
@@ -261,7 +258,7 @@ def _one_mask(mask: Any) -> Tensor | None:
     """Return the mask; of one for each kind of layer, the one that hides least: that of full attention."""
     if isinstance(mask, dict):
         known = [m for m in mask.values() if m is not None]
-        if len(known) < len(mask):  # None hides nothing
+        if len(known) < len(mask):  # a kind of layer without a mask: None hides nothing
             return None
         return _one_mask(mask.get("full_attention", known[0] if known else None))
 
@@ -305,6 +302,24 @@ def _seen(mask: Tensor, past: int, length: int, slides: bool) -> Bool[Tensor, "#
 
     # A real token sees itself, whatever the mask says; padding sees nothing.
     return seen | (seen.any(2, keepdim=True) & _diagonal(seen))
+
+
+def _line_or_tree(
+    seen: Bool[Tensor, "#batch pos total"],
+    past: int,
+    gap: str,
+    wide: Tensor,
+    real: Bool[Tensor, "#batch past"] | None,
+    ancestors: Bool[Tensor, "#batch past past"] | None,
+) -> Line | Tree:
+    """Read a mask of queries and keys: a padding mask in another form, or a tree."""
+    # A compiler cannot follow that choice, as it depends on values; the tree is exact for both.
+    padding = None
+    if ancestors is None and not torch.compiler.is_compiling():
+        padding = _as_padding(seen, past, real)
+    if padding is None:
+        return _tree(seen, past, gap, wide, real, ancestors)
+    return Line(past, seen.shape[1], gap, padding, wide)
 
 
 def _as_padding(
