@@ -2,7 +2,8 @@ from . import analysis, causal, corpora, viz
 from ._version import __version__
 from .checkpoint import load_adapter, save_adapter
 from .config import PositionConfig, PositionModelConfig
-from .core.attach import PositionStreams, attach_positions
+from .core.attach import attach_positions
+from .core.position_streams import PositionStreams
 from .errors import PositionsError
 from .interventions import ablate, add_gap, freeze, patch, scale
 from .model import HookedPositionTransformer

@@ -5,7 +5,6 @@ on request. Before a folder is written, the same steps that load it are tried on
 device); what would come back in another form is refused.
 """
 
-import contextlib
 import copy
 import hashlib
 import sys
@@ -19,7 +18,8 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge.generalized_components.joint_qkv_attention import JointQKVAttentionBridge
 
 from .checkpoint_files import read_description, read_tensors
-from .core.attach import PositionStreams
+from .core.position_streams import PositionStreams, belongs_to_streams
+from .core.transformer_lens_internals import ORIGINAL, own_name
 from .errors import PositionsError
 
 WEIGHTS, DESCRIPTION, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
@@ -33,7 +33,7 @@ _NOT_OF_THE_FORM = {"training", *vars(nn.Module())}
 def peft_layers(model: nn.Module) -> dict[str, Any]:
     """The modules that peft wraps around a model's own, by the model's own names; empty where there are none."""
     wrappers = peft_wrappers()
-    return {_unbridged_name(name): m for name, m in model.named_modules() if isinstance(m, wrappers)}
+    return {own_name(name): m for name, m in model.named_modules() if isinstance(m, wrappers)}
 
 
 def peft_wrappers() -> tuple[type, ...]:
@@ -44,10 +44,6 @@ def peft_wrappers() -> tuple[type, ...]:
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     return BaseTunerLayer, AuxiliaryTrainingWrapper
-
-
-def _unbridged_name(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part != "_original_component")
 
 
 def own_weights(model: Any) -> dict[str, Tensor]:
@@ -70,7 +66,7 @@ def _own_name(model: nn.Module, key: str) -> str | None:
                 return None
         elif part == "position_streams" and module is model:
             return None
-        elif part != "_original_component":
+        elif part != ORIGINAL:
             own.append(part)
         module = None if module is None else module._modules.get(part)
     return ".".join(own)
@@ -109,7 +105,7 @@ def refuse_lost_edits(model: Any) -> None:
                 used = own_weights(getattr(module, part))
                 if any(not torch.equal(used[n], t) for n, t in whole.state_dict().items() if n in used):
                     raise PositionsError(
-                        f"{_unbridged_name(name)} has joint query, key and value weights, and the bridge's own copy of "
+                        f"{own_name(name)} has joint query, key and value weights, and the bridge's own copy of "
                         f"them ({part}) is different; expected the same edit in both, since the joint ones are saved."
                     )
     with torch.device("meta"):
@@ -131,8 +127,8 @@ def _around(model: nn.Module, name: str) -> Iterator[nn.Module]:
     """The modules on the way to a name of the model's own, through the components of a bridge."""
     module: nn.Module | None = model
     for part in name.split("."):
-        while module is not None and part not in module._modules and "_original_component" in module._modules:
-            module = module._modules["_original_component"]
+        while module is not None and part not in module._modules and ORIGINAL in module._modules:
+            module = module._modules[ORIGINAL]
         module = None if module is None else module._modules.get(part)
         if module is not None:
             yield module
@@ -155,20 +151,16 @@ def refuse_out_of_step(model: Any, streams: Any) -> None:
     for name, module in model.named_modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         around = set(name.split(".")) & {"base_layer", "original_module", "modules_to_save"}
-        if around and any(_belongs_to_streams(hook) for hook in hooks):
+        if around and any(belongs_to_streams(hook) for hook in hooks):
             wrapped = name.split(f".{around.pop()}")[0]
             raise PositionsError(
                 f"peft wrapped {wrapped} after position streams were attached to it, which no longer see what it "
                 f"returns; {first}."
             )
     embedding = model.get_input_embeddings()
-    hooked = any(_belongs_to_streams(hook) for hook in embedding._forward_hooks.values())
+    hooked = any(belongs_to_streams(hook) for hook in embedding._forward_hooks.values())
     if streams.config.source == "shared" and peft_layers(embedding) and not hooked:
         raise PositionsError(f"peft wrapped the embeddings, which the shared source reads; {first}.")
-
-
-def _belongs_to_streams(hook: Any) -> bool:
-    return isinstance(getattr(getattr(hook, "func", hook), "__self__", None), PositionStreams)
 
 
 def described_adapters(model: Any) -> dict[str, Any] | None:
@@ -261,7 +253,7 @@ def _keys(model: Any, name: str) -> dict[str, str]:
     from peft import get_peft_model_state_dict
 
     names = get_peft_model_state_dict(model, state_dict=same, adapter_name=name, save_embedding_layers=False)
-    return {_unbridged_name(saved): str(key) for saved, key in names.items()}
+    return {own_name(saved): str(key) for saved, key in names.items()}
 
 
 def _refuse_other_form(model: Any, folder: Path, described: dict[str, Any]) -> None:
@@ -411,29 +403,3 @@ def merge_adapters(model: Any, tuners: list[Any], described: dict[str, Any] | No
     vars(model).pop("_hf_peft_config_loaded", None)
     for parameter in model.parameters():
         parameter.requires_grad_(learns.get(id(parameter), True))
-
-
-@contextlib.contextmanager
-def as_before_on_failure(model: Any) -> Iterator[None]:
-    """Give a model back its modules, hooks of streams, and what learns, if anything fails inside."""
-    modules = [(module, dict(module._modules)) for module in model.modules()]
-    learns = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    known = {name: vars(model).get(name) for name in ("peft_config", "_hf_peft_config_loaded") if name in vars(model)}
-    modes = [(module, module.training) for module, _ in modules]
-    try:
-        yield
-    except BaseException:
-        streams = getattr(model, "position_streams", None)
-        if isinstance(streams, PositionStreams):
-            streams.detach()
-        for module, children in modules:
-            module._modules.clear()
-            module._modules.update(children)
-        for parameter, learned in learns:
-            parameter.requires_grad_(learned)
-        for module, training in modes:
-            module.training = training
-        for name in ("peft_config", "_hf_peft_config_loaded"):
-            vars(model).pop(name, None)
-        vars(model).update(known)
-        raise

@@ -26,7 +26,6 @@ from transformers.utils import logging as transformers_logging
 
 from .adapters import (
     DESCRIPTION,
-    as_before_on_failure,
     base_digests,
     described_adapters,
     merge_adapters,
@@ -49,8 +48,11 @@ from .checkpoint_files import (
     replaced_folder,
     seal,
 )
-from .core.attach import PositionStreams, attach_positions, refuse_attached, unbridged
+from .core.attach import attach_positions, unbridged
 from .core.increments import FrozenIncrements, PositionConfig
+from .core.model_state import restored_on_failure
+from .core.position_streams import PositionStreams, refuse_attached
+from .core.transformer_lens_internals import has_processed_weights
 from .errors import PositionsError
 
 TO_FIND_A_MODEL = ("revision", "token", "subfolder", "cache_dir", "trust_remote_code", "local_files_only")
@@ -297,7 +299,7 @@ def save_adapter(model: Any, path: str | Path, *, base: str | Path) -> None:
         PositionsError: the folder cannot be written, the model has no streams or folded weights, its own weights are
             not those of the base, or `load_adapter` could not give back the same logits.
     """
-    if getattr(model, "_weights_processed", False):
+    if has_processed_weights(model):
         raise PositionsError(
             "the weights were folded by enable_compatibility_mode(); expected the model as it was loaded."
         )
@@ -382,7 +384,7 @@ def load_adapter(model: Any, path: str | Path, *, merge: bool = False) -> Positi
         raise PositionsError(
             f"the adapter {path} has LoRA weights to merge; expected a transformers model outside a bridge."
         )
-    with _quiet(), as_before_on_failure(base):
+    with _quiet(), restored_on_failure(base, model):
         tuners = put_adapters(base, path, saved.adapters) if has_lora else []
         streams = _attach_saved(model, saved, state, path)
         refuse_changed(path, saved)

@@ -12,6 +12,9 @@ from .errors import PositionsError
 if TYPE_CHECKING:
     from transformers import LlamaConfig, MistralConfig
 
+END_OF_DOCUMENT = 256
+"""The token beside the 256 bytes: it begins a text and ends a document."""
+
 BLOCK = 16
 """Tokens that repeat, where the beginnings of texts do."""
 
@@ -127,8 +130,6 @@ class PositionModelConfig:
     def to_transformers(self) -> "LlamaConfig | MistralConfig":
         """The Llama that this configuration describes; with a sliding window a Mistral, which is otherwise one."""
         from transformers import LlamaConfig, MistralConfig
-
-        from .tokenizer import END_OF_DOCUMENT
 
         rope: dict[str, Any] = {"rope_type": "default", "rope_theta": self.rope_theta}
         if self.rope_fraction < 1:

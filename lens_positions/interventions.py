@@ -45,8 +45,9 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 
-from .core.attach import PositionStreams, unbridged
+from .core.attach import unbridged
 from .core.hook_points import HookedTokens
+from .core.position_streams import PositionStreams
 from .errors import PositionsError
 
 HOOK = "attn.hook_{}"

@@ -1,8 +1,8 @@
 """HookedPositionTransformer: a TransformerBridge whose increments and positions are hook points.
 
 Everything that TransformerLens does with a bridge works here (`run_with_cache`, `run_with_hooks`, `hooks`,
-`generate`); this file builds one, `calls.py` is what is heard in its calls, and `pretrained.py` loads and saves what is
-inside it.
+`generate`); this file builds one, `model_calls.py` is what is heard in its calls, and `checkpoint.py` loads and saves
+what is inside it.
 """
 
 import math
@@ -15,17 +15,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge.sources._bridge_builder import (
-    build_bridge_config_from_hf,
-    configure_tokenizer,
-)
 from transformers import AutoTokenizer, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from .checkpoint import load_pretrained, save_pretrained, streams_state
 from .config import PositionConfig, PositionModelConfig
-from .core.attach import PositionStreams, attach_positions, unbridged
-from .core.model_wrappers import restored_if_refused, unwrapped
+from .core.attach import attach_positions, unbridged
+from .core.model_state import restored_on_failure
+from .core.model_wrappers import unwrapped
+from .core.position_streams import PositionStreams
 from .core.stream import PositionStream
+from .core.transformer_lens_internals import build_bridge_config_from_hf, configure_tokenizer, has_processed_weights
 from .errors import PositionsError
 from .model_calls import HookedCalls
 from .text import Mask, TextOrTokens, begins_with_bos, by_length, fitting, padded, prepends_bos, prompts_of
@@ -87,7 +86,7 @@ class HookedPositionTransformer(HookedCalls):
         """
         model = unwrapped(model)
         model = model if isinstance(model, TransformerBridge) else unbridged(model)
-        with restored_if_refused(model):
+        with restored_on_failure(model):
             if getattr(model, "position_streams", None) is None:
                 attach_positions(model, positions, table=table)
             name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
@@ -170,7 +169,7 @@ class HookedPositionTransformer(HookedCalls):
         Raises:
             PositionsError: the folder cannot be written, or the weights were folded and centred.
         """
-        if self._weights_processed:
+        if has_processed_weights(self):
             raise PositionsError(
                 "the weights were folded by enable_compatibility_mode(); expected the model as it was loaded "
                 "(enable_compatibility_mode(no_processing=True) keeps them)."

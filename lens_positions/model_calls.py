@@ -28,10 +28,10 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge.bridge_core import build_alias_to_canonical_map
 from transformers import GenerationConfig, GenerationMixin
 from transformers.utils import TransformersKwargs
 
+from .core.transformer_lens_internals import build_alias_to_canonical_map, hook_registry, runs_before_blocks
 from .errors import PositionsError
 from .text import padded, prompts_of
 
@@ -310,12 +310,13 @@ class HookedCalls(TransformerBridge):
                 "pairs."
             )
         pairs = list(given)
-        every: Mapping[str, Any] = self._hook_registry
+        own = hook_registry(self)
+        every: Mapping[str, Any] = own
         for pair in pairs:
             name = _checked_name(pair, argument)
             if isinstance(name, str) and name in every:
                 continue
-            if every is self._hook_registry:
+            if every is own:
                 known = self.hook_dict
                 every = {**dict.fromkeys(build_alias_to_canonical_map(known)), **known}
             if isinstance(name, str) and name not in every:
@@ -336,7 +337,7 @@ class HookedCalls(TransformerBridge):
 
         def runs(name: str) -> bool:
             number = name.split(".")[1] if name.startswith("blocks.") else ""
-            return not self._is_embedding_stage_hook(name) and not (number.isdigit() and int(number) < start)
+            return not runs_before_blocks(self, name) and not (number.isdigit() and int(number) < start)
 
         chosen: list[Any] = []
         for name, function in pairs:

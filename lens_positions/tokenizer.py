@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from .config import END_OF_DOCUMENT
 from .errors import PositionsError
 
-END_OF_DOCUMENT = 256
 END_OF_DOCUMENT_TEXT = "<|endofdocument|>"
 
 _BYTE_OF_CHARACTER = {character: byte for byte, character in bytes_to_unicode().items()}

@@ -27,10 +27,10 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
+from ..core.model_state import evaluating
 from ..errors import PositionsError
 from ..interventions import Hooks, ablation_hooks, hook_names, streams_of
 from ..measure.metrics import Metric, measured, of_prompts
-from ..measure.partial_forward import evaluating
 from ..text import Mask, TextOrTokens, one_prompt
 from .pieces import in_pieces
 from .sweeps import SITES

@@ -25,11 +25,11 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from ..core.model_state import evaluating
 from ..errors import PositionsError
 from ..interventions import Hooks, Some, freeze, hook_names
 from ..measure.intervals import t_interval
 from ..measure.metrics import Metric, measured, of_prompts
-from ..measure.partial_forward import evaluating
 from ..progress import tracked
 from ..text import Mask, TextOrTokens, by_length, prompts_of
 from .sweeps import SITES

@@ -24,10 +24,11 @@ from transformer_lens import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 
 from ..config import SweepSite
+from ..core.model_state import evaluating
 from ..errors import PositionsError
 from ..interventions import Hooks, Some, edited_token, finite, hook_names, index_of
 from ..measure.metrics import Metric, baseline_of, measured, of_prompts, place_of
-from ..measure.partial_forward import Replay, evaluating
+from ..measure.partial_forward import Replay
 from ..progress import tracked
 from ..text import Mask, TextOrTokens, one_prompt
 

@@ -16,13 +16,15 @@ def device_of(module: nn.Module, around: nn.Module | None = None) -> torch.devic
         around: a module to ask where it has neither weights nor a device of its own.
     """
     for part in module.modules():
-        for hook in _hooks_of(part):
+        # An offloaded weight waits on the disk or the meta device; accelerate knows where it will run.
+        for hook in _accelerate_hooks(part):
             device = getattr(hook, "execution_device", None)
             if device is not None:
                 return torch.device(device if isinstance(device, str | torch.device) else f"{_accelerator()}:{device}")
         for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
             if not tensor.is_meta:
                 return tensor.device
+
     return torch.device("cpu") if around is None or around is module else device_of(around)
 
 
@@ -42,7 +44,7 @@ def refuse_absent_weights(model: nn.Module) -> None:
         PositionsError: weights are on the meta device, and nothing loads them when they are needed.
     """
     for name, part in model.named_modules():
-        offloaded = any(getattr(hook, "offload", False) for hook in _hooks_of(part))
+        offloaded = any(getattr(hook, "offload", False) for hook in _accelerate_hooks(part))
         for own, parameter in part.named_parameters(recurse=False):
             if parameter.is_meta and not offloaded:
                 raise PositionsError(
@@ -51,11 +53,12 @@ def refuse_absent_weights(model: nn.Module) -> None:
                 )
 
 
-def _hooks_of(module: nn.Module) -> tuple[Any, ...]:
-    hook = getattr(module, "_hf_hook", None)
+def _accelerate_hooks(module: nn.Module) -> tuple[Any, ...]:
+    hook = getattr(module, "_hf_hook", None)  # a SequentialHook holds several
     return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))
 
 
 def _accelerator() -> str:
+    """The kind of device that accelerate's numbers count."""
     found = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
     return "cuda" if found is None else found.type

@@ -1,13 +1,13 @@
 """Where a model's attention gets its rotation from: found by what the modules are, and by what they do.
 
-    keyword    nearly all: (cos, sin) or a complex tensor, computed once, handed over as `position_embeddings`
-    inside     the attention calls a rotary module of its own (RecurrentGemma)
-    table      the attention gathers sines and cosines by position id from a table (GPT-J)
+    Site          nearly all: (cos, sin) or a complex tensor, computed once, handed over as `position_embeddings`
+    InsideSite    the attention calls a rotary module of its own (RecurrentGemma)
+    TableSite     the attention gathers sines and cosines by position id from a table (GPT-J)
 
-A layer counts only if its rotation takes part: a forward pass over three tokens, when attaching, shows which
-rotation reaches the output of which attention. Layers without RoPE drop out, whatever they are called, and so do
-the encoders of images and sound. An attention that reads another layer's keys is seen to depend on the rotation
-of that layer too, and follows its positions.
+A layer counts only if its rotation has an effect: a forward pass over three tokens, when attaching, shows which
+rotation reaches the output of which attention. Layers without RoPE drop out, whatever they are called, and so do the
+encoders of images and sound. An attention that reads another layer's keys depends on the rotation of that layer too,
+and follows its positions.
 """
 
 import inspect
@@ -25,9 +25,11 @@ from torch import Tensor, nn
 
 from ..errors import PositionsError
 from .devices import device_of, refuse_absent_weights
+from .model_state import evaluating
 from .rotation import RotaryCall, SinusoidTable
+from .transformer_lens_internals import is_wrapper
 
-Turn = Callable[[Tensor, Any, RotaryCall | None], Any]
+Replace = Callable[[Tensor, Any, RotaryCall | None], Any]
 """From hidden states, rotation and rotary call to another rotation, or None to keep it."""
 
 
@@ -50,16 +52,16 @@ class Site:
         self.number = next((int(part) for part in name.split(".") if part.isdigit()), 0)
         self.leader: int | None = None
 
-    def hook(self, turn: Turn) -> list[Any]:
-        """Hand this attention another rotation in every forward pass; returns handles to remove."""
-        return [self.wrapper.register_forward_pre_hook(partial(self._enter, turn), with_kwargs=True)]
+    def hook(self, replace: Replace) -> list[Any]:
+        """Hand this attention another rotation in every forward pass, and return handles to remove."""
+        return [self.wrapper.register_forward_pre_hook(partial(self._enter, replace), with_kwargs=True)]
 
-    def _enter(self, turn: Turn, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _enter(self, replace: Replace, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rotation = argument(self.parameters, args, kwargs, "position_embeddings")
         if rotation is None:
             return None
-        turned = turn(argument(self.parameters, args, kwargs, "hidden_states"), rotation, None)
-        return None if turned is None else with_argument(self.parameters, args, kwargs, "position_embeddings", turned)
+        other = replace(argument(self.parameters, args, kwargs, "hidden_states"), rotation, None)
+        return None if other is None else with_argument(self.parameters, args, kwargs, "position_embeddings", other)
 
 
 class InsideSite(Site):
@@ -68,14 +70,14 @@ class InsideSite(Site):
     def __init__(self, rotary: nn.Module, *place: Any) -> None:
         super().__init__(*place)
         self.rotary = rotary
-        self._states = threading.local()
+        self._states = threading.local()  # `entering`: the hidden states of the call that runs
 
-    def hook(self, turn: Turn) -> list[Any]:
-        """As `Site.hook`: the output of the rotary module is replaced."""
+    def hook(self, replace: Replace) -> list[Any]:
+        """As `Site.hook`; what is replaced is the output of the rotary module."""
         return [
             self.wrapper.register_forward_pre_hook(self._note, with_kwargs=True),
             self.wrapper.register_forward_hook(self._forget, always_call=True),
-            self.rotary.register_forward_hook(partial(self._leave_rotary, turn), with_kwargs=True),
+            self.rotary.register_forward_hook(partial(self._leave_rotary, replace), with_kwargs=True),
         ]
 
     def _note(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -85,38 +87,45 @@ class InsideSite(Site):
         self._states.entering = None
 
     def _leave_rotary(
-        self, turn: Turn, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        self, replace: Replace, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        return turn(self._states.entering, output, RotaryCall.of(module, args, kwargs, output))
+        return replace(self._states.entering, output, RotaryCall.of(module, args, kwargs, output))
 
 
 class TableSite(Site):
     """One attention module that gathers sines and cosines by position id from a table.
 
-    For the time of its forward it gets a table of one row for each token of the batch, and ids that count the rows;
-    other threads wait that long.
+    For the time of its forward it gets another table and other ids:
+
+        model      table[position id]      a row for each whole position
+        stream     table[batch * pos]      a row for each token of the batch, at its fractional position
+                   ids 0, 1, 2, ...        which count those rows
+
+    The table is the module's own attribute, so other threads that run the model wait that long.
     """
 
     def __init__(self, table: str, *place: Any) -> None:
         super().__init__(*place)
         self.table = table
-        self._own: list[Tensor] = []
+        self._own: list[Tensor] = []  # the module's own table, while it has another
         self._lock = threading.RLock()
 
-    def hook(self, turn: Turn) -> list[Any]:
+    def hook(self, replace: Replace) -> list[Any]:
         """As `Site.hook`."""
         restore = self.wrapper.register_forward_hook(self._restore, always_call=True)
-        return [*super().hook(turn), restore, SimpleNamespace(remove=self._restore)]
+        return [*super().hook(replace), restore, SimpleNamespace(remove=self._restore)]
 
-    def _enter(self, turn: Turn, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _enter(self, replace: Replace, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         states = argument(self.parameters, args, kwargs, "hidden_states")
         self._lock.acquire()
-        self._put_back()  # an interrupt passes by hooks, and would leave the table of its batch
+        self._put_back()  # an interrupt passes by hooks, and would have left the table of its batch
+
         ids, own = argument(self.parameters, args, kwargs, "position_ids"), getattr(self.attention, self.table)
-        turned = turn(states, None, RotaryCall(SinusoidTable(own), (), {}, states, ids))
-        if turned is None:
+        rotation = replace(states, None, RotaryCall(SinusoidTable(own), (), {}, states, ids))
+        if rotation is None:
             return None
-        cos, sin = turned
+
+        cos, sin = rotation
         self._own[:] = [own]
         setattr(self.attention, self.table, torch.cat([sin, cos], dim=-1).flatten(0, 1))
         rows = torch.arange(cos.shape[0] * cos.shape[1], device=ids.device).view(cos.shape[:2])
@@ -124,7 +133,9 @@ class TableSite(Site):
 
     def _restore(self, *_: Any) -> None:
         self._put_back()
-        with suppress(RuntimeError):  # not taken, where the attention failed before
+
+        # Called also on detaching, and where a hook before this one failed: the lock may not be taken.
+        with suppress(RuntimeError):
             self._lock.release()
 
     def _put_back(self) -> None:
@@ -134,17 +145,17 @@ class TableSite(Site):
 
 @dataclass(frozen=True)
 class Link:
-    """A module in its place in a model."""
+    """A module in its place in a model: what its parent calls by this name."""
 
     owner: nn.Module
     name: str
     module: nn.Module
 
     def refuse_replaced(self) -> None:
-        """Refuse a pass of a model in which another module stands in its place.
+        """Refuse a pass of a model in which another module stands in this place.
 
         Raises:
-            PositionsError: one does: what streams hooked into is not what runs.
+            PositionsError: one does, so the module that streams hooked into is not the one that runs.
         """
         if self.owner._modules.get(self.name) is not self.module:
             raise PositionsError(
@@ -154,7 +165,7 @@ class Link:
 
 
 def links_to(base: nn.Module, modules: list[nn.Module]) -> list[Link]:
-    """The places of some modules in a model."""
+    """Return the places of some modules in a model: several of one that is used twice."""
     wanted = {id(module) for module in modules}
     owned = [(owner, name, child) for owner in base.modules() for name, child in owner._modules.items()]
     return [Link(owner, name, child) for owner, name, child in owned if child is not None and id(child) in wanted]
@@ -162,6 +173,10 @@ def links_to(base: nn.Module, modules: list[nn.Module]) -> list[Link]:
 
 class RotaryAttention:
     """Where a model's rotary attention is.
+
+    A bridge puts components around the model's own modules. Modules are found among the model's own, whose classes say
+    what they are; hooks go to the components, where those of users are. Modules are told apart by `id`, which is safe
+    while the model holds them.
 
     Attributes:
         sites: its attention modules whose rotation has an effect, in order.
@@ -174,33 +189,22 @@ class RotaryAttention:
 
     def __init__(self, base: Any) -> None:
         kind = self._kind = type(base).__name__
-        if not (isinstance(base, nn.Module) and hasattr(base, "get_input_embeddings") and hasattr(base, "config")):
-            raise PositionsError(f"the model is a {kind}; expected a transformers model or a TransformerBridge.")
-        if getattr(base.config, "is_encoder_decoder", False):
-            raise PositionsError(f"{kind} is an encoder with a decoder; expected a decoder such as Llama.")
-        refuse_absent_weights(base)
-        self._wrappers = {id(m.original_component): m for m in base.modules() if _is_wrapper(m)}
-        self._own = {name: m for name, m in base.named_modules() if not _is_wrapper(m)}
-        inside = {id(m) for m in _decoder(base).modules()}
-        decoder = {name: m for name, m in self._own.items() if id(m) in inside}
+        _refuse_other_models(base, kind)
+        self._wrappers = {id(m.original_component): m for m in base.modules() if is_wrapper(m)}
+        self._own = {name: m for name, m in base.named_modules() if not is_wrapper(m)}
+
+        # Images and sound are encoded beside the decoder, by attention that no token waits for.
+        in_decoder = {id(m) for m in _decoder(base).modules()}
+        decoder = {name: m for name, m in self._own.items() if id(m) in in_decoder}
+
+        # A rotary module that the decoder calls serves all layers; one that attention calls serves that attention.
         rotary = {name: m for name, m in decoder.items() if _is_rotary(m)}
         callers = {name: self._caller(base, m) for name, m in rotary.items()}
         self.rotary = [m for name, m in rotary.items() if _takes(callers[name], "input_ids")]
-        candidates = [
-            *(
-                self._site(Site, name)
-                for name, m in decoder.items()
-                if _takes(m, "position_embeddings") and _takes(m, "hidden_states")
-            ),
-            *(
-                self._site(InsideSite, self._name(callers[name]), m)
-                for name, m in rotary.items()
-                if not _takes(callers[name], "input_ids")
-            ),
-            *(self._site(TableSite, name, table) for name, m in decoder.items() if (table := _sinusoids(m))),
-        ]
+
+        candidates = self._candidates(decoder, rotary, callers)
         _refuse_positions_of_blocks(kind, candidates)
-        self.sites = _take_part(base, candidates)
+        self.sites = _sites_with_effect(base, candidates)
         if not self.sites:
             raise PositionsError(
                 f"{kind} has no attention that takes rotary position_embeddings; expected a RoPE model such as Llama, "
@@ -210,6 +214,19 @@ class RotaryAttention:
             raise PositionsError(f"{kind} has attention that is not causal; expected a decoder such as Llama.")
         self.stack = self._ancestor(self.sites[0].name, "input_ids")
 
+    def _candidates(
+        self, decoder: dict[str, nn.Module], rotary: dict[str, nn.Module], callers: dict[str, nn.Module]
+    ) -> list[Site]:
+        """All modules that look like rotary attention, of each kind."""
+        keyword = [n for n, m in decoder.items() if _takes(m, "position_embeddings") and _takes(m, "hidden_states")]
+        inside = [(n, m) for n, m in rotary.items() if not _takes(callers[n], "input_ids")]
+        tables = [(n, table) for n, m in decoder.items() if (table := _sinusoids(m))]
+        return [
+            *(self._site(Site, name) for name in keyword),
+            *(self._site(InsideSite, self._name(callers[name]), module) for name, module in inside),
+            *(self._site(TableSite, name, table) for name, table in tables),
+        ]
+
     def wrapper(self, module: nn.Module) -> nn.Module:
         """The bridge component that stands in for a module, or the module itself where there is none."""
         return self._wrappers.get(id(module), module)
@@ -217,16 +234,21 @@ class RotaryAttention:
     def component_around(self, site: Site) -> nn.Module:
         """The innermost bridge component around an attention that has none of its own."""
         names = [n for n, m in self._own.items() if site.name.startswith(n + ".") and id(m) in self._wrappers]
+
+        # Modules come in order from the outside in.
         return self._wrappers[id(self._own[names[-1]])]
 
     def _site(self, kind: Any, name: str, *first: Any) -> Site:
         attention = self._own[name]
         around = self._ancestor(name, "")
+
+        # The decoder layer takes hidden states; of a model without one (attention in a plain list) the attention does.
         layer = self._ancestor(name, "hidden_states", attention if isinstance(around, nn.ModuleList) else around)
         return kind(*first, name, attention, self.wrapper(attention), layer)
 
     def _caller(self, base: nn.Module, rotary: nn.Module) -> nn.Module:
         """The module that holds a rotary module, the decoder before an attention that only knows of it."""
+        # One module may have several names, where attention keeps a reference to the decoder's.
         names = [name for name, m in base.named_modules(remove_duplicate=False) if m is rotary]
         callers = [self._ancestor(name, "") for name in names]
         return next((m for m in callers if _takes(m, "input_ids")), callers[0])
@@ -249,7 +271,10 @@ class RotaryAttention:
 
 
 def parameters(module: nn.Module) -> list[str]:
-    """The names of what a module's forward takes, in order; read off its class, since a bridge may patch the module."""
+    """Return the names of what a module's forward takes, in order.
+
+    They are read off its class: a bridge may put another `forward` on the module itself, which takes anything.
+    """
     kind: Any = type(module)
     return _parameters(kind)
 
@@ -260,7 +285,7 @@ def _parameters(kind: Any) -> list[str]:
 
 
 def argument(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
-    """The argument of this name, however it was passed to parameters of these names; None where it was not."""
+    """Return the argument of this name, passed by position or by name; None where it was not passed."""
     if name in kwargs:
         return kwargs[name]
     return args[names.index(name)] if name in names and names.index(name) < len(args) else None
@@ -269,7 +294,7 @@ def argument(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any], na
 def with_argument(
     names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any], name: str, value: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same arguments with another value for the one of this name."""
+    """Return the same arguments with another value for the one of this name."""
     if name in kwargs or name not in names or names.index(name) >= len(args):
         return args, {**kwargs, name: value}
     place = names.index(name)
@@ -280,18 +305,15 @@ def _takes(module: nn.Module, parameter: str) -> bool:
     return parameter in parameters(module)
 
 
-def _is_wrapper(module: nn.Module) -> bool:
-    return getattr(module, "original_component", None) is not None
-
-
 def _is_rotary(module: nn.Module) -> bool:
+    """Whether a module computes cos and sin: from position ids, by inverse frequencies (some have two sets of them)."""
     return _takes(module, "position_ids") and any(
         n.endswith("inv_freq") for n, _ in module.named_buffers(recurse=False)
     )
 
 
 def _sinusoids(module: nn.Module) -> str | None:
-    """The name of a module's table of sines and cosines: row 0 is all sin 0, then all cos 0."""
+    """Return the name of a module's table of sines and cosines: its row 0 is all sin 0, then all cos 0."""
     for name, table in module.named_buffers(recurse=False):
         if _takes(module, "position_ids") and table.ndim == 2 and len(table) > 1 and table.is_floating_point():
             sin, cos = table[0].chunk(2)
@@ -300,14 +322,24 @@ def _sinusoids(module: nn.Module) -> str | None:
     return None
 
 
+def _refuse_other_models(base: Any, kind: str) -> None:
+    """Refuse what is no decoder of transformers with its weights in reach."""
+    if not (isinstance(base, nn.Module) and hasattr(base, "get_input_embeddings") and hasattr(base, "config")):
+        raise PositionsError(f"the model is a {kind}; expected a transformers model or a TransformerBridge.")
+    if getattr(base.config, "is_encoder_decoder", False):
+        raise PositionsError(f"{kind} is an encoder with a decoder; expected a decoder such as Llama.")
+    refuse_absent_weights(base)
+
+
 def _decoder(base: Any) -> nn.Module:
-    """The part that reads tokens, in a model that also has encoders; the model itself otherwise."""
+    """Return the part that reads tokens, in a model that also has encoders; the model itself otherwise."""
     found = getattr(base, "get_decoder", lambda: base)()
     holds_tokens = isinstance(found, nn.Module) and any(m is base.get_input_embeddings() for m in found.modules())
     return found if holds_tokens else base
 
 
 def _refuse_positions_of_blocks(kind: str, sites: list[Site]) -> None:
+    """Refuse attention that has a second rotation inside, as that of compressed keys."""
     keyword = [site.name for site in sites if type(site) is Site]
     for site in sites:
         if isinstance(site, InsideSite) and any(site.name.startswith(name + ".") for name in keyword):
@@ -317,28 +349,14 @@ def _refuse_positions_of_blocks(kind: str, sites: list[Site]) -> None:
             )
 
 
-def _take_part(base: Any, sites: list[Site]) -> list[Site]:
-    """The sites whose rotation reaches what their attention returns; each learns whose positions it follows.
+def _sites_with_effect(base: Any, sites: list[Site]) -> list[Site]:
+    """Keep the sites whose rotation reaches what their attention returns; each learns whose positions it follows.
 
     Where the model cannot run on three tokens (its weights are elsewhere, its input is special), the innermost
     candidates are taken as they are.
     """
-    reached: dict[int, set[int]] = {}
-    leaves: dict[int, tuple[int, Tensor]] = {}
-    hooks = []
-    modes = [(module, module.training) for module in base.modules()]
-    embedding = base.get_input_embeddings()
     try:
-        for i, site in enumerate(sites):
-            hooks += [
-                site.wrapper.register_forward_pre_hook(partial(_cut, site), with_kwargs=True),
-                *site.hook(partial(_plant, leaves, i)),
-                site.wrapper.register_forward_hook(partial(_trace, site, leaves, reached, i), with_kwargs=True),
-            ]
-        base.eval()
-        with torch.inference_mode(False), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-            tokens = torch.arange(3, device=device_of(embedding, base))[None] % len(embedding.weight)
-            base(input_ids=tokens, use_cache=False)
+        reached = _rotations_behind(base, sites)
     except Exception as error:  # it is the model's own code that runs here, on input that it need not be made for
         warnings.warn(
             f"{type(base).__name__} does not run on three tokens ({' '.join(str(error).split())[:200]}): every "
@@ -346,35 +364,71 @@ def _take_part(base: Any, sites: list[Site]) -> list[Site]:
             stacklevel=4,
         )
         reached = {i: {i} for i in range(len(sites))}
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, training in modes:
-            module.training = training
-    whole = [i for i in reached if not any(sites[j].name.startswith(sites[i].name + ".") for j in reached)]
-    kept = [i for i in sorted(whole) if reached[i]]
+
+    # A layer takes `position_embeddings` too, and hands them on to its attention: the innermost module counts.
+    inner = [i for i in reached if not any(sites[j].name.startswith(sites[i].name + ".") for j in reached)]
+    kept = [i for i in sorted(inner) if reached[i]]
+
+    # A follower's output depends on the rotation of another site, one that depends on its own alone.
     leaders = {i: max((j for j in reached[i] - {i} if reached.get(j) == {j}), default=None) for i in kept}
-    own = [i for i in kept if leaders[i] is None]
+    with_stream = [i for i in kept if leaders[i] is None]
     for i, leader in leaders.items():
-        sites[i].leader = None if leader is None else own.index(leader)
+        sites[i].leader = None if leader is None else with_stream.index(leader)
     return [sites[i] for i in kept]
 
 
-def _cut(site: Site, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _rotations_behind(base: Any, sites: list[Site]) -> dict[int, set[int]]:
+    """Run three tokens: of each site that ran, the sites whose rotation its attention's output depends on.
+
+        hidden states, detached --+
+                                  +-> attention -> output -> its autograd graph, walked back to the leaves
+        rotation, a fresh leaf ---+
+
+    The names of modules say little of what they compute; the graph that autograd records says all. Hidden states are
+    detached before each attention, so what is found behind its output came through this attention: its own rotation,
+    or that of a layer whose keys it reads.
+    """
+    reached: dict[int, set[int]] = {}
+    leaves: dict[int, tuple[int, Tensor]] = {}
+    hooks = []
+    embedding = base.get_input_embeddings()
+    try:
+        for i, site in enumerate(sites):
+            hooks += [
+                site.wrapper.register_forward_pre_hook(partial(_detach_states, site), with_kwargs=True),
+                *site.hook(partial(_rotation_as_leaf, leaves, i)),
+                site.wrapper.register_forward_hook(partial(_note_leaves, site, leaves, reached, i), with_kwargs=True),
+            ]
+        with (
+            evaluating(base),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.compiler.set_stance("force_eager"),
+        ):
+            tokens = torch.arange(3, device=device_of(embedding, base))[None] % len(embedding.weight)
+            base(input_ids=tokens, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return reached
+
+
+def _detach_states(site: Site, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     states = argument(site.parameters, args, kwargs, "hidden_states")
     return with_argument(site.parameters, args, kwargs, "hidden_states", states.detach())
 
 
-def _plant(
+def _rotation_as_leaf(
     leaves: dict[int, tuple[int, Tensor]], i: int, _states: Tensor, rotation: Any, call: RotaryCall | None
 ) -> Any:
-    given = call.at(call.position_ids.float()) if rotation is None and call is not None else rotation
-    fresh = [t.detach().clone().requires_grad_() for t in ((given,) if isinstance(given, Tensor) else given)]
-    leaves.update({id(leaf): (i, leaf) for leaf in fresh})
-    return fresh[0] if isinstance(given, Tensor) else tuple(fresh)
+    """Replace a rotation by a copy that autograd graphs end at, and note which site it belongs to."""
+    own = call.at(call.position_ids.float()) if rotation is None and call is not None else rotation
+    fresh = [t.detach().clone().requires_grad_() for t in ((own,) if isinstance(own, Tensor) else own)]
+    leaves.update({id(leaf): (i, leaf) for leaf in fresh})  # which keeps them, so that no id is used again
+    return fresh[0] if isinstance(own, Tensor) else tuple(fresh)
 
 
-def _trace(
+def _note_leaves(
     site: Site,
     leaves: dict[int, tuple[int, Tensor]],
     reached: dict[int, set[int]],
@@ -384,17 +438,27 @@ def _trace(
     kwargs: dict[str, Any],
     output: Any,
 ) -> None:
+    """Note which sites' rotations are behind the output of an attention, if it is one and was handed a leaf."""
     states = argument(site.parameters, args, kwargs, "hidden_states")
     result = output[0] if isinstance(output, tuple) else output
     if not isinstance(result, Tensor) or result.shape != states.shape or i not in {n for n, _ in leaves.values()}:
         return
     found = reached.setdefault(i, set())
+    found |= {leaves[leaf][0] for leaf in _leaves_behind(result) & leaves.keys()}
+
+
+def _leaves_behind(result: Tensor) -> set[int]:
+    """Walk an autograd graph from a tensor back to its leaves, and return their ids.
+
+    result.grad_fn -> MulBackward -> next_functions -> ... -> AccumulateGrad, whose `variable` is the leaf
+    """
+    leaves: set[int] = set()
     waiting, seen = [result.grad_fn], set()
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if id(getattr(node, "variable", None)) in leaves:
-            found.add(leaves[id(getattr(node, "variable", None))][0])
+        leaves.add(id(getattr(node, "variable", None)))
         waiting += [before for before, _ in node.next_functions]
+    return leaves

@@ -1,7 +1,11 @@
 """The forward pass that runs in this thread, and what its streams share.
 
-Nothing of a pass is kept by the streams themselves: two threads may run one model, a hook may run it inside a pass, and
-a checkpointed layer may run again in the backward pass, each with what belongs to its own pass.
+Streams keep nothing of a pass themselves. Two threads may run one model, a hook may run it inside a pass, and a
+checkpointed layer may run again in the backward pass: each finds what belongs to its own pass here.
+
+    CurrentPass     which pass runs in this thread
+    ForwardPass     one pass: the tokens, the mask, the cache, and what layers share
+    tag             hands a pass along with a tensor, to a layer that runs again
 """
 
 import threading
@@ -14,15 +18,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .rotation import CosSin, RotaryCall, Rotation
+from .positions import CosSin
+from .rotation import RotaryCall, Rotation
 from .visible_tokens import Visible
 
 
 @dataclass(eq=False)
-class SharedWork:
+class SharedPositions:
     """Positions that several layers compute from the same increments, and their rotation.
 
-    Equal increments, past and call are the same objects, so that no number has to be compared.
+    Layers that share increments, cache and rotary call hold the same objects, so that no numbers need be compared.
     """
 
     increments: Tensor
@@ -32,8 +37,8 @@ class SharedWork:
     positions: Tensor
     rotation: Rotation | None = None
 
-    def is_of(self, increments: Tensor, surplus: Tensor | None, call: RotaryCall) -> bool:
-        """Whether it was computed from these."""
+    def are_of(self, increments: Tensor, surplus: Tensor | None, call: RotaryCall) -> bool:
+        """Whether they were computed from these objects, with gradients as now."""
         same = self.increments is increments and self.surplus is surplus and self.call is call
         return same and self.with_grad == torch.is_grad_enabled()
 
@@ -52,9 +57,10 @@ class ForwardPass:
         increments: of a source that all layers share.
         rotary_calls: of the model's own rotary modules.
         visible: which tokens a position sums over.
-        shared: work that layers share; `remembered` likewise, for a cache.
-        turned: positions, call and rotation of a layer that others follow.
-        heads: cos and sin of a layer whose heads have positions of their own.
+        shared_positions: positions that several layers share.
+        shared_surplus: the same for what goes into the cache: increments, surplus before and surplus with them.
+        of_leaders: positions, call and rotation of a layer that others follow, by stream.
+        of_heads: cos and sin of a layer whose heads have positions of their own, by stream.
         paged: the cache holds pages of several texts.
         checkpointed: layers run a second time in the backward pass.
         held: parts of it are kept (`as_it_is`), to run a second time in the backward pass.
@@ -75,10 +81,10 @@ class ForwardPass:
     increments: Float[Tensor, "batch pos *head"] | None = None
     rotary_calls: list[RotaryCall] = field(default_factory=list)
     visible: Visible | None = None
-    shared: list[SharedWork] = field(default_factory=list)
-    remembered: list[tuple[Tensor, Tensor | None, Tensor]] = field(default_factory=list)
-    turned: dict[int, tuple[Tensor, RotaryCall, Rotation]] = field(default_factory=dict)
-    heads: dict[int, CosSin] = field(default_factory=dict)
+    shared_positions: list[SharedPositions] = field(default_factory=list)
+    shared_surplus: list[tuple[Tensor, Tensor | None, Tensor]] = field(default_factory=list)
+    of_leaders: dict[int, tuple[Tensor, RotaryCall, Rotation]] = field(default_factory=dict)
+    of_heads: dict[int, CosSin] = field(default_factory=dict)
     paged: bool = False
     checkpointed: bool = False
     held: bool = False
@@ -89,20 +95,26 @@ class ForwardPass:
     outer: "ForwardPass | None" = None
 
     def count(self, stream: int) -> int:
-        """The number of this call of a stream."""
+        """Count a call of a stream, and return its number in this pass, from 0."""
         number = self.calls.get(stream, -1) + 1
         self.calls[stream] = number
         return number
 
     def tag(self, tensor: Tensor, call: RotaryCall | None) -> None:
-        """Hand the pass along with cos, sin or position ids: a layer that runs again in the backward pass finds it."""
+        """Hand the pass along with cos, sin or position ids.
+
+            forward     rotary module -> cos, sin (tagged) -> checkpointed layer, which keeps its inputs
+            backward                     cos, sin (tagged) -> the layer runs again, after the pass has ended
+
+        The inputs of a checkpointed layer are all that reaches its second run, so they must bring the pass along.
+        """
         tensor._position_pass = self, call  # type: ignore[attr-defined]
 
     def finish(self) -> None:
-        """The model returned; what only its layers needed goes.
+        """Mark the pass as finished, and let go of what only its layers needed.
 
-        Checkpointed layers run again and need the rest. They hand cos and sin in themselves, and those hold the pass:
-        kept here as well, the two would hold each other.
+        Checkpointed layers run again and need the rest. They bring cos and sin with them, and those hold the pass: kept
+        here as well, the two would hold each other in memory.
         """
         self.finished = True
         self.outer = None
@@ -119,60 +131,66 @@ class ForwardPass:
         return kept
 
 
-def tagged_pass(handed: Any) -> tuple[ForwardPass | None, RotaryCall | None]:
-    """The pass that cos and sin, or position ids, were handed along in, and their rotary call where it is known."""
-    first = handed if isinstance(handed, Tensor) else next(iter(handed or ()), None)
-    whole = first if hasattr(first, "_position_pass") else getattr(first, "_base", None)  # of a part of it
+def tagged_pass(tagged: Any) -> tuple[ForwardPass | None, RotaryCall | None]:
+    """Return the pass that cos and sin, or position ids, were tagged with, and their rotary call where it is known."""
+    first = tagged if isinstance(tagged, Tensor) else next(iter(tagged or ()), None)
+
+    # A slice is another tensor, without the tag; PyTorch keeps the tensor that it is a view of in `_base`.
+    whole = first if hasattr(first, "_position_pass") else getattr(first, "_base", None)
     return getattr(whole, "_position_pass", (None, None))
 
 
 class CurrentPass:
     """The forward pass that this thread is in; None between passes.
 
-    A compiler follows plain attributes and no threads, so a pass that is compiled as a whole has a place of its own. Of
-    a model whose layers are compiled one by one, each layer looks the pass up outside its graph.
+    the whole model compiled     a plain attribute, `_compiled`: a compiler cannot follow threads
+    single layers compiled       each layer looks the thread's pass up outside its graph
+    eager                        the thread's own pass
     """
 
     def __init__(self) -> None:
         self._eager = threading.local()
         self._compiled: ForwardPass | None = None
-        self._look_up: Callable[[], ForwardPass | None] = torch.compiler.disable(self._of_thread)
+        self._outside_graph: Callable[[], ForwardPass | None] = torch.compiler.disable(self._of_thread)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CurrentPass":
-        """A copied model is between passes."""
+        """Copy as between passes: a thread's own values cannot be copied."""
         return CurrentPass()
 
     def __reduce__(self) -> Any:
-        """So is a pickled one."""
+        """Pickle as between passes, for the same reason."""
         return CurrentPass, ()
 
     def get(self) -> ForwardPass | None:
-        """The pass."""
+        """Return the pass that runs in this thread, or None."""
         if not torch.compiler.is_compiling():
             return self._of_thread()
-        return self._look_up() if self._compiled is None else self._compiled
 
-    def begin(self, step: ForwardPass) -> None:
-        """Enter a pass, maybe inside another one."""
+        # Nothing was begun inside this graph: it is of a single layer, and breaks here to look the pass up.
+        return self._outside_graph() if self._compiled is None else self._compiled
+
+    def begin(self, forward_pass: ForwardPass) -> None:
+        """Enter a pass, maybe inside another one, which goes on after it."""
         if torch.compiler.is_compiling():
-            self._compiled = step
+            self._compiled = forward_pass
         else:
-            step.outer = self._of_thread()
-            self._eager.step = step
+            forward_pass.outer = self._of_thread()
+            self._eager.forward_pass = forward_pass
 
     def end(self) -> None:
         """Leave the pass."""
-        step = self.get()
-        outer = None if step is None else step.outer
+        # A pass that runs inside another one gives way to it.
+        forward_pass = self.get()
+        outer = None if forward_pass is None else forward_pass.outer
         if not torch.compiler.is_compiling():
-            self._eager.step = outer
+            self._eager.forward_pass = outer
         self._compiled = None
-        if step is not None:
-            step.finish()
+        if forward_pass is not None:
+            forward_pass.finish()
 
-    def resume(self, step: ForwardPass | None) -> None:
+    def resume(self, forward_pass: ForwardPass | None) -> None:
         """Enter a finished pass again, for a layer that runs a second time; None leaves it."""
-        self._eager.step = step
+        self._eager.forward_pass = forward_pass
 
     @contextmanager
     def within(self, step: ForwardPass) -> Iterator[None]:
@@ -185,5 +203,6 @@ class CurrentPass:
             self._eager.step = outer
 
     def _of_thread(self) -> ForwardPass | None:
-        step = getattr(self._eager, "step", None)
-        return self._compiled if step is None else step
+        # Eager code inside a compiled pass (a graph break) finds that pass.
+        forward_pass = getattr(self._eager, "forward_pass", None)
+        return self._compiled if forward_pass is None else forward_pass

@@ -38,12 +38,12 @@ class HookedTokens:
         return self.visible.between()
 
     def in_a_row(self) -> bool:
-        """Whether they are one text: neither packed documents nor branches."""
+        """Whether the tokens are one text: neither packed documents nor branches."""
         return isinstance(self.visible, Line)
 
 
 class StreamHookPoint(HookPoint):
-    """A hook point whose `ctx` is each thread's own: what belongs to one forward pass is not seen in another."""
+    """A hook point whose `ctx` is each thread's own: two threads may run one model, each its own forward pass."""
 
     def __init__(self) -> None:
         self._ctx = threading.local()
@@ -64,6 +64,7 @@ class StreamHookPoint(HookPoint):
         self._ctx.__dict__.clear()
 
     def __getstate__(self) -> dict[str, Any]:
+        # A thread's own values can be neither pickled nor copied.
         return {name: value for name, value in self.__dict__.items() if name != "_ctx"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -74,9 +75,10 @@ class StreamHookPoint(HookPoint):
 def run_hook(
     hook: HookPoint, activation: Float[Tensor, "batch pos *rest"], tokens: HookedTokens | None = None
 ) -> Float[Tensor, "batch pos *rest"]:
-    """Pass an activation through its hook point; the same object comes back where nothing changed it.
+    """Pass an activation through its hook point.
 
-    Hook functions get a copy, so that one that edits in place does not reach other layers.
+    Hook functions get a copy, so that one that edits in place does not reach other layers. Where no function changed
+    the copy, the activation itself comes back: layers share work by the identity of what they were given.
 
     Args:
         hook: the hook point.
@@ -86,19 +88,24 @@ def run_hook(
     Raises:
         PositionsError: a hook function returned another shape, or NaN or infinite values.
     """
-    if not hooked_at(hook):
+    if not has_hooks(hook):
         return activation
+
     given = activation.clone()
     if hook.bwd_hooks and torch.is_grad_enabled() and not given.requires_grad:
-        given.requires_grad_()
-    version = None if given.is_inference() else given._version  # inference tensors do not count their changes
+        given.requires_grad_()  # a backward hook is called with the gradient of it
+
+    # PyTorch counts the changes in place of a tensor, except in inference mode.
+    version = None if given.is_inference() else given._version
     hook.ctx["tokens"] = tokens
     try:
         returned = hook(given)
     finally:
         hook.ctx.pop("tokens", None)
+
     if returned is given and version is not None and given._version == version:
         return given if given.requires_grad else activation
+
     if not isinstance(returned, Tensor) or returned.shape != activation.shape:
         shape = tuple(returned.shape) if isinstance(returned, Tensor) else type(returned).__name__
         raise PositionsError(
@@ -109,6 +116,6 @@ def run_hook(
     return returned.to(activation.dtype)
 
 
-def hooked_at(hook: HookPoint) -> bool:
-    """Whether anybody listens at a hook point."""
+def has_hooks(hook: HookPoint) -> bool:
+    """Whether a hook point has hook functions."""
     return bool(hook._forward_hooks or hook._backward_hooks)

@@ -1,10 +1,9 @@
 """Increment sources: what decides how far each token stands from the one before it.
 
-Every source is a small module that returns increments, Float[Tensor, "batch pos"] (with a trailing "head"
-where per head), in positions: 1.0 is one step of standard RoPE. A fresh source returns exactly 1.0
-everywhere, so that a model with and without it start from the same function. The arithmetic runs in the
-source's own dtype (float32, or float64 in a float64 model) and outside autocast: bf16 cannot tell
-positions apart past 256.
+Every source is a small module that returns increments, Float[Tensor, "batch pos"] (with a trailing "head" where per
+head), in positions: 1.0 is one step of standard RoPE. A fresh source returns exactly 1.0 everywhere, so that a model
+computes the same with and without it. The arithmetic runs in the source's own dtype (float32, or float64 in a float64
+model) and outside autocast, because bf16 cannot tell positions apart past 256. `positions.py` makes positions of them.
 
     source       reads                                    one for
     static       nothing: 1.0                             all layers
@@ -26,10 +25,14 @@ from ..config import PositionConfig
 from ..errors import PositionsError
 
 EPS = 1e-6
+"""Of the RMSNorm: that of Llama."""
 
 
 class LinearToOne(nn.Linear):
-    """A Linear with one output, as a matrix times a vector: a compiler fuses that with what stands around it."""
+    """A Linear with one output, computed as a matrix times a vector.
+
+    A compiler fuses that with the operators before and after it, and a product of matrices with none.
+    """
 
     def forward(self, x: Float[Tensor, "batch pos hidden"]) -> Float[Tensor, "batch pos 1"]:
         """As nn.Linear."""
@@ -40,9 +43,10 @@ class LinearToOne(nn.Linear):
 class LearnedIncrements(nn.Module):
     """Increments from a two-layer network: Linear, GELU, Linear, activation.
 
-    The last layer starts at zero and the activation f is taken as f(x + b) / f(b), with b such that
-    f(b) = 1 / max_increment (sigmoid) or f(b) = 1 (softplus): max_increment * sigmoid or plain softplus, and
-    exactly 1.0 at the start. `normalize` puts an RMSNorm in front, which the residual stream needs.
+    The last layer starts at zero, so the activation f sees x = 0 everywhere. Increments are f(x + b) / f(b), which is
+    exactly 1.0 then. The offset b makes f(b) = 1 / max_increment for the sigmoid, so that increments are bounded by
+    max_increment, and f(b) = 1 for softplus. `normalize` puts an RMSNorm in front, which the residual stream needs, as
+    its size grows from layer to layer.
     """
 
     def __init__(self, config: PositionConfig, d_model: int, n_heads: int | None, normalize: bool) -> None:
@@ -58,7 +62,9 @@ class LearnedIncrements(nn.Module):
             "softplus": math.log(math.e - 1),
             "none": 0.0,
         }[config.activation]
-        self._zeros: Tensor | None = None  # `_activated_zeros` of the last shape
+        self._fresh: Tensor | None = None  # `_fresh_activation` of the last shape
+
+        # Of size 1 after the hidden layer, and nothing after the last one.
         nn.init.normal_(self.hidden.weight, std=1 / math.sqrt(d_model))
         nn.init.zeros_(self.hidden.bias)
         nn.init.zeros_(self.out.weight)
@@ -70,25 +76,29 @@ class LearnedIncrements(nn.Module):
         x = self.out(functional.gelu(self.hidden(self.norm(x))))
         if not self.per_head:
             x = x.squeeze(-1)
-        return 1 + x if self.activation == "none" else self._activated(x) / self._activated_zeros(x)
+        if self.activation == "none":
+            return 1 + x
+        return self._activation(x) / self._fresh_activation(x)
 
-    def _activated(self, x: Tensor) -> Tensor:
+    def _activation(self, x: Tensor) -> Tensor:
         x = x + self.offset
         return torch.sigmoid(x) if self.activation == "sigmoid" else functional.softplus(x)
 
-    def _activated_zeros(self, x: Tensor) -> Tensor:
-        """The value of a fresh source, by which all are divided, so that it gives exactly 1.
+    def _fresh_activation(self, x: Tensor) -> Tensor:
+        """f(b), the value of a fresh source: others are divided by it.
 
-        It has the shape of x: vectorised and scalar functions may differ in the last bit. Computed once for a shape.
+        It is computed in the shape of x, because vectorised and scalar functions may differ in the last bit, and kept
+        for the next call of that shape.
         """
-        if torch.compiler.is_compiling():
-            return self._activated(torch.zeros_like(x))
-        known = self._zeros
-        if known is None or known.shape != x.shape or known.dtype != x.dtype or known.device != x.device:
+        if torch.compiler.is_compiling():  # a constant of the graph
+            return self._activation(torch.zeros_like(x))
+        kept = self._fresh
+        if kept is None or kept.shape != x.shape or kept.dtype != x.dtype or kept.device != x.device:
+            # A tensor of inference mode could not be kept for a pass with gradients.
             with torch.no_grad(), torch.inference_mode(False):
-                known = self._activated(torch.zeros(x.shape, dtype=x.dtype, device=x.device))
-            self._zeros = known
-        return known
+                kept = self._activation(torch.zeros(x.shape, dtype=x.dtype, device=x.device))
+            self._fresh = kept
+        return kept
 
 
 class FrozenIncrements(nn.Module):
@@ -104,12 +114,15 @@ class FrozenIncrements(nn.Module):
 
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos *head"]:
         """Increments of each token, from its id."""
-        known = tokens < len(self.table)
-        found = self.table[torch.where(known, tokens, 0)]
-        return torch.where(known.view(*known.shape, *[1] * (found.ndim - tokens.ndim)), found, 1.0)
+        in_table = tokens < len(self.table)
+        increments = self.table[torch.where(in_table, tokens, 0)]
+
+        # Broadcast over heads, where the table has them.
+        in_table = in_table.view(*in_table.shape, *[1] * (increments.ndim - tokens.ndim))
+        return torch.where(in_table, increments, 1.0)
 
     def table_for(self, vocab: int) -> Float[Tensor, "vocab *head"]:
-        """The increments of so many token ids: what `forward` gives each."""
+        """The increments of the first `vocab` token ids, as `forward` gives them."""
         table = self.table[:vocab]
         return torch.cat([table, table.new_ones(vocab - len(table), *table.shape[1:])])
 
@@ -141,8 +154,10 @@ def build_sources(
     heads = n_heads if config.per_head else None
     if table is not None and config.source != "frozen":
         raise PositionsError(f"a table was given for the source {config.source!r}; expected source='frozen' with it.")
+
     if config.source == "static":
         return nn.ModuleList()
+
     if config.source == "frozen":
         shape = (vocab, n_heads) if config.per_head else (vocab,)
         table = torch.ones(shape) if table is None else table.detach()
@@ -151,6 +166,8 @@ def build_sources(
         if not torch.isfinite(table).all():
             raise PositionsError("the frozen table has NaN or infinite increments; expected finite numbers.")
         return nn.ModuleList([FrozenIncrements(table.to(dtype).clone())])
+
     if config.source == "shared":
         return nn.ModuleList([LearnedIncrements(config, d_model, heads, normalize=False)]).to(dtype)
+
     return nn.ModuleList([LearnedIncrements(config, d_model, heads, normalize=True) for _ in range(n_layers)]).to(dtype)

@@ -1,4 +1,9 @@
-"""A position stream's memory of a key-value cache: kept in the cache object itself, so that it ends with it."""
+"""What streams remember of the tokens in a key-value cache: kept in the cache object itself, so that it ends with it.
+
+A cache holds keys that are rotated already, and forgets which increments they were rotated by. The next token needs
+their sum. Beam search, cropping and batching change what a cache holds, through its own methods; so the memory is mixed
+into the cache's class, where those methods take it along.
+"""
 
 from collections.abc import Callable
 from functools import cache
@@ -9,7 +14,7 @@ from torch import Tensor
 
 
 class PositionMemory:
-    """Mixed into the class of a key-value cache: what is known of its tokens, which follows what happens to them.
+    """The increments and the structure of a cache's tokens, mixed into the class of the cache.
 
     Attributes:
         surplus: d - 1 of each token, by stream and by the number of its call in a forward pass, of which a looped
@@ -23,17 +28,26 @@ class PositionMemory:
     ancestors: Bool[Tensor, "#batch past past"] | None
 
     def __reduce__(self) -> Any:
-        """Pickle and copy by the class that the cache had."""
-        return _restored, (type(self).__mro__[2], self.__dict__)
+        """Pickle and copy by the class that the cache had: the mixed one has no name to import."""
+        _mixed, _memory, cache_class = type(self).__mro__[:3]
+        return _unpickled, (cache_class, self.__dict__)
 
     def _each_row(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Change the rows of a batch alike everywhere; what several streams share stays shared."""
+        """Change the rows of a batch alike everywhere."""
+        self._each_surplus(change)
+        for name in ("real", "ancestors"):
+            values = getattr(self, name)
+            if values is not None and len(values) > 1:  # one row stands for all
+                setattr(self, name, change(values))
+
+    def _each_surplus(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Change the surplus of every stream; what several streams share is changed once, and stays shared.
+
+        Layers of a shared source have one tensor, not equal ones. Tensors compare by value, so they are told apart by
+        `id`, which is safe while `surplus` holds them.
+        """
         changed = {id(values): change(values) for values in self.surplus.values()}
         self.surplus = {key: changed[id(values)] for key, values in self.surplus.items()}
-        for name in ("real", "ancestors"):
-            known = getattr(self, name)
-            if known is not None and len(known) > 1:  # one row stands for all
-                setattr(self, name, change(known))
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -59,33 +73,39 @@ class PositionMemory:
         """Drop the last tokens."""
         super().crop(*args, **kwargs)  # type: ignore[misc]
         length = int(self.get_seq_length())  # type: ignore[attr-defined]
-        changed = {id(values): values[:, :length] for values in self.surplus.values()}
-        self.surplus = {key: changed[id(values)] for key, values in self.surplus.items()}
+        self._each_surplus(lambda values: values[:, :length])
         if self.real is not None:
             self.real = self.real[:, :length]
         if self.ancestors is not None:
             self.ancestors = self.ancestors[:, :length, :length]
 
 
-@cache
-def _with_memory(cache_class: type) -> type:
-    return type(cache_class.__name__, (PositionMemory, cache_class), {"__module__": cache_class.__module__})
-
-
-def _restored(cache_class: type, state: dict[str, Any]) -> Any:
-    kv_cache: Any = object.__new__(_with_memory(cache_class))
-    kv_cache.__dict__.update(state)
-    return kv_cache
-
-
 def memory_of(kv_cache: Any) -> PositionMemory | None:
-    """What a cache remembers of positions, or None."""
+    """Return what a cache remembers of positions, or None."""
     return kv_cache if isinstance(kv_cache, PositionMemory) else None
 
 
 def with_memory(kv_cache: Any) -> PositionMemory:
-    """The same cache, which remembers positions from now on."""
+    """Return the same cache, which remembers positions from now on.
+
+        before    DynamicCache
+        after     DynamicCache' -> PositionMemory -> DynamicCache     (the class of this one object)
+
+    The caller holds the cache and goes on with it, and so do the model and `generate`: an object around it would be
+    seen by none of them. So the object itself gets another class, a subclass of its own that has the memory in front.
+    """
     if not isinstance(kv_cache, PositionMemory):
-        kv_cache.__class__ = _with_memory(kv_cache.__class__)
+        kv_cache.__class__ = _class_with_memory(kv_cache.__class__)
         kv_cache.surplus, kv_cache.real, kv_cache.ancestors = {}, None, None
+    return kv_cache
+
+
+@cache
+def _class_with_memory(cache_class: type) -> type:
+    return type(cache_class.__name__, (PositionMemory, cache_class), {"__module__": cache_class.__module__})
+
+
+def _unpickled(cache_class: type, state: dict[str, Any]) -> Any:
+    kv_cache: Any = object.__new__(_class_with_memory(cache_class))
+    kv_cache.__dict__.update(state)
     return kv_cache

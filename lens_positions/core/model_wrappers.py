@@ -1,7 +1,5 @@
-"""What people wrap models in: taken off where that is exact, refused by name where it is not."""
+"""What people wrap models in (pipelines, torch.compile, DataParallel): taken off where exact, else refused by name."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -12,9 +10,9 @@ from ..errors import PositionsError
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside a pipeline or what `torch.compile` returned, or the model itself.
+    """Return the model inside a pipeline or what `torch.compile` returned, or the model itself.
 
-    A compiled wrapper compiles its model anew once that has streams, so it is the same to attach inside.
+    A compiled wrapper compiles its model anew once that has streams, so attaching inside does the same.
 
     Raises:
         PositionsError: a wrapper that has made copies or pieces of the model's weights already, and would not know of
@@ -24,39 +22,20 @@ def unwrapped(model: Any) -> Any:
         return unwrapped(model.model)  # a pipeline of transformers
     if isinstance(model, OptimizedModule):
         return unwrapped(model._orig_mod)
+
     kind = type(model).__name__
     if isinstance(model, DataParallel | DistributedDataParallel) or kind == "FullyShardedDataParallel":
         raise PositionsError(
             f"the model is wrapped in {kind}, which shares out the weights that it had; expected the model itself, "
             "wrapped after position streams are attached."
         )
+
+    # A DTensor, as fully_shard makes it, is a piece of the weight.
     for name, parameter in model.named_parameters() if isinstance(model, nn.Module) else ():
         if hasattr(parameter, "placements"):
             raise PositionsError(
                 f"{name} is spread over several processes (DTensor); expected a model that is sharded after position "
                 "streams are attached."
             )
+
     return model
-
-
-@contextmanager
-def restored_if_refused(model: Any) -> Iterator[None]:
-    """Give a model its modules, hooks, settings and configuration back if the block raises."""
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    owners = [*modules, *filter(None, [getattr(model, "config", None)])]
-    before = [(vars(owner), _noted(vars(owner))) for owner in owners]
-    try:
-        yield
-    except BaseException:
-        for attributes, noted in before:
-            attributes.clear()
-            for name, (value, content) in noted.items():
-                if content is not None:  # the same dict, which handles of hooks refer to
-                    value.clear()
-                    value.update(content)
-                attributes[name] = value
-        raise
-
-
-def _noted(attributes: dict[str, Any]) -> dict[str, tuple[Any, dict[Any, Any] | None]]:
-    return {name: (value, dict(value) if isinstance(value, dict) else None) for name, value in attributes.items()}

@@ -1,6 +1,8 @@
-"""Rotation by fractional positions: the model's own rotary module, with a gradient that the module does not provide.
+"""The rotary modules of models: how they were called, and how to call them again with other positions.
 
-Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (arXiv 2104.09864).
+`cos_and_sin` in `positions.py` rotates; what models do differently is here. A rotary module may return cos and sin or
+one complex tensor, may count positions along several axes, may choose its frequencies by the length of the text, or may
+be a table inside the attention.
 """
 
 from dataclasses import dataclass, replace
@@ -12,74 +14,93 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from .hook_points import HookedTokens, run_hook
+from .positions import CosSin, cos_and_sin
 
-CosSin = tuple[Float[Tensor, "batch pos *head d_rotary"], Float[Tensor, "batch pos *head d_rotary"]]
 Rotation = CosSin | Complex[Tensor, "batch pos *head d_rotary"]
 """What a rotary module returns: cos and sin, or cos + i sin in one tensor."""
 
 
 @dataclass(eq=False)
 class RotaryCall:
-    """One call of a model's rotary module in this forward pass: what it was given and what it returned."""
+    """One call of a model's rotary module in this forward pass: what it was given and what it returned.
+
+    Attributes:
+        module: the rotary module.
+        args, kwargs: what it was given after hidden states and position ids (a layer type, in some families).
+        states: hidden states, which carry the dtype and the device of the result.
+        position_ids: the model's own; along time, where there are several axes.
+        rotation: what it returned; None where the arithmetic is part of the attention, and no module was called.
+        axes: ids along time, height and width, less those along time; None where there is one axis.
+        is_complex: whether it returns cos + i sin.
+    """
 
     module: Any
-    args: tuple[Any, ...]  # after hidden states and position ids (a layer type, in some families)
+    args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    states: Tensor  # carries the dtype and the device of the result
+    states: Tensor
     position_ids: Int[Tensor, "#batch pos"]
-    rotation: Any = None  # None: the module was not called, its arithmetic is part of the attention
-    axes: Int[Tensor, "axis #batch pos"] | None = None  # ids along time, height and width, less those along time
+    rotation: Any = None
+    axes: Int[Tensor, "axis #batch pos"] | None = None
     is_complex: bool = False
     _frequencies: Tensor | None = None
 
     @classmethod
     def of(cls, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], rotation: Any) -> "RotaryCall":
-        """The call of `module.forward(x, position_ids, ...)` that returned this rotation."""
-        given = dict(kwargs)
-        states = given.pop("x") if "x" in given else args[0]
-        ids = given.pop("position_ids") if "position_ids" in given else args[1]
+        """Describe the call of `module.forward(x, position_ids, ...)` that returned this rotation."""
+        rest = dict(kwargs)
+        states = rest.pop("x") if "x" in rest else args[0]
+        ids = rest.pop("position_ids") if "position_ids" in rest else args[1]
+
+        # Models of images and text have ids [axis, batch, pos]; increments move a token along all axes alike.
         axes = ids - ids[:1] if ids.ndim == 3 else None
-        whole = ids if axes is None else ids[0]
-        return cls(module, tuple(args[2:]), given, states, whole, rotation, axes, isinstance(rotation, Tensor))
+        along_time = ids if axes is None else ids[0]
+        return cls(module, tuple(args[2:]), rest, states, along_time, rotation, axes, isinstance(rotation, Tensor))
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """What the module returned, one by one."""
+        """Return the tensors of what the module returned."""
         return tensors_of(self.rotation)
 
     def at(self, positions: Float[Tensor, "batch pos"], states: Tensor | None = None) -> CosSin:
-        """cos and sin of fractional positions, in the dtype of the states; all axes move together."""
-        if self.axes is not None:  # one for each token: several positions in a row are those of its heads
+        """Return cos and sin of fractional positions, in the dtype of the states (default: those of the call)."""
+        if self.axes is not None:
+            # Axes are one for each token; several positions of a token in a row are those of its heads.
             positions = positions + self.axes.repeat_interleave(positions.shape[-1] // self.axes.shape[-1], dim=-1)
-        return self._turn(positions, self.states if states is None else states)
+        return self._cos_sin_at(positions, self.states if states is None else states)
 
     def cos_sin(self, rotation: Rotation | None) -> CosSin:
-        """A rotation of this call as cos and sin; None is that of the model's own whole positions."""
-        if rotation is None:
+        """Return a rotation of this call as cos and sin; None stands for that of the model's own position ids."""
+        if rotation is None:  # an attention that was handed none, as it gathers from a table
             rotation = self.at(self.position_ids.float())
         return (rotation.real, rotation.imag) if isinstance(rotation, Tensor) else rotation
 
-    def _turn(self, positions: Tensor, states: Tensor) -> CosSin:
+    def _cos_sin_at(self, positions: Tensor, states: Tensor) -> CosSin:
         return self.cos_sin(self.module.forward(states, positions, *self.args, **self.kwargs))
 
-    def like_the_module(self, cos_sin: CosSin) -> Rotation:
-        """cos and sin in the form in which the module returns them."""
+    def in_module_form(self, cos_sin: CosSin) -> Rotation:
+        """Return cos and sin in the form in which the module returns them."""
         return torch.complex(*cos_sin) if self.is_complex else cos_sin
 
     def frequencies(self, positions: Float[Tensor, "batch pos"]) -> Float[Tensor, " d_rotary"]:
-        """The rotary frequency of each component of cos and sin at these positions, in radians per position.
+        """Return the rotary frequency of each component of cos and sin, in radians per position.
 
-        Read off the module at one small angle, where atan2(sin, cos) / p is w to rounding, so that neither its
-        layout (halves or pairs) nor its scaling need be known. The largest position goes along, because dynamic
-        and long RoPE choose their frequencies by it.
+        The module is asked for one small position p, where atan2(sin, cos) / p is the frequency to rounding. So neither
+        its layout (halves or pairs) nor its scaling need be known.
+
+        Args:
+            positions: those of the pass: dynamic and long RoPE choose their frequencies by the largest one.
         """
+        # These two choose by the length of the text, so that what was read once may not hold for the next pass.
         follows_length = any(kind in str(getattr(self.module, "rope_type", "")) for kind in ("dynamic", "longrope"))
         if self._frequencies is None or follows_length:
+            # A power of two, so that the division is exact; small enough that no angle passes half a turn.
             p = 2.0**-12
             with torch.no_grad():
                 probe = positions.new_full((1, 1), p)
                 if follows_length:
                     probe = torch.cat([probe, positions.max().view(1, 1)], dim=1)
-                cos, sin = self._turn(probe if self.axes is None else probe.expand(len(self.axes), -1, -1), positions)
+                if self.axes is not None:
+                    probe = probe.expand(len(self.axes), -1, -1)
+                cos, sin = self._cos_sin_at(probe, positions)
                 self._frequencies = torch.atan2(sin, cos)[0, 0] / p
         return self._frequencies
 
@@ -87,101 +108,70 @@ class RotaryCall:
 class SinusoidTable:
     """A table of sines and cosines by whole position, as GPT-J has it, in the form of a rotary module.
 
-    A whole position is its row, to the bit; the fraction above it is one more rotation, by the frequencies of row 1.
+    A whole position gives its row, to the bit. For a fraction above it, that row is rotated once more, by the fraction
+    of the angles in row 1.
     """
 
     def __init__(self, table: Float[Tensor, "n_ctx d_rotary"]) -> None:
         self.table = table
 
     def forward(self, states: Tensor, positions: Float[Tensor, "batch pos"]) -> CosSin:
-        """cos and sin, each of half the table's width."""
+        """Return cos and sin, each of half the table's width."""
         whole = positions.floor().clamp(0, len(self.table) - 1).long()
         (sin, cos), (sin_1, cos_1) = self.table[whole].chunk(2, dim=-1), self.table[1].chunk(2)
+
+        # cos and sin of a sum of two angles.
         angle = (positions - whole).unsqueeze(-1) * torch.atan2(sin_1, cos_1)
-        turned = cos * angle.cos() - sin * angle.sin(), sin * angle.cos() + cos * angle.sin()
-        return turned[0].to(states.dtype), turned[1].to(states.dtype)
-
-
-class WithGradient(torch.autograd.Function):
-    """cos and sin as they are, with the gradient of the positions that they were computed from.
-
-    The model's own module computes them, so scaled, partial and two-base RoPE stay exact. It works under no_grad; the
-    derivative needs only its frequencies w: d cos/dp = -w sin, d sin/dp = w cos, attention scaling included.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, positions: Float[Tensor, "batch pos"], cos: Tensor, sin: Tensor, w: Float[Tensor, " d_rotary"]
-    ) -> CosSin:
-        """cos and sin in the dtype of the model."""
-        cos, sin = cos.view_as(cos), sin.view_as(sin)
-        ctx.save_for_backward(cos, sin, w)
-        ctx.dtype = positions.dtype
-        return cos, sin
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None]:
-        """The gradient of the positions."""
-        cos, sin, w = ctx.saved_tensors
-        grad_cos, grad_sin = gradients
-        angle = torch.addcmul(grad_sin.to(ctx.dtype) * cos, grad_cos.to(ctx.dtype), sin, value=-1)
-        return angle @ w, None, None, None
+        cos_of_sum = cos * angle.cos() - sin * angle.sin()
+        sin_of_sum = sin * angle.cos() + cos * angle.sin()
+        return cos_of_sum.to(states.dtype), sin_of_sum.to(states.dtype)
 
 
 def rotate(positions: Float[Tensor, "batch pos *head"], call: RotaryCall) -> Rotation:
-    """The rotation by positions as the module returns it, with a "head" axis before the last one where they have it."""
-    flat = positions.flatten(1)
-    with torch.no_grad():
-        cos, sin = call.at(flat)
-    if positions.requires_grad and torch.is_grad_enabled():
-        cos, sin = WithGradient.apply(flat, cos, sin, call.frequencies(flat))
-    if positions.ndim == 2:
-        return call.like_the_module((cos, sin))
-    return cos.unflatten(1, positions.shape[1:]), sin.unflatten(1, positions.shape[1:])
+    """Rotate by positions, in the form in which the module returns it; by positions of heads always cos and sin."""
+    rotation = cos_and_sin(positions, call.at, call.frequencies)
+    return call.in_module_form(rotation) if positions.ndim == 2 else rotation
 
 
 def tensors_of(rotation: Any) -> tuple[Tensor, ...]:
-    """The tensors of a rotation, in whatever form it is."""
+    """Return the tensors of a rotation, in whatever form it is."""
     return (rotation,) if isinstance(rotation, Tensor) else tuple(rotation or ())
 
 
 def moved_to(rotation: Rotation, device: torch.device) -> Rotation:
-    """The rotation where a layer is."""
+    """Move a rotation to the device of a layer."""
     if isinstance(rotation, Tensor):
         return rotation.to(device)
     return rotation[0].to(device), rotation[1].to(device)
 
 
-def hooked_rotation(
+def run_rotation_hook(
     hook: HookPoint,
     rotation: Rotation | None,
-    handed: Any,
+    model_rotation: Any,
     positions: Float[Tensor, "batch pos *head"],
     call: RotaryCall,
     tokens: HookedTokens,
 ) -> Rotation | None:
-    """The rotation after its hook point, [batch pos *head 2 d_rotary] with cos before sin; None as it was given.
+    """Pass a rotation through its hook point, as [batch pos *head 2 d_rotary] with cos before sin.
 
-    Where it is None it is the model's own, which the layer was handed.
+    Args:
+        hook: the hook point.
+        rotation: by the positions of the stream; None where the layer keeps the model's own.
+        model_rotation: the model's own, for the second case; often one row for the whole batch.
+        positions, call, tokens: what the rotation is of.
+
+    Returns:
+        The rotation after the hook point; None where it was None and no function changed it.
     """
-    own = torch.stack(call.cos_sin(handed if rotation is None else rotation), dim=-2)
-    given = own.expand(positions.shape[0] if rotation is None else own.shape[0], *own.shape[1:])
-    returned = run_hook(hook, given, replace(tokens, frequencies=call.frequencies(positions.flatten(1))))
-    if returned is given:
+    own = torch.stack(call.cos_sin(model_rotation if rotation is None else rotation), dim=-2)
+
+    # A hook function is given a row for each text, so that it can edit one of them.
+    activation = own.expand(positions.shape[0] if rotation is None else own.shape[0], *own.shape[1:])
+    returned = run_hook(hook, activation, replace(tokens, frequencies=call.frequencies(positions.flatten(1))))
+    if returned is activation:
         return rotation
+
+    # A rotation of heads goes to the projections, which take cos and sin whatever the module's form.
     cos_sin = returned[..., 0, :], returned[..., 1, :]
-    return cos_sin if positions.ndim == 3 else call.like_the_module(cos_sin)
-
-
-def rotate_heads(
-    projected: Float[Tensor, "batch pos width"], cos_sin: CosSin, d_head: int
-) -> Float[Tensor, "batch pos width"]:
-    """Rotate the output of a query or key projection, each head by its own positions (halves layout).
-
-    Where there are more heads than positions have, as the queries of grouped attention do, consecutive heads
-    share one.
-    """
-    heads = projected.unflatten(-1, (-1, d_head))
-    cos, sin = (x.repeat_interleave(heads.shape[2] // x.shape[2], dim=2) for x in cos_sin)
-    first, second = heads.chunk(2, dim=-1)
-    return (heads * cos + torch.cat((-second, first), dim=-1) * sin).flatten(-2)
+    return cos_sin if positions.ndim == 3 else call.in_module_form(cos_sin)

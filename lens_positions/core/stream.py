@@ -4,14 +4,13 @@
     positions   p[batch, pos]   the model's own position ids + running sum of d - 1   hook_positions
     cos, sin    the model's own rotary module, called with these positions              hook_rotation
 
-Writing the sum around the model's own position ids keeps everything that they know (padding, the offset of a
-cache, packed documents), and all-ones increments give the model's positions back to the bit. Without padding
-and cache it is p_0 = 0, p_t = d_1 + ... + d_t (gap "before") or p_t = d_0 + ... + d_{t-1} (gap "after").
+The arithmetic is in `positions.py`; this file decides when it runs and on what. Without padding and cache, positions
+are p_0 = 0, p_t = d_1 + ... + d_t (gap "before") or p_t = d_0 + ... + d_{t-1} (gap "after").
 
-The sum runs over the tokens that a token can see (`visible.py`), in float64; positions are float32 (float64 in a
-float64 model), whatever the model's dtype. A stream that nobody edits and whose source is static leaves the model's cos
-and sin untouched; a shared or frozen one computes them once per forward pass. With a key-value cache a stream goes on
-where that cache stopped: what it needs is kept in the cache object itself (`memory.py`).
+The sum runs over the tokens that a token can see (`visible_tokens.py`), in float64; positions are float32 (float64 in a
+float64 model), whatever the model's dtype. A stream whose source is static and that no hook edits leaves the model's
+cos and sin untouched; a shared or frozen one computes them once per forward pass. With a key-value cache a stream goes
+on where that cache stopped: what it needs is kept in the cache object itself (`kv_cache.py`).
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -22,37 +21,50 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import PositionsError
-from .forward_pass import ForwardPass, SharedWork
-from .hook_points import HookedTokens, StreamHookPoint, hooked_at, run_hook
+from .forward_pass import ForwardPass, SharedPositions
+from .hook_points import HookedTokens, StreamHookPoint, has_hooks, run_hook
 from .increments import PositionConfig
 from .kv_cache import memory_of, with_memory
-from .rotation import RotaryCall, Rotation, hooked_rotation, moved_to, rotate
-from .visible_tokens import Line, Tree, Visible, like, visible_tokens
+from .positions import positions_at
+from .rotation import RotaryCall, Rotation, moved_to, rotate, run_rotation_hook
+from .visible_tokens import Line, Tree, Visible, visible_tokens
 
 
 class PositionStream(nn.Module):
-    """Increments to positions to cos and sin at one layer, with a hook point at each."""
+    """Increments to positions to cos and sin at one layer, with a hook point at each.
+
+    Attributes:
+        config: what the source is.
+        index: its place among the streams.
+        layer: the model's own number of its layer.
+        followed: whether other layers attend to this layer's keys, and so need its positions.
+        heads: the shape of the head axis; empty where all heads share.
+        source: of this layer alone; None where it is static, shared or frozen.
+    """
 
     def __init__(self, config: PositionConfig, index: int, layer: int, source: nn.Module | None, n_heads: int) -> None:
         super().__init__()
         self.config = config
-        self.index = index  # its place among the streams
-        self.layer = layer  # the model's own number of its layer
-        self.followed = False  # by layers that attend to this layer's keys
+        self.index = index
+        self.layer = layer
+        self.followed = False
         self.heads = (n_heads,) if config.per_head else ()
-        self.source = source  # of this layer alone; None where static, shared or frozen
+        self.source = source
         self.hook_increments = StreamHookPoint()
         self.hook_positions = StreamHookPoint()
         self.hook_rotation = StreamHookPoint()
 
-    def forward(self, states: Tensor, handed: Any, call: RotaryCall | None, step: ForwardPass) -> Rotation | None:
+    def forward(
+        self, states: Tensor, model_rotation: Any, call: RotaryCall | None, forward_pass: ForwardPass
+    ) -> Rotation | None:
         """The rotation for the attention of this layer, or None where it is the model's own.
 
         Args:
             states: hidden states entering the attention, for their shape, dtype and device.
-            handed: the model's own rotation that this layer was given, often one row for all; None where there is none.
+            model_rotation: the model's own, which this layer was given; often one row for the whole batch, and None
+                where the attention takes none.
             call: the rotary call that it is from; None where it cannot be told.
-            step: what this forward pass shares.
+            forward_pass: what this forward pass shares.
 
         Returns:
             cos and sin [batch pos d_rotary], in the form that the rotary module gives them, with a "head" axis
@@ -62,88 +74,109 @@ class PositionStream(nn.Module):
             PositionsError: the layer runs outside a forward pass of its model, gradients would be lost, or the mask
                 does not say which tokens a token sees.
         """
-        key = (self.index, step.count(self.index))
-        surplus = self._past_surplus(states, step, key)
-        static = self.config.source == "static"
-        listened = hooked_at(self.hook_increments) or hooked_at(self.hook_positions) or hooked_at(self.hook_rotation)
-        if static and surplus is None and not listened:
-            return None
-        call = self._known(call, step)
-        with full_precision(states.device.type):
-            increments, positions, work, tokens = self._positions(states, call, surplus, step)
+        # A looped model runs this layer several times in a pass, and its cache has a place for each.
+        key = (self.index, forward_pass.count(self.index))
+        surplus = self._past_surplus(states, forward_pass, key)
 
-            # A static stream that was only looked at leaves the rotation to the model.
-            untouched = static and surplus is None and work.increments is increments
-            if positions is not work.positions:
-                rotation: Rotation | None = rotate(positions, call)
-            elif untouched:
+        # Nothing can differ from the model's own: no arithmetic, and the model's own rotation to the bit.
+        static = self.config.source == "static"
+        hooks = has_hooks(self.hook_increments) or has_hooks(self.hook_positions) or has_hooks(self.hook_rotation)
+        if static and surplus is None and not hooks:
+            return None
+
+        call = self._checked(call, forward_pass)
+        with full_precision(states.device.type):
+            increments, positions, shared, tokens = self._positions(states, call, surplus, forward_pass)
+
+            # A static stream that hooks only looked at leaves the rotation to the model.
+            unedited = static and surplus is None and shared.increments is increments
+            rotation: Rotation | None
+            if positions is not shared.positions:  # edited at this layer alone
+                rotation = rotate(positions, call)
+            elif unedited:
                 rotation = None
             else:
-                if work.rotation is None:
-                    work.rotation = rotate(positions, call)
-                rotation = work.rotation
+                if shared.rotation is None:
+                    shared.rotation = rotate(positions, call)
+                rotation = shared.rotation
 
-            if step.cache is not None and not untouched:
-                _remember(step, key, increments, surplus)
-            if hooked_at(self.hook_rotation):
-                rotation = hooked_rotation(self.hook_rotation, rotation, handed, positions, call, tokens)
+            if forward_pass.cache is not None and not unedited:
+                _remember(forward_pass, key, increments, surplus)
+            if has_hooks(self.hook_rotation):
+                rotation = run_rotation_hook(self.hook_rotation, rotation, model_rotation, positions, call, tokens)
             if rotation is None:
                 return None
+
+            # A layer that attends to this layer's keys comes later in the pass.
             if self.followed:
-                step.turned[self.index] = positions, call, rotation
+                forward_pass.of_leaders[self.index] = positions, call, rotation
             return moved_to(rotation, states.device)
 
     def _positions(
-        self, states: Tensor, call: RotaryCall, surplus: Tensor | None, step: ForwardPass
-    ) -> tuple[Tensor, Tensor, SharedWork, HookedTokens]:
-        """The increments and positions after their hooks, the work before, and what hooks may know of the tokens."""
+        self, states: Tensor, call: RotaryCall, surplus: Tensor | None, forward_pass: ForwardPass
+    ) -> tuple[Tensor, Tensor, SharedPositions, HookedTokens]:
+        """Increments and positions after their hooks, the positions before, and what hooks may know of the tokens."""
         ids = call.position_ids
-        given = self._given_increments(states, step).to(ids.device)
-        visible = _visible(step, call, self.config.gap, given)
-        tokens = HookedTokens(step.past_length, ids, visible)
-        increments = run_hook(self.hook_increments, given, tokens)
-        shares = given is step.increments and increments is given and not step.checkpointed
-        for work in step.shared if shares else ():
-            if work.is_of(increments, surplus, call):
-                break
+        from_source = self._from_source(states, forward_pass).to(ids.device)
+        visible = _visible(forward_pass, call, self.config.gap, from_source)
+        tokens = HookedTokens(forward_pass.past_length, ids, visible)
+        increments = run_hook(self.hook_increments, from_source, tokens)
+
+        # Increments of all layers that no hook changed give all layers the same positions. A checkpointed layer
+        # computes its own, so that it can be run again.
+        shares = from_source is forward_pass.increments and increments is from_source and not forward_pass.checkpointed
+        candidates = forward_pass.shared_positions if shares else []
+        found = [known for known in candidates if known.are_of(increments, surplus, call)]
+        if found:
+            shared = found[0]
         else:
             total = visible.sum(increments, None if surplus is None else surplus.to(ids.device))
-            base = (like(ids, total) + total).to(increments.dtype)
-            work = SharedWork(given, surplus, call, torch.is_grad_enabled(), base)
+            positions = positions_at(ids, total, increments.dtype)
+            shared = SharedPositions(from_source, surplus, call, torch.is_grad_enabled(), positions)
             if shares:
-                step.shared.append(work)
-        return increments, run_hook(self.hook_positions, work.positions, tokens), work, tokens
+                forward_pass.shared_positions.append(shared)
 
-    def _given_increments(self, states: Tensor, step: ForwardPass) -> Float[Tensor, "batch pos *head"]:
+        return increments, run_hook(self.hook_positions, shared.positions, tokens), shared, tokens
+
+    def _from_source(self, states: Tensor, forward_pass: ForwardPass) -> Float[Tensor, "batch pos *head"]:
+        """The increments of this layer before its hook."""
         if self.source is not None:
-            residual = step.residuals[self.index]
-            # A model with several residual streams mixes them into one for its attention: that one is read.
+            residual = forward_pass.residuals[self.index]
+            # The layer's hook noted what enters it. A model with several residual streams mixes them into one for its
+            # attention: that one is read.
             return self.source(residual if residual.shape == states.shape else states)
-        if step.increments is None:
+
+        if forward_pass.increments is None:
             if self.config.source != "static":
                 raise PositionsError(
                     f"the {self.config.source} source saw no tokens in this forward pass; expected the embeddings that "
                     "the model had when streams were attached (detach and attach again after a change)."
                 )
+            # Static: standard steps.
             dtype = torch.float64 if states.dtype == torch.float64 else torch.float32
-            step.increments = torch.ones(*states.shape[:2], *self.heads, dtype=dtype, device=states.device)
-        if len(step.increments) != len(states):  # rows of one prompt that joined on the way
-            return step.increments[:1].expand(len(states), *step.increments.shape[1:])
-        return step.increments
+            forward_pass.increments = torch.ones(*states.shape[:2], *self.heads, dtype=dtype, device=states.device)
+
+        if len(forward_pass.increments) != len(states):  # rows of one prompt that joined on the way
+            return forward_pass.increments[:1].expand(len(states), *forward_pass.increments.shape[1:])
+        return forward_pass.increments
 
     def _past_surplus(
-        self, states: Tensor, step: ForwardPass, key: tuple[int, int]
+        self, states: Tensor, forward_pass: ForwardPass, key: tuple[int, int]
     ) -> Float[Tensor, "batch past *head"] | None:
         """d - 1 of each token of the cache; None where there is no cache or it is all standard steps."""
-        length = step.past_length
-        if step.cache is None or length == 0:
+        length = forward_pass.past_length
+        if forward_pass.cache is None or length == 0:
             return None
-        memory = memory_of(step.cache)
+
+        # The cache may have been filled before streams were attached, or by another model.
+        memory = memory_of(forward_pass.cache)
         surplus = None if memory is None else memory.surplus.get(key)
         if surplus is None and self.config.source == "static":
-            if not (hooked_at(self.hook_increments) or hooked_at(self.hook_positions)):
+            if not (has_hooks(self.hook_increments) or has_hooks(self.hook_positions)):
                 return None
+            # A hook was added after the cache was filled: its tokens were standard steps.
             return torch.zeros(states.shape[0], length, *self.heads, dtype=wide_dtype(states), device=states.device)
+
         if surplus is None or surplus.shape[:2] != (len(states), length):
             known = "none" if surplus is None else f"{len(surplus)} rows of {surplus.shape[1]}"
             raise PositionsError(
@@ -153,9 +186,9 @@ class PositionStream(nn.Module):
             )
         return surplus
 
-    def _known(self, call: RotaryCall | None, step: ForwardPass) -> RotaryCall:
-        """The rotary call, if increments may act in this pass."""
-        if step.paged:
+    def _checked(self, call: RotaryCall | None, forward_pass: ForwardPass) -> RotaryCall:
+        """Return the rotary call, if increments can act in this pass; refuse the pass otherwise."""
+        if forward_pass.paged:
             raise PositionsError(
                 "the model runs several texts in pages of one cache (continuous batching), where increments cannot "
                 "tell whose tokens a token follows; expected generate() with another cache."
@@ -165,7 +198,7 @@ class PositionStream(nn.Module):
                 f"layer {self.layer} has cos and sin from no rotary call of this forward pass; expected the model's "
                 "own."
             )
-        if self.config.learned and step.checkpointed and step.with_grad and not torch.is_grad_enabled():
+        if self.config.learned and forward_pass.checkpointed and forward_pass.with_grad and not torch.is_grad_enabled():
             raise PositionsError(
                 "reentrant gradient checkpointing loses the gradients of learned increments; expected "
                 'gradient_checkpointing_enable({"use_reentrant": False}).'
@@ -174,47 +207,55 @@ class PositionStream(nn.Module):
 
 
 def full_precision(device: str) -> AbstractContextManager[Any]:
-    """Outside autocast: bf16 cannot tell positions apart past 256."""
+    """Leave autocast for a block: bf16 cannot tell positions apart past 256."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def wide_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype of sums."""
+    """Return the dtype of sums: float64, where the device has it (Apple's has not)."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
-def _visible(step: ForwardPass, call: RotaryCall, gap: str, increments: Tensor) -> Visible:
-    """What tokens see of each other, found out once a pass."""
+def _visible(forward_pass: ForwardPass, call: RotaryCall, gap: str, increments: Tensor) -> Visible:
+    """Return which tokens see which, found out once a pass."""
     ids = call.position_ids
-    if step.visible is None or step.visible.wide.device != ids.device:
-        memory, mask = memory_of(step.cache), step.mask
-        if step.cache is not None and isinstance(mask, Tensor) and mask.ndim == 2:
-            mask = mask[:, : step.past_length + ids.shape[1]]  # one for all that the cache has room for
-        step.visible = visible_tokens(
+
+    # Of a model on several devices, once for each device.
+    if forward_pass.visible is None or forward_pass.visible.wide.device != ids.device:
+        memory, mask = memory_of(forward_pass.cache), forward_pass.mask
+        if forward_pass.cache is not None and isinstance(mask, Tensor) and mask.ndim == 2:
+            # `generate` gives a static cache one mask for all the tokens that it has room for.
+            mask = mask[:, : forward_pass.past_length + ids.shape[1]]
+        forward_pass.visible = visible_tokens(
             mask,
             ids,
             gap,
             torch.empty(0, dtype=wide_dtype(increments), device=ids.device),
-            packed=step.ids_given and step.cache is None and call.axes is None,
-            past=step.past_length,
-            slides=any(getattr(step.cache, "is_sliding", ())),
+            # Ids along three axes go back within one image, too.
+            packed=forward_pass.ids_given and forward_pass.cache is None and call.axes is None,
+            past=forward_pass.past_length,
+            slides=any(getattr(forward_pass.cache, "is_sliding", ())),
             real=None if memory is None else memory.real,
             ancestors=None if memory is None else memory.ancestors,
         )
-    return step.visible
+    return forward_pass.visible
 
 
-def _remember(step: ForwardPass, key: tuple[int, int], increments: Tensor, surplus: Tensor | None) -> None:
+def _remember(forward_pass: ForwardPass, key: tuple[int, int], increments: Tensor, surplus: Tensor | None) -> None:
     """Keep d - 1 of all tokens in the cache that holds their keys, and which of them see which."""
-    memory, visible = with_memory(step.cache), step.visible
-    shared = [total for known, past, total in step.remembered if known is increments and past is surplus]
-    if shared:  # by layers that share their increments
-        total = shared[0]
+    memory, visible = with_memory(forward_pass.cache), forward_pass.visible
+
+    # Layers that share their increments share one tensor here too.
+    shared = [whole for known, past, whole in forward_pass.shared_surplus if known is increments and past is surplus]
+    if shared:
+        whole = shared[0]
     else:
-        total = increments.detach().to(wide_dtype(increments)) - 1
-        total = total if surplus is None else torch.cat([surplus.to(total.device), total], dim=1)
-        step.remembered.append((increments, surplus, total))
-    memory.surplus[key] = total
+        whole = increments.detach().to(wide_dtype(increments)) - 1
+        whole = whole if surplus is None else torch.cat([surplus.to(whole.device), whole], dim=1)
+        forward_pass.shared_surplus.append((increments, surplus, whole))
+    memory.surplus[key] = whole
+
+    # A line without padding needs no record.
     if isinstance(visible, Line) and visible.real is not None:
         memory.real = visible.real
     elif isinstance(visible, Tree):

@@ -12,6 +12,8 @@
 
 Attention depends on p_i - p_j where token i sees token j, so the sum of a token must hold the tokens between the two
 and no others. A sliding window hides tokens that lie between: they are ancestors, though not seen.
+
+Line and Documents are running sums (`positions.py`); a Tree is a product with the matrix of ancestors.
 """
 
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import PositionsError
+from .positions import beside_heads, running_sum
 
 HIDDEN = -1e3
 """A number added to a score that takes its key out of the softmax, whatever the score."""
@@ -49,20 +52,21 @@ class Line:
     wide: Tensor
 
     def __post_init__(self) -> None:
-        first = 1 if self.gap == "before" else 0
+        first = 1 if self.gap == "before" else 0  # real tokens of a row whose increment does not count
         if self.real is None:
             counted = self.wide.new_ones(1, self.past + self.length - first)
             counted = functional.pad(counted, (first, 0))
         else:
+            # `cumsum` numbers the real tokens of a row from 1.
             counted = (self.real & (self.real.cumsum(1) > first)).to(self.wide)
         self.counted: Float[Tensor, "#batch total"] = counted
         self._now = counted[:, self.past :]
-        self._negative = -self._now
+        self._minus = -self._now  # once a pass, for the sums of all layers
 
     def sum(
         self, increments: Float[Tensor, "batch pos *head"], surplus: Float[Tensor, "batch past *head"] | None
     ) -> Float[Tensor, "batch pos *head"]:
-        """Sum of d - 1 up to each token.
+        """Sum d - 1 up to each token.
 
         Args:
             increments: d of the tokens of this pass.
@@ -71,19 +75,18 @@ class Line:
         Returns:
             The sum, with the token's own increment where the gap is "before" it, in float64.
         """
-        counted, negative = like(self._now, increments), like(self._negative, increments)
-        total = torch.addcmul(negative, counted, increments).cumsum(1)  # one kernel for (d - 1) * counted
         start = None
         if surplus is not None:
-            start = (surplus * like(self.counted[:, : self.past], surplus)).sum(1, keepdim=True)
-            total = total + start
-        return total if self.gap == "before" else _shifted(total, start)
+            start = (surplus * beside_heads(self.counted[:, : self.past], surplus)).sum(1, keepdim=True)
+        return running_sum(increments, self._now, gap=self.gap, start=start, minus_counted=self._minus)
 
     def between(self) -> Bool[Tensor, "#batch pos"]:
         """The tokens whose increment lies between two real ones: all but the first (gap "after": the last)."""
-        real = self.real_now()
         if self.gap == "before":
             return self._now.bool()
+
+        # With gap "after" the last real token drops out; counted from the end, it is number 1.
+        real = self.real_now()
         return real & (real.flip(1).cumsum(1).flip(1) > 1)
 
     def real_now(self) -> Bool[Tensor, "#batch pos"]:
@@ -110,10 +113,10 @@ class Documents:
         self, increments: Float[Tensor, "batch pos *head"], surplus: Float[Tensor, "batch past *head"] | None
     ) -> Float[Tensor, "batch pos *head"]:
         """As `Line.sum`; there is never a cache."""
-        total = (increments.to(self.wide) - 1).cumsum(1)
-        if self.gap == "after":
-            total = _shifted(total, None)
-        return total - total.gather(1, like(self.starts, total).expand(total.shape))
+        total = running_sum(increments, gap=self.gap, dtype=self.wide.dtype)
+
+        # One sum over the whole row, less what it had come to where the document begins.
+        return total - total.gather(1, beside_heads(self.starts, total).expand(total.shape))
 
     def between(self) -> Bool[Tensor, "#batch pos"]:
         """As `Line.between`, of each document."""
@@ -147,7 +150,7 @@ class Tree:
         self.roots = self.every.sum(2) == 1
         if self.gap == "before":
             counted = self.ancestors & ~self.roots[:, None]
-        else:
+        else:  # a token's own increment lies after it
             counted = self.ancestors & ~_diagonal(self.ancestors)
         self._counted = counted.to(self.wide)
 
@@ -156,6 +159,8 @@ class Tree:
     ) -> Float[Tensor, "batch pos *head"]:
         """As `Line.sum`."""
         own = increments.to(self.wide) - 1
+
+        # A token may have any set of ancestors, so this sum is no running one: ancestors times increments.
         every = own if surplus is None else torch.cat([surplus, own], dim=1)
         counted = self._counted.expand(len(every), -1, -1)
         return torch.einsum("bqk,bk...->bq...", counted, every)
@@ -185,7 +190,7 @@ def visible_tokens(
     real: Bool[Tensor, "#batch past"] | None,
     ancestors: Bool[Tensor, "#batch past past"] | None,
 ) -> Visible:
-    """What the tokens of a forward pass see of each other.
+    """Find out which tokens of a forward pass see which.
 
     Args:
         mask: what the model was given as attention mask: None, padding [batch, total], scores to add or a boolean
@@ -205,14 +210,10 @@ def visible_tokens(
     length = ids.shape[1]
     total = past + length
     mask = _one_mask(mask)
+
     if mask is not None and mask.ndim == 4:
         seen = _seen(mask, past, length, slides).to(wide.device)
-        line = None
-        if ancestors is None and not torch.compiler.is_compiling():
-            line = _as_padding(seen, past, real)
-        if line is None:
-            return _tree(seen, past, gap, wide, real, ancestors)
-        return Line(past, length, gap, line, wide)
+        return _line_or_tree(seen, past, gap, wide, real, ancestors)
 
     if mask is not None and mask.shape[1] != total:
         raise PositionsError(
@@ -220,29 +221,24 @@ def visible_tokens(
             "those of the key-value cache included."
         )
     mask = None if mask is None else mask.bool().to(wide.device)
+
+    # No mask for a cache that holds padding: that padding stays hidden, and what comes now is real.
     if mask is None and real is not None:
         mask = functional.pad(real, (0, length), value=True)
+
+    # A cache that holds a tree, which this pass goes on from.
     if ancestors is not None:
         seen = torch.ones(1, length, total, dtype=torch.bool, device=wide.device).tril(past)
         seen = seen if mask is None else seen & mask[:, None] & mask[:, past:, None]
         return _tree(seen, past, gap, wide, real, ancestors)
+
     if packed and mask is None and past == 0:
         return Documents(_starts(ids), gap, wide)
     return Line(past, length, gap, mask, wide)
 
 
-def like(x: Tensor, values: Float[Tensor, "batch pos *head"]) -> Tensor:
-    """Numbers [batch pos] beside values that may have heads."""
-    return x if values.ndim == 2 else x.unsqueeze(-1)
-
-
-def _shifted(total: Tensor, start: Tensor | None) -> Tensor:
-    """The sum up to the token before."""
-    first = torch.zeros_like(total[:, :1]) if start is None else start
-    return torch.cat([first, total[:, :-1]], dim=1)
-
-
 def _diagonal(ancestors: Bool[Tensor, "#batch pos total"]) -> Bool[Tensor, "pos total"]:
+    """Each token of this pass beside itself among all tokens."""
     length, total = ancestors.shape[1:]
     return (
         torch.ones(length, total, dtype=torch.bool, device=ancestors.device).tril(total - length).triu(total - length)
@@ -252,17 +248,20 @@ def _diagonal(ancestors: Bool[Tensor, "#batch pos total"]) -> Bool[Tensor, "pos 
 def _starts(ids: Int[Tensor, "#batch pos"]) -> Int[Tensor, "#batch pos"]:
     """The first token of each token's document: ids that do not go on by one begin another."""
     index = torch.arange(ids.shape[1], device=ids.device)
+
+    # The largest beginning so far is the last one.
     begins = functional.pad(ids.diff(dim=1) != 1, (1, 0), value=True)
     return torch.where(begins, index, 0).cummax(1).values
 
 
 def _one_mask(mask: Any) -> Tensor | None:
-    """The mask itself, of several kinds of layer that which hides least: full attention's."""
+    """Return the mask; of one for each kind of layer, the one that hides least: that of full attention."""
     if isinstance(mask, dict):
         known = [m for m in mask.values() if m is not None]
-        if len(known) < len(mask):  # None hides nothing
+        if len(known) < len(mask):  # a kind of layer without a mask: None hides nothing
             return None
         return _one_mask(mask.get("full_attention", known[0] if known else None))
+
     if mask is None or (isinstance(mask, Tensor) and mask.ndim in (2, 4)):
         return mask
     given = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
@@ -273,7 +272,10 @@ def _one_mask(mask: Any) -> Tensor | None:
 
 
 def _seen(mask: Tensor, past: int, length: int, slides: bool) -> Bool[Tensor, "#batch pos total"]:
-    """Which tokens each token of this pass sees, itself among them; of two that see each other, the later one."""
+    """Return which tokens each token of this pass sees, itself among them.
+
+    Two tokens of an image may see each other. The sum needs an order, so the later one is taken to see the earlier.
+    """
     total = past + length
     if mask.shape[2] != length or (mask.shape[3] < total and not slides):
         raise PositionsError(
@@ -284,27 +286,52 @@ def _seen(mask: Tensor, past: int, length: int, slides: bool) -> Bool[Tensor, "#
             f"the attention mask is {mask.dtype} of shape {tuple(mask.shape)}; expected booleans or numbers to add to "
             "the scores."
         )
+
     seen = mask if mask.dtype == torch.bool else mask > HIDDEN
     if mask.shape[1] > 1 and not bool((seen == seen[:, :1]).all()):
         raise PositionsError(
             f"the attention mask {tuple(mask.shape)} hides other tokens from some heads than from others; expected one "
             "for all, as a token has one position."
         )
+
+    # A cache that a window slides over drops its first tokens, so a mask of its keys begins after them.
     seen = functional.pad(seen[:, 0, :, :total], (max(total - mask.shape[3], 0), 0))
     now = seen[..., past:]
     now = now & (now.tril() | ~now.transpose(1, 2))
     seen = torch.cat([seen[..., :past], now], dim=2)
+
+    # A real token sees itself, whatever the mask says; padding sees nothing.
     return seen | (seen.any(2, keepdim=True) & _diagonal(seen))
+
+
+def _line_or_tree(
+    seen: Bool[Tensor, "#batch pos total"],
+    past: int,
+    gap: str,
+    wide: Tensor,
+    real: Bool[Tensor, "#batch past"] | None,
+    ancestors: Bool[Tensor, "#batch past past"] | None,
+) -> Line | Tree:
+    """Read a mask of queries and keys: a padding mask in another form, or a tree."""
+    # A compiler cannot follow that choice, as it depends on values; the tree is exact for both.
+    padding = None
+    if ancestors is None and not torch.compiler.is_compiling():
+        padding = _as_padding(seen, past, real)
+    if padding is None:
+        return _tree(seen, past, gap, wide, real, ancestors)
+    return Line(past, seen.shape[1], gap, padding, wide)
 
 
 def _as_padding(
     seen: Bool[Tensor, "#batch pos total"], past: int, real: Bool[Tensor, "#batch past"] | None
 ) -> Bool[Tensor, "#batch total"] | None:
-    """The padding mask that says the same, where there is one."""
+    """Return the padding mask that says the same, or None where there is none."""
     columns = seen.any(1)
     known = torch.ones_like(columns[:1, :past]) if real is None else real
     if not torch.equal(*torch.broadcast_tensors(columns[:, :past], known)):
         return None
+
+    # Real tokens see all real tokens before them; what the rows of padding say has no effect.
     causal = columns[:, None] & torch.ones_like(seen[:1]).tril(past)
     of_real = columns[:, past:, None]
     return columns if torch.equal(seen & of_real, causal & of_real) else None
@@ -318,11 +345,16 @@ def _tree(
     real: Bool[Tensor, "#batch past"] | None,
     ancestors: Bool[Tensor, "#batch past past"] | None,
 ) -> Tree:
-    """The ancestors of the tokens of this pass: what they see, what that sees, and so on."""
+    """Follow what tokens see, what that sees, and so on, to the ancestors of each token.
+
+    seen once      d -> c      c -> b      b -> a
+    twice          d -> c, b   c -> b, a   b -> a
+    four times     d -> c, b, a            each round reaches twice as far as the one before
+    """
     length = seen.shape[1]
     now, before = seen[..., past:], seen[..., :past]
-    for _ in range(max(length - 1, 1).bit_length()):  # each time twice as far
-        further = _through(now, now) | now
+    for _ in range(max(length - 1, 1).bit_length()):
+        further = _two_steps(now, now) | now
         if not torch.compiler.is_compiling() and torch.equal(further, now):
             break
         now = further
@@ -331,15 +363,17 @@ def _tree(
     if ancestors is None:
         ancestors = torch.ones(1, past, past, dtype=torch.bool, device=seen.device).tril()
         ancestors = ancestors if real is None else ancestors & real[:, None]
-    before = _through(now, before) | before
-    before = _through(before, ancestors) | before
+    before = _two_steps(now, before) | before
+    before = _two_steps(before, ancestors) | before
 
+    # The rows of the cache's tokens above those of this pass, for the next pass.
     found = torch.cat([before, now], dim=2)
     rows = max(len(found), len(ancestors))
     earlier = functional.pad(ancestors, (0, length)).expand(rows, -1, -1)
-    return Tree(found, torch.cat([earlier, found.expand(rows, -1, -1)], dim=1), past, gap, wide)
+    every = torch.cat([earlier, found.expand(rows, -1, -1)], dim=1)
+    return Tree(found, every, past, gap, wide)
 
 
-def _through(first: Bool[Tensor, "#batch i j"], then: Bool[Tensor, "#batch j k"]) -> Bool[Tensor, "#batch i k"]:
-    """Who is reached in two steps."""
+def _two_steps(first: Bool[Tensor, "#batch i j"], then: Bool[Tensor, "#batch j k"]) -> Bool[Tensor, "#batch i k"]:
+    """Return which tokens are reached by a step of the first relation and then one of the second."""
     return (first.float() @ then.float()) > 0

@@ -12,9 +12,9 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from ..core.attach import unbridged
 from ..core.find_attention import parameters
+from ..core.model_state import evaluating
 from ..errors import PositionsError
 from ..interventions import HOOK, Hooks, Some, hook_names
-from .partial_forward import evaluating
 
 EARLIEST = 16
 """Queries before this one are left out where attention is judged from afar: they have few keys to choose from."""

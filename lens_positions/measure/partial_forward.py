@@ -12,8 +12,7 @@ it does not give the baseline's logits back, every run is one of the whole promp
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any, cast
@@ -25,6 +24,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import DynamicCache
 
 from ..core.kv_cache import memory_of
+from ..core.model_state import evaluating
+from ..core.transformer_lens_internals import returning
 from ..interventions import Hooks, streams_of
 
 
@@ -142,7 +143,7 @@ class Replay:
             for layer, copies in joining.items()
         ]
         try:
-            with self._skipping(first), self.model.hooks(fwd_hooks=hooks):
+            with returning(self._blocks[:first], self._outputs), self.model.hooks(fwd_hooks=hooks):
                 return self._logits(self.tokens[:, token:], self._prefix(token, present) if token else None)
         finally:
             for handle in handles:
@@ -183,34 +184,3 @@ class Replay:
 
     def _keep_output(self, _block: Any, _args: Any, output: Any) -> None:
         self._outputs.append(output)
-
-    @contextmanager
-    def _skipping(self, layer: int) -> Iterator[None]:
-        """Blocks below a layer compute nothing; what they return is not used."""
-        below = [vars(block) for block in self._blocks[:layer]]
-        own = [attributes.get("forward") for attributes in below]
-        try:
-            for attributes, output in zip(below, self._outputs, strict=False):
-                attributes["forward"] = _returning(output)  # past a bridge component's own __setattr__
-            yield
-        finally:
-            for attributes, forward in zip(below, own, strict=True):
-                del attributes["forward"]
-                if forward is not None:
-                    attributes["forward"] = forward
-
-
-def _returning(result: Any) -> Callable[..., Any]:
-    return lambda *_args, **_kwargs: result
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Without dropout for the time being."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module in training:
-            module.training = True

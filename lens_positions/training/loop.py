@@ -43,7 +43,7 @@ from torch.nn import functional
 from transformers import get_cosine_schedule_with_warmup
 
 from ..checkpoint import load_pretrained, replaced_folder, save_pretrained
-from ..core.attach import PositionStreams
+from ..core.position_streams import PositionStreams
 from ..errors import PositionsError
 from ..exits import interruption
 from ..model import build_model

@@ -1,0 +1,56 @@
+"""What a block of code changes in a model for the time being, and gives back: modes, modules, hooks and settings."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch a model to eval mode, in which dropout is off, and each module back to its own mode at the end."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def restored_on_failure(*models: Any) -> Iterator[None]:
+    """Give models back their modules, hooks, settings, configuration, and what learns, if the block raises.
+
+    Attributes are noted one by one, and dicts among them (modules, parameters, hooks) with what they hold. Values of
+    tensors are not: a block must not write into weights.
+    """
+    roots = [model for model in models if isinstance(model, nn.Module)]
+    modules = {id(module): module for root in roots for module in root.modules()}
+    configs = [model.config for model in models if getattr(model, "config", None) is not None]
+    attributes = [(vars(owner), _noted(vars(owner))) for owner in (*modules.values(), *configs)]
+    learns = [(parameter, parameter.requires_grad) for root in roots for parameter in root.parameters()]
+    try:
+        yield
+    except BaseException:
+        for present, noted in attributes:
+            _put_back(present, noted)
+        for parameter, learned in learns:
+            parameter.requires_grad_(learned)
+        raise
+
+
+def _noted(attributes: dict[str, Any]) -> dict[str, tuple[Any, dict[Any, Any] | None]]:
+    """Each attribute, and a copy of what it holds where it is a dict."""
+    return {name: (value, dict(value) if isinstance(value, dict) else None) for name, value in attributes.items()}
+
+
+def _put_back(attributes: dict[str, Any], noted: dict[str, tuple[Any, dict[Any, Any] | None]]) -> None:
+    attributes.clear()
+    for name, (value, content) in noted.items():
+        # The same dict as before: handles of hooks refer to it.
+        if content is not None:
+            value.clear()
+            value.update(content)
+        attributes[name] = value

@@ -1,0 +1,161 @@
+"""From increments to positions, and from positions to cos and sin: all the arithmetic of the idea.
+
+Standard RoPE puts each token one step after the one before it. Here that step is an increment d of any size, and a
+position is the sum of the increments on the way. Three tokens, of which the second stands half a step after the first
+and the third two steps after the second:
+
+    >>> increments = torch.tensor([[1.0, 0.5, 2.0]], requires_grad=True)
+    >>> ids = torch.tensor([[0, 1, 2]])  # the model's own position ids
+
+Positions are the model's own ids plus the running sum of d - 1, so that increments of 1 give the ids back to the bit,
+and the ids keep what they know of padding and caches. With gap "before", d is the step before its token, and that of
+the first token counts for nothing, since nothing is there for it to be away from:
+
+    >>> counted = torch.tensor([[0.0, 1.0, 1.0]], dtype=torch.float64)
+    >>> positions = positions_at(ids, running_sum(increments, counted, gap="before"), torch.float32)
+    >>> positions.tolist()
+    [[0.0, 0.5, 2.5]]
+
+With gap "after", d is the step after its token, and that of the last token counts for nothing:
+
+    >>> positions_at(ids, running_sum(increments, gap="after"), torch.float32).tolist()
+    [[0.0, 1.0, 1.5]]
+
+The model's own rotary module turns positions into cos and sin, here of a single frequency of one radian a step:
+
+    >>> from transformers.models.llama.modeling_llama import LlamaConfig, LlamaRotaryEmbedding
+    >>> module = LlamaRotaryEmbedding(LlamaConfig(hidden_size=2, num_attention_heads=1))
+    >>> def rotary(positions):
+    ...     return module(torch.empty(0), positions)
+    >>> def frequencies(positions):
+    ...     return torch.tensor([1.0, 1.0])
+    >>> cos, sin = cos_and_sin(positions, rotary, frequencies)
+    >>> cos[0, :, 0].tolist() == positions[0].cos().tolist()
+    True
+
+Rotary modules work without gradients. `cos_and_sin` ties the gradient on: d sin(p) / dp = cos(p), and the last
+token's p moves with the second and third increments alike.
+
+    >>> sin[0, 2, 0].backward()
+    >>> increments.grad[0].tolist() == [0.0, cos[0, 2, 0].item(), cos[0, 2, 0].item()]
+    True
+
+Which tokens a position sums over, where they are not simply all before it, is in `visible_tokens.py`.
+
+Rotary embedding: Su et al., "RoFormer" (arXiv 2104.09864).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+CosSin = tuple[Float[Tensor, "batch pos *head d_rotary"], Float[Tensor, "batch pos *head d_rotary"]]
+
+
+def running_sum(
+    increments: Float[Tensor, "batch pos *head"],
+    counted: Float[Tensor, "#batch pos"] | None = None,
+    *,
+    gap: str,
+    start: Float[Tensor, "batch 1 *head"] | None = None,
+    minus_counted: Float[Tensor, "#batch pos"] | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Float[Tensor, "batch pos *head"]:
+    """Sum d - 1 over the tokens up to each one.
+
+    Args:
+        increments: d of each token.
+        counted: 1 where d counts, 0 where it does not (padding), in the dtype of the sum; None: every d counts.
+        gap: "before" ends each sum with the token's own d, "after" with that of the token before it.
+        start: what the tokens of a key-value cache sum to; None is 0.
+        minus_counted: -counted, from a caller that has it, which saves an operator in every layer.
+        dtype: of the sum. In float32, errors would add up over a long text.
+    """
+    if counted is None:
+        surplus = increments.to(dtype) - 1
+    else:
+        # counted * d - counted, which is (d - 1) * counted, in one operator that also widens d.
+        minus = -counted if minus_counted is None else minus_counted
+        surplus = torch.addcmul(beside_heads(minus, increments), beside_heads(counted, increments), increments)
+
+    total = surplus.cumsum(1)
+    if start is not None:
+        total = total + start
+    if gap == "before":
+        return total
+
+    # The sum up to the token before, whose d leads to this one.
+    first = torch.zeros_like(total[:, :1]) if start is None else start
+    return torch.cat([first, total[:, :-1]], dim=1)
+
+
+def positions_at(
+    ids: Int[Tensor, "#batch pos"], total: Float[Tensor, "batch pos *head"], dtype: torch.dtype
+) -> Float[Tensor, "batch pos *head"]:
+    """Positions: the model's own position ids plus the running sum, added in the sum's float64 and rounded once."""
+    return (beside_heads(ids, total) + total).to(dtype)
+
+
+def beside_heads(x: Tensor, values: Float[Tensor, "batch pos *head"]) -> Tensor:
+    """Numbers [batch, pos] in a shape that broadcasts with values that may have a head axis."""
+    return x if values.ndim == 2 else x.unsqueeze(-1)
+
+
+def cos_and_sin(
+    positions: Float[Tensor, "batch pos *head"],
+    rotary: Callable[[Tensor], CosSin],
+    frequencies: Callable[[Tensor], Float[Tensor, " d_rotary"]],
+) -> CosSin:
+    """Rotate by positions: cos and sin as the model's own rotary module gives them, with the gradient of the positions.
+
+    Args:
+        positions: one for each token, or one for each token and head.
+        rotary: the module, from positions [batch, pos] to cos and sin [batch, pos, d_rotary].
+        frequencies: the radians per position of each component of cos and sin, at such positions; called only where
+            gradients are recorded.
+
+    Returns:
+        cos and sin, with the head axis before the last one where positions have it.
+    """
+    # A rotary module knows no heads: those of a token stand in a row, as if they were more tokens.
+    flat = positions.flatten(1)
+    with torch.no_grad():
+        cos, sin = rotary(flat)
+    if positions.requires_grad and torch.is_grad_enabled():
+        cos, sin = RotaryGradient.apply(flat, cos, sin, frequencies(flat))
+    if positions.ndim == 2:
+        return cos, sin
+    return cos.unflatten(1, positions.shape[1:]), sin.unflatten(1, positions.shape[1:])
+
+
+class RotaryGradient(torch.autograd.Function):
+    """cos and sin as they are, with the gradient of the positions that they were computed from.
+
+    The model's own module computes them under no_grad, so that scaled, partial and two-base RoPE stay exact. The
+    derivative needs only the frequencies w of the module: d cos / dp = -w sin and d sin / dp = w cos. A factor that
+    the module multiplies both with (attention scaling) is in cos and sin already, and so in their derivatives.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, positions: Float[Tensor, "batch pos"], cos: Tensor, sin: Tensor, w: Float[Tensor, " d_rotary"]
+    ) -> CosSin:
+        """Return cos and sin in the dtype of the model."""
+        # An autograd function must not return its inputs themselves; a view costs nothing.
+        cos, sin = cos.view_as(cos), sin.view_as(sin)
+        ctx.save_for_backward(cos, sin, w)
+        ctx.dtype = positions.dtype
+        return cos, sin
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None]:
+        """Return the gradient of the positions, in their float32 (or float64) whatever the model's dtype."""
+        cos, sin, w = ctx.saved_tensors
+        grad_cos, grad_sin = gradients
+
+        # Sum over components of w (grad_sin cos - grad_cos sin).
+        angle = torch.addcmul(grad_sin.to(ctx.dtype) * cos, grad_cos.to(ctx.dtype), sin, value=-1)
+        return angle @ w, None, None, None
