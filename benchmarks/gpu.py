@@ -66,7 +66,9 @@ def main(options: Options) -> None:
     """Time what fits, print each figure, and write them."""
     began = time.monotonic()
     if not torch.cuda.is_available():
-        raise SystemExit("there is no CUDA device here; expected one, for benchmarks/compiled.py runs anywhere.")
+        raise SystemExit(
+            "there is no CUDA device here; expected one (python benchmarks/compiled.py runs on any machine)."
+        )
     card = torch.cuda.get_device_name()
     output = options.output or Path("benchmarks") / f"gpu-{card.split()[-1] if 'HBM' not in card else 'H100'}.json"
     config = load_preset(options.preset)

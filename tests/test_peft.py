@@ -377,9 +377,9 @@ def test_lora_on_a_source_is_part_of_what_runs(plain):
 
 
 def test_increments_lora_and_peft_s_own_files(plain, tmp_path, monkeypatch):
-    """The README's lines, as they stand there: peft first, streams after it, one folder that both libraries read."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
-    adapt, attach, save = [line.strip() for line in readme.splitlines() if re.match("    .*peft_model", line)]
+    """The lines of docs/how-to/graft.md: peft first, streams after it, one folder that both libraries read."""
+    page = (Path(__file__).parent.parent / "docs" / "how-to" / "graft.md").read_text("utf-8")
+    adapt, attach, save = [line.strip() for line in page.splitlines() if re.match("    .*peft_model", line)]
     monkeypatch.chdir(tmp_path)
     names = {"lp": lp, "get_peft_model": get_peft_model, "LoraConfig": LoraConfig, "PeftModel": PeftModel}
     names |= {"model": bare(plain), "name": plain}

@@ -47,7 +47,7 @@ class RunConfig:
 
     Args:
         corpus: english, chinese, bilingual, bilingual-large, code, a file, a folder or a hub dataset
-            (owner/name[:config][:split]).
+            (owner/name, with :config and :split where it has them).
         text_column: the column of a table or a hub dataset that holds the text.
         max_bytes: a cap on the corpus; needed for a hub dataset.
         steps: optimizer steps.

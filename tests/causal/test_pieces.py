@@ -296,7 +296,7 @@ def test_a_layer_keeps_what_enters_it_and_no_pattern():
 
 
 def test_the_measured_memory_is_half_and_the_time_a_third_more_at_most():
-    path = Path(__file__).parents[1] / "benchmarks" / "attribution_memory.json"
+    path = Path(__file__).parents[2] / "benchmarks" / "attribution_memory.json"
     found = json.loads(path.read_text())
     most = {(row["tokens"], row["how"]): row["gb_at_most"] for row in found["memory"] if row["method"] == "gradient"}
     assert most[2048, "pieces"] < most[2048, "whole"] / 2
