@@ -124,9 +124,11 @@ class ForwardPass:
     def as_it_is(self) -> "ForwardPass":
         """A copy of the pass at this point: what runs in it does what it would do now, and leaves this one alone."""
         self.held = True
-        shared = [replace(work) for work in self.shared]  # which a later layer may add a rotation to
-        kept = replace(self, shared=shared, outer=None, finished=False)
-        for name in ("calls", "residuals", "turned", "heads", "rotary_calls", "remembered"):
+
+        # A later layer may add a rotation to what is shared.
+        shared = [replace(positions) for positions in self.shared_positions]
+        kept = replace(self, shared_positions=shared, outer=None, finished=False)
+        for name in ("calls", "residuals", "of_leaders", "of_heads", "rotary_calls", "shared_surplus"):
             setattr(kept, name, getattr(self, name).copy())
         return kept
 
@@ -193,14 +195,14 @@ class CurrentPass:
         self._eager.forward_pass = forward_pass
 
     @contextmanager
-    def within(self, step: ForwardPass) -> Iterator[None]:
+    def within(self, forward_pass: ForwardPass) -> Iterator[None]:
         """Run something in another pass than the one that this thread is in, or in none."""
         outer = self._of_thread()
-        self._eager.step = step
+        self._eager.forward_pass = forward_pass
         try:
             yield
         finally:
-            self._eager.step = outer
+            self._eager.forward_pass = outer
 
     def _of_thread(self) -> ForwardPass | None:
         # Eager code inside a compiled pass (a graph break) finds that pass.
