@@ -18,7 +18,6 @@ Integrated gradients: Sundararajan et al., "Axiomatic Attribution for Deep Netwo
 import math
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import Literal
 
 import numpy as np
