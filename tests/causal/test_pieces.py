@@ -301,3 +301,6 @@ def test_the_measured_memory_is_half_and_the_time_a_third_more_at_most():
     most = {(row["tokens"], row["how"]): row["gb_at_most"] for row in found["memory"] if row["method"] == "gradient"}
     assert most[2048, "pieces"] < most[2048, "whole"] / 2
     assert all(row["ratio"] < 4 / 3 for row in found["time"])
+    said = (path.parents[1] / "docs" / "measurements.md").read_text("utf-8")
+    for length in (512, 1024, 2048):
+        assert f"| {length:,} | {most[length, 'whole']:.2f} GB | {most[length, 'pieces']:.2f} GB |" in said
