@@ -13,6 +13,7 @@ from families import CHECKED, COUNTED, FAMILIES, PAGE, SUPPORTED_ARCHITECTURES, 
 from transformer_lens.model_bridge import TransformerBridge
 
 import lens_positions as lp
+from lens_positions.core.rotation import SinusoidTable
 
 
 def test_every_architecture_of_transformer_lens_is_accounted_for():
@@ -165,7 +166,7 @@ def test_the_table_of_gpt_j_is_its_own_again_after_an_error():
 def test_fractional_positions_of_a_table_are_those_of_its_frequencies():
     table = families.build("GPTJForCausalLM").transformer.h[0].attn.embed_positions
     positions = torch.tensor([[0.0, 3.0, 3.25, 17.5, -2.5, 100.75]])  # the table has 64 rows
-    cos, sin = lp.rotary.SinusoidTable(table).forward(table, positions)
+    cos, sin = SinusoidTable(table).forward(table, positions)
     w = 10_000 ** -(torch.arange(0, 4, 2) / 4)
     assert torch.equal(torch.cat([sin, cos], dim=-1)[0, :2], table[[0, 3]])
     assert families.apart(cos, (positions[..., None] * w).cos()) < 1e-5
