@@ -663,7 +663,7 @@ def _dispersal(table: pd.DataFrame) -> dict[str, float]:
     slope = (many["entropy"] - few["entropy"]) / more_items
     falls = np.log(many["largest"] / few["largest"]) / more_items
     more = many["entropy_low"] > few["entropy_high"]
-    return {
+    found = {
         "sharp": sharp.sum(),
         "heads": len(sharp),
         "share": more[sharp].mean(),
@@ -674,6 +674,7 @@ def _dispersal(table: pd.DataFrame) -> dict[str, float]:
         "others": slope[~sharp].median(),
         "falls": falls[sharp].median(),
     }
+    return {name: float(value) for name, value in found.items()}
 
 
 def temperature_on_text(of: Machinery) -> Finding:

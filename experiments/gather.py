@@ -72,14 +72,23 @@ def gather(asked: GatherConfig) -> list[str]:
         )
     asked.results.mkdir(parents=True, exist_ok=True)
     asked.files.mkdir(parents=True, exist_ok=True)
-    changed = []
     with FileLock(asked.files / "gather.lock"):  # what another process gathers meanwhile would be lost
-        for name, content in _merged(read_gathered(asked.results), new).files().items():
-            path = asked.results / name
-            if not path.is_file() or path.read_bytes() != content:
-                write_whole(path, lambda file, content=content: file.write(content))  # type: ignore[misc]
-                changed.append(name)
-    return changed
+        old = read_gathered(asked.results)
+        return _write(_merged(old, new).files(), {*old.tables, *old.lines}, asked.results)
+
+
+def _write(files: dict[str, bytes], before: set[str], folder: Path) -> list[str]:
+    """Write what has changed, remove what has no rows left, and return the names of both."""
+    changed = []
+    for name, content in files.items():
+        path = folder / name
+        if not path.is_file() or path.read_bytes() != content:
+            write_whole(path, lambda file, content=content: file.write(content))  # type: ignore[misc]
+            changed.append(name)
+    gone = sorted(before - set(files))
+    for name in gone:
+        (folder / name).unlink()
+    return [*changed, *gone]
 
 
 def suite_tables(folder: Path) -> Tables:

@@ -5,7 +5,15 @@ from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from tabulate import DataRow, TableFormat
+
+from lens_positions.corpora import MissingPackageError
+
+try:
+    from tabulate import DataRow, TableFormat
+except ModuleNotFoundError as error:
+    raise MissingPackageError(
+        "the package tabulate is not here, which writes tables in Markdown; expected pip install 'lens-positions[dev]'."
+    ) from error
 
 
 def grid(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> pd.DataFrame:
