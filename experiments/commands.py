@@ -17,6 +17,7 @@ from .options import (
     ROPE_VARIANTS,
     SHIPPED,
     VARIANTS,
+    GatherConfig,
     MachineryConfig,
     MaximumConfig,
     MeasureConfig,
@@ -51,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         "measure": measure_command,
         "rope": rope_command,
         "maximum": maximum_command,
+        "gather": gather_command,
         "results": results_command,
         "ship": ship_command,
     }
@@ -91,9 +93,20 @@ def measure_command(argv: list[str]) -> int:
     return 0
 
 
+def gather_command(argv: list[str]) -> int:
+    """Gather the files of suites and measurements into the tidy tables of the repository."""
+    description = "Gather what suite, measure, rope and maximum left, file by file, into one table a measurement."
+    config = tyro.cli(GatherConfig, prog="lens-positions experiments gather", description=description, args=argv)
+
+    from .gather import gather
+
+    print(f"changed in {config.results}: {', '.join(gather(config)) or 'nothing'}")
+    return 0
+
+
 def results_command(argv: list[str]) -> int:
-    """Write RESULTS.md from the files of results."""
-    description = "Write RESULTS.md and its figures from the files of results alone."
+    """Write RESULTS.md from the tables of results."""
+    description = "Write RESULTS.md and its figures from the tables of results alone."
     config = tyro.cli(ResultsConfig, prog="lens-positions experiments results", description=description, args=argv)
 
     from .results import write_results

@@ -1,4 +1,4 @@
-"""What was reported, what was found, and the verdict: a function a finding, from the result files of a suite.
+"""What was reported, what was found, and the verdict: a function a finding, from the results of a suite.
 
 The rule of each verdict stands in RESULTS.md beside it. When the rules were first written, one run (tiny,
 per_layer-0) and the grafts had been measured; they were made stricter once after that.
@@ -16,13 +16,18 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from lens_positions.errors import PositionsError
 from lens_positions.terminal import with_interval
+from lens_positions.training.schema import RunResults
 
+from .markdown import grid
 from .options import VARIANTS
-from .suite import by_seed, loss_table, paired_difference, read_scores
+from .suite import diverged_at, loss_table, paired_difference, scores_by_seed
+from .tables import Tables
 
 Verdict = Literal["reproduced", "not reproduced", "different", "undecided", "new", "not measured"]
+
+Block = pd.DataFrame | str
+"""A table of a finding, or a paragraph."""
 
 NEUTRAL = 0.01
 """Nats per byte (of the graft: per token): a cost whose whole interval is below it does not matter at this size."""
@@ -81,41 +86,36 @@ class Finding:
     verdict: Verdict
     sentence: str
     rule: str
-    lines: list[str] = field(default_factory=list)  # a table, or a list
+    blocks: list[Block] = field(default_factory=list)  # tables, and paragraphs
     files: list[str] = field(default_factory=list)
     figure: tuple[str, str, Callable[[Path], object]] | None = None  # its name, what it shows, and what draws it
 
 
 class Suite:
-    """The result files of a suite."""
+    """The results of a suite."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.losses = loss_table(folder)
+    def __init__(self, results: Tables, name: str) -> None:
+        self.results, self.name = results, name
+        self.losses = loss_table(results, name)
 
-    def runs(self, variant: str) -> dict[int, Path]:
-        """The scored runs of a variant, by seed."""
-        return {seed: run for seed, run in by_seed(self.folder, variant).items() if (run / "run.json").is_file()}
-
-    def paths(self, variant: str, name: str) -> dict[int, Path]:
-        """Where the tables of a measurement are, by seed."""
-        paths = {seed: run / f"{name}.csv" for seed, run in self.runs(variant).items()}
-        return {seed: path for seed, path in paths.items() if path.is_file()}
+    def runs(self, variant: str) -> dict[int, RunResults]:
+        """What is known of the scored runs of a variant, by seed."""
+        own = {run.seed: of for run, of in self.results.runs.items() if run[:2] == (self.name, variant)}
+        return {seed: own[seed] for seed in sorted(seed for seed in own if seed is not None) if "step" not in own[seed]}
 
     def tables(self, variant: str, name: str) -> dict[int, pd.DataFrame]:
-        """A measurement of the runs of a variant, by seed."""
-        try:
-            return {seed: pd.read_csv(path) for seed, path in self.paths(variant, name).items()}
-        except ValueError as error:
-            raise PositionsError(f"a {name}.csv in {self.folder} is damaged ({error}); expected a table.") from error
+        """A measurement of the scored runs of a variant, by seed."""
+        scored = self.runs(variant)
+        found = self.results.seeds(name, self.name, variant)
+        return {seed: table for seed, table in found.items() if seed in scored}
 
     def files(self, variant: str, *names: str) -> list[str]:
-        """The names of these files, as RESULTS.md gives them."""
-        return [path.as_posix() for name in names for path in self.paths(variant, name).values()]
+        """The files of these measurements where a variant has them, as RESULTS.md gives them."""
+        return [self.results.path(name) for name in names if self.tables(variant, name)]
 
     def diverged(self, variant: str) -> str:
         """The seeds of a variant whose loss stopped being a number, each with its step."""
-        return next(iter(self.losses.loc[self.losses["variant"] == variant, "diverged"]), "")
+        return diverged_at(self.results, self.name, variant)
 
     def paired(self, variant: str, contexts: int = 1) -> "pd.Series[Any] | None":
         """As `loss`, where there is a seed that static has too."""
@@ -124,14 +124,14 @@ class Suite:
 
     def difference(self, variant: str, other: str) -> dict[str, float] | None:
         """The loss of a variant minus another's, as `paired_difference`; None without a seed that both have."""
-        seeds = sorted(set(self.runs(variant)) & set(self.runs(other)))
+        ours, theirs = (scores_by_seed(self.results, self.name, own) for own in (variant, other))
+        seeds = [seed for seed in ours if seed in theirs]
         if not seeds:
             return None
-        scores = [[read_scores(self.runs(name)[seed] / "heldout.csv") for seed in seeds] for name in (variant, other)]
-        shortest = min(scores[0][0].index.unique("length"))
-        size = scores[0][0].loc[shortest, "bytes"].to_numpy()
-        ours, theirs = (np.stack([table.loc[shortest, "nats"] for table in tables], axis=1) for tables in scores)
-        return paired_difference(ours - theirs, size)
+        shortest = min(ours[seeds[0]].index.unique("length"))
+        size = ours[seeds[0]].loc[shortest, "bytes"].to_numpy()
+        by_seed = [ours[seed].loc[shortest, "nats"] - theirs[seed].loc[shortest, "nats"] for seed in seeds]
+        return paired_difference(np.stack(by_seed, axis=1), size)
 
     def loss(self, variant: str, contexts: int = 1) -> "pd.Series[Any] | None":
         """The row of the loss table for a variant, read in pieces of so many training contexts; None without one."""
@@ -143,30 +143,6 @@ class Suite:
 
 def loss_neutral(suite: Suite) -> Finding:
     """Learned increments cost no loss."""
-    lines = [
-        "| increments | seeds | loss, nats per byte | difference to static | over seeds | over documents | reported |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for variant in VARIANTS:
-        row, diverged = suite.loss(variant), suite.diverged(variant)
-        gone = f"diverged: {diverged}" if diverged else ""
-        if row is None:
-            lines.append(f"| {NAMES[variant]} | {gone or 'not run'} | | | | | |")
-            continue
-        cells = [NAMES[variant], "; ".join(filter(None, [_seeds(row), gone])), f"{row['loss']:.4f}"]
-        if variant == "static":
-            cells += ["", "", "", ""]
-        elif suite.paired(variant) is None:
-            cells += ["static not run at its seeds", "", "", ""]
-        else:
-            cells += [f"{row['difference']:+.4f}", ends_of(row["seeds_low"], row["seeds_high"]) or "one seed"]
-            cells += [ends_of(row["documents_low"], row["documents_high"])]
-            cells += [f"{LOSS_REPORTED[variant]:+.4f}" if variant in LOSS_REPORTED else ""]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += [
-        "",
-        "A difference, and its intervals, are over the seeds that static has too; losses over all seeds of a row.",
-    ]
     both = {variant: suite.paired(variant) for variant in ("shared", "per_layer")}
     gone = "; ".join(
         f"{NAMES[variant]} diverged: {suite.diverged(variant)}" for variant in both if suite.diverged(variant)
@@ -194,22 +170,49 @@ def loss_neutral(suite: Suite) -> Finding:
         sentence + (f" {gone}." if gone else ""),
         f"reproduced where the intervals over seeds of shared and per layer end below {NEUTRAL} nats per byte (a gain "
         "is no cost) and no seed of theirs diverged; not reproduced where one lies wholly above; undecided otherwise.",
-        lines,
-        [f"{suite.folder}/*/heldout.csv"],
+        [
+            losses(suite),
+            "A difference, and its intervals, are over the seeds that static has too; losses over all seeds of a row.",
+        ],
+        [suite.results.path("heldout")],
     )
+
+
+def losses(suite: Suite, only_run: bool = False) -> pd.DataFrame:
+    """The losses of all variants, or of those that were run, beside static's and the reported ones."""
+    columns = ["increments", "seeds", "loss, nats per byte", "difference to static"]
+    columns += ["over seeds", "over documents", "reported"]
+    rows = []
+    for variant in VARIANTS:
+        row, diverged = suite.loss(variant), suite.diverged(variant)
+        gone = f"diverged: {diverged}" if diverged else ""
+        if row is None:
+            if gone or not only_run:
+                rows.append([NAMES[variant], gone or "not run", *[""] * 5])
+            continue
+        cells = [NAMES[variant], "; ".join(filter(None, [_seeds(row), gone])), f"{row['loss']:.4f}"]
+        if variant == "static":
+            cells += ["", "", "", ""]
+        elif suite.paired(variant) is None:
+            cells += ["static not run at its seeds", "", "", ""]
+        else:
+            cells += [f"{row['difference']:+.4f}", ends_of(row["seeds_low"], row["seeds_high"]) or "one seed"]
+            cells += [ends_of(row["documents_low"], row["documents_high"])]
+            cells += [f"{LOSS_REPORTED[variant]:+.4f}" if variant in LOSS_REPORTED else ""]
+        rows.append(cells)
+    return grid(columns, rows)
 
 
 def longer_texts(suite: Suite) -> Finding:
     """The same models on texts longer than those they were trained on."""
-    lines = ["| increments | seeds | 1 context | 2 contexts | 4 contexts |", "|---|---|---|---|---|"]
-    worse = []
+    table, worse = [], []
     for variant in VARIANTS:
         rows = [row for row in (suite.loss(variant, contexts) for contexts in (1, 2, 4)) if row is not None]
         if not rows:
             continue
         known = suite.paired(variant) is not None
         cells = [f"{row['loss']:.4f}" + (f" ({row['difference']:+.4f})" if known else "") for row in rows]
-        lines.append(f"| {NAMES[variant]} | {_seeds(rows[0])} | {' | '.join(cells)} |")
+        table.append([NAMES[variant], _seeds(rows[0]), *cells])
         last = suite.paired(variant, 4)
         if variant in ("shared", "per_layer") and last is not None:
             unit = "documents" if np.isnan(last["seeds_low"]) else "seeds"
@@ -225,8 +228,8 @@ def longer_texts(suite: Suite) -> Finding:
         else "Not run yet.",
         "no figure to compare with: an observation of its own, on the same bytes at every length; in brackets the "
         "difference to static at the same seeds.",
-        lines,
-        [f"{suite.folder}/*/heldout.csv"],
+        [grid(["increments", "seeds", "1 context", "2 contexts", "4 contexts"], table)],
+        [suite.results.path("heldout")],
     )
 
 
@@ -276,13 +279,10 @@ def kinds_of_bytes(variant: str, reported: dict[str, float], title: str, where: 
         said = ", ".join(f"{kind} {value:.2f}" for kind, value in reported.items()) + "."
         if not tables:
             return Finding(title, said, *_not_run(variant, suite), rule)
-        lines = [
-            "| kind | reported | " + " | ".join(f"seed {seed}" for seed in tables) + " |",
-            "|---|---|" + "---|" * len(tables),
-        ]
+        rows = []
         for kind in kinds:
             cells = [with_interval(table.loc[kind], "mean", ".2f") for table in tables.values()]
-            lines.append(f"| {kind} | {reported[kind]:.2f} | {' | '.join(cells)} |")
+            rows.append([kind, f"{reported[kind]:.2f}", *cells])
         ranks = [float(stats.spearmanr([*reported.values()], t.loc[kinds, "mean"]).statistic) for t in tables.values()]
         verdict: Verdict = "different"
         if min(ranks) >= 0.7:
@@ -292,8 +292,11 @@ def kinds_of_bytes(variant: str, reported: dict[str, float], title: str, where: 
         given = f"{', '.join(f'{rank:+.2f}' for rank in ranks)} ({_count_seeds(len(ranks))})"
         sentence = f"The order of kinds agrees with the reported one at a rank correlation of {given}."
         n = next(iter(tables.values()))["n"].sum()
-        lines += ["", f"Means and intervals over documents, {n:,} bytes {where}."]
-        return Finding(title, said, verdict, sentence, rule, lines, suite.files(variant, "kinds"))
+        blocks: list[Block] = [
+            grid(["kind", "reported", *(f"seed {seed}" for seed in tables)], rows),
+            f"Means and intervals over documents, {n:,} bytes {where}.",
+        ]
+        return Finding(title, said, verdict, sentence, rule, blocks, suite.files(variant, "kinds"))
 
     return find
 
@@ -314,20 +317,8 @@ def word_boundaries(suite: Suite) -> Finding:
     if not suite.tables("per_layer", "boundaries"):
         return Finding(title, reported, *_not_run("per_layer", suite), rule)
     known, beyond, at_chance, best = [], [], [], []
-    lines: list[str] = []
-    statistic = np.nan
-    for (variant, seed), table in tables.items():
-        for words in ("human", "jieba"):
-            own = areas(table, words=words).set_index("layer")
-            if not lines:
-                lines = [
-                    "| run | words | " + " | ".join(f"layer {layer:.0f}" for layer in own.index) + " |",
-                    "|---|---|" + "---|" * len(own),
-                ]
-            cells = [with_interval(row, "auc", ".3f") for _, row in own.iterrows()]
-            lines.append(f"| {variant}-{seed} | {words} | {' | '.join(cells)} |")
+    for (variant, _), table in tables.items():
         own, shuffled = (areas(table, measure).set_index("layer") for measure in ("increment", "labels shuffled"))
-        statistic = areas(table, "mutual information")["auc"].iloc[0]
         if variant == "per_layer":
             above = own[own.index > 0]
             known.append(bool((above["low"] > ABOVE_CHANCE).any()))
@@ -340,11 +331,11 @@ def word_boundaries(suite: Suite) -> Finding:
         elif variant == "shared":
             at_chance.append(abs(own["auc"].iloc[0] - 0.5) <= 0.05)
     n = next(iter(tables.values())).iloc[0]
-    lines += [
-        "",
+    statistic = areas([*tables.values()][-1], "mutual information")["auc"].iloc[0]  # of the text, not of a run
+    note = (
         f"{n['n']:,} gaps between two Chinese characters in {n['lines']:,} held-out lines; intervals resample lines. "
-        f"The mutual information of the two characters, from the training text, reaches {statistic:.3f}.",
-    ]
+        f"The mutual information of the two characters, from the training text, reaches {statistic:.3f}."
+    )
     verdict: Verdict = "not reproduced"
     if all(known) and all(at_chance) and suite.tables("shared", "boundaries"):
         verdict = "reproduced"
@@ -355,8 +346,21 @@ def word_boundaries(suite: Suite) -> Finding:
         f"The best layer above 0 reaches an AUC of {largest} (by seed), where counting pairs of characters in the "
         f"training text reaches {statistic:.3f}."
     )
-    files = [name for variant in VARIANTS for name in suite.files(variant, "boundaries")]
-    return Finding(title, reported, verdict, sentence, rule, lines, files)
+    files = [suite.results.path("boundaries")]
+    return Finding(title, reported, verdict, sentence, rule, [_areas_by_layer(tables), note], files)
+
+
+def _areas_by_layer(tables: dict[tuple[str, int], pd.DataFrame]) -> pd.DataFrame:
+    """The areas under the ROC curve of every run, by layer and by who segmented the words."""
+    columns: list[str] = []
+    rows = []
+    for (variant, seed), table in tables.items():
+        for words in ("human", "jieba"):
+            own = areas(table, words=words).set_index("layer")
+            columns = columns or ["run", "words", *(f"layer {layer:.0f}" for layer in own.index)]
+            cells = [with_interval(row, "auc", ".3f") for _, row in own.iterrows()]
+            rows.append([f"{variant}-{seed}", words, *cells, *[""] * (len(columns) - 2 - len(cells))])
+    return grid(columns, rows)
 
 
 def two_word_names(suite: Suite) -> Finding:
@@ -375,7 +379,7 @@ def two_word_names(suite: Suite) -> Finding:
     title = "Two-word names are pulled together"
     if not tables:
         return Finding(title, reported, *_not_run("per_layer", suite), rule)
-    lines = ["| run | layer | names | ordinary pairs | names beyond pairs |", "|---|---|---|---|---|"]
+    rows = []
     effects, beyond, differs = [], [], []
     for seed, table in tables.items():
         by = table.set_index(["group", "layer"])
@@ -384,7 +388,7 @@ def two_word_names(suite: Suite) -> Finding:
             for group in ("names", "ordinary pairs", "names - ordinary pairs"):
                 row = by.loc[(group, layer)]
                 cells.append(f"{with_interval(row, 'difference', '+.4f')}, {row['smaller']:.0%}, q = {row['q']:.2g}")
-            lines.append(f"| per_layer-{seed} | {layer} | {' | '.join(cells)} |")
+            rows.append([f"per_layer-{seed}", str(layer), *cells])
         sure = table[table["q"] < 0.05]
         size = by.loc["names"]["real"].abs() * SMALLEST
         found = sure[sure["difference"] < -sure["layer"].map(size)]
@@ -392,8 +396,8 @@ def two_word_names(suite: Suite) -> Finding:
         differs.append(bool((sure["group"] == "names").any()))
         beyond.append(effects[-1] & set(found.loc[found["group"] == "names - ordinary pairs", "layer"]))
     n = next(iter(tables.values())).groupby("group")["families"].first()
-    lines += [
-        "",
+    blocks: list[Block] = [
+        grid(["run", "layer", "names", "ordinary pairs", "names beyond pairs"], rows),
         f"Increment at the inner space, real order minus reversed, mean over families of pairs that share words "
         f"({n['names']} of names, {n['ordinary pairs']} of ordinary pairs; five carriers), t interval over families; "
         "share that is nearer in the real order; Wilcoxon signed-rank test over families.",
@@ -408,7 +412,7 @@ def two_word_names(suite: Suite) -> Finding:
         for seed, effect, more in zip(tables, effects, beyond, strict=True)
     )
     return Finding(
-        title, reported, verdict, f"In the real order, {each}.", rule, lines, suite.files("per_layer", "names")
+        title, reported, verdict, f"In the real order, {each}.", rule, blocks, suite.files("per_layer", "names")
     )
 
 
@@ -424,7 +428,7 @@ def code_delimiters(suite: Suite) -> Finding:
     title = "Layers specialise on program text"
     if not tables:
         return Finding(title, reported, *_not_run("per_layer", suite), rule)
-    lines = ["| run | layer | explained by kind | farthest | nearest |", "|---|---|---|---|---|"]
+    rows = []
     marks, others = [], []
     for seed, table in suite.tables("per_layer", "specialisation").items():
         for row in table[table["corpus"] == "code"].to_dict("records"):
@@ -433,7 +437,7 @@ def code_delimiters(suite: Suite) -> Finding:
                 for end in ("farthest", "nearest")
             ]
             share = f"{row['explained']:.0%} ({row['low']:.0%} to {row['high']:.0%}; shuffled {row['shuffled']:.0%})"
-            lines.append(f"| per_layer-{seed} | {row['layer']} | {share} | {' | '.join(cells)} |")
+            rows.append([f"per_layer-{seed}", str(row["layer"]), share, *cells])
     for table in tables.values():
         above = table[(table["layer"] > 0) & (table["relative_low"] >= 1.5)]
         marks.append(bool(above["kind"].isin(["newline", "bracket"]).any()))
@@ -441,8 +445,9 @@ def code_delimiters(suite: Suite) -> Finding:
     verdict: Verdict = "reproduced" if all(marks) else "different" if any(others) else "not reproduced"
     found = sum(marks)
     sentence = f"A layer above 0 sets newlines or brackets apart at {found} of {len(marks)} seeds."
+    blocks: list[Block] = [grid(["run", "layer", "explained by kind", "farthest", "nearest"], rows)]
     return Finding(
-        title, reported, verdict, sentence, rule, lines, suite.files("per_layer", "kinds_code", "specialisation")
+        title, reported, verdict, sentence, rule, blocks, suite.files("per_layer", "kinds_code", "specialisation")
     )
 
 
@@ -458,15 +463,13 @@ def heads_look_back(suite: Suite) -> Finding:
     title = "Heads with larger increments look back less far"
     if not tables:
         return Finding(title, reported, *_not_run("per_layer_per_head", suite), rule)
-    lines = ["| run | scope | measure | correlation | p |", "|---|---|---|---|---|"]
+    rows = []
     overall_below, within_below, values = [], [], []
     for seed, table in tables.items():
         for row in table.to_dict("records"):
             interval = with_interval(row, "correlation", "+.2f")
-            lines.append(
-                f"| per_layer_per_head-{seed} | {row['n']} {row['scope']} | {row['measure']} | {interval} | "
-                f"{'' if pd.isna(row['p']) else format(row['p'], '.2g')} |"
-            )
+            p = "" if pd.isna(row["p"]) else format(row["p"], ".2g")
+            rows.append([f"per_layer_per_head-{seed}", f"{row['n']} {row['scope']}", row["measure"], interval, p])
         rank = table[table["measure"] == "spearman"].set_index("scope")
         overall = rank.loc["heads"]
         values.append(with_interval(overall, "correlation", "+.2f"))
@@ -478,19 +481,19 @@ def heads_look_back(suite: Suite) -> Finding:
     if all(overall_below):
         verdict = "reproduced" if all(within_below) else "different"
     sentence = f"The rank correlation is {'; '.join(values)}."
-    return Finding(title, reported, verdict, sentence, rule, lines, suite.files("per_layer_per_head", "correlations"))
+    blocks: list[Block] = [grid(["run", "scope", "measure", "correlation", "p"], rows)]
+    return Finding(title, reported, verdict, sentence, rule, blocks, suite.files("per_layer_per_head", "correlations"))
 
 
 def caps_and_signs(suite: Suite) -> Finding:
     """How much sits at the cap of 10, what a cap of 30 changes, and whether signed increments become negative."""
-    lines = ["| run | layer | share at the cap | largest |", "|---|---|---|---|"]
-    at_cap, signs, files = [], [], []
+    at_cap, signs, files, rows = [], [], [], []
     for variant in ("per_layer", "per_layer_per_head", "cap_30"):
         files += suite.files(variant, "saturation")
         for seed, table in suite.tables(variant, "saturation").items():
             for row in table.to_dict("records"):
                 interval = f"{with_interval(row, 'share', '.1%')} of {row['cap']:g}"
-                lines.append(f"| {variant}-{seed} | {row['layer']} | {interval} | {row['max']:.2f} |")
+                rows.append([f"{variant}-{seed}", str(row["layer"]), interval, f"{row['max']:.2f}"])
             if variant == "per_layer":
                 at_cap.append(table["share"].max())
     higher: list[Any] = [t.sort_values("share").iloc[-1] for t in suite.tables("cap_30", "saturation").values()]
@@ -498,7 +501,7 @@ def caps_and_signs(suite: Suite) -> Finding:
     for seed, table in suite.tables("signed", "below_zero").items():
         for row in table.to_dict("records"):
             interval = f"{with_interval(row, 'share', '.1%')} below 0"
-            lines.append(f"| signed-{seed} | {row['layer']} | {interval} | least {row['min']:.2f} |")
+            rows.append([f"signed-{seed}", str(row["layer"]), interval, f"least {row['min']:.2f}"])
         signs.append(table["share"].max())
     verdict, sentence = _not_run("signed" if at_cap else "per_layer", suite)
     if at_cap and signs:
@@ -517,7 +520,7 @@ def caps_and_signs(suite: Suite) -> Finding:
         sentence,
         "reproduced where a layer has more than 10% of its increments at the cap and no layer has 5% below 0; "
         "different otherwise.",
-        lines if len(lines) > 2 else [],
+        [grid(["run", "layer", "share at the cap", "largest"], rows)] if rows else [],
         files,
     )
 
@@ -535,11 +538,7 @@ def what_increments_cause(suite: Suite) -> Finding:
     title = "What increments cause"
     if not tables:
         return Finding(title, reported, *_not_run("per_layer", suite), rule)
-    lines = [
-        "| run | text | layer | to 1.0 | to the mean | shuffled | to the token's mean |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    needed, knows, relations = [], [], []
+    needed, knows, relations, table_rows = [], [], [], []
     for seed, table in tables.items():
         looks, causes = [], []
         boundaries = suite.tables("per_layer", "boundaries").get(seed)
@@ -547,7 +546,7 @@ def what_increments_cause(suite: Suite) -> Finding:
         for (corpus, layer), rows in groups:
             by: Any = rows.set_index(rows["to"].astype(str))
             cells = [with_interval(by.loc[to], "change", "+.4f") for to in ("1.0", "mean", "shuffle", "token")]
-            lines.append(f"| per_layer-{seed} | {corpus} | {layer} | {' | '.join(cells)} |")
+            table_rows.append([f"per_layer-{seed}", corpus, str(layer), *cells])
             if layer == "all":
                 continue
             if by.loc["mean", "low"] > NEEDED:
@@ -570,11 +569,11 @@ def what_increments_cause(suite: Suite) -> Finding:
         f"The loss needs which token gets which increment in layers {', '.join(needed) or 'none'}, and more than the "
         f"token's identity in {', '.join(knows) or 'none'}.{relation}"
     )
-    lines += [
-        "",
+    blocks: list[Block] = [
+        grid(["run", "text", "layer", "to 1.0", "to the mean", "shuffled", "to the token's mean"], table_rows),
         "Change of loss in nats per predicted byte with the increments of a layer replaced, intervals over documents.",
     ]
-    return Finding(title, reported, "new", sentence, rule, lines, suite.files("per_layer", "ablation", "boundaries"))
+    return Finding(title, reported, "new", sentence, rule, blocks, suite.files("per_layer", "ablation", "boundaries"))
 
 
 def grafts(suite: Suite) -> Finding:
@@ -620,7 +619,7 @@ FINDINGS: tuple[Callable[[Suite], Finding], ...] = (
 
 
 def areas(table: pd.DataFrame, measure: str = "increment", words: str = "human") -> pd.DataFrame:
-    """The rows of boundaries.csv for one measure and one segmentation."""
+    """The rows of a table of boundaries for one measure and one segmentation."""
     return table[(table["measure"] == measure) & (table["words"] == words)]
 
 

@@ -1,4 +1,4 @@
-"""How RoPE itself is used: what was reported, what was found, and the verdict, from the files of results alone.
+"""How RoPE itself is used: what was reported, what was found, and the verdict, from the results alone.
 
 As `findings.py`, for the three results about the machinery that increments act on. The rules were written when the
 tools had been tried on SmolLM2-135M and its norms and heads had been measured, but not read; those of absolute
@@ -9,7 +9,7 @@ Reported: Barbero et al. (arXiv 2410.06205), Ruscio et al. (arXiv 2606.06160), V
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,18 @@ import pandas as pd
 
 from lens_positions.analysis.absolute_position import QUARTERS, ROUNDING
 from lens_positions.analysis.frequencies import SIDES, frequency_quarters, high_frequency_use
-from lens_positions.errors import PositionsError
 from lens_positions.measure.intervals import t_interval
 from lens_positions.terminal import with_interval
+from lens_positions.training.schema import Measured
 from lens_positions.viz.charts import lines_chart
 from lens_positions.viz.rope_charts import absolute_chart, entropy_chart, norms_map
 
-from .findings import Finding, Suite, Verdict, ends_of
+from .findings import Block, Finding, Suite, Verdict, ends_of
+from .markdown import grid
 from .maximum import MOST, accuracy_table
-from .options import SHIPPED
+from .options import OF_ROPE, SHIPPED
 from .rope_measures import SMOLLM2
+from .tables import Tables, run_of_model
 
 ARCHITECTURES = {"static": "RoPE", "ntk": "larger base", "window": "sliding window"}
 FRACTIONS = {"static": "1 (RoPE)", "rope_75": "0.75", "rope_25": "0.25", "rope_0": "0 (no encoding)"}
@@ -53,47 +55,46 @@ FEWEST = 16
 
 @dataclass(frozen=True)
 class Machinery:
-    """The files of `lens-positions experiments rope` and `maximum`, and the suite whose runs they measured."""
+    """What `lens-positions experiments rope` and `maximum` measured, and the suite whose runs they measured."""
 
-    folder: Path
+    results: Tables
     suite: Suite
-    maximum: Path
-
-    def path(self, model: str, name: str) -> Path:
-        """Where a table of a model is."""
-        return self.folder / model / f"{name}.csv"
 
     def table(self, model: str, name: str) -> pd.DataFrame | None:
         """A table of a model; None where it was not measured."""
-        path = self.path(model, name)
-        return _read(path) if path.is_file() else None
+        return self.results.table(name, run_of_model(model))
 
     def tables(self, name: str, *models: str) -> dict[str, Any]:
         """A table of those of these models that have it."""
         return {model: table for model in models if (table := self.table(model, name)) is not None}
 
     def files(self, names: Sequence[str], *models: str) -> list[str]:
-        """Of these, the files that are there, as RESULTS.md gives them."""
-        paths = [self.path(model, name) for model in models for name in names]
-        return [path.as_posix() for path in paths if path.is_file()]
+        """The files of those of these tables that some of the models have, as RESULTS.md gives them."""
+        return [self.results.path(name) for name in names if self.tables(name, *models)]
 
     def runs(self, variant: str) -> dict[int, str]:
         """The measured runs of a variant of the suite, by seed."""
-        prefix = f"{self.suite.folder.name}-{variant}-"
-        found = [folder.name for folder in self.folder.glob(f"{prefix}*") if folder.is_dir()]
-        seeds = sorted(int(name.removeprefix(prefix)) for name in found if name.removeprefix(prefix).isdecimal())
-        return {seed: f"{prefix}{seed}" for seed in seeds}
+        suite = (self.suite.name, variant)
+        found = {
+            run.seed: str(run)
+            for name in OF_ROPE
+            for run in self.results.measurements.get(name, {})
+            if run[:2] == suite and run.seed is not None
+        }
+        return dict(sorted(found.items()))
 
-    def tests(self) -> dict[str, pd.DataFrame]:
-        """The tables of the maximum task, by the names of their files."""
-        return {path.as_posix(): _read(path) for path in sorted(self.maximum.glob("seed-*.csv"))}
+    def measured(self) -> dict[str, dict[str, Measured]]:
+        """What was measured of each model, on which weights and by which code, by its name."""
+        own = {
+            str(run): {table: entry for table, entry in of.items() if table in OF_ROPE}
+            for run, of in self.results.measured.items()
+        }
+        return {model: own[model] for model in sorted(own) if own[model]}
 
-
-def _read(path: Path) -> pd.DataFrame:
-    try:
-        return pd.read_csv(path)
-    except ValueError as error:
-        raise PositionsError(f"{path} is damaged ({error}); expected a table.") from error
+    def tests(self) -> pd.DataFrame:
+        """The table of the maximum-retrieval task, by seed; empty where it was not trained."""
+        tables = self.results.measurements.get("maximum", {})
+        return pd.concat([table.assign(seed=run.seed) for run, table in tables.items()] or [pd.DataFrame()])
 
 
 def named(model: str) -> str:
@@ -114,11 +115,7 @@ def low_frequencies(of: Machinery) -> Finding:
     if norms is None:
         return Finding(title, reported, *_not_measured("norms"), rule)
     turned = norms[norms["frequency"] > 0].assign(quarter=frequency_quarters(norms))
-    lines = [
-        "| side | layers | highest quarter | second | third | lowest quarter | lowest above highest | lowest largest |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    shares, mosts, peaks = [], [], []
+    shares, mosts, peaks, rows = [], [], [], []
     for side in SIDES:
         own = turned[turned["side"] == side]
         means = own.groupby(["layer", "quarter"])["norm"].mean().unstack()
@@ -133,7 +130,7 @@ def low_frequencies(of: Machinery) -> Finding:
         for part in (means.index.to_numpy(), *thirds):
             cells = [f"{means.loc[part, q].mean():.2f}" for q in range(4)]
             cells += [f"{chosen[part].sum()} of {len(part)} layers" for chosen in (above, largest)]
-            lines.append(f"| {side} | {part[0]} to {part[-1]} | {' | '.join(cells)} |")
+            rows.append([side, f"{part[0]} to {part[-1]}", *cells])
     longest = 2 * math.pi / turned["frequency"].min()
     verdict: Verdict = "different"
     if min(mosts) >= 0.75:
@@ -142,7 +139,9 @@ def low_frequencies(of: Machinery) -> Finding:
         verdict = "not reproduced"
     n = norms.iloc[0]
     what = f"{named(SMOLLM2)}, {n['n']:,} tokens of {n['documents']} held-out documents"
-    lines += ["", f"{what}; mean 2-norm of a chunk, over tokens, heads and frequencies."]
+    columns = ["side", "layers", "highest quarter", "second", "third", "lowest quarter"]
+    columns += ["lowest above highest", "lowest largest"]
+    blocks: list[Block] = [grid(columns, rows), f"{what}; mean 2-norm of a chunk, over tokens, heads and frequencies."]
     sentence = (
         f"In {named(SMOLLM2)} the lowest quarter is larger than the highest in {shares[0]:.0%} of the layers for "
         f"queries and {shares[1]:.0%} for keys, and the largest of the four in {mosts[0]:.0%} and {mosts[1]:.0%}. The "
@@ -150,7 +149,7 @@ def low_frequencies(of: Machinery) -> Finding:
         f"longest being {longest:,.0f}."
     )
     figure = ("norms", "Mean 2-norm of queries and keys by layer and rotary frequency", partial(norms_map, norms, what))
-    return Finding(title, reported, verdict, sentence, rule, lines, of.files(["norms"], SMOLLM2), figure)
+    return Finding(title, reported, verdict, sentence, rule, blocks, of.files(["norms"], SMOLLM2), figure)
 
 
 def heads_by_position(of: Machinery) -> Finding:
@@ -171,10 +170,10 @@ def heads_by_position(of: Machinery) -> Finding:
     if found.empty:
         sentence = f"None of {named(SMOLLM2)}'s {len(heads)} heads does."
         return Finding(title, reported, "not reproduced", sentence, rule, [], files)
-    lines = ["| layer, head | tokens back | share of attention | tokens in another order |", "|---|---|---|---|"]
+    rows = []
     for row in found.sort_values("shuffled", ascending=False).head(12).to_dict("records"):
         cells = [with_interval(row, name, ".0%", f"{name}_") for name in ("share", "shuffled")]
-        lines.append(f"| {row['layer']}, {row['head']} | {row['offset']} | {' | '.join(cells)} |")
+        rows.append([f"{row['layer']}, {row['head']}", str(row["offset"]), *cells])
     away = heads.assign(positional=heads["positional"] & (heads["offset"] > 0))
     uses: list[list[dict[Any, Any]]] = [high_frequency_use(norms, group).to_dict("records") for group in (heads, away)]
     each, looking_back = (
@@ -186,8 +185,8 @@ def heads_by_position(of: Machinery) -> Finding:
         for use in uses
     )
     more = [row["p"] < 0.05 and row["positional"] > row["other"] for row in uses[0]]
-    lines += [
-        "",
+    blocks: list[Block] = [
+        grid(["layer, head", "tokens back", "share of attention", "tokens in another order"], rows),
         f"The {min(12, len(found))} with the highest share when shuffled, of {len(found)}; {n['n']:,} queries of "
         f"{n['documents']} documents, which the intervals resample. At offset 0 a shuffle says less: every token still "
         f"stands on its own diagonal. Of heads that look back alone the highest quarter makes {looking_back}.",
@@ -199,7 +198,7 @@ def heads_by_position(of: Machinery) -> Finding:
         f"{len(found)} of {named(SMOLLM2)}'s {len(heads)} heads are positional ({offsets} tokens back). The highest "
         f"quarter of the frequencies makes {each}."
     )
-    return Finding(title, reported, verdict, sentence, rule, lines, files)
+    return Finding(title, reported, verdict, sentence, rule, blocks, files)
 
 
 def truncated_frequencies(of: Machinery) -> Finding:
@@ -210,8 +209,7 @@ def truncated_frequencies(of: Machinery) -> Finding:
     reported = "nothing about removing frequencies from a trained model."
     if SMOLLM2 not in tables:
         return Finding(title, reported, *_not_measured("truncated"), rule)
-    lines = ["| model | kept | without the lowest | without the highest |", "|---|---|---|---|"]
-    texts = []
+    texts, rows = [], []
     for model, table in tables.items():
         by: Any = table.set_index(["keep", "drop"])
         for kept in sorted(set(table["keep"]), reverse=True):
@@ -219,7 +217,7 @@ def truncated_frequencies(of: Machinery) -> Finding:
                 with_interval(by.loc[(kept, drop)], "difference", "+.3f") if (kept, drop) in by.index else ""
                 for drop in ("lowest", "highest")
             ]
-            lines.append(f"| {named(model)} | {f'{kept:.0%}' if kept else 'none'} | {' | '.join(cells)} |")
+            rows.append([named(model), f"{kept:.0%}" if kept else "none", *cells])
         n = table.iloc[0]
         texts.append(f"{named(model)} {n['n']:,} tokens of {n['documents']} documents, windows of {n['length']} tokens")
     norms, turns = of.table(SMOLLM2, "norms"), ""
@@ -229,8 +227,8 @@ def truncated_frequencies(of: Machinery) -> Finding:
             f" Within such a window the lowest quarter of {named(SMOLLM2)}'s frequencies turns by {angle:.0f} degrees "
             "at most: that nothing is lost without it says nothing of long contexts."
         )
-    lines += [
-        "",
+    blocks: list[Block] = [
+        grid(["model", "kept", "without the lowest", "without the highest"], rows),
         f"Change of loss in nats per token; {'; '.join(texts)}; intervals resample documents.{turns}",
     ]
     by = tables[SMOLLM2].set_index(["keep", "drop"])
@@ -242,7 +240,7 @@ def truncated_frequencies(of: Machinery) -> Finding:
         f"lowest (which hardly turn in such windows) and by {high} without the highest; with none of them by {none}."
     )
     files = of.files(["truncated"], *tables) + of.files(["norms"], SMOLLM2)
-    return Finding(title, reported, "new", sentence, rule, lines, files)
+    return Finding(title, reported, "new", sentence, rule, blocks, files)
 
 
 def _turned_by_lowest(norms: pd.DataFrame, tokens: int) -> float:
@@ -270,10 +268,7 @@ def p_rope(of: Machinery) -> Finding:
     if any(row is None for row in found.values()):
         gone = "; ".join(f"{name} diverged: {at}" for name in FRACTIONS if (at := suite.diverged(name)))
         return Finding(title, reported, "not measured", gone or "Not every fraction has been trained yet.", rule)
-    lines = [
-        "| fraction | seeds | 1 context | difference to RoPE | over seeds | over documents | 2 contexts | 4 contexts |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for variant, name in FRACTIONS.items():
         row, paired = suite.loss(variant), suite.paired(variant)
         assert row is not None
@@ -286,21 +281,22 @@ def p_rope(of: Machinery) -> Finding:
             longer: Any = suite.loss(variant, contexts)
             beside = "" if paired is None else f"; {with_interval(longer, 'difference', '+.3f', 'seeds_')}"
             cells.append(f"{longer['loss']:.4f}{beside}")
-        lines.append(f"| {' | '.join(cells)} |")
-    files, turns = [_heldout(suite)], ""
+        rows.append(cells)
+    files, turns = [of.results.path("heldout")], ""
     if static := of.tables("norms", *of.runs("static").values()):
         model, norms = next(iter(static.items()))
         context = int(suite.losses["length"].min())
         angle = _turned_by_lowest(norms, context)
         turns = f" In a context of {context} the quarter that 0.75 drops turns by {angle:.0f} degrees at most."
         files += of.files(["norms"], model)
-    lines += [
-        "",
+    columns = ["fraction", "seeds", "1 context", "difference to RoPE", "over seeds", "over documents"]
+    blocks: list[Block] = [
+        grid([*columns, "2 contexts", "4 contexts"], rows),
         "Nats per byte, the same bytes at every length; differences to RoPE at the same seeds, at more contexts with "
         f"their interval over seeds.{turns}",
     ]
     verdict, each = _judged({name: (found[name], sign) for name, (*_, sign) in pairs.items()})
-    return Finding(title, reported, verdict, f"In nats per byte, over seeds: {each}.", rule, lines, files)
+    return Finding(title, reported, verdict, f"In nats per byte, over seeds: {each}.", rule, blocks, files)
 
 
 def _judged(statements: dict[str, tuple[Any, int]]) -> tuple[Verdict, str]:
@@ -317,10 +313,6 @@ def _judged(statements: dict[str, tuple[Any, int]]) -> tuple[Verdict, str]:
     elif any(contradicted):
         verdict = "different" if any(holds) else "not reproduced"
     return verdict, f"{'; '.join(parts)}. {sum(holds)} of {len(holds)} statements hold"
-
-
-def _heldout(suite: Suite) -> str:
-    return f"{suite.folder}/*/heldout.csv"
 
 
 def absolute_position(of: Machinery) -> Finding:
@@ -342,12 +334,32 @@ def absolute_position(of: Machinery) -> Finding:
     smollm2 = of.table(SMOLLM2, "absolute")
     if smollm2 is None or not seeds:
         return Finding(title, reported, *_not_measured("absolute"), rule)
-    lines = [
-        "| model | layers | residual, early | residual, late | mask, early | mask, late | share of residual, early |",
-        "|---|---|---|---|---|---|---|",
-    ]
     shown = {f"{ARCHITECTURES[v]}, seed {seed}": tables[v][seed] for v in ARCHITECTURES for seed in seeds}
-    for name, table in (shown | {named(SMOLLM2): smollm2}).items():
+    n = smollm2["documents"].iloc[0]
+    note = (
+        "Variance over repeats of the score (residual) and of log Z (mask) at a fixed distance, nats squared, mean "
+        f"over heads; {n} beginnings of pieces of held-out English, repeated, which "
+        "intervals resample (pieces of one speech as if they were independent). Early and late are the first and the "
+        "last quarter of the repeats, from the third on; the input is longer in SmolLM2: compare layers within a "
+        "model. The larger base is what NTK scaling by 8 makes of 10,000, trained with from the start. With a window, "
+        f"a layer whose keys do not reach back to the start has no residual part; none is below {ROUNDING:g}."
+    )
+    verdict, parts = _judged_architectures({seed: {v: tables[v][seed] for v in ARCHITECTURES} for seed in seeds})
+    files = of.files(["absolute"], SMOLLM2)
+    caption = (
+        f"{named(SMOLLM2)}; {n} beginnings of held-out texts, repeated; means over heads. "
+        "Log attention = score (residual) - log Z (mask). Early, late: first and last quarter of the repeats. "
+        "Intervals: 95%, of resampled texts."
+    )
+    figure = ("absolute", "The two parts of absolute position by layer", partial(absolute_chart, smollm2, caption))
+    blocks: list[Block] = [_parts_by_layer(shown | {named(SMOLLM2): smollm2}), note]
+    return Finding(title, reported, verdict, f"At early queries, {'; '.join(parts)}.", rule, blocks, files, figure)
+
+
+def _parts_by_layer(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """The two parts of absolute position of every model, at early and at late queries."""
+    rows = []
+    for name, table in tables.items():
         over = _by_layer(table)
         layers = list(dict.fromkeys(over.index.get_level_values("layer")))
         if len(layers) > 8:
@@ -358,23 +370,19 @@ def absolute_position(of: Machinery) -> Finding:
                 for part in ("residual", "mask")
                 for row in (over.loc[(layer, 0)], over.loc[(layer, LATE)])
             ]
-            cells.append(with_interval(over.loc[(layer, 0)], "share", ".0%", "share_"))
-            lines.append(f"| {name} | {layer} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        "Variance over repeats of the score (residual) and of log Z (mask) at a fixed distance, nats squared, mean "
-        f"over heads; {smollm2['documents'].iloc[0]} beginnings of pieces of held-out English, repeated, which "
-        "intervals resample (pieces of one speech as if they were independent). Early and late are the first and the "
-        "last quarter of the repeats, from the third on; the input is longer in SmolLM2: compare layers within a "
-        "model. The larger base is what NTK scaling by 8 makes of 10,000, trained with from the start. With a window, "
-        f"a layer whose keys do not reach back to the start has no residual part; none is below {ROUNDING:g}.",
-    ]
+            rows.append([name, layer, *cells, with_interval(over.loc[(layer, 0)], "share", ".0%", "share_")])
+    columns = ["model", "layers", "residual, early", "residual, late", "mask, early", "mask, late"]
+    return grid([*columns, "share of residual, early"], rows)
+
+
+def _judged_architectures(seeds: dict[int, dict[str, pd.DataFrame]]) -> tuple[Verdict, list[str]]:
+    """The verdict over the architectures of every seed, and what each seed says."""
     lower, grows, parts = [], [], []
-    for seed in seeds:
-        by = {v: _by_layer(tables[v][seed]) for v in ARCHITECTURES}
-        share = {v: over.loc[("all", 0)] for v, over in by.items()}
+    for seed, tables in seeds.items():
+        by = {variant: _by_layer(table) for variant, table in tables.items()}
+        share = {variant: over.loc[("all", 0)] for variant, over in by.items()}
         lower.append(bool(share["ntk"]["share_high"] < share["static"]["share_low"]))
-        growth = {v: _growth(over) for v, over in by.items()}
+        growth = {variant: _growth(over) for variant, over in by.items()}
         grows.append(growth["window"][1] and growth["window"][0] > growth["static"][0])
         parts.append(
             f"seed {seed}: share of the residual part "
@@ -391,15 +399,7 @@ def absolute_position(of: Machinery) -> Finding:
         verdict = "reproduced"
     elif not all(lower) and not all(grows):
         verdict = "not reproduced"
-    models = [runs[variant][seed] for variant in ARCHITECTURES for seed in seeds]
-    files = of.files(["absolute"], *models, SMOLLM2)
-    caption = (
-        f"{named(SMOLLM2)}; {smollm2['documents'].iloc[0]} beginnings of held-out texts, repeated; means over heads. "
-        "Log attention = score (residual) - log Z (mask). Early, late: first and last quarter of the repeats. "
-        "Intervals: 95%, of resampled texts."
-    )
-    figure = ("absolute", "The two parts of absolute position by layer", partial(absolute_chart, smollm2, caption))
-    return Finding(title, reported, verdict, f"At early queries, {'; '.join(parts)}.", rule, lines, files, figure)
+    return verdict, parts
 
 
 def _by_layer(table: pd.DataFrame) -> Any:
@@ -431,12 +431,12 @@ def first_embedding(of: Machinery) -> Finding:
     tables = {name: t for name, model in models.items() if (t := of.table(model, "drops")) is not None}
     if named(SMOLLM2) not in tables:
         return Finding(title, reported, *_not_measured("drops"), rule)
-    lines = [f"| model | queries | {' | '.join(REPLACEMENTS.values())} |", "|---|---|---|---|---|---|"]
+    rows = []
     drops: Any = {}
     for name, table in tables.items():
         by: Any = table[table["layer"].astype(str) == "all"].set_index(["replacement", "queries"])
         for queries in ("early", "late"):
-            lines.append(f"| {name} | {queries} | {_drops(by.xs(queries, level='queries'))} |")
+            rows.append([name, queries, *_drops(by.xs(queries, level="queries"))])
         drops[name] = by
     own = drops[named(SMOLLM2)].xs("early", level="queries")
     verdict: Verdict = "different"
@@ -447,28 +447,28 @@ def first_embedding(of: Machinery) -> Finding:
     n = own["documents"].iloc[0]
     layered: Any = tables[named(SMOLLM2)]
     layered = layered[(layered["layer"].astype(str) != "all") & (layered["queries"] == "early")]
-    lines += [
-        "",
+    by_layer = [
+        [str(layer), *_drops(own_rows.set_index("replacement"))]
+        for layer, own_rows in layered.assign(layer=layered["layer"].astype(int)).groupby("layer")
+    ]
+    blocks: list[Block] = [
+        grid(["model", "queries", *REPLACEMENTS.values()], rows),
         f"Share of the residual part (mean over layers and heads) that goes; below 0 there is more of it. {n} repeated "
         "beginnings, which intervals resample. Early are a quarter of the repeats, from the third on, so not the very "
         "first queries; and on repeated content a query's place and the number of copies before it are one, so that "
         f"heads that look for copies vary too. Layer by layer, at early queries of {named(SMOLLM2)}:",
-        "",
-        f"| layer | {' | '.join(REPLACEMENTS.values())} |",
-        "|---|---|---|---|---|",
+        grid(["layer", *REPLACEMENTS.values()], by_layer),
     ]
-    for layer, rows in layered.assign(layer=layered["layer"].astype(int)).groupby("layer"):
-        lines.append(f"| {layer} | {_drops(rows.set_index('replacement'))} |")
     each = ", ".join(f"{name} {with_interval(own.loc[how], 'drop', '+.0%')}" for how, name in REPLACEMENTS.items())
     sentence = f"Of {named(SMOLLM2)}'s residual part at early queries these take away: {each} (n = {n})."
     files = of.files(["drops"], *(models[name] for name in tables))
-    return Finding(title, reported, verdict, sentence, rule, lines, files)
+    return Finding(title, reported, verdict, sentence, rule, blocks, files)
 
 
-def _drops(by: Any) -> str:
+def _drops(by: Any) -> list[str]:
     """The cells of what every replacement takes away, from rows by replacement."""
     rows = [by.loc[how] for how in REPLACEMENTS]
-    return " | ".join("nothing to lose" if pd.isna(row["drop"]) else with_interval(row, "drop", "+.0%") for row in rows)
+    return ["nothing to lose" if pd.isna(row["drop"]) else with_interval(row, "drop", "+.0%") for row in rows]
 
 
 def sinks_carry_a_fingerprint(of: Machinery) -> Finding:
@@ -484,11 +484,7 @@ def sinks_carry_a_fingerprint(of: Machinery) -> Finding:
     sinks, prints = (of.tables(name, SMOLLM2, *SHIPPED) for name in ("sinks", "fingerprints"))
     if SMOLLM2 not in sinks or SMOLLM2 not in prints:
         return Finding(title, reported, *_not_measured("sinks and fingerprints"), rule)
-    lines = [
-        "| model | sinks, common first token | own first token | cosine at position 0, residual stream | keys | values "
-        "| values at the 17th token |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     verdict: Verdict = "not reproduced"
     sentence = f"With the texts' own first tokens {named(SMOLLM2)} has no such head."
     for model in [model for model in sinks if model in prints]:
@@ -502,7 +498,7 @@ def sinks_carry_a_fingerprint(of: Machinery) -> Finding:
         alike = own.groupby("state")["first_token"].mean()
         own = own[own["state"] == "v"]
         cells += [f"{alike[state]:.3f}" for state in ("resid_pre", "k", "v")] + [f"{own['later'].mean():.3f}"]
-        lines.append(f"| {named(model)} | {' | '.join(cells)} |")
+        rows.append([named(model), *cells])
         if model == SMOLLM2 and len(found):
             varied = own["first_token_high"] < ALIKE
             verdict = "reproduced" if varied.mean() > 0.5 else "different"
@@ -513,8 +509,9 @@ def sinks_carry_a_fingerprint(of: Machinery) -> Finding:
                 f"{alike['resid_pre']:.3f}."
             )
     n = prints[SMOLLM2].iloc[-1]
-    lines += [
-        "",
+    columns = ["model", "sinks, common first token", "own first token", "cosine at position 0, residual stream"]
+    blocks: list[Block] = [
+        grid([*columns, "keys", "values", "values at the 17th token"], rows),
         f"Cosines between texts with their own first tokens, in {n['n']} pairs of SmolLM2's that begin with different "
         "tokens, mean over the layers with sinks (over all without). Pieces have 200 characters. One very large "
         "component that all states share brings the cosine of the residual stream to 1 whatever else it holds; keys "
@@ -522,7 +519,7 @@ def sinks_carry_a_fingerprint(of: Machinery) -> Finding:
         "above tests.",
     ]
     models = [model for model in sinks if model in prints]
-    return Finding(title, reported, verdict, sentence, rule, lines, of.files(["sinks", "fingerprints"], *models))
+    return Finding(title, reported, verdict, sentence, rule, blocks, of.files(["sinks", "fingerprints"], *models))
 
 
 def maximum_task(of: Machinery) -> Finding:
@@ -535,28 +532,17 @@ def maximum_task(of: Machinery) -> Finding:
         "grows with every doubling; not reproduced where it is above at no size; different otherwise; undecided with "
         "one seed."
     )
-    tests = of.tests()
-    if not tests:
+    tested = of.tests()
+    if tested.empty:
         return Finding(title, reported, *_not_measured("maximum"), rule)
-    tested = pd.concat(tests.values())
     table = accuracy_table(tested)
-    lines = [
-        "| items | accuracy | with the temperature | difference | entropy | log n | largest weight |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in table.to_dict("records"):
-        cells = [with_interval(row, name, ".1%", f"{name}_") for name in ("learned", "adaptive")]
-        cells += [with_interval(row, "difference", "+.1%", "difference_")]
-        cells += [f"{row['entropy']:.2f}", f"{row['log_items']:.2f}", f"{row['largest']:.3f}"]
-        lines.append(f"| {row['items']:,} | {' | '.join(cells)} |")
     seeds = int(table["n_seeds"].min())
     sets = tested["n"].iloc[0]
-    lines += [
-        "",
+    note = (
         f"{seeds} seeds, which the intervals are over (Student's t); {sets:,} sets of items for each size and seed, "
         "the same with and without. Accuracy falls for two reasons: attention spreads, and the largest two of n "
-        "numbers come closer, by about 1 / n.",
-    ]
+        "numbers come closer, by about 1 / n."
+    )
     beyond = table[table["items"] >= 4 * MOST]
     above, below = beyond["difference_low"] > 0, beyond["difference_high"] < 0
     verdict: Verdict = "different"
@@ -574,22 +560,35 @@ def maximum_task(of: Machinery) -> Finding:
         f"{first['entropy']:.2f} and {last['entropy']:.2f} nats, log n {first['log_items']:.2f} and "
         f"{last['log_items']:.2f}."
     )
+    caption = f"{seeds} seeds, 95% intervals over them; {sets:,} sets a size; trained on 5 to {MOST} items."
+    shows = "Accuracy at finding the largest item, with and without an adaptive temperature"
+    figure = ("maximum", shows, _accuracy_chart(table, caption))
+    blocks: list[Block] = [_accuracies(table), note]
+    return Finding(title, reported, verdict, sentence, rule, blocks, [of.results.path("maximum")], figure)
+
+
+def _accuracies(table: pd.DataFrame) -> pd.DataFrame:
+    """What `accuracy_table` found, as text."""
+    rows = []
+    for row in table.to_dict("records"):
+        cells = [with_interval(row, name, ".1%", f"{name}_") for name in ("learned", "adaptive")]
+        cells += [with_interval(row, "difference", "+.1%", "difference_")]
+        cells += [f"{row['entropy']:.2f}", f"{row['log_items']:.2f}", f"{row['largest']:.3f}"]
+        rows.append([f"{row['items']:,}", *cells])
+    columns = ["items", "accuracy", "with the temperature", "difference", "entropy", "log n", "largest weight"]
+    return grid(columns, rows)
+
+
+def _accuracy_chart(table: pd.DataFrame, caption: str) -> Callable[[Path], object]:
+    """What draws the accuracies by number of items."""
     drawn = pd.concat(
         table[["items", name, f"{name}_low", f"{name}_high"]]
         .set_axis(["at", "value", "low", "high"], axis=1)
         .assign(measure=measure)
         for name, measure in (("learned", "as trained"), ("adaptive", "adaptive temperature"))
     )
-    caption = f"{seeds} seeds, 95% intervals over them; {sets:,} sets a size; trained on 5 to {MOST} items."
-    draw = partial(
-        lines_chart, drawn, "Finding the largest of n items", "accuracy", "items", list(table["items"]), None, caption
-    )
-    figure = (
-        "maximum",
-        "Accuracy at finding the largest item, with and without an adaptive temperature",
-        partial(draw, octaves=True),
-    )
-    return Finding(title, reported, verdict, sentence, rule, lines, list(tests), figure)
+    title, sizes = "Finding the largest of n items", list(table["items"])
+    return partial(lines_chart, drawn, title, "accuracy", "items", sizes, None, caption, octaves=True)
 
 
 def heads_disperse(of: Machinery) -> Finding:
@@ -605,42 +604,13 @@ def heads_disperse(of: Machinery) -> Finding:
     tables = of.tables("dispersion", SMOLLM2, *SHIPPED)
     if SMOLLM2 not in tables:
         return Finding(title, reported, *_not_measured("dispersion"), rule)
-    lines = [
-        "| model | items | entropy, mean over layers and heads | even attention | of sharp heads | largest weight |",
-        "|---|---|---|---|---|---|",
-    ]
-    facts: dict[str, dict[str, float]] = {}
-    for model, table in tables.items():
-        heads = table[(table["head"].astype(str) != "all") & (table["items"] >= FEWEST)].set_index(["layer", "head"])
-        few, many = (heads[heads["items"] == end] for end in (FEWEST, heads["items"].max()))
-        sharp = few["entropy"] < few["log_items"] / 2
-        for items, own in heads.groupby("items"):
-            cells = [
-                own["entropy"].mean(),
-                own["log_items"].mean(),
-                own["entropy"][sharp].mean(),
-                own["largest"].mean(),
-            ]
-            lines.append(f"| {named(model)} | {items} | {' | '.join(f'{cell:.2f}' for cell in cells)} |")
-        slope = (many["entropy"] - few["entropy"]) / (many["log_items"] - few["log_items"])
-        more = many["entropy_low"] > few["entropy_high"]
-        facts[model] = {
-            "sharp": sharp.sum(),
-            "heads": len(sharp),
-            "share": more[sharp].mean(),
-            "to": many["items"].max(),
-        }
-        facts[model] |= {"slope": slope[sharp].median(), "low": slope[sharp].quantile(0.25)}
-        falls = np.log(many["largest"] / few["largest"]) / (many["log_items"] - few["log_items"])
-        facts[model] |= {"falls": falls[sharp].median()}
-        facts[model] |= {"high": slope[sharp].quantile(0.75), "others": slope[~sharp].median()}
     n = tables[SMOLLM2].iloc[0]
-    lines += [
-        "",
+    blocks: list[Block] = [
+        _entropies(tables),
         f"Nats; a row is the queries with so many tokens up to them, to twice as many; {n['documents']} documents of "
         "held-out English.",
     ]
-    own = facts[SMOLLM2]
+    own = _dispersal(tables[SMOLLM2])
     verdict: Verdict = "different"
     if own["share"] >= 0.75 and own["falls"] <= -0.5:
         verdict = "reproduced"
@@ -658,7 +628,53 @@ def heads_disperse(of: Machinery) -> Finding:
         "documents."
     )
     figure = ("dispersion", "Entropy of attention by number of items", partial(entropy_chart, tables[SMOLLM2], caption))
-    return Finding(title, reported, verdict, sentence, rule, lines, of.files(["dispersion"], *tables), figure)
+    return Finding(title, reported, verdict, sentence, rule, blocks, of.files(["dispersion"], *tables), figure)
+
+
+def _few_and_many(table: pd.DataFrame) -> tuple[Any, Any, Any]:
+    """The rows of heads: all from the fewest items on, those at the fewest, and those at the most."""
+    heads = table[(table["head"].astype(str) != "all") & (table["items"] >= FEWEST)].set_index(["layer", "head"])
+    return heads, heads[heads["items"] == FEWEST], heads[heads["items"] == heads["items"].max()]
+
+
+def _entropies(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """Entropy and largest weight of every model by number of items."""
+    rows = []
+    for model, table in tables.items():
+        heads, few, _ = _few_and_many(table)
+        sharp = _sharp(few)
+        for items, own in heads.groupby("items"):
+            means = [own["entropy"].mean(), own["log_items"].mean(), own["entropy"][sharp].mean()]
+            rows.append([named(model), str(items), *(f"{mean:.2f}" for mean in [*means, own["largest"].mean()])])
+    columns = ["model", "items", "entropy, mean over layers and heads", "even attention", "of sharp heads"]
+    return grid([*columns, "largest weight"], rows)
+
+
+def _sharp(few: Any) -> Any:
+    """Which heads have less than half of the entropy of even attention, at the fewest items."""
+    return few["entropy"] < few["log_items"] / 2
+
+
+def _dispersal(table: pd.DataFrame) -> dict[str, float]:
+    """How far the sharp heads of a model spread from the fewest items to the most."""
+    _, few, many = _few_and_many(table)
+    sharp = _sharp(few)
+    more_items = many["log_items"] - few["log_items"]
+    slope = (many["entropy"] - few["entropy"]) / more_items
+    falls = np.log(many["largest"] / few["largest"]) / more_items
+    more = many["entropy_low"] > few["entropy_high"]
+    found = {
+        "sharp": sharp.sum(),
+        "heads": len(sharp),
+        "share": more[sharp].mean(),
+        "to": many["items"].max(),
+        "slope": slope[sharp].median(),
+        "low": slope[sharp].quantile(0.25),
+        "high": slope[sharp].quantile(0.75),
+        "others": slope[~sharp].median(),
+        "falls": falls[sharp].median(),
+    }
+    return {name: float(value) for name, value in found.items()}
 
 
 def temperature_on_text(of: Machinery) -> Finding:
@@ -669,23 +685,21 @@ def temperature_on_text(of: Machinery) -> Finding:
     tables = of.tables("temperature", SMOLLM2, *SHIPPED)
     if SMOLLM2 not in tables:
         return Finding(title, reported, *_not_measured("temperature"), rule)
-    lines = ["| model | tokens | n | loss | with the temperature | difference | |", "|---|---|---|---|---|---|---|"]
+    rows = []
     for model, table in tables.items():
         for row in table.to_dict("records"):
             effect = "hurts" if row["low"] > 0 else "helps" if row["high"] < 0 else ""
             cells = [str(row["length"]), f"{row['n']:,}", f"{row['loss']:.4f}", f"{row['changed']:.4f}"]
-            lines.append(
-                f"| {named(model)} | {' | '.join([*cells, with_interval(row, 'difference', '+.4f'), effect])} |"
-            )
+            rows.append([named(model), *cells, with_interval(row, "difference", "+.4f"), effect])
     own = tables[SMOLLM2]
-    lines += [
-        "",
+    blocks: list[Block] = [
+        grid(["model", "tokens", "n", "loss", "with the temperature", "difference", ""], rows),
         "Nats per token on the same text at every length, of whose windows the first token is not predicted; "
         f"{own['documents'].iloc[0]} documents, which intervals resample.",
     ]
     each = ", ".join(f"{with_interval(row, 'difference', '+.4f')} at {row['length']}" for row in own.to_dict("records"))
     sentence = f"In windows of several lengths {named(SMOLLM2)}'s loss changes by {each} tokens, in nats per token."
-    return Finding(title, reported, "new", sentence, rule, lines, of.files(["temperature"], *tables))
+    return Finding(title, reported, "new", sentence, rule, blocks, of.files(["temperature"], *tables))
 
 
 def _standard(of: Machinery, model: str) -> bool:
@@ -798,18 +812,59 @@ def together(of: Machinery) -> Finding:
     paired = {variant: sorted(set(runs[variant]) & set(runs["static"])) for variant in ("shared", "per_layer")}
     if any(of.table(model, "norms") is None for model in SHIPPED) or min(map(len, paired.values())) < 2:
         return Finding(title, reported, *_not_measured("norms, absolute and dispersion, at two seeds,"), "")
-    lines = [
-        f"| quantity | {' | '.join(SHIPPED)} | shared minus RoPE, over seeds | per layer minus RoPE |",
-        "|---|---|---|---|---|---|",
+    compared = Compared(of, runs, paired)
+    rows = []
+    for name, (read, _, form) in QUANTITIES.items():
+        cells = ["" if value is None else f"{value:{form}}" for value in (read(of, model) for model in SHIPPED)]
+        rows.append([name, *cells, *compared.cells(read, name, form)])
+    blocks: list[Block] = [
+        grid(["quantity", *SHIPPED, "shared minus RoPE, over seeds", "per layer minus RoPE"], rows),
+        "The three shipped models (preset base, one seed each), and differences over n seeds of the preset "
+        f"{of.suite.name}; of shares, in points. Quarters are of the rotary frequencies, norms means over "
+        "tokens. A mean increment of c turns every frequency of its layer c times as fast, so frequencies per token "
+        "are what layers of different steps can be compared in; they are in radians. Parts are means over layers and "
+        "heads, nats squared; what goes "
+        "with the first embedding is the mean of four replacements. On a ruler positions are equal steps apart, each "
+        "text's own mean, so that nothing leaks through the rotation and distances keep their scale; a model with "
+        "learned increments is then off what it was trained on.",
+        *_frequencies_by_layer(compared),
     ]
-    changed, count = [], 0
+    count, changed = compared.count, compared.changed
+    sentence = f"{len(changed)} of {count} differences over seeds: {'; '.join(changed) or 'none'}."
+    rule = (
+        "no figure to compare with: a change is one where the interval over seeds of the difference to RoPE (preset "
+        f"{of.suite.name}, Student's t, the same seeds) lies on one side of 0. Of {count} intervals "
+        f"{count / 20:.1f} would by chance; those of a quantity and of its layers, or with and without a ruler, are "
+        "related."
+    )
+    models = [*SHIPPED, *(model for by_seed in runs.values() for model in by_seed.values())]
+    files = of.files(sorted({name for _, name, _ in QUANTITIES.values()}), *models)
+    return Finding(title, reported, "new", sentence, rule, blocks, files)
 
-    def compared(read: Callable[[Machinery, str], float | None], name: str, form: str) -> list[str]:
-        """The differences to RoPE of each source, and a note of those that an interval tells from 0."""
-        nonlocal count
+
+@dataclass
+class Compared:
+    """The differences to RoPE of runs with learned increments, at the same seeds.
+
+    Args:
+        of: the measurements.
+        runs: the measured models of RoPE and of each source of increments, by seed.
+        paired: the seeds of each source that RoPE has too.
+        changed: what was found to differ, by intervals over seeds.
+        count: how many intervals there were.
+    """
+
+    of: Machinery
+    runs: dict[str, dict[int, str]]
+    paired: dict[str, list[int]]
+    changed: list[str] = field(default_factory=list)
+    count: int = 0
+
+    def cells(self, read: Callable[[Machinery, str], float | None], name: str, form: str) -> list[str]:
+        """The difference of each source; those that an interval tells from 0 are noted."""
         cells = []
-        for variant, seeds in paired.items():
-            pairs = [(read(of, runs[variant][seed]), read(of, runs["static"][seed])) for seed in seeds]
+        for variant, seeds in self.paired.items():
+            pairs = [(read(self.of, self.runs[variant][s]), read(self.of, self.runs["static"][s])) for s in seeds]
             differences = np.array([ours - base for ours, base in pairs if ours is not None and base is not None])
             if len(differences) < 2:
                 cells.append("not measured")
@@ -818,53 +873,31 @@ def together(of: Machinery) -> Finding:
             row = {"difference": differences.mean(), "low": low, "high": high}
             written = with_interval(row, "difference", f"+{form}")
             cells.append(f"{written}, n = {len(differences)}")
-            count += 1
+            self.count += 1
             if low > 0 or high < 0:
-                changed.append(f"{name} ({variant.replace('_', ' ')} {written})")
+                self.changed.append(f"{name} ({variant.replace('_', ' ')} {written})")
         return cells
 
-    for name, (read, _, form) in QUANTITIES.items():
-        cells = ["" if value is None else f"{value:{form}}" for value in (read(of, model) for model in SHIPPED)]
-        lines.append(f"| {' | '.join([name, *cells, *compared(read, name, form)])} |")
-    lines += [
-        "",
-        "The three shipped models (preset base, one seed each), and differences over n seeds of the preset "
-        f"{of.suite.folder.name}; of shares, in points. Quarters are of the rotary frequencies, norms means over "
-        "tokens. A mean increment of c turns every frequency of its layer c times as fast, so frequencies per token "
-        "are what layers of different steps can be compared in; they are in radians. Parts are means over layers and "
-        "heads, nats squared; what goes "
-        "with the first embedding is the mean of four replacements. On a ruler positions are equal steps apart, each "
-        "text's own mean, so that nothing leaks through the rotation and distances keep their scale; a model with "
-        "learned increments is then off what it was trained on.",
-    ]
-    static = of.tables("norms", *runs["static"].values())
-    if static:
-        lines += [
-            "",
-            "Layer by layer, the mean log10 frequency of the queries per token, and the mean increment at each seed:",
-            "",
-            "| layer | RoPE | shared minus RoPE | per layer minus RoPE | mean increment, shared | per layer |",
-            "|---|---|---|---|---|---|",
-        ]
+
+def _frequencies_by_layer(compared: Compared) -> list[Block]:
+    """The frequencies of each layer, and its mean increment, where RoPE's norms were measured."""
+    of = compared.of
+    static = of.tables("norms", *compared.runs["static"].values())
+    if not static:
+        return []
+    rows = []
     for layer in sorted({layer for norms in static.values() for layer in norms["layer"]}):
         read = partial(_turning, layer=layer)
         own = np.mean([read(of, model) for model in static])
         steps = [
-            [found[layer] for seed in seeds if (found := _steps(of, runs[variant][seed])) is not None]
-            for variant, seeds in paired.items()
+            [found[layer] for seed in seeds if (found := _steps(of, compared.runs[variant][seed])) is not None]
+            for variant, seeds in compared.paired.items()
         ]
-        cells = [f"{own:.3f}", *compared(read, f"log10 frequency per token, layer {layer}", ".3f")]
-        cells += [", ".join(f"{step:.2f}" for step in of_seeds) for of_seeds in steps]
-        lines.append(f"| {layer} | {' | '.join(cells)} |")
-    sentence = f"{len(changed)} of {count} differences over seeds: {'; '.join(changed) or 'none'}."
-    rule = (
-        "no figure to compare with: a change is one where the interval over seeds of the difference to RoPE (preset "
-        f"{of.suite.folder.name}, Student's t, the same seeds) lies on one side of 0. Of {count} intervals "
-        f"{count / 20:.1f} would by chance; those of a quantity and of its layers, or with and without a ruler, are "
-        "related."
-    )
-    files = of.files(sorted({name for _, name, _ in QUANTITIES.values()}), *SHIPPED)
-    return Finding(title, reported, "new", sentence, rule, lines, [*files, f"{of.folder}/{of.suite.folder.name}-*/"])
+        cells = [f"{own:.3f}", *compared.cells(read, f"log10 frequency per token, layer {layer}", ".3f")]
+        rows.append([str(layer), *cells, *(", ".join(f"{step:.2f}" for step in of_seeds) for of_seeds in steps)])
+    columns = ["layer", "RoPE", "shared minus RoPE", "per layer minus RoPE", "mean increment, shared", "per layer"]
+    said = "Layer by layer, the mean log10 frequency of the queries per token, and the mean increment at each seed:"
+    return [said, grid(columns, rows)]
 
 
 ROPE_FINDINGS: tuple[Callable[[Machinery], Finding], ...] = (

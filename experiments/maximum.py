@@ -4,8 +4,8 @@ An item is a number between 0 and 1 and a class; one head of attention looks for
 small network names its class. It is trained on 5 to 16 items and tested on up to thousands, with the attention that it
 learned and with `lens_positions.analysis.dispersion.sharpened`, on the same items.
 
-    results/maximum/seed-0.csv    accuracy, entropy and largest weight by number of items, with and without
-    results/maximum/seed-0.json   configuration, seconds, loss
+    runs/results/maximum/seed-0.csv    accuracy, entropy and largest weight by number of items, with and without
+    runs/results/maximum/seed-0.json   configuration, seconds, loss
 
 A seed whose files are there is not trained again.
 """

@@ -1,16 +1,17 @@
-"""Every measurement of `lens_positions` on the finished runs of a suite, kept as small files beside their scores.
+"""Every measurement of `lens_positions` on the finished runs of a suite, kept as small files beside their scores;
+`gather` makes tidy tables of them.
 
-    results/tiny/per_layer-0/boundaries.csv      word boundaries in Chinese, segmented by people and by jieba
-    results/tiny/per_layer-0/kinds.csv           increments by kind of byte
-    results/tiny/per_layer-0/kinds_code.csv      the same in program text
-    results/tiny/per_layer-0/names.csv           the space inside two-word names, and inside ordinary pairs
-    results/tiny/per_layer-0/heads.csv           increment and look-back of every head
-    results/tiny/per_layer-0/correlations.csv    how these go together
-    results/tiny/per_layer-0/saturation.csv      the share at the cap
-    results/tiny/signed-0/below_zero.csv         the share below zero, where increments are signed
-    results/tiny/per_layer-0/specialisation.csv  what the kind of a byte explains, in prose and in program text
-    results/tiny/per_layer-0/ablation.csv        the loss without the structure of increments, in English and Chinese
-    results/tiny/per_layer-0/measured.json       the weights, command, text and time of each
+    tiny/per_layer-0/boundaries.csv      word boundaries in Chinese, segmented by people and by jieba
+    tiny/per_layer-0/kinds.csv           increments by kind of byte
+    tiny/per_layer-0/kinds_code.csv      the same in program text
+    tiny/per_layer-0/names.csv           the space inside two-word names, and inside ordinary pairs
+    tiny/per_layer-0/heads.csv           increment and look-back of every head
+    tiny/per_layer-0/correlations.csv    how these go together
+    tiny/per_layer-0/saturation.csv      the share at the cap
+    tiny/signed-0/below_zero.csv         the share below zero, where increments are signed
+    tiny/per_layer-0/specialisation.csv  what the kind of a byte explains, in prose and in program text
+    tiny/per_layer-0/ablation.csv        the loss without the structure of increments, in English and Chinese
+    tiny/per_layer-0/measured.json       the weights, command, text and time of each
 
 All text is held out; what is only counted (pairs of words and of characters, each byte's mean increment) comes from the
 training text. Nothing here is tuned: every option is the default of its command.
@@ -36,9 +37,9 @@ from lens_positions.errors import PositionsError
 from lens_positions.measure.corpus_reader import Reading, read
 from lens_positions.model import HookedPositionTransformer
 from lens_positions.training.data import write_whole
-from lens_positions.training.schema import Measured, read_json
 
-from .options import MeasureConfig
+from .gather import read_measured
+from .options import STAGED, MeasureConfig
 from .suite import commit, finished, read_results, say, weights_of
 
 CHARACTERS = 60_000
@@ -171,7 +172,7 @@ def measure(asked: MeasureConfig) -> list[str]:
     if wrong := set(asked.tables) - set(MEASUREMENTS):
         raise PositionsError(f"there is no measurement {min(wrong)!r}; expected some of {', '.join(MEASUREMENTS)}.")
     runs = asked.output or Path("runs/suite") / asked.preset
-    results = asked.results or Path("experiments/results") / asked.preset
+    results = asked.results or STAGED / asked.preset
     scored = [path.parent for path in sorted(results.glob("*/run.json"))]
     if unknown := set(asked.only) - {folder.name for folder in scored}:
         raise PositionsError(f"{results} has no scored run {min(unknown)!r}; expected one that the suite has finished.")
@@ -245,13 +246,3 @@ def measure_left(
         written = (json.dumps(done, indent=2) + "\n").encode()
         write_whole(described, lambda file, written=written: file.write(written))  # type: ignore[misc]
         say(f"{title}: {name}, {seconds:.0f} s")
-
-
-def read_measured(path: Path) -> dict[str, Measured]:
-    """What a measured.json says, by table.
-
-    Raises:
-        PositionsError: it is damaged.
-    """
-    found: dict[str, Measured] = read_json(path, dict[str, Measured])
-    return found

@@ -77,6 +77,13 @@ OF_ROPE = (
 """What `machinery` measures of a model."""
 
 
+STAGED = Path("runs/results")
+"""Where suites and measurements leave their files until they are gathered."""
+
+GATHERED = Path("experiments/results")
+"""The tidy tables of this repository."""
+
+
 @dataclass(frozen=True)
 class SuiteConfig:
     """What a suite is asked for.
@@ -90,7 +97,7 @@ class SuiteConfig:
         compile: run training steps through torch.compile.
         precision: of training steps, instead of the preset's.
         output: the folder of the runs; runs/suite/PRESET where none is given.
-        results: the folder of the results; results/PRESET where none is given.
+        results: the folder of the results; runs/results/PRESET where none is given.
         cache: where tokenised corpora are kept.
     """
 
@@ -113,7 +120,7 @@ class MeasureConfig:
     Args:
         preset: the preset of the suite whose runs are measured.
         output: the folder of the runs; runs/suite/PRESET where none is given.
-        results: the folder of the results; results/PRESET where none is given.
+        results: the folder of the results; runs/results/PRESET where none is given.
         only: some of the runs, such as per_layer-0; all finished and scored ones if none is named.
         tables: some of the measurements, such as boundaries; all if none is named.
     """
@@ -138,7 +145,7 @@ class MachineryConfig:
 
     models: tuple[str, ...] = ()
     runs: Path = Path("runs/suite/tiny")
-    results: Path = Path("experiments/results/machinery")
+    results: Path = STAGED / "machinery"
     tables: tuple[str, ...] = ()
 
 
@@ -166,7 +173,20 @@ class MaximumConfig:
     learning_rate: float = 1e-3
     sizes: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
     tested: int = 2048
-    results: Path = Path("experiments/results/maximum")
+    results: Path = STAGED / "maximum"
+
+
+@dataclass(frozen=True)
+class GatherConfig:
+    """What is gathered from where.
+
+    Args:
+        files: what suites and measurements left: a folder for each suite, and the folders machinery and maximum.
+        results: the folder of the tidy tables.
+    """
+
+    files: Path = STAGED
+    results: Path = GATHERED
 
 
 @dataclass(frozen=True)
@@ -174,15 +194,15 @@ class ResultsConfig:
     """Where results are read from and written to.
 
     Args:
-        results: the folder of results, with one folder for each suite in it.
+        results: the folder of the tidy tables.
         preset: the suite that findings are taken from.
-        beside: a suite whose findings are told after them, if it has results; how RoPE itself is used comes last, from
-            the folders machinery and maximum, if they are there.
+        beside: a suite whose findings are told after them, if it has results; how RoPE itself is used comes last, if
+            it was measured.
         output: the text to write.
         figures: the folder of figures, beside it.
     """
 
-    results: Path = Path("experiments/results")
+    results: Path = GATHERED
     preset: str = "tiny"
     beside: str = "base"
     output: Path = Path("RESULTS.md")
@@ -194,15 +214,17 @@ class ShipConfig:
     """What is shipped from where.
 
     Args:
-        runs: the folder of the runs.
-        results: the folder of their results.
+        preset: the preset of the suite that the runs are of.
+        runs: the folder of the runs; runs/suite/PRESET where none is given.
+        results: the folder of the tidy tables.
         output: the folder of the shipped models.
         seed: the seed of the runs.
         cache: where tokenised corpora are kept.
     """
 
-    runs: Path = Path("runs/suite/base")
-    results: Path = Path("experiments/results/base")
+    preset: str = "base"
+    runs: Path | None = None
+    results: Path = GATHERED
     output: Path = Path("lens_positions/checkpoints")
     seed: int = 0
     cache: Path = Path(".cache")

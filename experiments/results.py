@@ -1,11 +1,13 @@
-"""RESULTS.md and its figures, written from the files of runs alone.
+"""RESULTS.md and its figures, written from the tables of results alone.
 
-The same files give the same text and figures, whoever writes them. No model is loaded but the shipped one that
-sentences are drawn with.
+The same tables give the same text and figures, whoever writes them. No model is loaded but the shipped one that
+sentences are drawn with. What is said stands in `findings.py`, `findings_rope.py` and the folder `templates`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,14 +29,16 @@ from .findings import (
     areas,
     grafts,
     loss_neutral,
+    losses,
     paired_seeds,
     what_increments_cause,
     word_boundaries,
 )
 from .findings_rope import ROPE_FINDINGS, Machinery
-from .measure import read_measured
+from .markdown import grid, page
 from .options import ROPE_VARIANTS, VARIANTS, ResultsConfig
-from .suite import read_results, say
+from .suite import say
+from .tables import MEASURED, RUNS, read_tables
 
 DRAWN = "bilingual-per-layer"
 """The shipped model that sentences are drawn with."""
@@ -49,25 +53,33 @@ DETAILED = (word_boundaries, what_increments_cause)
 """Findings that are given whole for the second suite too: these depend on the layer."""
 
 
+@dataclass(frozen=True)
+class Figure:
+    """A figure that was drawn, and what it shows."""
+
+    path: Path
+    shows: str
+
+
 def write_results(asked: ResultsConfig) -> Path:
     """Write RESULTS.md and its figures.
 
     Raises:
         PositionsError: there are no results.
     """
-    folder = asked.results / asked.preset
-    if not list(folder.glob("*/run.json")):
-        raise PositionsError(f"{folder} has no results of runs; expected lens-positions experiments suite before.")
+    results = read_tables(asked.results)
+    if not any(run.suite == asked.preset and "step" not in of for run, of in results.runs.items()):
+        raise PositionsError(
+            f"{asked.results} has no results of runs of {asked.preset}; expected lens-positions experiments suite, and "
+            "gather, before."
+        )
     if not asked.output.parent.is_dir() or not asked.figures.is_dir():
         raise PositionsError(
             f"{asked.output} or {asked.figures} cannot be written; expected existing folders for both."
         )
-    suite, beside = Suite(folder), Suite(asked.results / asked.beside)
-    machinery = Machinery(asked.results / "machinery", suite, asked.results / "maximum")
     try:
-        _setting(suite)  # this and the traces first, so that no figure is drawn where a description is damaged
-        traces = list(_traces([suite, beside], machinery))
-        lines = [*_page(suite, asked), *_beside(beside, asked), *_rope(machinery, asked), *traces]
+        suite, beside = Suite(results, asked.preset), Suite(results, asked.beside)
+        text = _page(suite, beside, Machinery(results, suite), asked)
     except (KeyError, IndexError) as error:
         raise PositionsError(
             f"a file in {asked.results} lacks {error}; expected what suite, measure, machinery and maximum wrote."
@@ -79,180 +91,110 @@ def write_results(asked: ResultsConfig) -> Path:
             f"a file in {asked.results} is damaged ({error}); expected what suite, measure, machinery and maximum "
             "wrote."
         ) from error
-    text = "\n".join(lines).rstrip() + "\n"
     write_whole(asked.output, lambda file: file.write(text.encode()))
     return asked.output
 
 
+def _page(suite: Suite, beside: Suite, machinery: Machinery, asked: ResultsConfig) -> str:
+    """The text of RESULTS.md; its figures are drawn."""
+    setting = _setting(suite)  # this and the traces first, so that no figure is drawn where a description is damaged
+    traces = _traces([suite, beside], machinery, asked)
+    findings, rope = [find(suite) for find in FINDINGS], [find(machinery) for find in ROPE_FINDINGS]
+    if all(finding.verdict == "not measured" for finding in rope):
+        rope = []
+    figures = [*_draw_sentences(asked), *_draw_losses(suite, asked), *_draw_boundaries(suite, asked)]
+    drawn = _drawn([*findings, *rope], asked)
+    told = _beside(beside, asked) if beside.runs("static") else None
+    values = {"setting": setting, "findings": findings, "figures": figures, "drawn": drawn, "beside": told}
+    return page("results.md.jinja", **values, rope=rope, **traces)
+
+
 def _setting(suite: Suite) -> str:
     """What the models of a suite are, from one of them."""
-    config = read_results(next(iter(sorted(suite.folder.glob("*/run.json")))))["config"]
+    scored = {str(run): of for run, of in suite.results.runs.items() if run.suite == suite.name and "step" not in of}
+    config = scored[min(scored)]["config"]
     model = config["model"]
     seen = config["steps"] * config["batch_size"] * model["n_ctx"]
     return (
-        f"of the preset `{suite.folder.name}` ({model['n_layers']} layers, width {model['d_model']}, "
+        f"of the preset `{suite.name}` ({model['n_layers']} layers, width {model['d_model']}, "
         f"{model['n_heads']} heads, context {model['n_ctx']}; {config['steps']:,} steps, {seen / 1e6:.1f}M bytes seen, "
         f"corpus {config['corpus']})"
     )
 
 
-def _page(suite: Suite, asked: ResultsConfig) -> Iterator[str]:
-    findings = [find(suite) for find in FINDINGS]
-    yield "# Results"
-    yield ""
-    yield (
-        f"Found on models {_setting(suite)}, beside what Long (2026) reports of 6.4M parameters at one seed. Losses "
-        "and increments are those of held-out text; names and pairs of words are chosen by their counts in the "
-        "training text. Nothing was tuned, but when the rules of the verdicts were first written one run "
-        "(per_layer-0) and the grafts had been measured, and they were made stricter once after that. Intervals are "
-        "of 95%: over seeds (Student's t), or where 1,000 resamples of whole documents or lines lie, as each says."
-    )
-    yield ""
-    yield from _summary(findings)
-    yield from _draw_sentences(asked)
-    yield from _draw_losses(suite, asked)
-    yield from _draw_boundaries(suite, asked)
-    yield from _in_full(findings, "##", asked)
-
-
-def _summary(findings: list[Finding]) -> Iterator[str]:
-    yield "| finding | verdict | in one sentence |"
-    yield "|---|---|---|"
+def _drawn(findings: Iterable[Finding], asked: ResultsConfig) -> dict[str, Figure]:
+    """The figures of findings, by their titles."""
+    drawn = {}
     for finding in findings:
-        yield f"| {finding.title} | **{finding.verdict}** | {finding.sentence} |"
-    yield ""
-
-
-def _in_full(findings: list[Finding], heading: str, asked: ResultsConfig) -> Iterator[str]:
-    for finding in findings:
-        yield f"{heading} {finding.title}"
-        yield ""
-        yield f"**{finding.verdict[0].upper()}{finding.verdict[1:]}.** {finding.sentence}"
-        yield ""
-        yield f"Reported: {finding.reported}"
-        yield ""
         if finding.figure is not None:
             name, shows, draw = finding.figure
             path = asked.figures / f"results_{name}.png"
             draw(path)
-            yield f"![{shows}]({path})"
-            yield ""
-        if finding.lines:
-            yield from finding.lines
-            yield ""
-        yield f"Rule: {finding.rule}"
-        yield ""
-        if finding.files:
-            yield "From " + ", ".join(f"`{name}`" for name in finding.files) + "."
-            yield ""
+            drawn[finding.title] = Figure(path, shows)
+    return drawn
 
 
-def _beside(suite: Suite, asked: ResultsConfig) -> Iterator[str]:
+def _beside(suite: Suite, asked: ResultsConfig) -> dict[str, Any]:
     """The findings of another suite, those that it has, in short."""
-    if not suite.runs("static"):
-        return
-    yield f"## The same on models of the preset {suite.folder.name}"
-    yield ""
-    yield (
-        f"Models {_setting(suite)}. Verdicts are by the rules above; what was not run is left out. Where there is one "
-        "seed, that is all there is: a difference may be the seed's."
-    )
-    yield ""
     findings = {find: find(suite) for find in FINDINGS if find is not grafts}
-    yield from (line for line in findings[loss_neutral].lines if "| not run |" not in line)
-    yield ""
-    measured = [finding for finding in findings.values() if finding.verdict != "not measured"]
-    yield "| finding | verdict | in one sentence | from |"
-    yield "|---|---|---|---|"
-    for finding in measured:
-        files = ", ".join(f"`{name}`" for name in finding.files)
-        yield f"| {finding.title} | **{finding.verdict}** | {finding.sentence} | {files} |"
-    yield ""
-    for find in DETAILED:
-        finding = findings[find]
-        if finding.lines:
-            yield f"{finding.title}:"
-            yield ""
-            yield from finding.lines
-            yield ""
-    yield from _draw_boundaries(suite, asked)
+    note = findings[loss_neutral].blocks[-1]
+    return {
+        "name": suite.name,
+        "setting": _setting(suite),
+        "losses": [losses(suite, only_run=True), note],
+        "findings": list(findings.values()),
+        "detailed": [findings[find] for find in DETAILED],
+        "figures": _draw_boundaries(suite, asked),
+    }
 
 
-def _rope(machinery: Machinery, asked: ResultsConfig) -> Iterator[str]:
-    """How RoPE itself is used, what has been measured of it."""
-    findings = [find(machinery) for find in ROPE_FINDINGS]
-    if all(finding.verdict == "not measured" for finding in findings):
-        return
-    yield "## How RoPE itself is used"
-    yield ""
-    yield (
-        "Beside what Barbero et al. (frequencies), Ruscio et al. (absolute position) and Veličković et al. "
-        "(dispersion) report, on SmolLM2-135M-Instruct (4-bit weights), on the shipped models and on small models "
-        "trained alike. Text is English, held out from these small models' training; whether SmolLM2 has read it is "
-        "not known. Intervals are of 95%, over 1,000 resamples of documents or over seeds (Student's t), as each says. "
-        "The rules were written when the tools had been tried on SmolLM2 and its norms and heads had been measured, "
-        "but not read; those of absolute position, sinks, p-RoPE and dispersion were made stricter once, before the "
-        "files that they judge were read, and those of norms, sinks and dispersion once more when their "
-        "results were known: for norms and dispersion more is reported than they had asked for, and a residual "
-        "stream's cosine can be that of one component. Barbero et al.'s two statements about what RoPE can do are "
-        "checked by tests: for any query and distance a key whose score is largest exactly there, and a mean score of "
-        "0 at every distance for Gaussian vectors (`tests/test_frequencies.py`)."
-    )
-    yield ""
-    yield from _summary(findings)
-    yield from _in_full([finding for finding in findings if finding.verdict != "not measured"], "###", asked)
+def _traces(suites: list[Suite], machinery: Machinery, asked: ResultsConfig) -> dict[str, Any]:
+    """What was run, on which weights, by which code, and the commands."""
+    return {
+        "runs_file": (asked.results / RUNS).as_posix(),
+        "measured_file": (asked.results / MEASURED).as_posix(),
+        "runs": _runs(suites),
+        "measured": _measured(machinery),
+        "commands": _commands(suites, machinery),
+    }
 
 
-def _traces(suites: list[Suite], machinery: Machinery) -> Iterator[str]:
-    yield "## Where the numbers come from"
-    yield ""
-    yield "The runs, and the code that they were scored with; each folder of results has the whole configuration."
-    yield ""
-    yield "| run | command | parameters | weights (sha256) | commit | torch | device |"
-    yield "|---|---|---|---|---|---|---|"
+def _runs(suites: list[Suite]) -> pd.DataFrame:
+    """Every run: its command, weights and code."""
+    rows = []
     for suite in suites:
         for variant in (*VARIANTS, *ROPE_VARIANTS):
-            for seed, folder in suite.runs(variant).items():
-                run = read_results(folder / "run.json")
-                weights = run["sha256"]["model.safetensors"]
-                yield (
-                    f"| {suite.folder.name} {variant}-{seed} | `{run['command']}` | {run['parameters']:,} | "
-                    f"{weights[:12]} | {_commit(run['git'])} | "
-                    f"{run['versions']['torch']} | {run['device']} |"
-                )
-    yield ""
-    yield from _measured(machinery)
-    yield "A commit with + had changes beside it that were not committed yet. The commands, in order:"
-    yield ""
+            for seed, run in suite.runs(variant).items():
+                cells = [f"{suite.name} {variant}-{seed}", f"`{run['command']}`", f"{run['parameters']:,}"]
+                cells += [run["sha256"]["model.safetensors"][:12], _commit(run["git"])]
+                rows.append([*cells, run["versions"]["torch"], run["device"]])
+    return grid(["run", "command", "parameters", "weights (sha256)", "commit", "torch", "device"], rows)
+
+
+def _commands(suites: list[Suite], machinery: Machinery) -> list[str]:
+    """What makes all this again, in order."""
+    commands = []
     for suite in suites:
         for seeds, variants in _run_together(suite).items():
             options = f"--variants {' '.join(variants)} --seeds {' '.join(map(str, seeds))}"
-            yield f"    lens-positions experiments suite --preset {suite.folder.name} {options}"
+            commands.append(f"suite --preset {suite.name} {options}")
         if suite.runs("static"):
-            yield f"    lens-positions experiments measure --preset {suite.folder.name}"
-    yield "    lens-positions experiments ship"
-    if machinery.folder.is_dir():
-        yield "    lens-positions experiments rope"
-    if machinery.maximum.is_dir():
-        yield "    lens-positions experiments maximum"
-    yield "    lens-positions experiments results"
+            commands.append(f"measure --preset {suite.name}")
+    commands += ["gather", "ship"]
+    of_rope = ["rope"] if machinery.measured() else []
+    of_maximum = ["maximum"] if not machinery.tests().empty else []
+    again = ["gather"] if of_rope or of_maximum else []
+    return [*commands, *of_rope, *of_maximum, *again, "results"]
 
 
-def _measured(machinery: Machinery) -> Iterator[str]:
-    """The weights behind the tables of RoPE itself, and the code that measured them."""
-    folders = sorted(path.parent for path in machinery.folder.glob("*/measured.json"))
-    if not folders:
-        return
-    yield "How RoPE itself is used was measured on these weights; each folder says how to measure a table again."
-    yield ""
-    yield "| tables | weights (sha256) | commits |"
-    yield "|---|---|---|"
-    for folder in folders:
-        done = read_measured(folder / "measured.json")
+def _measured(machinery: Machinery) -> pd.DataFrame | None:
+    """The weights behind the tables of RoPE itself, and the code that measured them; None without any."""
+    rows = []
+    for model, done in machinery.measured().items():
         weights = {sha256[:12] for entry in done.values() for sha256 in entry["sha256"].values()}
         commits = {_commit(entry["git"]) for entry in done.values()}
-        yield f"| `{folder.as_posix()}` | {', '.join(sorted(weights))} | {', '.join(sorted(commits))} |"
-    yield ""
+        rows.append([f"`{model}`", ", ".join(sorted(weights)), ", ".join(sorted(commits))])
+    return grid(["model", "weights (sha256)", "commits"], rows) if rows else None
 
 
 def _commit(git: Commit | None) -> str:
@@ -268,10 +210,11 @@ def _run_together(suite: Suite) -> dict[tuple[int, ...], list[str]]:
     return together
 
 
-def _draw_sentences(asked: ResultsConfig) -> Iterator[str]:
+def _draw_sentences(asked: ResultsConfig) -> list[Figure]:
     """The sentences as the shipped model places them; figures stay as they are where there is no font for one."""
     if DRAWN not in shipped_names():
-        return
+        return []
+    figures = []
     model = HookedPositionTransformer.from_pretrained(DRAWN)
     for language, sentence in SENTENCES.items():
         path = asked.figures / f"results_{language}.png"
@@ -280,11 +223,13 @@ def _draw_sentences(asked: ResultsConfig) -> Iterator[str]:
         except MissingFontError as error:
             say(f"{path} was not drawn: {error}")
         title = language.capitalize()
-        yield f"![{title}: characters of a sentence at their learned positions, one row a layer, in {DRAWN}]({path})"
-        yield ""
+        shows = f"{title}: characters of a sentence at their learned positions, one row a layer, in {DRAWN}"
+        figures.append(Figure(path, shows))
+    return figures
 
 
-def _draw_losses(suite: Suite, asked: ResultsConfig) -> Iterator[str]:
+def _draw_losses(suite: Suite, asked: ResultsConfig) -> list[Figure]:
+    """The losses beside static's, where some are paired with it."""
     rows = []
     for variant in list(VARIANTS)[1:]:
         row = suite.paired(variant)
@@ -298,35 +243,34 @@ def _draw_losses(suite: Suite, asked: ResultsConfig) -> Iterator[str]:
             {"name": name, "difference": row["difference"], "low": row[ends[0]], "high": row[ends[1]], "group": group}
         )
     if not rows:
-        return
+        return []
     static = suite.loss("static")
     assert static is not None
     caption = (
-        f"Preset {suite.folder.name}; {static['bytes']:,.0f} held-out bytes of {static['documents']:,.0f} documents, "
+        f"Preset {suite.name}; {static['bytes']:,.0f} held-out bytes of {static['documents']:,.0f} documents, "
         "English and Chinese; in brackets the number of seeds. Intervals: 95%."
     )
-    path = asked.figures / f"results_losses_{suite.folder.name}.png"
+    path = asked.figures / f"results_losses_{suite.name}.png"
     differences_chart(pd.DataFrame(rows), "Loss of each source minus static RoPE", "nats per byte", caption, path)
-    yield f"![Loss of each source minus that of static RoPE]({path})"
-    yield ""
+    return [Figure(path, "Loss of each source minus that of static RoPE")]
 
 
-def _draw_boundaries(suite: Suite, asked: ResultsConfig) -> Iterator[str]:
+def _draw_boundaries(suite: Suite, asked: ResultsConfig) -> list[Figure]:
+    """The areas under the ROC curve by layer, where they were measured."""
     tables = []
     for variant in ("per_layer", "shared"):
         for seed, table in suite.tables(variant, "boundaries").items():
             tables.append(areas(table).assign(measure=NAMES[variant], run=seed))
             statistic = areas(table, "mutual information")  # of the text, and so the same for every run
     if not tables:
-        return
+        return []
     found = pd.concat([*tables, statistic], ignore_index=True)
     first = found.iloc[0]
     caption = (
-        f"Preset {suite.folder.name}; {first['n']:,} gaps between Chinese characters in {first['lines']:,} "
+        f"Preset {suite.name}; {first['n']:,} gaps between Chinese characters in {first['lines']:,} "
         "held-out lines of the People's Daily, segmented by people; a line each seed. Mutual information: of the two "
         "characters, from the training text. Intervals: 95% of resamples of lines."
     )
-    path = asked.figures / f"results_boundaries_{suite.folder.name}.png"
+    path = asked.figures / f"results_boundaries_{suite.name}.png"
     auc_chart(found, "Increments at Chinese word boundaries", caption, path)
-    yield f"![Area under the ROC curve of increments at Chinese word boundaries, by layer]({path})"
-    yield ""
+    return [Figure(path, "Area under the ROC curve of increments at Chinese word boundaries, by layer")]

@@ -1,16 +1,17 @@
-"""How models use RoPE itself: frequencies, absolute position and dispersion, kept as small files.
+"""How models use RoPE itself: frequencies, absolute position and dispersion, kept as small files;
+`gather` makes tidy tables of them.
 
-    results/machinery/smollm2-135m-instruct/norms.csv       norms of queries and keys by frequency, layer and head
-    results/machinery/smollm2-135m-instruct/positional.csv  heads that attend to a fixed offset
-    results/machinery/smollm2-135m-instruct/truncated.csv   the loss without the lowest, or the highest, frequencies
-    results/machinery/smollm2-135m-instruct/absolute.csv    the two parts of absolute position
-    results/machinery/bilingual-shared/increments.csv       increments by layer and kind of token
-    results/machinery/bilingual-shared/held.csv             the same with positions on a ruler of equal steps
-    results/machinery/smollm2-135m-instruct/drops.csv       what goes with the first token's embedding
-    results/machinery/smollm2-135m-instruct/sinks.csv       attention to position 0
-    results/machinery/smollm2-135m-instruct/fingerprints.csv  how alike its states are
-    results/machinery/smollm2-135m-instruct/dispersion.csv  entropy by number of items
-    results/machinery/smollm2-135m-instruct/temperature.csv the loss with an adaptive temperature, by length
+    machinery/smollm2-135m-instruct/norms.csv       norms of queries and keys by frequency, layer and head
+    machinery/smollm2-135m-instruct/positional.csv  heads that attend to a fixed offset
+    machinery/smollm2-135m-instruct/truncated.csv   the loss without the lowest, or the highest, frequencies
+    machinery/smollm2-135m-instruct/absolute.csv    the two parts of absolute position
+    machinery/bilingual-shared/increments.csv       increments by layer and kind of token
+    machinery/bilingual-shared/held.csv             the same with positions on a ruler of equal steps
+    machinery/smollm2-135m-instruct/drops.csv       what goes with the first token's embedding
+    machinery/smollm2-135m-instruct/sinks.csv       attention to position 0
+    machinery/smollm2-135m-instruct/fingerprints.csv  how alike its states are
+    machinery/smollm2-135m-instruct/dispersion.csv  entropy by number of items
+    machinery/smollm2-135m-instruct/temperature.csv the loss with an adaptive temperature, by length
 
 Models are the shipped ones, SmolLM2-135M, and finished runs of a suite: RoPE, its variants, and learned increments,
 whose seeds say what a difference between shipped models is worth. All text is held out, and English.

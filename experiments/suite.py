@@ -1,14 +1,14 @@
 """Every variant of increments at several seeds on the same data, scored on the same held-out bytes and compared.
 
-Beside the runs, each a folder as in `loop.py`, stand small results that can be kept in a repository:
+Beside the runs, each a folder as in `loop.py`, stand small results, of which `gather` makes the tables of a repository:
 
     runs/suite/tiny/per_layer-0          the run of a variant and a seed
     runs/suite/tiny/per_layer-0.lock     held by the process that works on it
-    results/tiny/per_layer-0/run.json    what was trained, from what, by which code, and how to repeat it
-    results/tiny/per_layer-0/log.csv     the held-out loss while it trained
-    results/tiny/per_layer-0/heldout.csv the finished model's loss by held-out document and length of text
-    results/tiny/signed-0/diverged.json  instead of these three: the loss stopped being a number
-    results/tiny/losses.csv              the comparison, from the files above alone
+    runs/results/tiny/per_layer-0/run.json    what was trained, from what, by which code, and how to repeat it
+    runs/results/tiny/per_layer-0/log.csv     the held-out loss while it trained
+    runs/results/tiny/per_layer-0/heldout.csv the finished model's loss by held-out document and length of text
+    runs/results/tiny/signed-0/diverged.json  instead of these three: the loss stopped being a number
+    runs/results/tiny/losses.csv              the comparison, from the files above alone
 
 The order of the data is a function of the seed alone, so that the variants of a seed read the same batches.
 """
@@ -54,7 +54,9 @@ from lens_positions.training.loop import DivergedError, FreshModel, Run, are_byt
 from lens_positions.training.provenance import commit
 from lens_positions.training.schema import RunResults, read_json
 
-from .options import FROM_SHARED, HEAD_STEPS, ROPE_VARIANTS, VARIANTS, SuiteConfig
+from .gather import suite_tables
+from .options import FROM_SHARED, HEAD_STEPS, ROPE_VARIANTS, STAGED, VARIANTS, SuiteConfig
+from .tables import RunName, Tables
 
 FACTORS = (1, 2, 4)
 """Lengths at which models are scored, in training contexts."""
@@ -107,7 +109,7 @@ def suite(asked: SuiteConfig) -> pd.DataFrame:
         if len(waiting) == len(left):
             break
         left = waiting
-    table = loss_table(results)
+    table = loss_table(suite_tables(results), results.name)
     if len(table):
         write_whole(results / "losses.csv", lambda file: file.write(table.to_csv(index=False).encode()))
         print_losses(table)
@@ -131,7 +133,7 @@ def planned(asked: SuiteConfig) -> list[SuiteRun]:
         given = f"variants {' '.join(asked.variants) or 'none'} and seeds {' '.join(map(str, asked.seeds)) or 'none'}"
         raise PositionsError(f"the suite got {given}; expected at least one of each, and distinct seeds.")
     output = asked.output or Path("runs/suite") / asked.preset
-    results = asked.results or Path("experiments/results") / asked.preset
+    results = asked.results or STAGED / asked.preset
     common = _common(asked, preset)
     runs = []
     for seed in asked.seeds:
@@ -384,14 +386,8 @@ def _device() -> str:
     return f"{platform.processor() or platform.machine()} CPU, threads: {torch.get_num_threads()}"
 
 
-def by_seed(results: Path, variant: str) -> dict[int, Path]:
-    """The folders of results of a variant, by seed and in its order."""
-    found = {folder.name.removeprefix(f"{variant}-"): folder for folder in results.glob(f"{variant}-*")}
-    return {seed: found[str(seed)] for seed in sorted(int(name) for name in found if name.isdecimal())}
-
-
-def loss_table(results: Path) -> pd.DataFrame:
-    """The loss of every variant at every length, and its difference to static, from the files of results alone.
+def loss_table(results: Tables, suite: str) -> pd.DataFrame:
+    """The loss of every variant of a suite at every length, and its difference to static, from results alone.
 
     Returns:
         A row for each variant and length, in the order of VARIANTS and ROPE_VARIANTS:
@@ -406,42 +402,60 @@ def loss_table(results: Path) -> pd.DataFrame:
         Empty where there are no results.
 
     Raises:
-        PositionsError: results of different text, or a damaged file.
+        PositionsError: results of different text, or a damaged table.
     """
-    scored: dict[str, dict[int, pd.Series[float]]] = {}
-    diverged: dict[str, str] = {}
-    sizes: pd.Series[int] | None = None
-    for variant in (*VARIANTS, *ROPE_VARIANTS):
-        scored[variant], steps = {}, []
-        for seed, folder in by_seed(results, variant).items():
-            if (folder / "diverged.json").is_file():
-                steps.append(f"seed {seed} at step {read_results(folder / 'diverged.json', 'step')['step']}")
-            elif (folder / "heldout.csv").is_file():
-                table = read_scores(folder / "heldout.csv")
-                sizes = table["bytes"] if sizes is None else sizes
-                if not table["bytes"].equals(sizes):
-                    raise PositionsError(f"{folder} was scored on other text than the rest; expected the same for all.")
-                scored[variant][seed] = table["nats"]
-        diverged[variant] = ", ".join(steps)
+    scored = {variant: scores_by_seed(results, suite, variant) for variant in (*VARIANTS, *ROPE_VARIANTS)}
+    sizes = _common_sizes(suite, scored)
     rows = []
-    for variant in (name for name in scored if scored[name] or diverged[name]):
-        paired = [seed for seed in scored[variant] if seed in scored["static"] and variant != "static"]
-        common = {"variant": variant, "n_seeds": len(scored[variant]), "diverged": diverged[variant]}
+    for variant, scores in scored.items():
+        diverged = diverged_at(results, suite, variant)
+        if not scores and not diverged:
+            continue
+        common = {"variant": variant, "n_seeds": len(scores), "diverged": diverged}
         if sizes is None:
             rows.append(common)
             continue
+        paired = [seed for seed in scores if seed in scored["static"] and variant != "static"]
         for length in sizes.index.unique("length"):
             size = sizes.loc[length].to_numpy()
             row = common | {"length": length, "documents": len(size), "bytes": size.sum()}
-            if scored[variant]:
-                row["loss"] = np.mean([nats.loc[length].sum() for nats in scored[variant].values()]) / size.sum()
+            nats = {seed: table["nats"].loc[length] for seed, table in scores.items()}
+            if nats:
+                row["loss"] = np.mean([own.sum() for own in nats.values()]) / size.sum()
             if paired:
-                nats = [(scored[variant][seed] - scored["static"][seed]).loc[length] for seed in paired]
-                row |= {"seeds": " ".join(map(str, paired)), **paired_difference(np.stack(nats, axis=1), size)}
+                differences = [nats[seed] - scored["static"][seed]["nats"].loc[length] for seed in paired]
+                row |= {"seeds": " ".join(map(str, paired))}
+                row |= paired_difference(np.stack(differences, axis=1), size)
             rows.append(row)
     columns = ["variant", "length", "documents", "bytes", "n_seeds", "loss", "seeds", "difference"]
     columns += ["seeds_low", "seeds_high", "documents_low", "documents_high", "diverged"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def scores_by_seed(results: Tables, suite: str, variant: str) -> dict[int, pd.DataFrame]:
+    """The scores of the runs of a variant, as `read_scores`, by seed."""
+    return {
+        seed: _scores(table, f"{results.path('heldout')} of {RunName(suite, variant, seed)}")
+        for seed, table in results.seeds("heldout", suite, variant).items()
+    }
+
+
+def diverged_at(results: Tables, suite: str, variant: str) -> str:
+    """The seeds of a variant whose loss stopped being a number, each with its step."""
+    steps = {run.seed: of["step"] for run, of in results.runs.items() if run[:2] == (suite, variant) and "step" in of}
+    return ", ".join(f"seed {seed} at step {step}" for seed, step in sorted(steps.items(), key=str))
+
+
+def _common_sizes(suite: str, scored: dict[str, dict[int, pd.DataFrame]]) -> "pd.Series[int] | None":
+    """The bytes of every document at every length, which must be those of all runs; None without a run."""
+    sizes: pd.Series[int] | None = None
+    for variant, tables in scored.items():
+        for seed, table in tables.items():
+            sizes = table["bytes"] if sizes is None else sizes
+            if not table["bytes"].equals(sizes):
+                run = RunName(suite, variant, seed)
+                raise PositionsError(f"{run} was scored on other text than the rest; expected the same for all.")
+    return sizes
 
 
 def read_scores(path: Path) -> pd.DataFrame:
@@ -451,13 +465,22 @@ def read_scores(path: Path) -> pd.DataFrame:
         PositionsError: it is damaged.
     """
     try:
-        table = pd.read_csv(path, index_col=["length", "document"])[["source", "bytes", "nats"]].sort_index()
-        table = table.astype({"bytes": "int64", "nats": "float64"})
-        if not len(table) or not table.index.is_unique or not np.isfinite(table["nats"]).all():
-            raise ValueError("a document is missing, there twice, or without its nats")
-        return table
-    except (ValueError, KeyError, OSError) as error:
+        table = pd.read_csv(path)
+    except (ValueError, OSError) as error:
         raise PositionsError(f"{path} is damaged ({error}); expected what the suite wrote.") from error
+    return _scores(table, str(path))
+
+
+def _scores(table: pd.DataFrame, where: str) -> pd.DataFrame:
+    """A table of heldout.csv, checked, by length and document."""
+    try:
+        scores = table.set_index(["length", "document"])[["source", "bytes", "nats"]].sort_index()
+        scores = scores.astype({"bytes": "int64", "nats": "float64"})
+        if not len(scores) or not scores.index.is_unique or not np.isfinite(scores["nats"]).all():
+            raise ValueError("a document is missing, there twice, or without its nats")
+        return scores
+    except (ValueError, KeyError) as error:
+        raise PositionsError(f"{where} is damaged ({error}); expected what the suite wrote.") from error
 
 
 def paired_difference(nats: Float64[np.ndarray, "document seed"], size: np.ndarray) -> dict[str, float]:

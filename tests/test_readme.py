@@ -10,7 +10,15 @@ import pytest
 import tyro
 from conftest import SMOLLM2
 
-from experiments.options import MachineryConfig, MaximumConfig, MeasureConfig, ResultsConfig, ShipConfig, SuiteConfig
+from experiments.options import (
+    GatherConfig,
+    MachineryConfig,
+    MaximumConfig,
+    MeasureConfig,
+    ResultsConfig,
+    ShipConfig,
+    SuiteConfig,
+)
 from lens_positions import checkpoint as pretrained
 from lens_positions import cli
 from lens_positions.training.__main__ import parse, parse_graft
@@ -98,6 +106,7 @@ def test_the_readme_and_the_pages_have_snippets():
 OPTIONS = {
     "experiments suite": SuiteConfig,
     "experiments measure": MeasureConfig,
+    "experiments gather": GatherConfig,
     "experiments results": ResultsConfig,
     "experiments ship": ShipConfig,
     "experiments rope": MachineryConfig,

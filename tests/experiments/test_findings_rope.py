@@ -2,8 +2,8 @@
 
 import json
 import math
-import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -25,9 +25,11 @@ from experiments.findings_rope import (
     together,
     truncated_frequencies,
 )
+from experiments.markdown import markdown
 from experiments.results import ResultsConfig, write_results
 from experiments.rope_measures import SMOLLM2
 from experiments.ship import SHIPPED
+from experiments.tables import RunName, Tables, read_tables, run_of_model
 from lens_positions import PositionsError
 
 FREQUENCIES = 8
@@ -35,13 +37,17 @@ FREQUENCIES = 8
 
 @pytest.fixture
 def machinery(tmp_path):
-    return Machinery(tmp_path / "machinery", Suite(tmp_path / "tiny"), tmp_path / "maximum")
+    results = Tables(tmp_path)
+    return Machinery(results, Suite(results, "tiny"))
 
 
 def keep(machinery, model, name, rows):
-    path = machinery.path(model, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows).to_csv(path, index=False)
+    machinery.results.measurements.setdefault(name, {})[run_of_model(model)] = pd.DataFrame(rows)
+
+
+def lines_of(finding):
+    """The lines of its tables and paragraphs."""
+    return "\n".join(map(markdown, finding.blocks)).splitlines()
 
 
 def norms(growth, positional=(), layers=4):
@@ -117,16 +123,14 @@ def test_positional_heads_are_few_and_use_high_frequencies(machinery):
 def scored(machinery, losses, seeds=(0, 1)):
     for variant, loss in losses.items():
         for seed in seeds:
-            folder = machinery.suite.folder / f"{variant}-{seed}"
-            folder.mkdir(parents=True)
             size = np.array([900, 1000, 1100])
             nats = size * (loss + seed / 100 + np.random.default_rng(seed).normal(0, 1e-5, 3))
             tables = [
                 pd.DataFrame({"document": range(3), "source": "x", "length": n, "bytes": size, "nats": nats})
                 for n in (256, 512, 1024)
             ]
-            pd.concat(tables).to_csv(folder / "heldout.csv", index=False)
-            (folder / "run.json").write_text(json.dumps({"variant": variant, "seed": seed}))
+            keep(machinery, f"tiny-{variant}-{seed}", "heldout", pd.concat(tables, ignore_index=True))
+            machinery.results.runs[RunName("tiny", variant, seed)] = {"variant": variant, "seed": seed}
 
 
 @pytest.mark.parametrize(
@@ -139,15 +143,15 @@ def scored(machinery, losses, seeds=(0, 1)):
 )
 def test_fractions_are_judged_by_their_order_over_seeds(machinery, losses, verdict, hold):
     scored(machinery, dict(zip(FRACTIONS, losses, strict=True)))
-    found = p_rope(replace(machinery, suite=Suite(machinery.suite.folder)))
+    found = p_rope(replace(machinery, suite=Suite(machinery.results, "tiny")))
     assert found.verdict == verdict
     assert found.sentence.endswith(f"{hold} of 4 statements hold.")
-    assert len([line for line in found.lines if line.startswith("| 0")]) == 3
+    assert len([line for line in lines_of(found) if line.startswith("| 0")]) == 3
 
 
 def test_fractions_at_one_seed_are_undecided(machinery):
     scored(machinery, dict(zip(FRACTIONS, (1.5, 1.49, 1.52, 1.6), strict=True)), seeds=(0,))
-    assert p_rope(replace(machinery, suite=Suite(machinery.suite.folder))).verdict == "undecided"
+    assert p_rope(replace(machinery, suite=Suite(machinery.results, "tiny"))).verdict == "undecided"
 
 
 def absolute(residual, mask=0.1):
@@ -179,8 +183,8 @@ def test_architectures_are_judged_by_their_residual_part(machinery, ntk, window,
     keep(machinery, SMOLLM2, "absolute", absolute((0, *(0.1,) * 11)))
     found = absolute_position(machinery)
     assert found.verdict == verdict
-    assert sum(line.startswith("| RoPE, seed 0 |") for line in found.lines) == 5
-    shutil.rmtree(machinery.folder / "tiny-ntk-1")
+    assert sum(line.startswith("| RoPE, seed 0 |") for line in lines_of(found)) == 5
+    del machinery.results.measurements["absolute"][RunName("tiny", "ntk", 1)]
     assert absolute_position(machinery).verdict == "undecided"
 
 
@@ -235,15 +239,15 @@ def test_sinks_are_judged_by_what_their_values_say(machinery, share, cosine, ver
     ("gain", "verdict"), [(0.05, "reproduced"), (-0.05, "not reproduced"), (None, "different")], ids=str
 )
 def test_the_task_is_judged_beyond_four_times_its_size(machinery, gain, verdict):
-    machinery.maximum.mkdir()
+    own = machinery.results.measurements.setdefault("maximum", {})
     for seed in range(5):
         rows = []
         for size in (16, 64, 128, 256):
             more = gain if gain is not None else (0.05 if size < 256 else -0.05)
             for temperature, accuracy in (("learned", 0.9), ("adaptive", 0.9 + more + seed / 1000)):
-                row = {"seed": seed, "items": size, "temperature": temperature, "accuracy": accuracy, "n": 9}
+                row = {"items": size, "temperature": temperature, "accuracy": accuracy, "n": 9}
                 rows.append(row | {"entropy": math.log(size) / 2, "largest": 0.5})
-        pd.DataFrame(rows).to_csv(machinery.maximum / f"seed-{seed}.csv", index=False)
+        own[RunName("maximum", "retriever", seed)] = pd.DataFrame(rows)
     assert maximum_task(machinery).verdict == verdict
 
 
@@ -286,7 +290,7 @@ def test_what_increments_change_is_over_seeds(machinery):
     assert found.sentence.startswith("3 of 6 differences over seeds: squared query norms, share of the highest")
     assert "(per layer -" in found.sentence
     assert "shared" not in found.sentence
-    assert any("not measured" in line for line in found.lines)  # the other tables
+    assert any("not measured" in line for line in lines_of(found))  # the other tables
 
 
 def test_frequencies_are_compared_per_token(machinery):
@@ -305,7 +309,7 @@ def test_frequencies_are_compared_per_token(machinery):
         for variant in ("shared", "per_layer"):
             keep(machinery, f"tiny-{variant}-{seed}", "norms", moved)
             keep(machinery, f"tiny-{variant}-{seed}", "increments", steps)
-    lines = {line.split(" | ")[0]: line for line in together(machinery).lines}
+    lines = {line.split(" | ")[0]: line for line in lines_of(together(machinery))}
     assert lines["| mean log10 frequency of the queries, per position"].count("-1.000 (-1.000 to -1.000), n = 2") == 2
     per_token = [lines["| mean log10 frequency of the queries, per token"], *(lines[f"| {i}"] for i in range(4))]
     assert all(line.count("0.000 (") == 2 and "1.000" not in line for line in per_token)
@@ -321,18 +325,19 @@ def test_runs_without_norms_leave_the_table_by_layer_out(machinery):
             keep(machinery, f"tiny-{variant}-{seed}", "sinks", rows)
     found = together(machinery)
     assert found.sentence.startswith("0 of 2 differences over seeds")
-    assert not any(line.startswith("| 0 |") for line in found.lines)
+    assert not any(line.startswith("| 0 |") for line in lines_of(found))
 
 
 def test_what_a_dropped_quarter_turns_by_is_that_of_the_measured_model(machinery):
     scored(machinery, dict(zip(FRACTIONS, (1.5, 1.49, 1.52, 1.6), strict=True)))
-    own = replace(machinery, suite=Suite(machinery.suite.folder))
-    assert "degrees" not in "".join(p_rope(own).lines)
+    own = replace(machinery, suite=Suite(machinery.results, "tiny"))
+    assert "degrees" not in "".join(lines_of(p_rope(own)))
     keep(machinery, "tiny-static-1", "norms", norms(2.0))
     length = int(own.suite.losses["length"].min())
     angle = math.degrees(length * 10.0**-6)  # of eight frequencies the lowest two
-    assert f"In a context of {length} the quarter that 0.75 drops turns by {angle:.0f} degrees" in p_rope(own).lines[-1]
-    assert p_rope(own).files[-1].endswith("tiny-static-1/norms.csv")
+    found = p_rope(own)
+    assert f"In a context of {length} the quarter that 0.75 drops turns by {angle:.0f} degrees" in lines_of(found)[-1]
+    assert [Path(name).name for name in found.files] == ["heldout.csv", "norms.csv"]
 
 
 def test_without_norms_nothing_is_said_of_what_the_lowest_quarter_turns_by(machinery):
@@ -341,9 +346,9 @@ def test_without_norms_nothing_is_said_of_what_the_lowest_quarter_turns_by(machi
         for kept, drop in ((0.75, "lowest"), (0.75, "highest"), (0.0, "lowest"))
     ]
     keep(machinery, SMOLLM2, "truncated", rows)
-    assert "degrees" not in "".join(truncated_frequencies(machinery).lines)
+    assert "degrees" not in "".join(lines_of(truncated_frequencies(machinery)))
     keep(machinery, SMOLLM2, "norms", norms(2.0))
-    assert f"turns by {math.degrees(512 * 10.0**-6):.0f} degrees" in truncated_frequencies(machinery).lines[-1]
+    assert f"turns by {math.degrees(512 * 10.0**-6):.0f} degrees" in lines_of(truncated_frequencies(machinery))[-1]
 
 
 def test_held_positions_of_learned_increments_are_not_guessed(machinery):
@@ -359,7 +364,8 @@ def test_held_positions_of_learned_increments_are_not_guessed(machinery):
     ):
         keep(machinery, model, "norms", norms(2.0))
         keep(machinery, model, "absolute", rows)
-    line = next(line for line in together(machinery).lines if line.startswith("| residual part, early, positions on"))
+    lines = lines_of(together(machinery))
+    line = next(line for line in lines if line.startswith("| residual part, early, positions on"))
     assert line == "| residual part, early, positions on a ruler | 0.5000 |  |  | not measured | not measured |"
 
 
@@ -367,17 +373,22 @@ def test_what_was_not_measured_is_said_not_guessed(machinery):
     for find in ROPE_FINDINGS:
         found = find(machinery)
         assert found.verdict == "not measured"
-        assert not found.lines
+        assert not found.blocks
 
 
-def test_damaged_and_foreign_files_are_one_sentence(machinery, tmp_path):
-    path = machinery.path(SMOLLM2, "norms")
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(PositionsError, match=r"norms.csv is damaged"):
-        low_frequencies(machinery)
-    path.write_text("a,b\n1,2\n")
-    scored(machinery, {"static": 1.5})
+def test_damaged_and_foreign_files_are_one_sentence(tmp_path):
+    path = tmp_path / "norms.csv"
+    for content in (b"\xff\xfe\x00", b"a,b\n1,2\n"):
+        path.write_bytes(content)
+        with pytest.raises(PositionsError, match=r"norms.csv is damaged"):
+            read_tables(tmp_path)
+    path.unlink()
+    described = {"suite": "tiny", "variant": "static", "seed": 0}
+    (tmp_path / "runs.jsonl").write_text(json.dumps(described) + "\n")
     asked = ResultsConfig(results=tmp_path, output=tmp_path / "RESULTS.md", figures=tmp_path)
     with pytest.raises(PositionsError, match=r"a file in .* lacks 'config'; expected what suite, measure, machinery"):
         write_results(asked)
+    for line in ("{", json.dumps({"suite": "tiny"}), json.dumps(described | {"colour": 1})):
+        (tmp_path / "runs.jsonl").write_text(line + "\n")
+        with pytest.raises(PositionsError, match=r"runs.jsonl, line 1, is damaged"):
+            read_tables(tmp_path)

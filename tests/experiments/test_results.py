@@ -14,7 +14,9 @@ from scipy import stats
 from experiments import measure as measure_module
 from experiments import results as results_module
 from experiments.findings import FINDINGS, LAYER_0_REPORTED, Suite, word_boundaries
+from experiments.gather import gather, suite_tables
 from experiments.measure import MEASUREMENTS, MeasureConfig, measure
+from experiments.options import GatherConfig
 from experiments.results import ResultsConfig, write_results
 from experiments.suite import weights_of
 from lens_positions import PositionsError, causal, corpora
@@ -183,8 +185,15 @@ def of_layers(folder, variant, seed, areas):
     pd.DataFrame(rows).assign(n=100, boundaries=40, lines=7).to_csv(path, index=False)
 
 
+def tiny_of(folder):
+    """The suite, of the files as they are now."""
+    return Suite(suite_tables(folder / "results" / "tiny"), "tiny")
+
+
 def written(folder):
-    return ResultsConfig(results=folder / "results", output=folder / "RESULTS.md", figures=folder)
+    """What is asked for, of the files as they are now."""
+    gather(GatherConfig(folder / "results", folder / "tables"))
+    return ResultsConfig(results=folder / "tables", output=folder / "RESULTS.md", figures=folder)
 
 
 def test_the_same_files_give_the_same_text_and_figures(results):
@@ -284,11 +293,12 @@ def test_boundaries_are_judged_by_every_seed(results, areas, verdict):
     if verdict == "not reproduced":
         for seed in SEEDS:
             of_layers(results, "per_layer", seed, areas)
-    assert word_boundaries(Suite(results / "results" / "tiny")).verdict == verdict
+    assert word_boundaries(tiny_of(results)).verdict == verdict
 
 
 def test_what_was_not_run_is_said_not_guessed(results):
-    found = {finding.title: finding for finding in (find(Suite(results / "results" / "tiny")) for find in FINDINGS)}
+    suite = tiny_of(results)
+    found = {finding.title: finding for finding in (find(suite) for find in FINDINGS)}
     assert found["Frozen increments do as well as learned ones"].verdict == "not measured"
     assert found["Two-word names are pulled together"].verdict == "not measured"
 
@@ -300,14 +310,16 @@ def test_kinds_are_judged_by_their_order(results, order, verdict):
     table = pd.DataFrame({"layer": 0, "kind": kinds, "mean": mean, "low": mean, "high": mean, "n": 5})
     for seed in SEEDS:
         table.to_csv(results / f"results/tiny/per_layer-{seed}/kinds.csv", index=False)
-    found = [find(Suite(results / "results" / "tiny")) for find in FINDINGS]
+    suite = tiny_of(results)
+    found = [find(suite) for find in FINDINGS]
     (finding,) = [finding for finding in found if finding.title == "Layer 0 by kind of byte"]
     assert finding.verdict == verdict
 
 
 def test_a_folder_without_results_is_refused(tmp_path, capsys):
     assert main(["results", "--results", str(tmp_path)]) == 2
-    assert "has no results of runs; expected lens-positions experiments suite before" in capsys.readouterr().err
+    says = "has no results of runs of tiny; expected lens-positions experiments suite, and gather, before"
+    assert says in capsys.readouterr().err
 
 
 def test_the_results_of_this_repository_are_those_of_its_files(tmp_path, monkeypatch):
@@ -316,6 +328,6 @@ def test_the_results_of_this_repository_are_those_of_its_files(tmp_path, monkeyp
     said = (ROOT / "RESULTS.md").read_text("utf-8")
     write_results(ResultsConfig(output=tmp_path / "RESULTS.md", figures=tmp_path))
     assert (tmp_path / "RESULTS.md").read_text("utf-8").replace(f"{tmp_path}/", "docs/") == said
-    named = re.findall(r"`((?:results|benchmarks)/[\w/.*-]+)`", said)
-    assert len(named) >= 3
-    assert all(list(ROOT.glob(name)) for name in named)
+    named = re.findall(r"`((?:experiments/results|benchmarks)/[\w/.-]+)`", said)
+    assert len(set(named)) >= 20
+    assert all((ROOT / name).is_file() for name in named)

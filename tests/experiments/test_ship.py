@@ -15,8 +15,11 @@ from transformers import AutoModelForCausalLM
 
 import lens_positions as lp
 from experiments import suite as suite_module
-from experiments.ship import ROPE, SHIPPED, ShipConfig, ship
-from experiments.suite import SuiteConfig, evaluate_lengths, suite
+from experiments.gather import gather
+from experiments.options import GatherConfig
+from experiments.ship import ROPE, SHIPPED, ShipConfig, card, score_table, ship
+from experiments.suite import SuiteConfig, evaluate_lengths, scores_by_seed, suite
+from experiments.tables import RunName, read_tables
 from lens_positions import checkpoint as pretrained
 from lens_positions import corpora
 from lens_positions.checkpoint import fingerprint, load_base, load_pretrained, shipped_names
@@ -57,15 +60,16 @@ def done(tmp_path_factory):
         learning_rate=3e-2,
         eval_windows=4,
     )
-    folders = {"output": folder / "runs", "results": folder / "results", "cache": folder / "cache"}
+    folders = {"output": folder / "runs", "results": folder / "files" / "base", "cache": folder / "cache"}
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(suite_module, "load_preset", lambda name: tiny)
         suite(SuiteConfig(seeds=(0,), variants=tuple(SHIPPED.values()), **folders))
+    gather(GatherConfig(folder / "files", folder / "results"))
     return folder
 
 
 def asked(folder, output):
-    return ShipConfig(folder / "runs", folder / "results", output, cache=folder / "cache")
+    return ShipConfig(runs=folder / "runs", results=folder / "results", output=output, cache=folder / "cache")
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +134,7 @@ def test_scores_are_those_of_the_shipped_weights(name, variant, shipped, done):
     assert list(written.columns) == ["document", "source", "length", "bytes", "nats"]
     assert set(written["source"]) == {"sotu", "peoples_daily", "reviews"}
     assert written["nats"].tolist() == pytest.approx(found["nats"].tolist(), abs=1e-6)
-    exact = pd.read_csv(done / "results" / f"{variant}-0" / "heldout.csv")
+    exact = pd.read_csv(done / "files" / "base" / f"{variant}-0" / "heldout.csv")
     table = tables[name].set_index(["text", "length"])
     for length in (32, 64, 128):
         at = found[found["length"] == length]
@@ -168,7 +172,7 @@ def test_the_card_says_what_the_run_says(shipped, done):
     for name, variant in SHIPPED.items():
         text = card_of(folder / name)
         described = json.loads((folder / name / "run.json").read_text("utf-8"))
-        results = done / "results" / f"{variant}-0" / "run.json"
+        results = done / "files" / "base" / f"{variant}-0" / "run.json"
         assert (folder / name / "run.json").read_bytes() == results.read_bytes()
         rounding = tables[name]["rounding"][0]
         for said in (
@@ -243,14 +247,17 @@ def rewrite(path, **changes):
     path.write_text(json.dumps(described), "utf-8")
 
 
-RUN, RESULTS = Path("runs/shared-0"), Path("results/shared-0")
+RUN, RESULTS = Path("runs/shared-0"), Path("files/base/shared-0")
 SPOILT = {
     "no run": (lambda at: (at / RUN / "training.json").unlink(), "there is no run .*shared-0; expected one that"),
     "an unfinished run": (lambda at: (at / RUN / "heldout.csv").unlink(), "run .*shared-0 is not finished; expected"),
-    "no scores": (lambda at: (at / RESULTS / "run.json").unlink(), "shared-0 has no scores of the weights in"),
+    "no scores": (
+        lambda at: (at / RESULTS / "run.json").unlink(),
+        "results has no scores of the weights in .*shared-0; expected those that",
+    ),
     "scores of other weights": (
         lambda at: (at / RUN / "model/model.safetensors").write_bytes(b"other"),
-        "shared-0 has no scores of the weights in .*shared-0; expected those that",
+        "results has no scores of the weights in .*shared-0; expected those that",
     ),
     "another length of training": (
         lambda at: rewrite(at / RESULTS / "run.json", steps=5),
@@ -261,11 +268,11 @@ SPOILT = {
         "shared-0 was trained with model.d_model 32 and .*static-0 with 16",
     ),
     "another corpus": (
-        lambda at: [rewrite(path, corpus="code") for path in at.glob("results/*/run.json")],
+        lambda at: [rewrite(path, corpus="code") for path in at.glob("files/base/*/run.json")],
         "static-0 was trained on code; expected bilingual, as the names bilingual-rope, .* say",
     ),
     "text that has changed": (
-        lambda at: [rewrite(path, max_bytes=9000) for path in at.glob("results/*/run.json")],
+        lambda at: [rewrite(path, max_bytes=9000) for path in at.glob("files/base/*/run.json")],
         "static-0 was started with another configuration or text",
     ),
     "scores of other text": (
@@ -282,11 +289,12 @@ SPOILT = {
 @pytest.mark.parametrize("spoilt", SPOILT)
 def test_what_cannot_be_shipped_is_one_sentence_and_nothing_is_written(spoilt, done, tmp_path, capsys):
     for path, data in contents(done).items():
-        if path.parts[0] in ("runs", "results") and "checkpoints" not in path.parts:
+        if path.parts[0] in ("runs", "files") and "checkpoints" not in path.parts:
             (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / path).write_bytes(data)
     harm, says = SPOILT[spoilt]
     harm(tmp_path)
+    gather(GatherConfig(tmp_path / "files", tmp_path / "results"))
     before = contents(tmp_path)
     folders = {"--runs": "runs", "--results": "results", "--output": "out", "--cache": done / "cache"}
     assert main(["ship", *(str(w) for name, at in folders.items() for w in (name, tmp_path / at))]) == 2
@@ -323,6 +331,17 @@ def test_the_card_of_what_the_package_ships_has_the_losses_of_its_scores(name):
     expected = (f"{at['length'].iloc[0]:,}", f"{len(at):,}", f"{at['bytes'].sum():,}", f"{loss:.4f}")
     assert row is not None
     assert row.groups() == expected
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_what_the_package_says_of_a_run_is_what_the_tables_say(name):
+    folder, results = pretrained.CHECKPOINTS / name, read_tables(ROOT / "experiments" / "results")
+    described = dict(results.runs[RunName("base", SHIPPED[name], 0)])
+    assert json.dumps(described, indent=2) + "\n" == (folder / "run.json").read_text("utf-8")
+    exact = scores_by_seed(results, "base", SHIPPED[name])[0]
+    table = score_table(folder, exact, pretrained.CHECKPOINTS / ROPE, "run")
+    command = re.search(r"and shipped by\n\n    (.*)\n", card_of(folder))[1]
+    assert card(name, described, table, command) == card_of(folder)
 
 
 def test_what_the_package_ships_differs_in_increments_alone():

@@ -17,6 +17,7 @@ from filelock import FileLock
 from scipy import stats
 
 from experiments import suite as suite_module
+from experiments.gather import suite_tables
 from experiments.suite import (
     ROPE_VARIANTS,
     VARIANTS,
@@ -358,7 +359,7 @@ def written(tmp_path):
 
 
 def test_the_table_is_what_scipy_finds_by_hand(written):
-    table = loss_table(written).set_index(["variant", "length"])
+    table = loss_table(suite_tables(written), written.name).set_index(["variant", "length"])
     row = table.loc["per_layer", 16]
     nats = {
         name: pd.read_csv(written / name / "heldout.csv").query("length == 16")["nats"].to_numpy()
@@ -378,11 +379,11 @@ def test_the_table_is_what_scipy_finds_by_hand(written):
 
 
 def test_one_seed_has_no_interval_and_the_table_says_so(written, capsys):
-    row = loss_table(written).set_index(["variant", "length"]).loc["signed", 8]
+    row = loss_table(suite_tables(written), written.name).set_index(["variant", "length"]).loc["signed", 8]
     assert pd.isna(row["seeds_low"])
     assert row["documents_low"] < row["difference"] < row["documents_high"]
     assert row["diverged"] == "seed 1 at step 7"
-    suite_module.print_losses(loss_table(written))
+    suite_module.print_losses(loss_table(suite_tables(written), written.name))
     printed = capsys.readouterr().out
     assert "one seed" in printed
     assert "signed diverged: seed 1 at step 7" in printed
@@ -395,7 +396,7 @@ def test_results_of_other_text_are_not_compared(written):
     path = written / "static-1" / "heldout.csv"
     path.write_text(path.read_text().replace(",10,", ",11,"))
     with pytest.raises(PositionsError, match="other text"):
-        loss_table(written)
+        loss_table(suite_tables(written), written.name)
 
 
 def test_a_variant_that_was_trained_otherwise_is_not_compared(done, tmp_path):

@@ -23,8 +23,9 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
+from experiments.tables import read_tables
 from lens_positions import PositionConfig, PositionModelConfig, PositionsError
-from lens_positions.training import config, data, loop, schema
+from lens_positions.training import config, data, loop
 from lens_positions.training.checkpoints import newest_checkpoint
 from lens_positions.training.commands import main
 from lens_positions.training.config import TrainConfig, load_preset, to_json, updated
@@ -488,15 +489,15 @@ def test_a_token_cache_with_damaged_digests_is_made_again(content, corpus, tmp_p
 
 
 def test_every_file_of_results_in_the_package_is_read():
-    paths = [*ROOT.glob("results/*/*/run.json"), *ROOT.glob("lens_positions/checkpoints/*/run.json")]
-    assert len(paths) > 20
-    for path in paths:
-        saved = read_json(path, RunResults, "config", "sha256")["config"]
-        assert to_json(updated(TrainConfig(), saved, str(path)))["steps"] == saved["steps"]
-    for path in ROOT.glob("results/*/*/measured.json"):
-        assert read_json(path, dict[str, schema.Measured])
-    for path in ROOT.glob("results/maximum/*.json"):
-        assert read_json(path, schema.MaximumResults)["config"]["tested"] == 2048
+    results = read_tables(ROOT / "experiments" / "results")
+    configs = {str(run): of["config"] for run, of in results.runs.items()}
+    for path in ROOT.glob("lens_positions/checkpoints/*/run.json"):
+        configs[str(path)] = read_json(path, RunResults, "config", "sha256")["config"]
+    assert len(configs) > 20
+    for name, saved in configs.items():
+        assert to_json(updated(TrainConfig(), saved, name))["steps"] == saved["steps"]
+    assert len(results.measured) > 20
+    assert [of["config"]["tested"] for of in results.maximum.values()] == [2048] * 5
     assert load_preset("tiny").steps == 3000
 
 
