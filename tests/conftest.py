@@ -44,8 +44,19 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(shared.cleanup)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at `-m`
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest first, so that two processes end together."""
+    """The files that take longest first, so that two processes end together; what is slow is marked as slow."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for of_one_test in cases.values():
+        n = len(of_one_test)
+        for i, item in enumerate(of_one_test):
+            many = i not in (0, n // 2, n - 1)  # of sources, flags and kinds these are three that differ
+            if many or "smollm2" in getattr(item, "fixturenames", ()):
+                item.add_marker("slow")
+
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 

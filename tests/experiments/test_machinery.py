@@ -31,6 +31,7 @@ def saved(randomize, tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_absolute_prints_draws_and_writes(saved, capsys):
     csv, figure = saved / "absolute.csv", saved / "absolute.png"
     given = ["absolute", str(saved / "per_layer"), "--texts", "4", "--csv", str(csv), "--figure", str(figure)]

@@ -400,6 +400,7 @@ def test_numbers_out_of_range_are_refused_before_anything_is_written(
     assert on_disk(tmp_path) == {}
 
 
+@pytest.mark.slow
 def test_a_model_that_no_memory_holds_is_one_sentence(corpus, cache, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["train", "--corpus", corpus, "--cache", cache, "--model.n-ctx=16", "--model.d-model=1200000"]

@@ -214,6 +214,7 @@ def test_a_full_disk_leaves_the_old_report(run, folders, tmp_path, monkeypatch):
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
+@pytest.mark.slow
 @needs_chromium
 @pytest.mark.parametrize("width", [390, 1440])
 def test_it_opens_without_a_network_and_every_view_is_drawn(browser, page, width):
@@ -232,6 +233,7 @@ def test_it_opens_without_a_network_and_every_view_is_drawn(browser, page, width
         assert opened_page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_links_theme_and_tables_answer_the_keyboard(browser, page):
     with opened(browser, page, color_scheme="dark") as opened_page:
@@ -255,6 +257,7 @@ def test_links_theme_and_tables_answer_the_keyboard(browser, page):
         assert numbers.evaluate("(part) => part.open") is True
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_printed_it_is_light_whole_and_without_buttons(browser, page):
     with opened(browser, page, color_scheme="dark") as opened_page:
