@@ -35,6 +35,9 @@ LONGEST = (
 
 SMOLLM2 = "smollm2-135m-instruct"
 
+DEAR = {"smollm2", "browser", "done", "shipped", "forked", "figures"}
+"""Fixtures that read a large model, start a browser, train suites of runs or compile: what asks for one is slow."""
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """A folder that all processes of a run share, gone when it ends."""
@@ -54,7 +57,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         n = len(of_one_test)
         for i, item in enumerate(of_one_test):
             many = i not in (0, n // 2, n - 1)  # of sources, flags and kinds these are three that differ
-            if many or "smollm2" in getattr(item, "fixturenames", ()):
+            if many or DEAR.intersection(getattr(item, "fixturenames", ())):
                 item.add_marker("slow")
 
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))

@@ -325,6 +325,7 @@ def test_the_card_of_what_the_package_ships_has_the_losses_of_its_scores(name):
     assert row.groups() == expected
 
 
+@pytest.mark.slow
 def test_what_the_package_ships_differs_in_increments_alone():
     found = [json.loads((pretrained.CHECKPOINTS / name / "run.json").read_text("utf-8")) for name in REAL]
     for described in found:

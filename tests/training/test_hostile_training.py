@@ -465,7 +465,7 @@ SHIPPED = ROOT / "lens_positions" / "checkpoints" / "bilingual-shared" / "run.js
 
 @pytest.mark.parametrize("damage", [*RESULTS.values(), *RAW_DAMAGES.values()], ids=[*RESULTS, *RAW_DAMAGES])
 def test_a_damaged_run_json_is_one_sentence_of_every_command_that_reads_it(damage, tmp_path, capsys, monkeypatch):
-    results = tmp_path / "results" / "tiny" / "shared-0"
+    results = tmp_path / "experiments" / "results" / "tiny" / "shared-0"  # elsewhere none is found, and one is trained
     results.mkdir(parents=True)
     shutil.copyfile(SHIPPED, results / "run.json")
     damage(results / "run.json")
@@ -489,14 +489,14 @@ def test_a_token_cache_with_damaged_digests_is_made_again(content, corpus, tmp_p
 
 
 def test_every_file_of_results_in_the_package_is_read():
-    paths = [*ROOT.glob("results/*/*/run.json"), *ROOT.glob("lens_positions/checkpoints/*/run.json")]
+    paths = [*ROOT.glob("experiments/results/*/*/run.json"), *ROOT.glob("lens_positions/checkpoints/*/run.json")]
     assert len(paths) > 20
     for path in paths:
         saved = read_json(path, RunResults, "config", "sha256")["config"]
         assert to_json(updated(TrainConfig(), saved, str(path)))["steps"] == saved["steps"]
-    for path in ROOT.glob("results/*/*/measured.json"):
+    for path in ROOT.glob("experiments/results/*/*/measured.json"):
         assert read_json(path, dict[str, schema.Measured])
-    for path in ROOT.glob("results/maximum/*.json"):
+    for path in ROOT.glob("experiments/results/maximum/*.json"):
         assert read_json(path, schema.MaximumResults)["config"]["tested"] == 2048
     assert load_preset("tiny").steps == 3000
 

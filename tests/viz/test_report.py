@@ -110,6 +110,7 @@ def test_a_static_model_says_so_and_is_drawn(run, folders, tmp_path):
     assert '"name":"static"' in (tmp_path / "r.html").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_what_is_cut_is_said(run, folders, tmp_path):
     code, _, err = run(
         folders / "static", "-o", tmp_path / "r.html", "--corpus", folders / "corpus", "--text", "a" * 5000
@@ -165,6 +166,7 @@ def test_interrupted_before_anything_was_drawn_it_claims_nothing(run, folders, t
     assert run(folders / "learned", "-o", tmp_path / "r.html") == (130, "", "")
 
 
+@pytest.mark.slow
 def test_interrupted_it_keeps_the_parts_that_are_done(run, folders, tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
