@@ -43,6 +43,12 @@ class PositionStreams(nn.Module):
     """The position streams of one model: the handle that `attach_positions` returns.
 
     Registered in the model as `position_streams`, so that the sources' weights train, move and count with it.
+
+    >>> streams = model.position_streams
+    >>> [stream.layer for stream in streams.layers]
+    [0, 1, 2, 3, 4, 5]
+    >>> streams.attached
+    True
     """
 
     def __init__(self, config: PositionConfig, sources: nn.ModuleList, numbers: list[int], n_heads: int) -> None:
@@ -330,6 +336,13 @@ def attach_positions(
             untouched then.
 
     Graphs that torch.compile made before are dropped, and it guards hooks from here on (`_forget_graphs`).
+
+    >>> tokens = torch.arange(8)[None]
+    >>> before = llama(tokens).logits
+    >>> streams = lp.attach_positions(llama, lp.PositionConfig("per_layer"))
+    >>> torch.equal(llama(tokens).logits, before)
+    True
+    >>> streams.detach()
     """
     config = PositionConfig(source="static") if positions == "static" else positions
     if not isinstance(config, PositionConfig):
