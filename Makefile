@@ -1,5 +1,6 @@
 # make demo    train a small model on English and Chinese, and look at its increments
 # make test    the tests
+# make quick   those of them that are not slow: every package, in a minute or so
 # make families  check every model family of TransformerLens, and write docs/families.md
 # make placements  check models whose parts are in several places, and write docs/placements.md
 # make notebooks  run the notebooks of demos/ and store what they show
@@ -13,13 +14,16 @@ PYTHON ?= python3
 VENV := .venv
 RUN := HF_HUB_OFFLINE=1 $(VENV)/bin
 
-.PHONY: demo test families placements notebooks docs lint bench gpu-bench fonts chromium clean
+.PHONY: demo test quick families placements notebooks docs lint bench gpu-bench fonts chromium clean
 
 demo: $(VENV)/demo fonts
 	$(RUN)/python demos/demo.py
 
 test: $(VENV)/dev
 	$(RUN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+quick: $(VENV)/dev
+	$(RUN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 families: $(VENV)/dev
 	$(RUN)/python tests/families.py

@@ -298,6 +298,12 @@ def save_adapter(model: Any, path: str | Path, *, base: str | Path) -> None:
     Raises:
         PositionsError: the folder cannot be written, the model has no streams or folded weights, its own weights are
             not those of the base, or `load_adapter` could not give back the same logits.
+
+    >>> llama.save_pretrained(folder / "base")
+    >>> streams = lp.attach_positions(llama, lp.PositionConfig("shared"))
+    >>> lp.save_adapter(llama, folder / "adapter", base=folder / "base")
+    >>> sorted(path.name for path in (folder / "adapter").iterdir())
+    ['positions.json', 'positions.safetensors']
     """
     if has_processed_weights(model):
         raise PositionsError(
@@ -358,6 +364,13 @@ def load_adapter(model: Any, path: str | Path, *, merge: bool = False) -> Positi
     Raises:
         PositionsError: there is no adapter, it is damaged, it was made for another base, or the model has adapters
             already. The model is untouched.
+
+    >>> llama.save_pretrained(folder / "base")
+    >>> streams = lp.attach_positions(llama, lp.PositionConfig("shared"))
+    >>> lp.save_adapter(llama, folder / "adapter", base=folder / "base")
+    >>> streams.detach()
+    >>> lp.load_adapter(llama, folder / "adapter").config.source
+    'shared'
     """
     path = Path(path)
     saved = read_positions(path)

@@ -43,6 +43,13 @@ class PositionConfig:
 
     Raises:
         PositionsError: a value outside those listed.
+
+    >>> lp.PositionConfig("shared", per_head=True).gap
+    'before'
+    >>> lp.PositionConfig(max_increment=0.0)
+    Traceback (most recent call last):
+        ...
+    lens_positions.errors.PositionsError: max_increment is 0.0; expected a finite number above 1, a fresh increment.
     """
 
     source: Literal["static", "shared", "per_layer", "frozen"] = "per_layer"
@@ -99,6 +106,10 @@ class PositionModelConfig:
 
     Raises:
         PositionsError: sizes that do not fit together.
+
+    >>> config = lp.PositionModelConfig(d_model=32, n_layers=2, n_heads=4, positions=lp.PositionConfig("shared"))
+    >>> lp.HookedPositionTransformer.from_config(config).increments("The").tolist()  # fresh: standard RoPE
+    [[[1.0, 1.0, 1.0, 1.0]], [[1.0, 1.0, 1.0, 1.0]]]
     """
 
     d_model: int = 256

@@ -6,6 +6,12 @@ class PositionsError(ValueError):
 
     The command line prints the sentence and exits with status 2; the library raises it before
     anything on disk or in a model has changed.
+
+    >>> try:
+    ...     model.increments("")
+    ... except lp.PositionsError as error:
+    ...     print(error)
+    the text is empty; expected at least one character.
     """
 
 

@@ -90,6 +90,11 @@ def ablate(
     Raises:
         PositionsError: no such layer, token or head, `to` is none of the three, or the model is static and has what
             `to` asks for already.
+
+    >>> with model.hooks(fwd_hooks=lp.ablate(model, to=1.0, layers=0)):  # standard RoPE at layer 0
+    ...     model.increments("The cat")[:2, 0].round(decimals=1)
+    tensor([[1.0000, 1.0000, 1.0000, 1.0000, 1.0000, 1.0000, 1.0000, 1.0000],
+            [0.7000, 0.8000, 0.5000, 0.4000, 0.8000, 0.5000, 0.7000, 0.5000]])
     """
     hooks = ablation_hooks(model, to, layers, positions, heads, site=site, seed=seed)
     if is_static(model) and (to == 1 or (site == "increments" and isinstance(to, str))):
@@ -137,7 +142,13 @@ def scale(
     *,
     site: Site = "increments",
 ) -> Hooks:
-    """Multiply increments, or positions, by a factor other than 1; arguments, returns and errors as `ablate`."""
+    """Multiply increments, or positions, by a factor other than 1; arguments, returns and errors as `ablate`.
+
+    >>> increments = model.increments("The cat")[0]
+    >>> with model.hooks(fwd_hooks=lp.scale(model, 2.0, layers=0)):
+    ...     torch.equal(model.increments("The cat")[0], 2 * increments)
+    True
+    """
     factor = finite(factor, "factor")
     if factor == 1:
         raise PositionsError(
@@ -160,6 +171,12 @@ def add_gap(
 
     With gap "after" the increment that is edited is that of token `before - 1`; the tokens that move are the same.
     Other arguments, returns and errors as `ablate`.
+
+    >>> before = model.positions("The cat")[0]
+    >>> with model.hooks(fwd_hooks=lp.add_gap(model, before=5, by=2.0, layers=0)):
+    ...     after = model.positions("The cat")[0]
+    >>> (after - before).round(decimals=3)
+    tensor([[0., 0., 0., 0., 0., 2., 2., 2.]])
     """
     before = index_of(before, "before", "the index of a token after the first, from 1", least=1)
     by = finite(by, "by", "a finite number of positions")
@@ -190,6 +207,12 @@ def freeze(
 
     Raises:
         PositionsError: the cache has no such hooks; when run, an input of another length, batch or number of heads.
+
+    >>> _, cache = model.run_with_cache("The cat")
+    >>> with model.hooks(fwd_hooks=lp.freeze(cache)):  # of another text, at the increments of this one
+    ...     held = model.increments("The dog")
+    >>> torch.equal(held[3], cache["increments", 3, "attn"])
+    True
     """
     return [
         (name, _at(partial(_recorded, values, None, None), positions, heads))
@@ -221,6 +244,11 @@ def patch(
     Raises:
         PositionsError: the cache has no such hooks, the map does not fit, or the increments are those of a static
             model, all 1.0; when run, as `freeze`.
+
+    >>> _, cache = model.run_with_cache("The cat")
+    >>> with model.hooks(fwd_hooks=lp.patch(cache, layers=0, source=4, target=1)):  # that of the space, for "T"
+    ...     model.increments("The cat")[0].round(decimals=1)
+    tensor([[4.9000, 7.2000, 1.1000, 1.1000, 7.2000, 1.6000, 1.1000, 1.3000]])
     """
     if (source is None) != (target is None):
         given, missing = ("source", "target") if target is None else ("target", "source")

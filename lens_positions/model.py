@@ -53,6 +53,10 @@ class HookedPositionTransformer(HookedCalls):
     Attributes:
         position_streams: the attached streams; `position_config` is their configuration.
         name: what it was loaded as.
+
+    >>> model = lp.HookedPositionTransformer.from_pretrained("bilingual-per-layer")
+    >>> model.increments("The cat")[0].round(decimals=1)  # at layer 0: the beginning, "T", "h", "e", the space, ...
+    tensor([[4.9000, 2.4000, 1.1000, 1.1000, 7.2000, 1.6000, 1.1000, 1.3000]])
     """
 
     name: str

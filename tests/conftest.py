@@ -35,6 +35,9 @@ LONGEST = (
 
 SMOLLM2 = "smollm2-135m-instruct"
 
+DEAR = {"smollm2", "browser", "done", "shipped", "forked", "figures"}
+"""Fixtures that read a large model, start a browser, train suites of runs or compile: what asks for one is slow."""
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """A folder that all processes of a run share, gone when it ends."""
@@ -44,8 +47,19 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(shared.cleanup)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at `-m`
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest first, so that two processes end together."""
+    """The files that take longest first, so that two processes end together; what is slow is marked as slow."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for of_one_test in cases.values():
+        n = len(of_one_test)
+        for i, item in enumerate(of_one_test):
+            many = i not in (0, n // 2, n - 1)  # of sources, flags and kinds these are three that differ
+            if many or DEAR.intersection(getattr(item, "fixturenames", ())):
+                item.add_marker("slow")
+
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 

@@ -151,6 +151,15 @@ def absolute_variation(
 
     Raises:
         PositionsError: as `repeated`; no attention scores, or patterns that are not their softmax.
+
+    >>> table = lp.analysis.absolute_variation(model, texts, layers=0)
+    >>> whole = table[(table["layer"] == 0) & (table["head"] == "all")]
+    >>> whole[["quarter", "documents"]].assign(residual_below_mask=whole["residual"] < whole["mask"])
+       quarter  documents  residual_below_mask
+    4        0          3                 True
+    5        1          3                 True
+    6        2          3                 True
+    7        3          3                 True
     """
     rows = repeated(model, texts, block, length, attention_mask=attention_mask, prepend_bos=prepend_bos)
     found = _variances(rows, model, layers, hooks, block, offsets)
@@ -204,6 +213,14 @@ def replacement_effects(
         One row for each `replacement`, `layer` ("all" or its number) and `queries` ("early", "late"): `documents`,
         `before` and `after`, the residual part without and with it (nats squared, mean over heads), and `drop`, one
         minus their ratio, with `low` to `high`, where it lies in 95% of 1,000 resamples of texts (NaN for one).
+
+    >>> table = lp.analysis.replacement_effects(model, texts, replacements=["mean"], layers=0)
+    >>> table[["replacement", "layer", "queries", "documents"]]
+      replacement layer queries  documents
+    0        mean   all   early          3
+    1        mean   all    late          3
+    2        mean     0   early          3
+    3        mean     0    late          3
     """
     if not replacements or isinstance(replacements, str):
         raise PositionsError(f"replacements is {replacements!r}; expected some of {', '.join(REPLACEMENTS)}.")
@@ -327,6 +344,11 @@ def replace_first(model: TransformerBridge, how: Replacement, seed: int = 0) -> 
 
     Raises:
         PositionsError: another `how`, or no embeddings in TransformerLens.
+
+    >>> hooks = lp.analysis.replace_first(model, "zeros")
+    >>> _, cache = model.run_with_cache("The cat", fwd_hooks=hooks)
+    >>> cache["resid_pre", 0][0].norm(dim=-1).round(decimals=1)
+    tensor([0.0000, 1.1000, 1.2000, 1.2000, 1.2000, 1.3000, 1.2000, 1.2000])
     """
     if how not in REPLACEMENTS:
         raise PositionsError(f"how is {how!r}; expected one of {', '.join(REPLACEMENTS)}.")
@@ -388,6 +410,10 @@ def attention_sinks(
 
     Raises:
         PositionsError: attention without patterns, texts without a window of 18 tokens, and as `reading.read`.
+
+    >>> table = lp.analysis.attention_sinks(model, texts, layers=0)
+    >>> bool((table["share"] < 0.02).all())  # this model has no sink at layer 0
+    True
     """
     documents, batches = windows(model, texts, attention_mask, prepend_bos)
     begun = [[window for window in batch if window[1] == 0 and window[2] > EARLIEST + 1] for batch in batches]
@@ -441,6 +467,12 @@ def fingerprints(
 
     Raises:
         PositionsError: fewer than three texts, or one of fewer than 17 tokens.
+
+    >>> table = lp.analysis.fingerprints(model, texts, layers=0)
+    >>> table.loc[table["state"] == "resid_pre", ["first", "n", "first_token"]].round(2)
+        first  n  first_token
+    0  common  3         1.00
+    3     own  3         0.46
     """
     common = first_token(model, prepend_bos)
     own = [

@@ -63,6 +63,9 @@ def adaptive_temperature(model: TransformerBridge, layers: Some = None, heads: S
     Raises:
         PositionsError: no such layer or head, or attention whose scores TransformerLens does not show, or whose pattern
             is not their softmax.
+
+    >>> [name for name, _ in lp.analysis.adaptive_temperature(model, layers=[0, 5])]
+    ['blocks.0.attn.hook_attn_scores', 'blocks.5.attn.hook_attn_scores']
     """
     chosen = None if heads is None else indices_of(heads, "a head")
     names = attention_names(model, layers, "attn_scores")
@@ -116,6 +119,16 @@ def attention_dispersion(
 
     Raises:
         PositionsError: attention without patterns, texts of two tokens alone, and as `reading.read`.
+
+    >>> table = lp.analysis.attention_dispersion(model, texts, layers=0)
+    >>> table.loc[table["head"] == "all", ["items", "log_items", "entropy"]].round(1)
+        items  log_items  entropy
+    0       2        0.9      0.2
+    5       4        1.7      0.5
+    10      8        2.4      0.6
+    15     16        3.1      0.6
+    20     32        3.8      0.8
+    25     64        4.5      0.8
     """
     documents, batches = windows(model, texts, attention_mask, prepend_bos)
     names = attention_names(model, layers, "pattern")
@@ -191,6 +204,13 @@ def loss_by_length(
 
     Raises:
         PositionsError: lengths that do not divide the longest, no document as long as that, and as `reading.read`.
+
+    >>> hooks = lp.analysis.adaptive_temperature(model)
+    >>> table = lp.analysis.loss_by_length(model, texts, hooks, lengths=[32, 128])
+    >>> table[["length", "n", "documents"]]
+       length    n  documents
+    0      32  372          3
+    1     128  381          3
     """
     whole = isinstance(lengths, Sequence) and [isinstance(length, int) and length > 1 for length in lengths]
     if not whole or not all(whole) or any(max(lengths) % length for length in lengths):

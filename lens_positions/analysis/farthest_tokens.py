@@ -46,6 +46,12 @@ def what_moved(
 
     Raises:
         PositionsError: a static source, one that needs texts and none given, no tokenizer, or a top below 1.
+
+    >>> table = lp.analysis.what_moved(model, texts, top=1)
+    >>> table.loc[table["layer"] == 0, ["end", "token", "kind", "increment", "n"]].round(1)
+            end token    kind  increment    n
+    0   largest         space        7.2  112
+    1  smallest     r  letter        1.0   19
     """
     if top < 1:
         raise PositionsError(f"top is {top}; expected at least 1.")

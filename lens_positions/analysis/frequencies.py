@@ -69,6 +69,13 @@ def frequency_norms(
 
     Raises:
         PositionsError: as `rotary_layout` and `reading.read`.
+
+    >>> table = lp.analysis.frequency_norms(model, texts, layers=0)
+    >>> table.groupby("side")["norm"].mean().round(1)
+    side
+    key      2.3
+    query    1.9
+    Name: norm, dtype: float64
     """
     layouts = rotary_layout(model, layers)
     documents, batches = windows(model, texts, attention_mask, prepend_bos)
@@ -135,6 +142,13 @@ def frequency_contributions(
     Raises:
         PositionsError: several prompts, no such layer, as `rotary_layout`, or scores that are more than scaled products
             of queries and keys (capped, or with a bias).
+
+    >>> terms = lp.analysis.frequency_contributions(model, "The cat", layer=0).terms
+    >>> terms.shape  # head, frequency, query, key
+    torch.Size([4, 16, 8, 8])
+    >>> scores = model.run_with_cache("The cat")[1]["attn_scores", 0][0]
+    >>> torch.allclose(terms.sum(1).tril(), scores.tril(), atol=1e-4)
+    True
     """
     layer = index_of(layer, "layer", "the number of one layer")
     layouts = rotary_layout(model, layer)
@@ -226,6 +240,10 @@ def frequency_shares(
     Returns:
         One row for each `layer`, `head` and chunk: `index`, `frequency`, `n` (queries that see two keys or more),
         `documents`, `share` and `low` to `high`, as in `frequency_norms`.
+
+    >>> table = lp.analysis.frequency_shares(model, texts, layers=0)
+    >>> table.groupby("head")["share"].sum().round(6).tolist()
+    [1.0, 1.0, 1.0, 1.0]
     """
     layouts = rotary_layout(model, layers)
     documents, batches = windows(model, texts, attention_mask, prepend_bos)
@@ -288,6 +306,12 @@ def truncate_frequencies(
 
     Raises:
         PositionsError: no streams, no such layer, keep outside [0, 1], or another `drop`.
+
+    >>> logits = model("The cat")
+    >>> torch.equal(model("The cat", fwd_hooks=lp.analysis.truncate_frequencies(model, keep=1)), logits)
+    True
+    >>> torch.equal(model("The cat", fwd_hooks=lp.analysis.truncate_frequencies(model, keep=0.75)), logits)
+    False
     """
     expected = "a fraction of the frequencies from 0 to 1"
     if not 0 <= finite(keep, "keep", expected) <= 1:
@@ -352,6 +376,12 @@ def positional_heads(
 
     Raises:
         PositionsError: attention without patterns, texts without a window of 17 tokens, and as `reading.read`.
+
+    >>> table = lp.analysis.positional_heads(model, texts, layers=0)
+    >>> table[["head", "offset", "positional"]].head(2)  # to the token before, in shuffled text too
+       head  offset  positional
+    0     0       1        True
+    1     1       1        True
     """
     offsets = index_of(offsets, "offsets", f"a whole number from 1 to {EARLIEST}", least=1, most=EARLIEST)
     documents, batches = windows(model, texts, attention_mask, prepend_bos)
@@ -390,7 +420,12 @@ def positional_heads(
 
 def frequency_quarters(norms: pd.DataFrame) -> "pd.Series[int]":
     """The quarter of its layer's frequencies that each row of `frequency_norms` is in: 0 the highest, 3 the lowest, 4
-    what is not turned."""
+    what is not turned.
+
+    >>> norms = lp.analysis.frequency_norms(model, texts, layers=0)
+    >>> lp.analysis.frequency_quarters(norms).head(8).tolist()
+    [0, 0, 0, 0, 1, 1, 1, 1]
+    """
     turned = norms["frequency"] > 0
     counts = norms["index"].where(turned).groupby(norms["layer"]).transform("max") + 1
     return (4 * norms["index"] / counts).where(turned, 4).astype(int)
@@ -412,6 +447,13 @@ def high_frequency_use(norms: pd.DataFrame, heads: pd.DataFrame, highest: float 
 
     Raises:
         PositionsError: tables of different layers, or no frequency that turns.
+
+    >>> norms = lp.analysis.frequency_norms(model, texts)
+    >>> table = lp.analysis.high_frequency_use(norms, lp.analysis.positional_heads(model, texts))
+    >>> table[["side", "n", "others", "positional", "other"]].round(1)
+        side  n  others  positional  other
+    0  query  2      22         0.5    0.3
+    1    key  2      22         0.4    0.2
     """
     if not 0 < finite(highest, "highest", "a fraction above 0") < 1:
         raise PositionsError(f"highest is {highest}; expected a fraction between 0 and 1.")
@@ -442,6 +484,10 @@ def aligned_key(
 
     RoPE need not make attention decay with distance (Barbero et al., section 3): turned on by the distance, the query
     itself is that key. Components are in halves: the first half holds the first component of every pair.
+
+    >>> query, frequencies = torch.tensor([1.0, 0.0]), torch.tensor([0.5])
+    >>> lp.analysis.aligned_key(query, 3.0, frequencies).round(decimals=2)  # turned by 1.5 radians
+    tensor([0.0700, 1.0000])
     """
     return _turned(query, query.new_tensor(finite(distance, "distance")), frequencies)
 
@@ -455,6 +501,10 @@ def scores_by_distance(
     """The score, before any scaling, of a query with a key that stands so many positions before it.
 
     Over independent Gaussian queries and keys its mean is 0 at every distance (Barbero et al., section 3).
+
+    >>> query, distances = torch.tensor([1.0, 0.0]), torch.arange(4.0)
+    >>> lp.analysis.scores_by_distance(query, query, distances, torch.tensor([1.0])).round(decimals=2)  # cosines
+    tensor([ 1.0000,  0.5400, -0.4200, -0.9900])
     """
     turned = _turned(key[..., None, :], -distances.to(key), frequencies)
     return (query[..., None, :] * turned).sum(-1)

@@ -56,6 +56,14 @@ def head_profile(
 
     Raises:
         PositionsError: attention without patterns, and as `reading.read`.
+
+    >>> table = lp.analysis.head_profile(model, texts)
+    >>> table.loc[table["layer"] == 0, ["head", "increment", "look_back"]].round(1)
+       head  increment  look_back
+    0     0        2.7        2.5
+    1     1        2.7        3.4
+    2     2        2.7        4.9
+    3     3        2.7        3.8
     """
     documents, batches = windows(model, texts, attention_mask, prepend_bos)
     patterns = attention_names(model, None, "pattern")
@@ -105,6 +113,12 @@ def head_correlations(profile: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
 
     Raises:
         PositionsError: fewer than four heads or layers, or increments that are all the same.
+
+    >>> table = lp.analysis.head_correlations(lp.analysis.head_profile(model, texts))
+    >>> table[["scope", "measure", "n"]]
+        scope   measure  n
+    0  layers   pearson  6
+    1  layers  spearman  6
     """
     own = profile.groupby("layer")["increment"].nunique().max() > 1
     by = ["layer", "increment"] if own else ["layer"]

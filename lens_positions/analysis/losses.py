@@ -79,6 +79,10 @@ def compared(
 
     Raises:
         PositionsError: as `losses`.
+
+    >>> table = lp.analysis.compared([model, model], texts)  # a model with itself
+    >>> table["difference"].tolist()
+    [nan, 0.0]
     """
     texts = [texts] if isinstance(texts, str) else texts
     found = [losses(model, texts, prepend_bos) for model in models]

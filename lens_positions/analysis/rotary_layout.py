@@ -81,6 +81,12 @@ def rotary_layout(model: TransformerBridge, layers: Some = None) -> dict[int, Ro
     Raises:
         PositionsError: no streams, no such layer, queries that TransformerLens does not show, or a rotation that does
             not turn pairs of components.
+
+    >>> layout = lp.analysis.rotary_layout(model)[0]
+    >>> layout.pairs[:3].tolist()  # the components that each frequency turns, highest first
+    [[0, 16], [1, 17], [2, 18]]
+    >>> [round(float(frequency), 2) for frequency in layout.frequencies[:3]]
+    [1.0, 0.56, 0.32]
     """
     rotations = dict(hook_names(model, layers, ROTATION))
     patterns = dict(hook_names(model, None, "attn.hook_pattern"))

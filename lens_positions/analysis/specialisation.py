@@ -43,6 +43,16 @@ def saturation(
 
     Raises:
         PositionsError: increments that have no cap, and as `reading.read`.
+
+    >>> table = lp.analysis.saturation(model, texts)
+    >>> table[["layer", "cap", "share", "max"]].round(1)
+       layer   cap  share   max
+    0      0  10.0    0.0   7.2
+    1      1  10.0    0.0   1.1
+    2      2  10.0    0.0   1.1
+    3      3  10.0    0.0   1.5
+    4      4  10.0    0.6  10.0
+    5      5  10.0    0.0   1.2
     """
     if (given := _other_activation(model, "sigmoid")) is not None:
         raise PositionsError(f"the model has {given}, which has no cap; expected learned increments with a sigmoid.")
@@ -68,6 +78,14 @@ def below_zero(
 
     Raises:
         PositionsError: increments that are bounded below, and as `reading.read`.
+
+    >>> signed = lp.PositionConfig(activation="none")
+    >>> config = lp.PositionModelConfig(d_model=32, n_layers=2, n_heads=4, positions=signed)
+    >>> fresh = lp.HookedPositionTransformer.from_config(config)
+    >>> lp.analysis.below_zero(fresh, texts)[["layer", "n", "share", "min"]]
+       layer    n  share  min
+    0      0  526    0.0  1.0
+    1      1  526    0.0  1.0
     """
     if (given := _other_activation(model, "none")) is not None:
         raise PositionsError(f'the model has {given}; expected learned increments with activation "none".')
@@ -122,6 +140,11 @@ def specialisation(
 
     Raises:
         PositionsError: as `increments_by_category`.
+
+    >>> table = lp.analysis.specialisation(model, texts)
+    >>> table[["layer", "explained", "shuffled", "farthest", "nearest"]].head(1).round(1)
+       layer  explained  shuffled farthest nearest
+    0      0        1.0       0.0    space  letter
     """
     reading = read(model, texts, attention_mask, prepend_bos)
     table = increments_by_category(model, reading, seed=seed, alphabet=alphabet)

@@ -176,6 +176,14 @@ def entity_grouping(
     Raises:
         PositionsError: a name that is not two words, a carrier without {}, fewer than two names, or a training text
             that matches fewer than two of them.
+
+    >>> training = ["They left New York for the North Sea, and saw green fields and small houses."]
+    >>> table = lp.analysis.entity_grouping(model, training, names=["New York", "North Sea"])
+    >>> table.loc[table["layer"] == 1, ["group", "n", "families"]]
+                        group  n  families
+    3                   names  2         2
+    4          ordinary pairs  2         1
+    5  names - ordinary pairs  2         1
     """
     for name in names:
         if len(name.split(" ")) != 2 or not all(name.split(" ")):
@@ -230,6 +238,12 @@ def matched_pairs(training: Iterable[str], names: Sequence[str] = NAMES) -> pd.D
     Returns:
         A row for each matched name: `name`, `ordinary`, and the counts in the text, `name_real`, `name_reversed`,
         `ordinary_real`, `ordinary_reversed`.
+
+    >>> training = ["They left New York for the North Sea, and saw green fields and small houses."]
+    >>> table = lp.analysis.matched_pairs(training, names=["New York"])
+    >>> table[["name", "ordinary", "name_real", "ordinary_real"]]
+           name   ordinary  name_real  ordinary_real
+    0  New York  saw green          1              1
     """
     pairs, words = Counter[tuple[str, str]](), Counter[str]()
     for text in training:

@@ -94,6 +94,17 @@ def boundary_auc(
     Raises:
         PositionsError: no gap between two Chinese characters, no boundary or nothing else among them, words that do
             not spell their line, or not as many of them.
+
+    >>> lines, words = ["中国政府今天在北京"], [["中国", "政府", "今天", "在", "北京"]]
+    >>> table = lp.analysis.boundary_auc(model, lines, words)
+    >>> table.loc[table["measure"] == "increment", ["layer", "auc", "n", "boundaries"]].round(2)
+       layer   auc  n  boundaries
+    0      0  0.59  8           4
+    1      1  0.19  8           4
+    2      2  0.38  8           4
+    3      3  0.88  8           4
+    4      4  0.62  8           4
+    5      5  0.31  8           4
     """
     gaps = gaps_of(model, texts, words, prepend_bos)
     return gap_areas(gaps, *gap_increments(model, gaps), training, seed)
@@ -206,6 +217,10 @@ def mutual_information(texts: Iterable[str]) -> Association:
 
     Raises:
         PositionsError: no two Chinese characters side by side.
+
+    >>> information = lp.analysis.mutual_information(["中国中国人国人"])
+    >>> round(information("中", "国"), 2)  # log 2
+    0.69
     """
     pairs = Counter(pair for text in texts for pair in pairwise(text) if is_han(pair[0]) and is_han(pair[1]))
     total = pairs.total()

@@ -51,6 +51,10 @@ class Ablations:
             from 0 to 1, `look_back` (how many tokens back it attends without the ablation, on average over the
             pattern), `look_back_change`, each a mean over tokens, with `_low` and `_high`; `n` as above. Empty where
             the bridge leaves a model's attention whole and has no patterns.
+
+    >>> ablations = lp.causal.ablation_table(model, texts, layers=0, to=["mean"])
+    >>> ablations.loss["layer"].tolist(), len(ablations.attention)  # four heads, with all layers and with layer 0
+    (['all', 0], 8)
     """
 
     loss: pd.DataFrame
@@ -86,6 +90,12 @@ def ablation_table(
     Raises:
         PositionsError: no streams, no such layer, no documents or one of fewer than two tokens, or "token" without
             means, or means of another shape than [layer, vocab].
+
+    >>> ablations = lp.causal.ablation_table(model, texts, to=["mean"])
+    >>> ablations.loss[["layer", "to", "baseline", "change"]].head(2).round(1)
+      layer    to  baseline  change
+    0   all  mean       1.5     1.1
+    1     0  mean       1.5     1.1
     """
     names = dict(hook_names(model, layers, SITES["pattern"][0]))
     numbers = list(names)
@@ -165,6 +175,10 @@ def token_means(
 
     Raises:
         PositionsError: as `reading.read`.
+
+    >>> means = lp.causal.token_means(model, texts)  # layer, vocabulary
+    >>> [round(float(means[0, ord(letter)]), 1) for letter in " a"]  # at layer 0, of the space and of an "a"
+    [7.2, 1.1]
     """
     streams_of(model)
     reading = read(cast(HookedPositionTransformer, model), corpus, attention_mask, prepend_bos)

@@ -76,6 +76,12 @@ def attribution(
 
     Warns:
         UserWarning: the sum is more than 1% off the whole effect, even with 1,024 steps.
+
+    >>> slopes = lp.causal.attribution(model, "The cat sat.", lp.causal.loss())
+    >>> slopes.shape  # layer, pos
+    torch.Size([6, 13])
+    >>> bool((slopes[:, 0] == 0).all())  # there is no gap before the first token
+    True
     """
     prompt = one_prompt(model, tokens, attention_mask, prepend_bos)
     metric = of_prompts(metric, prompt)

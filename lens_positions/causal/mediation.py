@@ -71,6 +71,13 @@ def mediation(
     Raises:
         PositionsError: no streams, no such layer, a pair of different lengths, padding without a mask, or a metric
             that does not fit.
+
+    >>> metric = lp.causal.logit_difference(ord("s"), ord("z"))
+    >>> table = lp.causal.mediation(model, ["The cat"], ["The dog"], metric)
+    >>> wide = table.pivot(index="layer", columns="path", values="mean")
+    >>> parts = wide["direct"] + wide["increments"] + wide["interaction"]
+    >>> bool((wide["total"] - parts).abs().max() < 1e-4)
+    True
     """
     hooks = hook_names(model, layers, SITES["increments"][0])
     names, numbers = [name for _, name in hooks], list(dict(hooks))

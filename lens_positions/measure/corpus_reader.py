@@ -80,6 +80,12 @@ def read(
     Raises:
         PositionsError: no documents, one of fewer than two tokens, padding without a mask, or a model without a
             tokenizer.
+
+    >>> reading = lp.analysis.read(model, texts)  # once, for several measurements
+    >>> reading.increments.shape  # layer, head, token
+    (6, 1, 526)
+    >>> lp.analysis.saturation(model, reading)["share"].round(1).tolist()
+    [0.0, 0.0, 0.0, 0.0, 0.6, 0.0]
     """
     if isinstance(texts, Reading):
         if attention_mask is not None or prepend_bos is not None:

@@ -47,12 +47,22 @@ def place_of(at: int, length: int) -> int:
 
 
 def logit_difference(answer: int, wrong: int, at: int = -1) -> AtToken:
-    """The logit of the answer minus that of a wrong one, token ids both, where token `at` predicts the next."""
+    """The logit of the answer minus that of a wrong one, token ids both, where token `at` predicts the next.
+
+    >>> metric = lp.causal.logit_difference(ord("e"), ord("z"))
+    >>> metric(model("Th")).item() > 0  # "The" rather than "Thz"
+    True
+    """
     return AtToken(lambda logits: _of(logits, answer) - _of(logits, wrong), at)
 
 
 def log_probability(answer: int, at: int = -1) -> AtToken:
-    """The log probability of the answer, in nats, where token `at` predicts the next."""
+    """The log probability of the answer, in nats, where token `at` predicts the next.
+
+    >>> metric = lp.causal.log_probability(ord("e"))  # a byte's id is its value
+    >>> 0.4 < metric(model("Th")).exp().item() < 0.6  # the probability that "e" follows
+    True
+    """
     return AtToken(lambda logits: _of(logits.log_softmax(-1), answer), at)
 
 
@@ -97,6 +107,10 @@ def loss(tokens: Int[Tensor, "*one pos"] | None = None) -> Loss:
 
     Raises:
         PositionsError: something else than the tokens of one prompt.
+
+    >>> metric = lp.causal.loss(model.to_tokens("The cat"))
+    >>> torch.allclose(metric(model("The cat")), model("The cat", return_type="loss"))
+    True
     """
     if tokens is None:
         return Loss()

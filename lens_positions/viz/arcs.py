@@ -51,6 +51,10 @@ def arcs(
         PositionsError: an empty text, several texts, padding without a mask, no such layer, head or token, a model that
             shows no attention patterns, a path that cannot be written, or (MissingFontError) Chinese and no font that
             can draw it.
+
+    >>> figure = lp.viz.arcs(model, "The cat sat.", layer=0, head=1, path=folder / "arcs.svg")
+    >>> figure.texts[1].get_text()  # the last token is the one that attends
+    'layer 0, head 1, token 12'
     """
     if path is not None:
         style.check_path(path)

@@ -35,6 +35,11 @@ def kinds_chart(table: pd.DataFrame, caption: str = "", path: str | Path | None 
 
     Raises:
         PositionsError: an empty table, or a path that cannot be written.
+
+    >>> table = lp.analysis.increments_by_category(model, texts)
+    >>> figure = lp.viz.kinds_chart(table, path=folder / "kinds.png")
+    >>> [axes.get_title() for axes in figure.axes]
+    ['layer 0', 'layer 1', 'layer 2', 'layer 3', 'layer 4', 'layer 5']
     """
     if table.empty:
         raise PositionsError("the table of kinds is empty; expected at least one kind of token.")
@@ -95,6 +100,11 @@ def auc_chart(table: pd.DataFrame, title: str, caption: str = "", path: str | Pa
 
     Raises:
         PositionsError: missing columns, or a path that cannot be written.
+
+    >>> lines, words = ["中国政府今天在北京"], [["中国", "政府", "今天", "在", "北京"]]
+    >>> figure = lp.viz.auc_chart(lp.analysis.boundary_auc(model, lines, words), "Word boundaries")
+    >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    ['increment', 'labels shuffled']
     """
     if missing := {"measure", "layer", "auc", "low", "high"} - set(table):
         raise PositionsError(f"the table lacks {', '.join(sorted(missing))}; expected measure, layer, auc, low, high.")
@@ -132,6 +142,12 @@ def lines_chart(
 
     Raises:
         PositionsError: missing columns, or a path that cannot be written.
+
+    >>> rows = [("loss", 64, 1.6, 1.5, 1.7), ("loss", 128, 1.5, 1.4, 1.6)]
+    >>> table = pd.DataFrame(rows, columns=["measure", "at", "value", "low", "high"])
+    >>> figure = lp.viz.lines_chart(table, "Loss by length", "nats per token", "tokens of a window", [64, 128])
+    >>> figure.axes[0].get_xlabel()
+    'tokens of a window'
     """
     if missing := {"measure", "at", "value", "low", "high"} - set(table):
         raise PositionsError(f"the table lacks {', '.join(sorted(missing))}; expected measure, at, value, low, high.")
@@ -182,6 +198,12 @@ def differences_chart(
 
     Raises:
         PositionsError: missing columns, or a path that cannot be written.
+
+    >>> rows = [("shared", -0.02, -0.03, -0.01), ("per layer", -0.05, -0.07, -0.03)]
+    >>> table = pd.DataFrame(rows, columns=["name", "difference", "low", "high"])
+    >>> figure = lp.viz.differences_chart(table, "Loss against RoPE", "nats per byte")
+    >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    ['shared', 'per layer']
     """
     if missing := {"name", "difference", "low", "high"} - set(table):
         raise PositionsError(f"the table lacks {', '.join(sorted(missing))}; expected name, difference, low and high.")
@@ -228,6 +250,11 @@ def frequency_map(
     Raises:
         PositionsError: no amounts, layers or wavelengths that are not as many as the amounts have, amounts that are not
             positive, or a path that cannot be written.
+
+    >>> amounts = {"query": torch.full((2, 3), 2.0), "key": torch.full((2, 3), 0.5)}  # layer, frequency
+    >>> figure = lp.viz.frequency_map(amounts, [0, 1], [6.3, 62.8, 628.3], "Norms", "mean 2-norm")
+    >>> [axes.get_title() for axes in figure.axes[:2]]
+    ['query', 'key']
     """
     if not amounts:
         raise PositionsError("there are no amounts; expected at least one map of layers by frequencies.")

@@ -47,6 +47,12 @@ def effect_map(
     Raises:
         PositionsError: layers or tokens that are not as many as the effects have, a path that cannot be written, or
             (MissingFontError) Chinese and no font that can draw it.
+
+    >>> effects = lp.causal.gap_sweep(model, "The cat", lp.causal.loss())
+    >>> tokens = model.to_str_tokens("The cat")
+    >>> figure = lp.viz.effect_map(effects, model.position_layers, tokens, "A longer gap", "nats per token")
+    >>> figure.axes[0].get_ylabel()
+    'layer'
     """
     if effects.shape != (len(layers), len(tokens)):
         raise PositionsError(
@@ -91,6 +97,11 @@ def ablation_bars(
 
     Raises:
         PositionsError: a path that cannot be written.
+
+    >>> ablations = lp.causal.ablation_table(model, texts, layers=0, to=["mean"])
+    >>> figure = lp.viz.ablation_bars(ablations.loss, path=folder / "ablations.svg")
+    >>> figure.axes[0].get_ylabel()
+    'change of loss, nats per token'
     """
     groups, kinds = list(dict.fromkeys(loss["layer"])), list(dict.fromkeys(loss["to"]))
     with style.context():

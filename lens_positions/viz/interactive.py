@@ -47,6 +47,11 @@ class View:
         title: its heading.
         data: what is drawn.
         cut: what was left out of the text, in a sentence; empty where nothing was.
+
+    >>> view = lp.viz.spacing_view(model, "The cat")
+    >>> view.kind, view.data["units"]
+    ('spacing', ['T', 'h', 'e', '␣', 'c', 'a', 't'])
+    >>> view.save(folder / "spacing.html")
     """
 
     kind: Literal["spacing", "tokens", "attention"]
@@ -101,6 +106,10 @@ def spacing_view(
 
     Raises:
         PositionsError: an empty text, several texts, padding without a mask, or a layer that the model lacks.
+
+    >>> view = lp.viz.spacing_view(model, "The cat")
+    >>> view.data["units"]
+    ['T', 'h', 'e', '␣', 'c', 'a', 't']
     """
     placed = place(model, text, attention_mask=attention_mask, prepend_bos=prepend_bos)
     shown = layers_to_show(model, layers, placed.positions)
@@ -143,6 +152,10 @@ def tokens_view(
     blue. Rows whose mean is 0 have no tint.
 
     Args, raises: as `spacing_view`.
+
+    >>> view = lp.viz.tokens_view(model, "The cat")
+    >>> view.title, view.kind
+    ('Tokens tinted by increment', 'tokens')
     """
     placed = place(model, text, attention_mask=attention_mask, prepend_bos=prepend_bos)
     shown = layers_to_show(model, layers, placed.increments)
@@ -192,6 +205,10 @@ def attention_view(
     Raises:
         PositionsError: an empty text, several texts, padding without a mask, or a model that shows no attention
             patterns.
+
+    >>> view = lp.viz.attention_view(model, "The cat")
+    >>> view.title, view.kind
+    ('Attention beside increments', 'attention')
     """
     placed = place(model, text, patterns=True, most=most, attention_mask=attention_mask, prepend_bos=prepend_bos)
     patterns = placed.attention()

@@ -16,7 +16,11 @@ KINDS = (".png", ".svg", ".pdf")
 
 
 class MissingFontError(PositionsError):
-    """No installed font can draw the Chinese characters of a text."""
+    """No installed font can draw the Chinese characters of a text.
+
+    >>> issubclass(lp.viz.MissingFontError, lp.PositionsError)
+    True
+    """
 
 
 def visible(character: str) -> str:

@@ -78,6 +78,10 @@ def report(
 
     Raises:
         PositionsError: an empty text, a path that cannot be written, or a corpus that was named and is not there.
+
+    >>> left_out = lp.viz.report(model, folder / "report.html", texts="The cat sat.", corpus=str(corpus))
+    >>> (folder / "report.html").read_text("utf-8")[:15]
+    '<!doctype html>'
     """
     check_page(path)
     models = [model] if compare is None else [model, compare]

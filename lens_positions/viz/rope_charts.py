@@ -25,6 +25,10 @@ def norms_map(norms: pd.DataFrame, caption: str = "", path: str | Path | None = 
     Raises:
         PositionsError: no frequency that turns, layers with different numbers of frequencies, or a path that cannot be
             written.
+
+    >>> figure = lp.viz.norms_map(lp.analysis.frequency_norms(model, texts))
+    >>> [axes.get_title() for axes in figure.axes[:2]]
+    ['query norm', 'key norm']
     """
     turned = norms[norms["frequency"] > 0]
     if turned.empty:
@@ -49,6 +53,11 @@ def absolute_chart(table: pd.DataFrame, caption: str = "", path: str | Path | No
 
     Raises:
         PositionsError: a path that cannot be written.
+
+    >>> table = lp.analysis.absolute_variation(model, texts, layers=[0, 1])
+    >>> figure = lp.viz.absolute_chart(table, path=folder / "absolute.svg")
+    >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    ['residual, early', 'residual, late', 'mask, early', 'mask, late']
     """
     own = table[(table["head"] == "all") & (table["layer"] != "all")]
     own = own.assign(at=own["layer"].astype(int))
@@ -76,6 +85,11 @@ def entropy_chart(table: pd.DataFrame, caption: str = "", path: str | Path | Non
 
     Raises:
         PositionsError: a path that cannot be written.
+
+    >>> table = lp.analysis.attention_dispersion(model, texts)
+    >>> figure = lp.viz.entropy_chart(table)
+    >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    ['layer 0', 'layer 3', 'layer 5', 'even: log n']
     """
     own = table[table["head"] == "all"].rename(columns={"items": "at"})
     layers, items = list(dict.fromkeys(own["layer"])), sorted(set(own["at"]))

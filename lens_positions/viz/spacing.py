@@ -65,6 +65,10 @@ def spacing(
         PositionsError: an empty text, several texts, padding without a mask, a layer that the model lacks, a mean
             increment that is not positive in the relative scale, a path that cannot be written, or (MissingFontError)
             Chinese and no font that can draw it.
+
+    >>> figure = lp.viz.spacing(model, "The cat sat.", path=folder / "spacing.svg")
+    >>> figure.axes[0].get_xlabel()
+    "position, from the first character (each row's mean increment is 1)"
     """
     if scale not in ("relative", "common"):
         raise PositionsError(f'scale is {scale!r}; expected "relative" or "common".')

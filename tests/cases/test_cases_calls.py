@@ -57,6 +57,7 @@ def between(model: Any) -> Any:
     return lp.causal.logit_difference(model.to_single_token("t"), model.to_single_token("s"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_mediation_of_padded_pairs_is_the_mean_of_the_pairs(bilingual, side):
     """TransformerLens #344, nnsight #672."""
@@ -263,6 +264,7 @@ def test_the_version_is_that_of_the_package():
     assert lp.__version__ == metadata.version("lens-positions")
 
 
+@pytest.mark.slow
 def test_a_report_is_made_without_the_metadata_of_a_package(tmp_path, monkeypatch, tiny_model):
     """huggingface_hub #4720: packages that are bundled, or run from their source tree, have none."""
 
@@ -398,6 +400,7 @@ def test_threads_that_share_a_model_do_not_mix(source, per_head, count):
     assert sum(in_threads(count, passes)) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 8])
 @every_source
 def test_threads_that_generate_do_not_mix(source, count):

@@ -85,6 +85,7 @@ def test_gap_sweep_equals_the_loop(source, per_head, gap, dtype, error):
     assert swept[:, 4:].abs().max() < 1e-5  # token 3 does not see those after it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize(
     ("source", "per_head", "gap", "dtype", "error"),
@@ -106,6 +107,7 @@ def test_patch_sweep_equals_the_loop(source, per_head, gap, dtype, error, site):
         assert swept.abs().max() > 10 * error
 
 
+@pytest.mark.slow
 @FEW
 @given(case=st.sampled_from(EVERY_SOURCE), seed=st.integers(0, 3), site=st.sampled_from(list(SITES)))
 def test_patching_what_was_there_does_nothing(case, seed, site):
@@ -130,6 +132,7 @@ def test_sweeps_equal_the_loop_in_other_families(name):
     assert swept.abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_resumed_says_so_and_is_swept_all_the_same(monkeypatch):
     model = random_model()
     expected = {site: causal.patch_sweep(model, OTHER, TOKENS, LOSS, site) for site in SITES}
@@ -179,6 +182,7 @@ def zero_token_3(values, hook):
     return values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("active", ["user", "shuffle", "mean", "freeze", "last token"])
 def test_active_hooks_belong_to_baseline_and_edits(active):
     model = random_model()
@@ -202,6 +206,7 @@ def test_active_hooks_belong_to_baseline_and_edits(active):
         )
 
 
+@pytest.mark.slow
 def test_half_precision_is_measured_in_full():
     model = random_model(dtype=torch.bfloat16)
     swept = causal.gap_sweep(model, TOKENS, causal.log_probability(7), by=0.5)
@@ -246,6 +251,7 @@ def test_gradients_need_no_gradient_mode():
     torch.testing.assert_close(causal.attribution(model, TOKENS, DIFFERENCE), slopes)
 
 
+@pytest.mark.slow
 def test_some_layers_and_a_map_of_tokens():
     model = random_model()
     whole = causal.gap_sweep(model, TOKENS, LOSS)
@@ -262,6 +268,7 @@ def test_some_layers_and_a_map_of_tokens():
     assert swept[:, [0, 1, 2, 4, 5, 6, 8]].isnan().all()
 
 
+@pytest.mark.slow
 def test_metrics_of_one_token_agree_with_plain_functions():
     model = random_model()
     for ours, plain in (
@@ -287,6 +294,7 @@ def test_gradient_attribution_is_the_slope_of_gap_sweep(source, per_head, gap):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("source", "per_head", "gap"), EVERY_SOURCE)
 def test_integrated_attribution_sums_to_the_whole_effect(source, per_head, gap):
     model = random_model(source, per_head, gap)
@@ -343,6 +351,7 @@ def test_mediation_adds_up(source):
     assert list(dict.fromkeys(one["layer"])) == ["all", 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("source", "per_head"), itertools.product(SOURCES, (False, True)))
 def test_ablation_table_equals_plain_runs(source, per_head):
     model = random_model(source, per_head)
@@ -381,6 +390,7 @@ def test_ablation_table_equals_plain_runs(source, per_head):
         assert found.attention["distance"].min() > 0
 
 
+@pytest.mark.slow
 def test_ablation_of_some_layers_and_long_documents():
     model = random_model()
     text = "the cat that sat then went " * 8  # longer than the context of 64

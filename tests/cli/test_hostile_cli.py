@@ -344,10 +344,12 @@ def forked(place, tmp_path_factory):
     return ended
 
 
+@pytest.mark.slow
 def test_a_closed_standard_output_is_no_error(forked):
     assert forked("closed") == (0, b"", b"")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["full", "help-full"])
 def test_a_full_standard_output_is_one_sentence(forked, name):
     status, _, error = forked(name)
@@ -355,11 +357,13 @@ def test_a_full_standard_output_is_one_sentence(forked, name):
     assert b"No space left on device" in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["head", "help-head"])
 def test_a_reader_that_has_gone_ends_it_quietly(forked, name):
     assert forked(name) == (1, b"", b"")
 
 
+@pytest.mark.slow
 def test_what_the_locale_cannot_write_is_escaped(forked):
     status, out, error = forked("ascii")
     assert (status, error) == (0, b"")
@@ -369,5 +373,6 @@ def test_what_the_locale_cannot_write_is_escaped(forked):
     assert b"\\u4e2d" in error
 
 
+@pytest.mark.slow
 def test_without_standard_error_the_status_says_it_and_standard_output_stays_clean(forked):
     assert forked("no-stderr") == (2, b"", b"")

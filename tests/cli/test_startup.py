@@ -120,6 +120,7 @@ def test_every_command_is_in_the_overview_once():
     assert all(f"  {name} " in app.overview() for name in listed)
 
 
+@pytest.mark.slow
 def test_names_of_before_lead_to_the_commands_of_the_study():
     codes, said, _ = commands("lens_positions.training.__main__", *[[name, "--help"] for name in MOVED])
     assert codes == [0] * len(MOVED)
@@ -132,6 +133,7 @@ def test_names_shown_by_help_are_those_that_are_measured():
     assert tuple(experiments.rope_measures.MEASUREMENTS) == options.OF_ROPE
 
 
+@pytest.mark.slow
 def test_show_imports_no_library_that_it_does_not_use():
     codes, said, imported = commands("lens_positions.cli", ["show", "bilingual-per-layer", "The cat sat."])
     assert codes == [0]
@@ -166,6 +168,7 @@ def test_type_checkers_see_the_same_names(package):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("package", "name"), [("analysis", "specialisation"), ("causal", "attribution"), ("causal", "mediation")]
 )

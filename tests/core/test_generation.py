@@ -58,6 +58,7 @@ def test_cached_logits_equal_uncached_ones(tiny_stream, source, per_head, gap):
         assert error < 1e-5 * whole[MASK.bool()].abs().max()
 
 
+@pytest.mark.slow
 @every_source
 def test_cached_generation_equals_uncached(tiny_stream, source, per_head, gap):
     model = tiny_stream(source, per_head, gap)
@@ -82,6 +83,7 @@ def test_generation_depends_on_the_increments(tiny_stream, source, per_head, gap
     assert not torch.equal(learned, model.generate(TOKENS, max_new_tokens=10, do_sample=False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("source", "per_head"), sorted({entry[:2] for entry in EVERY_SOURCE}))
 def test_bridge_generates_alike_with_and_without_cache(tiny_model, source, per_head):
     model = tiny_model(source=source, per_head=per_head)

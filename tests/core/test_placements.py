@@ -12,6 +12,7 @@ import lens_positions as lp
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("family", ["Llama", "GPTNeoX"])
 def test_a_model_in_several_places_gives_the_same_to_the_bit(family, placement):

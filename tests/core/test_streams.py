@@ -100,6 +100,7 @@ def test_the_outermost_increment_has_no_effect(tiny_stream, source, per_head, ga
     assert torch.equal(model(TOKENS).logits, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_head", [False, True])
 def test_positions_are_the_running_sum_of_increments(tiny_model, per_head):
     for source, gap in itertools.product(("shared", "per_layer", "frozen"), ("before", "after")):
@@ -195,6 +196,7 @@ def test_gradients_reach_the_sources_in_eager_and_under_autocast(tiny_stream, so
     assert torch.cosine_similarity(*gradients, dim=0) > 0.98
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_gradients_under_compile_equal_those_in_eager(tiny_stream):
     model, streams = tiny_stream(source="per_layer", llama={"num_hidden_layers": 1})
@@ -267,6 +269,7 @@ def test_positions_are_float32_in_bfloat16_and_under_autocast(tiny_stream, sourc
         assert all(p.diff(dim=1)[:, 300:].unique().numel() > 30 for p in seen)
 
 
+@pytest.mark.slow
 def test_a_long_running_sum_keeps_its_precision(tiny_stream):
     model, streams = tiny_stream(source="static", llama={"max_position_embeddings": 4096})
     set_increments(streams, torch.full((2, 1, 4000), 0.1))
@@ -366,6 +369,7 @@ def test_what_a_hook_returns_is_checked(tiny_stream, source, wrong, words):
     model(TOKENS)
 
 
+@pytest.mark.slow
 def test_padding_on_the_left_moves_nothing(tiny_stream):
     for source, per_head, gap in EVERY_SOURCE:
         model, _ = tiny_stream(source=source, per_head=per_head, gap=gap)

@@ -23,6 +23,7 @@ def in_threads(work, count, threads):
         return list(pool.map(waits, range(count)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [2, 8])
 @pytest.mark.parametrize("source", ["static", "shared", "per_layer", "frozen"])
 def test_passes_in_threads_give_what_they_give_alone_to_the_bit(tiny_llama, randomize, source, threads):
@@ -36,6 +37,7 @@ def test_passes_in_threads_give_what_they_give_alone_to_the_bit(tiny_llama, rand
     assert sum(not torch.equal(found[i], alone[i % 16]) for i in range(160)) == 0
 
 
+@pytest.mark.slow
 def test_generation_in_threads_keeps_its_caches_apart(tiny_llama, randomize):
     model = tiny_llama()
     lp.attach_positions(model, lp.PositionConfig("per_layer"))
@@ -49,6 +51,7 @@ def test_generation_in_threads_keeps_its_caches_apart(tiny_llama, randomize):
     assert all(torch.equal(found[i], alone[i % 6]) for i in range(24))
 
 
+@pytest.mark.slow
 def test_interventions_in_threads_see_the_tokens_of_their_own_pass(tiny_model):
     """One intervention on the model, passes of different lengths: what a hook knows of tokens is its pass's own."""
     model = tiny_model(source="per_layer")

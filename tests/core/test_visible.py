@@ -94,6 +94,7 @@ def ancestors_of(parents, real):
     return ancestors
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     forest=forests(), gap=st.sampled_from(["before", "after"]), source=st.sampled_from(LEARNED), seed=st.integers(0, 9)
@@ -126,6 +127,7 @@ def models(build):
     return MODELS
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     real=st.lists(st.booleans(), min_size=3, max_size=12),

@@ -278,6 +278,7 @@ def test_heads_disperse_where_most_of_the_sharp_ones_do(machinery, grows, power,
     assert f"n to the power {power:.2f}" in found.sentence
 
 
+@pytest.mark.slow
 def test_what_increments_change_is_over_seeds(machinery):
     """A third of the norm moves at every seed of per layer, and nothing does in shared."""
     for model in SHIPPED:
@@ -293,6 +294,7 @@ def test_what_increments_change_is_over_seeds(machinery):
     assert any("not measured" in line for line in lines_of(found))  # the other tables
 
 
+@pytest.mark.slow
 def test_frequencies_are_compared_per_token(machinery):
     """Steps of ten move the norms to frequencies ten times lower: per token nothing changes."""
     for model in SHIPPED:
@@ -351,6 +353,7 @@ def test_without_norms_nothing_is_said_of_what_the_lowest_quarter_turns_by(machi
     assert f"turns by {math.degrees(512 * 10.0**-6):.0f} degrees" in lines_of(truncated_frequencies(machinery))[-1]
 
 
+@pytest.mark.slow
 def test_held_positions_of_learned_increments_are_not_guessed(machinery):
     """Where they were not measured, the parts as they are do not stand in for them; with RoPE they are the same."""
     rows = [

@@ -31,6 +31,7 @@ def saved(randomize, tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_absolute_prints_draws_and_writes(saved, capsys):
     csv, figure = saved / "absolute.csv", saved / "absolute.png"
     given = ["absolute", str(saved / "per_layer"), "--texts", "4", "--csv", str(csv), "--figure", str(figure)]
@@ -47,6 +48,7 @@ def test_absolute_prints_draws_and_writes(saved, capsys):
     assert "--texts is 1; expected at least 2" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_positions_can_be_held(saved, capsys):
     """Of learned increments the residual part changes, of standard RoPE nothing does."""
     printed = {}
@@ -58,6 +60,7 @@ def test_positions_can_be_held(saved, capsys):
     assert printed["per_layer", False] != printed["per_layer", True]
 
 
+@pytest.mark.slow
 def test_a_model_that_turns_nothing_has_norms_and_no_map(randomize, saved, capsys):
     static = lp.PositionConfig(source="static")
     config = lp.PositionModelConfig(d_model=32, n_layers=1, n_heads=2, n_ctx=176, rope_fraction=0.0, positions=static)
@@ -71,6 +74,7 @@ def test_a_model_that_turns_nothing_has_norms_and_no_map(randomize, saved, capsy
     assert "no frequency of these norms turns" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_one_layer_has_nothing_to_lose(randomize, saved, capsys):
     """Its residual part is rounding, of which no share is told."""
     config = lp.PositionModelConfig(
@@ -83,6 +87,7 @@ def test_one_layer_has_nothing_to_lose(randomize, saved, capsys):
     assert "nan" not in printed
 
 
+@pytest.mark.slow
 def test_dispersion_prints_draws_and_writes(saved, capsys):
     csv, figure = saved / "dispersion.csv", saved / "dispersion.png"
     given = ["dispersion", str(saved / "static"), "--lengths", "16", "32", "--csv", str(csv), "--figure", str(figure)]
@@ -97,6 +102,7 @@ def test_dispersion_prints_draws_and_writes(saved, capsys):
     assert "expected whole numbers from 2 that divide the longest" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_tables_of_several_models_are_kept_and_left(saved, monkeypatch):
     monkeypatch.setattr(machinery_module, "LENGTHS", (16, 32))
     models = tuple(str(saved / name) for name in ("per_layer", "static"))
@@ -117,6 +123,7 @@ def test_tables_of_several_models_are_kept_and_left(saved, monkeypatch):
     assert {path: path.read_bytes() for path in (saved / "results").rglob("*.*")} == before
 
 
+@pytest.mark.slow
 def test_finished_runs_are_measured_for_what_compares_them(saved, monkeypatch):
     monkeypatch.setattr(machinery_module, "LENGTHS", (16, 32))
     monkeypatch.setattr(machinery_module, "shipped_names", tuple)

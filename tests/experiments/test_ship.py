@@ -344,6 +344,7 @@ def test_what_the_package_says_of_a_run_is_what_the_tables_say(name):
     assert card(name, described, table, command) == card_of(folder)
 
 
+@pytest.mark.slow
 def test_what_the_package_ships_differs_in_increments_alone():
     found = [json.loads((pretrained.CHECKPOINTS / name / "run.json").read_text("utf-8")) for name in REAL]
     for described in found:

@@ -285,6 +285,7 @@ def test_what_another_process_holds_is_left_to_it(tmp_path, capsys):
     assert "not finished: shared-0, frozen-0" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_frozen_run_waits_for_the_shared_one_that_ends_meanwhile(tmp_path, monkeypatch):
     tries = []
 
@@ -297,6 +298,7 @@ def test_a_frozen_run_waits_for_the_shared_one_that_ends_meanwhile(tmp_path, mon
     assert tries == ["shared", "frozen", "frozen"]
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_recorded_and_not_tried_again(tiny, tmp_path, monkeypatch, capsys):
     steep = replace(tiny, learning_rate=1e30, clip=1e30)
     monkeypatch.setattr(suite_module, "load_preset", lambda name: steep)
@@ -310,6 +312,7 @@ def test_a_run_that_diverges_is_recorded_and_not_tried_again(tiny, tmp_path, mon
     assert on_disk(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_every_byte_is_predicted_once_at_each_length(tiny, tmp_path):
     text = tokenize_corpus(tiny.corpus, tmp_path / "cache")
     model = build_model(replace(tiny.model, positions=VARIANTS["per_layer"]), seed=0).eval()

@@ -75,6 +75,7 @@ def losses(run):
     return [(r["step"], r["loss"]) for r in lines if "loss" in r]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["shared", "per_layer"])
 def test_a_frozen_graft_trains_its_source_alone(config, base, tmp_path, source):
     positions = lp.PositionConfig(source=source, hidden=8)
@@ -119,6 +120,7 @@ def test_what_learns_is_what_was_asked_for(config):
     assert learned(GraftedModel(replace(config, adapt="lora"), static)) == lora - frozen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapt", ["lora", "full"])
 def test_the_baseline_learns_from_the_same_data_without_the_source(config, adapt, tmp_path):
     config = replace(config, adapt=adapt, adapt_learning_rate=1e-2, steps=30, eval_every=30, save_every=30)
@@ -131,6 +133,7 @@ def test_the_baseline_learns_from_the_same_data_without_the_source(config, adapt
     assert found["difference_of_documents"]["documents"] == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapt", ["frozen", "lora", "full"])
 def test_the_saved_graft_has_the_loss_that_was_reported(config, adapt, tmp_path):
     config = replace(config, adapt=adapt, adapt_learning_rate=1e-2)
@@ -141,6 +144,7 @@ def test_the_saved_graft_has_the_loss_that_was_reported(config, adapt, tmp_path)
         assert token_nats(model, rows).mean().item() == pytest.approx(found["graft_nats_per_token"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_comparison_is_a_paired_t_interval_over_documents(config, tmp_path):
     found = graft(config, tmp_path / "run", cache_dir=tmp_path / "cache")
     ours, theirs = (pd.read_csv(tmp_path / "run" / part / "heldout.csv") for part in ("graft", "baseline"))
@@ -161,6 +165,7 @@ def command(*arguments):
     return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_a_killed_graft_goes_on_to_the_bit(config, tmp_path, capsys):
     given = ["--base", config.base, "--corpus", config.corpus, "--cache", tmp_path / "cache", "--adapt", "lora"]
     given += ["--n-ctx=32", "--steps=60", "--batch-size=4", "--eval-windows=8", "--eval-every=30", "--save-every=7"]
@@ -180,6 +185,7 @@ def test_a_killed_graft_goes_on_to_the_bit(config, tmp_path, capsys):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing_but_memory(config, tmp_path):
     """It runs layers a second time, when the forward pass that knew their positions is over."""
     for name in (False, True):
@@ -191,6 +197,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(config, tmp_path):
         assert a == pytest.approx(b, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapt", ["frozen", "lora"])
 def test_on_a_bf16_base_what_learns_is_float32_and_moves(config, adapt, tmp_path):
     config = replace(config, dtype="bf16", adapt=adapt, learning_rate=1e-4, adapt_learning_rate=1e-5)
@@ -286,6 +293,7 @@ def test_a_base_with_streams_of_its_own_is_refused(config, base, tmp_path):
         graft(replace(config, base=str(tmp_path / "model")), tmp_path / "run", cache_dir=tmp_path / "cache")
 
 
+@pytest.mark.slow
 def test_another_base_is_not_resumed(config, base, tmp_path):
     moved = tmp_path / "base"
     model, tokenizer = load_base(base)
@@ -304,6 +312,7 @@ def test_another_base_is_not_resumed(config, base, tmp_path):
     assert newest_checkpoint(tmp_path / "run" / "graft") is not None
 
 
+@pytest.mark.slow
 def test_dropout_is_the_same_in_a_resumed_run_and_however_often_it_is_saved(config, base, tmp_path, monkeypatch):
     model, tokenizer = load_base(base)
     model.config.attention_dropout = 0.3
@@ -321,6 +330,7 @@ def test_dropout_is_the_same_in_a_resumed_run_and_however_often_it_is_saved(conf
     assert losses(tmp_path / "often" / "graft")[0] == losses(tmp_path / "often" / "baseline")[0]
 
 
+@pytest.mark.slow
 def test_an_interrupt_in_the_last_evaluation_stops_before_the_baseline(config, tmp_path, monkeypatch):
     from lens_positions.training import loop
 

@@ -189,6 +189,7 @@ def test_two_packed_texts_of_one_name_are_refused(config, corpus, tmp_path):
         tokenize_corpus(config.corpus, tmp_path / "node")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("begun_with_text", [True, False])
 def test_a_run_goes_on_on_the_other_side(config, node, brought_back, tmp_path, monkeypatch, begun_with_text):
     train(config, tmp_path / "whole", cache_dir=node)
@@ -215,6 +216,7 @@ def test_a_run_goes_on_on_the_other_side(config, node, brought_back, tmp_path, m
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_suite_compares_runs_of_both_sides(config, node, brought_back, tmp_path, monkeypatch):
     monkeypatch.setattr(suite_module, "load_preset", lambda name: config)
     folders = {"output": tmp_path / "runs", "results": tmp_path / "results"}
@@ -230,6 +232,7 @@ def without_wheels(asked, wheels):
     wheels.mkdir()
 
 
+@pytest.mark.slow
 @in_a_checkout
 def test_the_folder_holds_the_project_without_weights_and_names_its_commit(config, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(lens_positions.training.pack, "download_wheels", without_wheels)
@@ -282,6 +285,7 @@ def image_of(folder):
     return known
 
 
+@pytest.mark.slow
 @in_a_checkout
 def test_the_folder_trains_with_nothing_but_an_image_and_what_is_carried(config, node, tmp_path, monkeypatch):
     monkeypatch.setattr(lens_positions.training.pack, "download_wheels", without_wheels)

@@ -79,6 +79,7 @@ def called(*arguments):
     return main([str(argument) for argument in arguments[2:]])
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_the_model_loads(config, tmp_path):
     config = replace(config, steps=60, learning_rate=1e-2, eval_every=60, save_every=60)
     final = train(config, tmp_path / "run", cache_dir=tmp_path / "cache")
@@ -91,6 +92,7 @@ def test_the_loss_falls_and_the_model_loads(config, tmp_path):
     assert model.increments("cat").std() > 0
 
 
+@pytest.mark.slow
 def test_the_evaluation_is_the_models_loss_on_held_out_bytes(config, tmp_path):
     final = train(config, tmp_path / "run", cache_dir=tmp_path / "cache")
     model = HookedPositionTransformer.from_pretrained(tmp_path / "run" / "model")
@@ -103,6 +105,7 @@ def test_the_evaluation_is_the_models_loss_on_held_out_bytes(config, tmp_path):
     assert final["heldout_nats_per_byte"] == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_an_arbitrary_step_and_resumed_logs_the_same_losses_to_the_bit(corpus, tmp_path):
     arguments = ["-m", "lens_positions", "train", "--corpus", corpus, "--cache", tmp_path / "cache", *SMALL]
     arguments += ["--steps=80", "--save-every=8", "--eval-every=40", "--warmup-steps=5"]
@@ -124,6 +127,7 @@ def test_a_run_killed_at_an_arbitrary_step_and_resumed_logs_the_same_losses_to_t
     assert first == (tmp_path / "whole/model/model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_an_interrupt_saves_and_leaves_cleanly(corpus, tmp_path):
     arguments = ["-m", "lens_positions", "train", "--corpus", corpus, "--cache", tmp_path / "cache", *SMALL]
     run = command(*arguments, "--steps=100000", "--output", tmp_path / "run")
@@ -140,6 +144,7 @@ def test_an_interrupt_saves_and_leaves_cleanly(corpus, tmp_path):
     assert losses(tmp_path / "run")[-1][0] == step
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(corpus, tmp_path):
     arguments = [
         "-m",
@@ -161,6 +166,7 @@ def test_two_processes_give_the_losses_of_one(corpus, tmp_path):
     assert max(abs(a - b) for (_, a), (_, b) in zip(single, double, strict=True)) < 1e-5
 
 
+@pytest.mark.slow
 def test_accumulated_batches_give_the_losses_of_whole_ones(config, tmp_path):
     train(config, tmp_path / "whole", cache_dir=tmp_path / "cache")
     train(replace(config, accumulate=2), tmp_path / "parts", cache_dir=tmp_path / "cache")
@@ -177,6 +183,7 @@ def test_models_that_differ_in_source_start_from_the_same_function(config, tmp_p
     assert first["static"] == first["shared"] == first["per_layer"]
 
 
+@pytest.mark.slow
 def test_a_frozen_table_comes_from_a_trained_shared_source_and_does_not_train(config, tmp_path):
     shared = replace(config, model=replace(config.model, positions=PositionConfig(source="shared")), learning_rate=1e-2)
     train(shared, tmp_path / "shared", cache_dir=tmp_path / "cache")
@@ -261,6 +268,7 @@ def test_a_place_that_cannot_be_written_is_one_sentence(corpus, tmp_path, capsys
     assert "Not a directory" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint_whole(config, tmp_path, monkeypatch):
     from lens_positions.training import loop
 
@@ -280,6 +288,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(config, tmp_path, monkeypa
     assert losses(tmp_path / "run")[-1][0] == 12
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_before_its_first_checkpoint_starts_over(config, tmp_path, monkeypatch):
     with monkeypatch.context() as broken:
         broken.setattr("lens_positions.training.loop.Run._save", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -310,6 +319,7 @@ def test_a_loss_that_is_no_number_stops_the_run(config, tmp_path):
         train(replace(config, learning_rate=1e30, clip=1e30), tmp_path / "run", cache_dir=tmp_path / "cache")
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_model_as_it_was_at_milestones(config, tmp_path):
     train(replace(config, keep_at=(4, 8)), tmp_path / "whole", cache_dir=tmp_path / "cache")
     assert sorted(path.name for path in (tmp_path / "whole/at").iterdir()) == ["step-00000004", "step-00000008"]
@@ -348,6 +358,7 @@ def test_fixed_increments_are_asked_for_in_one_way(config):
             replace(config, **wrong)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", ["compiler", "cache"])
 def test_training_goes_on_eager_where_a_compiler_or_its_cache_is_missing(tmp_path, corpus, missing):
     if missing == "cache" and not Path("/proc/self").exists():

@@ -11,7 +11,7 @@ from lens_positions.viz import output as plain
 from lens_positions.viz.drawn_text import place
 from lens_positions.viz.interactive import page_of, write_page
 
-pytestmark = needs_chromium
+pytestmark = [needs_chromium, pytest.mark.slow]
 
 TEXT = "The cat, 中文 sat."
 WIDTHS = (390, 1440)

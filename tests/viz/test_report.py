@@ -110,6 +110,7 @@ def test_a_static_model_says_so_and_is_drawn(run, folders, tmp_path):
     assert '"name":"static"' in (tmp_path / "r.html").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_what_is_cut_is_said(run, folders, tmp_path):
     code, _, err = run(
         folders / "static", "-o", tmp_path / "r.html", "--corpus", folders / "corpus", "--text", "a" * 5000
@@ -165,6 +166,7 @@ def test_interrupted_before_anything_was_drawn_it_claims_nothing(run, folders, t
     assert run(folders / "learned", "-o", tmp_path / "r.html") == (130, "", "")
 
 
+@pytest.mark.slow
 def test_interrupted_it_keeps_the_parts_that_are_done(run, folders, tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
@@ -214,6 +216,7 @@ def test_a_full_disk_leaves_the_old_report(run, folders, tmp_path, monkeypatch):
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
+@pytest.mark.slow
 @needs_chromium
 @pytest.mark.parametrize("width", [390, 1440])
 def test_it_opens_without_a_network_and_every_view_is_drawn(browser, page, width):
@@ -232,6 +235,7 @@ def test_it_opens_without_a_network_and_every_view_is_drawn(browser, page, width
         assert opened_page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_links_theme_and_tables_answer_the_keyboard(browser, page):
     with opened(browser, page, color_scheme="dark") as opened_page:
@@ -255,6 +259,7 @@ def test_links_theme_and_tables_answer_the_keyboard(browser, page):
         assert numbers.evaluate("(part) => part.open") is True
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_printed_it_is_light_whole_and_without_buttons(browser, page):
     with opened(browser, page, color_scheme="dark") as opened_page:
