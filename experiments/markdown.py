@@ -6,12 +6,12 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from lens_positions.corpora import MissingPackageError
+from lens_positions.errors import PositionsError
 
 try:
     from tabulate import DataRow, TableFormat
 except ModuleNotFoundError as error:
-    raise MissingPackageError(
+    raise PositionsError(
         "the package tabulate is not here, which writes tables in Markdown; expected pip install 'lens-positions[dev]'."
     ) from error
 
