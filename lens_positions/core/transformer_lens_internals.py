@@ -5,7 +5,7 @@ with what it stands for and what would break without it; nothing else in the pac
 of TransformerLens 4, to which the package's dependency is bounded.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -84,7 +84,7 @@ def has_processed_weights(model: Any) -> bool:
 
 
 @contextmanager
-def returning(blocks: Sequence[nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
+def returning(blocks: Iterable[nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
     """Replace what some blocks compute by outputs that are known, for the time being.
 
         block(x) -> nn.Module.__call__ -> hooks before -> forward -> hooks after
@@ -96,14 +96,14 @@ def returning(blocks: Sequence[nn.Module], outputs: Sequence[Any]) -> Iterator[N
     class. A bridge component has a `__setattr__` of its own and may have such an attribute already, so it is put into
     `__dict__` and what was there comes back.
     """
-    own = [vars(block).get("forward") for block in blocks]
+    replaced = [vars(block) for block in blocks]
+    own = [attributes.get("forward") for attributes in replaced]
     try:
-        for block, output in zip(blocks, outputs, strict=False):
-            vars(block)["forward"] = _returns(output)
+        for attributes, output in zip(replaced, outputs, strict=False):
+            attributes["forward"] = _returns(output)
         yield
     finally:
-        for block, forward in zip(blocks, own, strict=True):
-            attributes = vars(block)
+        for attributes, forward in zip(replaced, own, strict=True):
             attributes.pop("forward", None)
             if forward is not None:
                 attributes["forward"] = forward
