@@ -212,7 +212,7 @@ def test_every_preset_loads_and_its_configuration_survives_json():
     [
         ([], "no command"),
         (["fly"], "'fly' is no command"),
-        (["train", "--preset", "huge"], "expected one of base, paper, quick, tiny"),
+        (["train", "--preset", "huge"], "expected one of base, long, paper, quick, tiny"),
         (["train", "--corpus", "klingon"], "klingon"),
         (["train", "--resume", "/nowhere"], "no run to resume"),
     ],
