@@ -566,6 +566,7 @@ def test_positions_beyond_256_are_told_apart_in_bf16(source):
         assert torch.equal(steps, torch.ones(599).double())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["static", "shared", "per_layer"])
 def test_paged_generation_is_generation_or_refused(source):
     """transformers #41655, #48294: continuous batching packs all requests into one row, with a cache of its own."""
