@@ -56,7 +56,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for of_one_test in cases.values():
         n = len(of_one_test)
         for i, item in enumerate(of_one_test):
-            many = i not in (0, n // 2, n - 1)  # of sources, flags and kinds these are three that differ
+            many = i not in (0, n // 2)  # of sources in their usual order: a static and a learned one
             if many or DEAR.intersection(getattr(item, "fixturenames", ())):
                 item.add_marker("slow")
 

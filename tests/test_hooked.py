@@ -92,6 +92,7 @@ def test_every_classic_hook_fires_with_its_classic_shape(tiny_model, source):
     assert {name: tuple(cache[name].shape) for name in CLASSIC} == CLASSIC
 
 
+@pytest.mark.slow
 def test_editing_a_classic_hook_reaches_the_logits(tiny_model):
     model = tiny_model(source="per_layer")
     plain = model(TOKENS)
@@ -100,6 +101,7 @@ def test_editing_a_classic_hook_reaches_the_logits(tiny_model):
         assert not torch.equal(edited, plain), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONAL_HOOKS)
 def test_optional_classic_hooks_fire_when_enabled(tiny_model, name):
     switch, shape = OPTIONAL_HOOKS[name]
@@ -335,6 +337,7 @@ def test_compatibility_mode_keeps_hook_points_and_increments(tiny_model, source)
     assert not torch.equal(edited, logits)
 
 
+@pytest.mark.slow
 def test_static_streams_are_exact_in_compatibility_mode(tiny_model):
     with_streams, without = tiny_model(source="static"), tiny_model(source="static")
     without.position_streams.detach()
@@ -359,6 +362,7 @@ def test_copies_and_dtypes(tiny_model):
     assert torch.equal(model(TOKENS), plain)
 
 
+@pytest.mark.slow
 def test_sources_differ_and_bases_do_not(tiny_config):
     models = [lp.HookedPositionTransformer.from_config(tiny_config(source=s, per_head=h)) for s, h, _ in EVERY_SOURCE]
     logits = [model(TOKENS) for model in models]
@@ -481,6 +485,7 @@ def test_saved_folder_is_a_plain_transformers_folder(tiny_model, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.slow
 def test_saving_from_outside_a_bridge_is_the_same(tiny_config, randomize, tmp_path):
     from lens_positions.checkpoint import load_pretrained, save_pretrained
     from lens_positions.model import build_model
@@ -506,6 +511,7 @@ def test_bfloat16_survives_saving(tiny_model, tmp_path):
     assert torch.equal(loaded.increments(TOKENS), model.increments(TOKENS))
 
 
+@pytest.mark.slow
 def test_plain_folder_takes_a_source(tiny_llama, tmp_path):
     tiny_llama(vocab_size=257).save_pretrained(tmp_path / "plain")
     lp.HookedPositionTransformer.from_config(lp.PositionModelConfig()).tokenizer.save_pretrained(tmp_path / "plain")

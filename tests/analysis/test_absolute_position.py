@@ -160,6 +160,7 @@ def test_the_first_embedding_is_replaced_and_nothing_else(randomize, how):
         assert not torch.allclose(first, before[:, 0])
 
 
+@pytest.mark.slow
 def test_no_two_texts_share_a_draw(randomize, monkeypatch):
     """Another token and noise are drawn for each text alone, in batches of any size."""
     monkeypatch.setattr(absolute_position, "TOKENS_A_BATCH", 1)
@@ -183,6 +184,7 @@ def test_shares_are_those_of_both_parts(randomize):
     assert ((table["share_low"] <= table["share"]) & (table["share"] <= table["share_high"])).all()
 
 
+@pytest.mark.slow
 def test_the_drop_is_one_minus_the_ratio_of_the_parts(randomize):
     model = model_of(randomize)
     table = replacement_effects(model, TEXTS, ["zeros"], block=4, offsets=4)

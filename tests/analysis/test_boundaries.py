@@ -124,6 +124,7 @@ def test_the_mutual_information_of_two_characters_finds_words(tiny_model):
     assert row["auc"] > 0.95
 
 
+@pytest.mark.slow
 def test_people_segmented_the_held_out_text():
     words = corpora.segmented_heldout()[:20]
     texts = ["".join(line) for line in words]

@@ -184,6 +184,7 @@ def test_the_interval_is_of_documents():
     pd.testing.assert_frame_equal(table, increments_by_category(model, ["aaaa", "b", "cc", "Z"]))
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_true_mean_about_as_often_as_it_says():
     model, rng = table_model(n_ctx=64), np.random.default_rng(0)
     covered = 0

@@ -50,6 +50,7 @@ def test_what_a_mask_hides_stays_hidden(hidden):
     assert torch.equal(sharp.softmax(-1) == 0, scores == hidden)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "says"),
     {
@@ -135,6 +136,7 @@ def test_entropy_and_largest_weight_are_those_of_the_patterns(tiny_model):
     assert (sharper["entropy"] <= table["entropy"] + 1e-6).all()
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_the_same_tokens_at_every_length(tiny_model):
     model = tiny_model(source="per_layer")
     texts = ["".join(chr(97 + (i * i + 3 * i + j) % 26) for i in range(80)) for j in range(3)]
@@ -166,6 +168,7 @@ def test_the_answer_is_the_class_of_the_largest_number():
 SMALL = {"steps": 150, "batch_size": 32, "classes": 3, "width": 32, "sizes": (8, 64), "tested": 256}
 
 
+@pytest.mark.slow
 def test_training_learns_the_task_and_every_seed_is_its_own():
     asked = MaximumConfig(**(SMALL | {"steps": 400}))
     model, loss = train_retriever(asked, 0)
@@ -175,6 +178,7 @@ def test_training_learns_the_task_and_every_seed_is_its_own():
     assert train_retriever(asked, 1)[1] != loss
 
 
+@pytest.mark.slow
 def test_seeds_are_kept_and_not_trained_again(tmp_path, monkeypatch, capsys):
     asked = MaximumConfig(seeds=(0, 1), results=tmp_path, **SMALL)
     table = maximum(asked)

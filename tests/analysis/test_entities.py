@@ -29,6 +29,7 @@ def test_a_name_without_a_pair_as_frequent_is_left_out():
     assert "Vera Cruz" not in set(table["name"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positions", [{}, {"gap": "after"}, {"per_head": True}], ids=str)
 def test_the_increments_are_those_at_the_inner_space(tiny_model, positions):
     model = tiny_model(source="per_layer", **positions)
@@ -55,6 +56,7 @@ def test_the_increments_are_those_at_the_inner_space(tiny_model, positions):
     assert row["smaller"] == np.mean(np.array(by_hand) < 0)
 
 
+@pytest.mark.slow
 def test_names_that_share_a_word_are_one_family(tiny_model):
     """Before its second word a name is its first word alone, so such names have the same increments."""
     training = [*TRAINING, "New Jersey and old debts, old debts and New Jersey. " * 3]

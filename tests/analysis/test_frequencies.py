@@ -77,6 +77,7 @@ def test_terms_sum_to_the_scores_of_learned_increments(tiny_model, per_head):
         assert (terms.sum(1) - cache[f"blocks.{layer}.attn.hook_attn_scores"][0])[:, past].abs().max() < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPTNeoXForCausalLM"])
 @pytest.mark.usefixtures("unchecked")
 def test_terms_are_those_of_an_intervention(name):
@@ -309,6 +310,7 @@ def test_gaussian_queries_and_keys_score_zero_on_average_at_every_distance():
     assert scores.std(0).tolist() == pytest.approx([math.sqrt(32)] * 12, rel=0.05)
 
 
+@pytest.mark.slow
 def test_the_command_prints_draws_and_writes(tiny_model, tmp_path, capsys):
     model = tmp_path / "model"
     tiny_model(source="per_layer").save_pretrained(model)

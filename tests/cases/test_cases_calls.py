@@ -129,6 +129,7 @@ def means(table: Any) -> Tensor:
     return torch.tensor(table["mean"].to_numpy())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["The cat sat", ["The cat sat"]])
 @pytest.mark.parametrize(
     "measure",

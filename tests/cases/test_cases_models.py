@@ -434,6 +434,7 @@ def test_a_layer_put_in_the_place_of_another_is_noticed(source):
         assert_right(model(ROWS).logits, expected)
 
 
+@pytest.mark.slow
 def test_a_model_saved_as_an_object_is_the_model(tmp_path):
     """accelerate #2613: hooks that pickle does not take."""
     for source in SOURCES:

@@ -195,6 +195,7 @@ def test_a_frozen_table_comes_from_a_trained_shared_source_and_does_not_train(co
     assert torch.equal(table, increment_table(HookedPositionTransformer.from_pretrained(tmp_path / "frozen" / "model")))
 
 
+@pytest.mark.slow
 def test_bf16_training_keeps_positions_and_the_loss_finite(config, tmp_path):
     final = train(replace(config, precision="bf16"), tmp_path / "run", cache_dir=tmp_path / "cache")
     assert final["heldout_nats_per_byte"] < 6
@@ -212,7 +213,7 @@ def test_every_preset_loads_and_its_configuration_survives_json():
     [
         ([], "no command"),
         (["fly"], "'fly' is no command"),
-        (["train", "--preset", "huge"], "expected one of base, paper, quick, tiny"),
+        (["train", "--preset", "huge"], "expected one of base, long, paper, quick, tiny"),
         (["train", "--corpus", "klingon"], "klingon"),
         (["train", "--resume", "/nowhere"], "no run to resume"),
     ],
