@@ -113,7 +113,7 @@ def refused(arguments: list[Any], folder: Path, capsys: Any) -> str:
     status = ended(arguments)
     error = capsys.readouterr().err
     assert (status, error.count("\n")) == (2, 1), error
-    assert error.startswith("training: ")
+    assert error.startswith("lens-positions: ")
     assert "Traceback" not in error
     assert len(error) < 600
     assert on_disk(folder) == before
@@ -624,7 +624,7 @@ def test_a_signal_ends_a_run_with_one_line_and_it_goes_on_from_there(
         patched.setattr(loop.Run, "_train_step", signalled)
         assert main([str(word) for word in words]) == status
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error == f"training: interrupted at step 6 of 9; --resume {folder} goes on from there"
+    assert error == f"lens-positions: interrupted at step 6 of 9; --resume {folder} goes on from there"
     assert main(["train", "--resume", str(folder), "--cache", str(cache)]) == 0
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     steps = [json.loads(line)["step"] for line in lines_of(folder / "log.jsonl")]
