@@ -40,6 +40,10 @@ UNSEEN = 0.5
 """The count given to a pair of characters that the training text does not have."""
 
 
+TIES_AT = 5
+"""Decimals of a position within which two increments count as equal."""
+
+
 @dataclass(frozen=True)
 class Gaps:
     """The gaps between two Chinese characters of some lines, in order.
@@ -122,6 +126,9 @@ def gap_areas(
     shuffled = gaps.boundary[shuffled_within(gaps.line, seed)]
     lines = len(np.unique(gaps.line))
     rows = []
+
+    # The same bytes have the same increment, but for a rounding of 1e-7 that depends on the batch: those are ties.
+    increments = np.round(increments, TIES_AT)
 
     def add(measure: str, layer: float, values: np.ndarray, labels: np.ndarray) -> None:
         low, high = auc_interval(values, labels, gaps.line, draws) if lines > 1 else (math.nan, math.nan)

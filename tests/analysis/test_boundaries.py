@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 
 import lens_positions as lp
 from lens_positions import corpora
-from lens_positions.analysis.word_boundaries import boundary_auc, gap_increments, gaps_of, mutual_information
+from lens_positions.analysis.word_boundaries import TIES_AT, boundary_auc, gap_increments, gaps_of, mutual_information
 from lens_positions.measure.intervals import auc_interval, resamples
 from lens_positions.tokenizer import END_OF_DOCUMENT
 
@@ -41,7 +41,7 @@ def by_hand(model, texts, words, layer):
                 first_byte = 1 + len(text[:i].encode())
                 at = first_byte if model.position_config.gap == "before" else first_byte - 1
                 labels.append(i in ends)
-                values.append(float(increments[at]))
+                values.append(round(float(increments[at]), TIES_AT))
     return np.array(labels), np.array(values)
 
 

@@ -152,7 +152,8 @@ def test_preallocated_cache(tiny_stream, source):
     cache = StaticCache(config=model.config, max_cache_len=32)
     first = model(TOKENS[:, :7], past_key_values=cache).logits
     rest = model(TOKENS[:, 7:], past_key_values=cache).logits
-    assert (torch.cat([first, rest], 1) - model(TOKENS).logits).abs().max() < 1e-5
+    # Rounding of float32, whose order of summation depends on how many tokens run together.
+    assert (torch.cat([first, rest], 1) - model(TOKENS).logits).abs().max() < 3e-5
 
 
 def test_assisted_generation_equals_plain(tiny_stream):
