@@ -37,6 +37,12 @@ class PositionStreams(nn.Module):
         shared_source: the source of all layers, where it is shared or frozen.
         layers: a `PositionStream` for each layer that rotates by positions of its own.
         hook_increments: the hook point of the shared source.
+
+    >>> streams = model.position_streams
+    >>> [stream.layer for stream in streams.layers]
+    [0, 1, 2, 3, 4, 5]
+    >>> streams.attached
+    True
     """
 
     def __init__(self, config: PositionConfig, sources: nn.ModuleList, numbers: list[int], n_heads: int) -> None:

@@ -27,7 +27,7 @@ GRAFT = """Learn position streams on a pretrained model, and compare it with the
 --cache DIR keeps tokenised corpora (default: .cache).
 """
 
-MOVED = {name: name for name in ("suite", "measure", "maximum", "results", "ship")} | {"machinery": "rope"}
+MOVED = {name: name for name in ("suite", "measure", "maximum", "gather", "results", "ship")} | {"machinery": "rope"}
 """Commands of the study, which were commands of training once."""
 
 

@@ -25,7 +25,7 @@ def test_a_source_that_knows_the_token_alone_loses_nothing(tiny_model):
     model = tiny_model(source="shared")
     loss = causal.ablation_table(model, TEXTS, to=["mean"], means=causal.token_means(model, TEXTS)).loss
     of = loss.set_index(["layer", "to"])["change"]
-    assert of["all", "token"] == pytest.approx(0, abs=1e-6)
+    assert of["all", "token"] == pytest.approx(0, abs=3e-6)
     assert abs(of["all", "mean"]) > 1e-3
 
 
@@ -44,7 +44,7 @@ def test_the_change_is_that_of_the_means_put_in_by_hand(tiny_model, per_head):
     for hooks in ([("blocks.1.attn.hook_increments", put_in)], []):
         logits = model.run_with_hooks(tokens, fwd_hooks=hooks)
         nats.append(torch.nn.functional.cross_entropy(logits[0, :-1], tokens[0, 1:]).detach())
-    assert row["change"] == pytest.approx(float(nats[0] - nats[1]), abs=1e-6)
+    assert row["change"] == pytest.approx(float(nats[0] - nats[1]), abs=3e-6)
     assert row["change"] != 0
 
 

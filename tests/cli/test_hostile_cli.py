@@ -4,6 +4,7 @@ Every variant of the first half runs in this process and leaves the disk as it w
 forked from one that has imported everything, with standard output closed, full, gone or in another encoding.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -255,7 +256,8 @@ def test_a_report_that_is_interrupted_keeps_what_is_done_and_says_so(
     number, status, place, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(place)
-    monkeypatch.setattr("lens_positions.viz.report._tints", lambda *given: os.kill(os.getpid(), number) or iter(()))
+    report_module = importlib.import_module("lens_positions.viz.report")  # `viz.report` is the function
+    monkeypatch.setattr(report_module, "_tints", lambda *given: os.kill(os.getpid(), number) or iter(()))
     path = tmp_path / "report.html"
     assert cli.main(changed("report", "--output", str(path))) == status
     assert capsys.readouterr().err == f"lens-positions: interrupted: {path} has the parts that were done.\n"

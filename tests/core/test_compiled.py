@@ -172,8 +172,8 @@ from torch._dynamo.utils import counters
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lens_positions import PositionConfig, PositionModelConfig
-from training.config import TrainConfig
-from training.loop import train
+from lens_positions.training.config import TrainConfig
+from lens_positions.training.loop import train
 
 folder, compiled, accumulate = Path(sys.argv[1]), sys.argv[2] == "compiled", int(sys.argv[3])
 graphs, handed = [], []
@@ -250,7 +250,7 @@ from dataclasses import replace
 import torch
 
 import lens_positions as lp
-from lens_positions.hooked import build_model
+from lens_positions.model import build_model
 
 TOKENS = torch.randint(0, 256, (1, 8192), generator=torch.Generator().manual_seed(0))
 SIZES = lp.PositionModelConfig(d_model=8, n_layers=1, n_heads=1, d_mlp=8, n_ctx=8192)

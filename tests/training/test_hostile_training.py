@@ -466,18 +466,24 @@ SHIPPED = ROOT / "lens_positions" / "checkpoints" / "bilingual-shared" / "run.js
 
 @pytest.mark.parametrize("damage", [*RESULTS.values(), *RAW_DAMAGES.values()], ids=[*RESULTS, *RAW_DAMAGES])
 def test_a_damaged_run_json_is_one_sentence_of_every_command_that_reads_it(damage, tmp_path, capsys, monkeypatch):
-    results = tmp_path / "experiments" / "results" / "tiny" / "shared-0"  # elsewhere none is found, and one is trained
+    results = tmp_path / "runs" / "results" / "tiny" / "shared-0"
     results.mkdir(parents=True)
     shutil.copyfile(SHIPPED, results / "run.json")
     damage(results / "run.json")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").mkdir()
-    commands = [["suite", "--seeds", "0", "--variants", "shared"], ["measure"], ["results"]]
+    commands = [["suite", "--seeds", "0", "--variants", "shared"], ["measure"], ["gather"]]
     if damage is RESULTS["no sha256"]:  # which a suite makes anew
-        commands = [["results"]]
+        commands = [["gather"]]
+
+    def train_nothing(*_: object) -> None:
+        pytest.fail("the damaged file was not read, and a run was trained")
+
+    monkeypatch.setattr("experiments.suite._train", train_nothing)
     for command in commands:
         said = refused(command, tmp_path, capsys)
-        assert "run.json is" in said or (command == ["results"] and "lacks 'sha256'" in said)
+        gathered = command == ["gather"] and ("sha256" in said or "runs/results has no results" in said)
+        assert "run.json is" in said or gathered
 
 
 @pytest.mark.parametrize("content", RAW.values(), ids=RAW)

@@ -1,5 +1,6 @@
 """The report: one file with everything, whole or with a sentence for what is missing, and safe from its own texts."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from conftest import drawn_weights
 import lens_positions as lp
 from lens_positions import cli, corpora, viz
 from lens_positions.analysis.losses import compared, losses
-from lens_positions.viz import report as onefile
+
+report_module = importlib.import_module("lens_positions.viz.report")  # `viz.report` is the function
 
 MOST_BYTES = 6_000_000
 VIEWS = 3  # of a text
@@ -139,9 +141,9 @@ def test_training_facts_are_those_of_the_model_alone(folders, tmp_path, monkeypa
     """Not those of a run in whose folder somebody stands."""
     (folders / "training.json").write_text('{"config": {"steps": 7, "corpus": "bilingual", "seed": 0}}')
     (folders / "log.jsonl").write_text('{"step": 7, "heldout_nats_per_byte": 1.25}\n')
-    assert onefile._training_facts(folders / "learned")["training"] == "7 steps on bilingual, seed 0"
+    assert report_module._training_facts(folders / "learned")["training"] == "7 steps on bilingual, seed 0"
     monkeypatch.chdir(folders)
-    assert onefile._training_facts(Path("fresh")) == {}
+    assert report_module._training_facts(Path("fresh")) == {}
     (folders / "training.json").unlink()
 
 
@@ -171,7 +173,7 @@ def test_interrupted_it_keeps_the_parts_that_are_done(run, folders, tmp_path, mo
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(onefile, "compared", interrupt)
+    monkeypatch.setattr(report_module, "compared", interrupt)
     code, _, err = run(folders / "learned", "-o", tmp_path / "r.html", "--corpus", folders / "corpus")
     assert code == 130
     assert "r.html has the parts that were done." in err
