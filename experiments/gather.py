@@ -112,9 +112,9 @@ def _add_folder(found: Gathered, folder: Path) -> None:
 
 
 def _add_run(found: Gathered, folder: Path, run: RunName) -> None:
-    for name in ("run.json", "diverged.json"):
+    for name, *needed in (("run.json", "sha256"), ("diverged.json",)):
         if (folder / name).is_file():
-            found.add_line(RUNS, run, dict(read_json(folder / name, RunResults, "sha256")))
+            found.add_line(RUNS, run, dict(read_json(folder / name, RunResults, *needed)))
     described = folder / "measured.json"
     for table, entry in (read_measured(described) if described.exists() else {}).items():
         found.add_line(MEASURED, run, dict(entry), table)

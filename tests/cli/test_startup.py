@@ -16,11 +16,11 @@ import experiments.measure
 import experiments.rope_measures
 import lens_positions as lp
 from experiments import options
-from lens_positions import analysis, causal, viz
+from lens_positions import analysis, causal, training, viz
 from lens_positions.training.commands import MOVED
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = [lp, analysis, causal, viz]
+PACKAGES = [lp, analysis, causal, training, viz]
 app = importlib.import_module("lens_positions.cli.app")
 HEAVY = {
     "accelerate", "circuitsvis", "datasets", "jaxtyping", "matplotlib", "numpy", "pandas", "peft", "safetensors",
@@ -170,7 +170,13 @@ def test_type_checkers_see_the_same_names(package):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("package", "name"), [("analysis", "specialisation"), ("causal", "attribution"), ("causal", "mediation")]
+    ("package", "name"),
+    [
+        ("analysis", "specialisation"),
+        ("causal", "attribution"),
+        ("causal", "mediation"),
+        ("training", "graft"),
+    ],
 )
 def test_a_function_is_not_hidden_by_the_module_of_its_name(package, name):
     module = f"lens_positions.{package}.{name}"
