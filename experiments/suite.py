@@ -35,6 +35,7 @@ from rich.text import Text
 
 from lens_positions import __version__
 from lens_positions.checkpoint import load_pretrained, replaced_folder
+from lens_positions.checkpoint_files import sha256_of_file
 from lens_positions.errors import PositionsError
 from lens_positions.measure.intervals import drawn_means, interval_of, resamples, t_interval
 from lens_positions.progress import tracked
@@ -46,7 +47,6 @@ from lens_positions.training.data import (
     heldout_documents,
     heldout_sources,
     heldout_windows,
-    sha256_of,
     tokenize_corpus,
     write_whole,
 )
@@ -280,7 +280,7 @@ def _train(run: SuiteRun, corpus: TokenizedCorpus) -> None:
 
 def weights_of(run: Path) -> dict[str, str]:
     """A digest of each file of weights of a finished run."""
-    return {path.name: sha256_of(path) for path in sorted((run / "model").glob("*.safetensors"))}
+    return {path.name: sha256_of_file(path) for path in sorted((run / "model").glob("*.safetensors"))}
 
 
 def _is_scored(run: SuiteRun) -> bool:

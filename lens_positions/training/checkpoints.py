@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..checkpoint_files import sha256_of_file
 from ..errors import PositionsError
 from .config import changes
-from .data import sha256_of
 from .schema import FORMAT, CheckpointState, Evaluation, LossLine, RunDescription, digest_of, parsed, read_json
 
 LOG = "log.jsonl"
@@ -79,7 +79,7 @@ def read_state(checkpoint: Path) -> CheckpointState:
 
 def described_state(folder: Path, step: int, run: str, schedule: dict[str, Any], groups: list[Any]) -> CheckpointState:
     """The state.json of a checkpoint whose other files are in a folder already."""
-    files = {path.relative_to(folder).as_posix(): sha256_of(path) for path in sorted(_files(folder))}
+    files = {path.relative_to(folder).as_posix(): sha256_of_file(path) for path in sorted(_files(folder))}
     return {
         "format": FORMAT,
         "step": step,
@@ -106,7 +106,7 @@ def refuse_damaged(checkpoint: Path, state: CheckpointState, expected: dict[str,
         what = "was added" if name in found else "is missing"
         raise PositionsError(f"the checkpoint {checkpoint} is damaged: {name} {what}; expected what the run wrote.")
     for name, digest in state["files"].items():
-        if sha256_of(checkpoint / name) != digest:
+        if sha256_of_file(checkpoint / name) != digest:
             raise PositionsError(f"the checkpoint {checkpoint} is damaged: {name} was changed after it was written.")
     said: Any = state
     for field, value in expected.items():

@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .. import corpora
+from ..checkpoint_files import sha256_of_file
 from ..errors import PositionsError
 from ..tokenizer import END_OF_DOCUMENT, is_byte_tokenizer
 from .config import RunConfig
@@ -286,17 +287,11 @@ def _read(folder: Path) -> dict[str, np.ndarray] | None:
 def _arrays(folder: Path, digests: object) -> dict[str, np.ndarray] | None:
     """The arrays in `folder` as memory maps, or None where these are not their digests."""
     try:
-        if digests != {name: sha256_of(folder / f"{name}.npy") for name in ARRAYS}:
+        if digests != {name: sha256_of_file(folder / f"{name}.npy") for name in ARRAYS}:
             return None
     except FileNotFoundError:
         return None
     return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write(folder: Path, splits: Splits, max_bytes: int | None, encoding: _Encoding) -> None:
@@ -317,7 +312,7 @@ def _write(folder: Path, splits: Splits, max_bytes: int | None, encoding: _Encod
 
     _write_stream(folder, "heldout", heldout(), encoding)
     _write_stream(folder, "train", _capped(train(), train_bytes), encoding)
-    digests = json.dumps({name: sha256_of(folder / f"{name}.npy") for name in ARRAYS})
+    digests = json.dumps({name: sha256_of_file(folder / f"{name}.npy") for name in ARRAYS})
     write_whole(folder / "digests.json", lambda file: file.write(digests.encode()))
 
 

@@ -19,11 +19,11 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from ..checkpoint_files import replaced_folder
+from ..checkpoint_files import replaced_folder, sha256_of_file
 from ..errors import PositionsError
 from ..progress import tracked
 from .config import TrainConfig
-from .data import ARRAYS, FORMAT, PACKED, cache_folder, heldout_sources, sha256_of, tokenize_corpus
+from .data import ARRAYS, FORMAT, PACKED, cache_folder, heldout_sources, tokenize_corpus
 from .options import PackConfig
 from .provenance import COMMIT, ROOT, code_digest, commit
 from .schema import digest_of
@@ -169,7 +169,7 @@ def pack_corpus(config: TrainConfig, cache_dir: Path, into: Path) -> Path:
         "max_bytes": config.max_bytes,
         "tokenizer": None,
         "fingerprint": tokens.fingerprint,
-        "arrays": {name: sha256_of(kept / f"{name}.npy") for name in ARRAYS},
+        "arrays": {name: sha256_of_file(kept / f"{name}.npy") for name in ARRAYS},
         "heldout_sources": heldout_sources(config, tokens),
     }
     text = json.dumps(described | {"sha256": digest_of(described)}, ensure_ascii=False)

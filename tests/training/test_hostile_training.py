@@ -276,7 +276,7 @@ def test_a_checkpoint_that_was_changed_is_refused(run, cache, capsys, name, dama
 def test_moments_that_do_not_fit_are_refused_whatever_the_digest_says(run, cache, capsys, whole):
     checkpoint = newest_checkpoint(run)
     save_file(whole, checkpoint / "optimizer.safetensors")
-    digest = data.sha256_of(checkpoint / "optimizer.safetensors")
+    digest = data.sha256_of_file(checkpoint / "optimizer.safetensors")
     edited(checkpoint / "state.json", "files", "optimizer.safetensors", to=digest)
     before = on_disk(run)
     assert main(["train", "--resume", str(run), "--cache", str(cache)]) == 2
