@@ -1,4 +1,4 @@
-"""Whether the heads of a model can have rotations of their own: tried on five tokens, not assumed.
+"""Whether the heads of a model can have rotations of their own: tried on a few tokens, not assumed.
 
     plain     all heads by the rotations of other tokens, one place on, two places on, three places on
     mixed     heads by these three in turn, through a head axis (`per_head.py`)
@@ -10,10 +10,11 @@ in the mixed run each head must give what it gave in the plain run with its rota
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import combinations
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
@@ -24,9 +25,12 @@ from .model_state import evaluating
 from .per_head import head_rotation, repeat_keys
 from .rotation import RotaryCall
 
-ROTATIONS = 3
-SCALES = (1.0, 30.0, 1000.0)
+TOKENS, ROTATIONS = 8, 3
+SCALES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 """Of the random states: small weights need large ones for scores that a rotation makes a difference to."""
+
+SWITCHES = ("use_split_qkv_input", "use_attn_in", "use_attn_result")
+"""Of TransformerLens: attention then reads other states than it is given, or goes around its output projection."""
 
 Turn = Callable[[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
 
@@ -65,43 +69,49 @@ def _refuse(kind: str, why: str) -> None:
 
 def _first_wrong(base: Any, sites: Sequence[Site], n_heads: int, n_query: int) -> tuple[str, str] | None:
     """The first attention whose heads do not rotate by themselves, and why."""
-    left = list(range(len(sites)))
+    told = [torch.zeros(n_query, dtype=torch.bool) for _ in sites]
+    kept: dict[int, Any] = {}
     for scale in SCALES:
         try:
-            plain = [_run(base, sites, n_query, scale, partial(_turned, k)) for k in range(ROTATIONS)]
-            mixed = _run(base, sites, n_query, scale, partial(_mixed, n_heads))
+            plain = [_run(base, sites, n_query, scale, kept, partial(_turned, k)) for k in range(ROTATIONS)]
+            mixed = _run(base, sites, n_query, scale, kept, partial(_mixed, n_heads))
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError, PositionsError) as error:
             return type(sites[0].attention).__name__, f"where it fails ({' '.join(str(error).split())[:120]})"
-        for i in list(left):
-            right = _is_right([run[i] for run in plain], mixed[i], n_heads)
-            if right is False:
-                return type(sites[i].attention).__name__, "whose heads do not rotate one by one"
-            if right:
-                left.remove(i)
-        if not left:
+        for i, site in enumerate(sites):
+            apart = _told_apart([run[i] for run in plain], mixed[i], n_heads)
+            if apart is None:
+                return type(site.attention).__name__, "whose heads do not rotate one by one"
+            told[i] |= apart
+        if all(bool(heads.all()) for heads in told):
             return None
-    return type(sites[left[0]].attention).__name__, "where rotations make no difference to tell heads apart by"
+    unclear = next(site for site, heads in zip(sites, told, strict=True) if not heads.all())
+    return type(unclear.attention).__name__, "where rotations make no difference to tell heads apart by"
 
 
-def _is_right(
+def _told_apart(
     plain: list[Float[Tensor, "batch pos query_head d_value"]],
     mixed: Float[Tensor, "batch pos query_head d_value"],
     n_heads: int,
-) -> bool | None:
-    """Whether each head gave what it gives with its rotation; None where the rotations make too little difference."""
+) -> Bool[Tensor, " query_head"] | None:
+    """Which heads tell rotations apart, where each gave what it gives with its own; None where one did not."""
     n_query = mixed.shape[2]
     of_head = [(head * n_heads // n_query) % ROTATIONS for head in range(n_query)]
     expected = torch.stack([plain[k][:, :, head] for head, k in enumerate(of_head)], dim=2)
-    rounding = 4 * torch.finfo(mixed.dtype).eps * float(expected.abs().max())
+    # The arithmetic is the same, and only its order may not be.
+    rounding = 2 * torch.finfo(mixed.dtype).eps * float(expected.abs().max())
     if not bool((mixed - expected).abs().max() <= rounding):
-        return False
-    # Every head must tell the rotations apart, or it could have had any of them.
-    apart = [(plain[0] - other).abs().amax((0, 1, 3)).min() for other in plain[1:]]
-    return True if min(map(float, apart)) > 4 * rounding else None
+        return None
+    apart = torch.stack([(one - other).abs().amax((0, 1, 3)) for one, other in combinations(plain, 2)]).amin(0)
+    return (apart > 2 * rounding).cpu()
 
 
-def _run(base: Any, sites: Sequence[Site], n_query: int, scale: float, turn: Turn) -> list[Tensor]:
-    """Run five tokens; of each site what reaches its output projection, head by head."""
+def _run(
+    base: Any, sites: Sequence[Site], n_query: int, scale: float, kept: dict[int, Any], turn: Turn
+) -> list[Tensor]:
+    """Run a few tokens; of each site what reaches its output projection, head by head.
+
+    The first rotation that a site is given is kept: a learned one would follow what earlier layers put out.
+    """
     embedding = base.get_input_embeddings()
     found: dict[int, Tensor] = {}
     hooks: list[Any] = []
@@ -110,12 +120,12 @@ def _run(base: Any, sites: Sequence[Site], n_query: int, scale: float, turn: Tur
         for i, site in enumerate(sites):
             enter = partial(_with_states, site, i, scale)
             hooks.append(site.wrapper.register_forward_pre_hook(enter, with_kwargs=True))
-            hooks += site.hook(partial(_rotation, site.attention, n_query, turn, undo))
+            hooks += site.hook(partial(_rotation, site.attention, n_query, kept.setdefault(i, []), turn, undo))
             hooks.append(site.wrapper.register_forward_hook(partial(_undo_all, undo), always_call=True))
             for child in filter(_has_matrix, site.attention.children()):
                 hooks.append(child.register_forward_pre_hook(partial(_note_input, found, i, n_query)))
         with _quiet(base), evaluating(base), torch.inference_mode(False), torch.no_grad():
-            tokens = torch.arange(5, device=device_of(embedding, base))[None] % len(embedding.weight)
+            tokens = torch.arange(TOKENS, device=device_of(embedding, base))[None] % len(embedding.weight)
             with torch.compiler.set_stance("force_eager"):
                 base(input_ids=tokens, use_cache=False)
     finally:
@@ -135,6 +145,7 @@ def _with_states(site: Site, i: int, scale: float, _module: nn.Module, args: tup
 def _rotation(
     attention: Any,
     n_query: int,
+    kept: list[Any],
     turn: Turn,
     undo: list[Callable[[], object]],
     _states: Tensor,
@@ -143,7 +154,8 @@ def _rotation(
 ) -> tuple[Tensor, Tensor]:
     if isinstance(rotation, Tensor):
         raise PositionsError("its rotation is one complex tensor")
-    cos, sin = (torch.Tensor.as_subclass(x, Tensor) for x in rotation)
+    kept[:] = kept or [rotation]
+    cos, sin = (torch.Tensor.as_subclass(x, Tensor) for x in kept[0])
     # Of streams that are attached and per head, the rotation of the first head.
     plain = (cos[:, :, 0], sin[:, :, 0]) if cos.ndim == 4 else (cos, sin)
     turned = turn(plain)
@@ -183,13 +195,19 @@ def _undo_all(undo: list[Callable[[], object]], *_: Any) -> None:
 
 @contextmanager
 def _quiet(base: nn.Module) -> Iterator[None]:
-    """Take the functions off all hook points for a block: a trial is none of their business."""
+    """Take the functions off all hook points for a block, and turn off switches that go around projections."""
     points = [module for module in base.modules() if isinstance(module, HookPoint)]
     kept = [(point._forward_hooks, point._backward_hooks) for point in points]
+    configs = {id(config): config for m in base.modules() if (config := vars(m).get("config")) is not None}
+    switched = [(c, name) for c in configs.values() for name in SWITCHES if getattr(c, name, False) is True]
     try:
+        for config, name in switched:
+            setattr(config, name, False)
         for point in points:
             point._forward_hooks, point._backward_hooks = type(point._forward_hooks)(), type(point._backward_hooks)()
         yield
     finally:
         for point, (forward, backward) in zip(points, kept, strict=True):
             point._forward_hooks, point._backward_hooks = forward, backward
+        for config, name in switched:
+            setattr(config, name, True)

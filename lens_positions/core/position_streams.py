@@ -6,7 +6,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -62,7 +62,7 @@ class PositionStreams(nn.Module):
         self.n_query = n_query
         # Whether query heads can have rotations of their own is tried when one shall.
         self._sites: list[Site] = []
-        self._tried = False
+        self._query_heads: PositionsError | Literal["untried", "exact"] = "untried"
         self._current = CurrentPass()
         self._undo: list[Callable[[], object]] = []
 
@@ -94,13 +94,12 @@ class PositionStreams(nn.Module):
     ) -> None:
         """Begin a pass: the model is called, which may embed tokens and images before it calls its decoder."""
         # Before any refusal: `_end` is called in either case, and must find this pass and not one around it.
-        self._current.begin(
-            ForwardPass(
-                tokens=argument(names, args, kwargs, "input_ids"),
-                mask=argument(names, args, kwargs, "attention_mask"),
-                ids_given=argument(names, args, kwargs, "position_ids") is not None,
-            )
+        forward_pass = ForwardPass(
+            tokens=argument(names, args, kwargs, "input_ids"),
+            mask=argument(names, args, kwargs, "attention_mask"),
+            ids_given=argument(names, args, kwargs, "position_ids") is not None,
         )
+        self._current.begin(forward_pass)
 
         if module._modules.get("position_streams") is not self:
             raise PositionsError(
@@ -110,8 +109,9 @@ class PositionStreams(nn.Module):
         for link in links:
             link.refuse_replaced()
         by_head = any(cast(PositionStream, stream).has_head_hooks() for stream in self.layers)
-        if by_head and not self._tried and not torch.compiler.is_compiling():
+        if by_head and self._query_heads == "untried" and not torch.compiler.is_compiling():
             self._try_query_heads(module)
+        forward_pass.heads_apart = self._query_heads == "exact"
 
     def _start(
         self,
@@ -274,7 +274,9 @@ class PositionStreams(nn.Module):
 
     def _repeat_keys(self, stream: int, forward_pass: ForwardPass) -> None:
         """Let an attention have keys of each query head, until it returns."""
-        if not self._tried:
+        if isinstance(self._query_heads, PositionsError):
+            raise PositionsError(*self._query_heads.args)
+        if self._query_heads == "untried":
             raise PositionsError(
                 "query heads have rotations of their own in a pass that began without them; expected the model to be "
                 "called as a whole, and not compiled before its first edit by head."
@@ -283,13 +285,15 @@ class PositionStreams(nn.Module):
         forward_pass.undo += repeat_keys(attention, self.n_query, forward_pass.cache)
 
     def _try_query_heads(self, base: nn.Module) -> None:
-        """Find out, once, whether query heads can have rotations of their own in this model."""
-        self._tried = True  # the trial runs the model
+        """Find out, once, whether query heads can have rotations of their own in this model.
+
+        A function may only look at what heads have, so that a refusal waits for one that edits.
+        """
+        self._query_heads = "exact"  # as the trial runs the model
         try:
             refuse_inexact_heads(base, self._sites, self.n_query, self.n_query)
-        except BaseException:
-            self._tried = False
-            raise
+        except PositionsError as error:
+            self._query_heads = error
 
     def _follow(self, leader: int, states: Tensor, rotation: Any, call: RotaryCall | None) -> Rotation | None:
         """Return the rotation of a layer that attends to another layer's keys: by the positions of that layer.

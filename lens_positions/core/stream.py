@@ -182,6 +182,8 @@ class PositionStream(nn.Module):
             return None
         shared, of_heads = (of_query_heads(values, self.n_query) for values in (increments, positions))
         own = run_hook(self.hook_head_increments, shared, tokens)
+        if own is not shared and not forward_pass.heads_apart and torch.equal(own, shared):
+            own = shared  # looked at with gradients, in a model that refuses edits
         found = of_heads
         if own is not shared or before is not None:
             # A running sum of what heads differ by: exactly 0 for a head that does not.
