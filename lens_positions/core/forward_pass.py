@@ -59,7 +59,6 @@ class ForwardPass:
         shared_positions: positions that several layers share.
         shared_surplus: the same for what goes into the cache: increments, surplus before and surplus with them.
         of_leaders: positions, call and rotation of a layer that others follow, by stream.
-        heads_apart: whether query heads can have rotations of their own in this model.
         undo: what ends with the attention that runs.
         paged: the cache holds pages of several texts.
         checkpointed: layers run a second time in the backward pass.
@@ -84,7 +83,6 @@ class ForwardPass:
     shared_positions: list[SharedPositions] = field(default_factory=list)
     shared_surplus: list[tuple[Tensor, Tensor | None, Tensor]] = field(default_factory=list)
     of_leaders: dict[int, tuple[Tensor, RotaryCall, Rotation]] = field(default_factory=dict)
-    heads_apart: bool = False
     undo: list[Callable[[], object]] = field(default_factory=list)
     paged: bool = False
     checkpointed: bool = False

@@ -38,7 +38,7 @@ class PositionStreams(nn.Module):
         shared_source: the source of all layers, where it is shared or frozen.
         layers: a `PositionStream` for each layer that rotates by positions of its own.
         hook_increments: the hook point of the shared source.
-        n_query: how many query heads a layer has.
+        n_query, n_key_value: how many query heads and key-value heads a layer has.
 
     >>> streams = model.position_streams
     >>> [stream.layer for stream in streams.layers]
@@ -60,6 +60,7 @@ class PositionStreams(nn.Module):
         self.hook_increments = StreamHookPoint()
         self.hook_increments.name = "hook_increments"
         self.n_query = n_query
+        self.n_key_value = n_heads
         # Whether query heads can have rotations of their own is tried when one shall.
         self._sites: list[Site] = []
         self._query_heads: PositionsError | Literal["untried", "exact"] = "untried"
@@ -76,6 +77,28 @@ class PositionStreams(nn.Module):
         while self._undo:  # the last first: names before hooks, layers before the model
             self._undo.pop()()
         self._current = CurrentPass()
+
+    def try_query_heads(self, base: nn.Module) -> None:
+        """Find out, once, whether query heads can have rotations of their own in this model (`head_trial.py`).
+
+        A function may only look at what heads have, so that a refusal waits for one that edits.
+        """
+        if self._query_heads != "untried":
+            return
+        self._query_heads = "exact"  # as the trial runs the model
+        try:
+            refuse_inexact_heads(base, self._sites, self.n_query, self.n_query)
+        except PositionsError as error:
+            self._query_heads = error
+
+    def refuse_query_heads(self) -> None:
+        """Refuse edits of query heads where the trial found that they would not be exact.
+
+        Raises:
+            PositionsError: why.
+        """
+        if isinstance(self._query_heads, PositionsError):
+            raise PositionsError(*self._query_heads.args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PositionStreams":
         """Move with the model, and keep float32 where the model becomes bf16 or float16."""
@@ -111,7 +134,6 @@ class PositionStreams(nn.Module):
         by_head = any(cast(PositionStream, stream).has_head_hooks() for stream in self.layers)
         if by_head and self._query_heads == "untried" and not torch.compiler.is_compiling():
             self._try_query_heads(module)
-        forward_pass.heads_apart = self._query_heads == "exact"
 
     def _start(
         self,
@@ -274,8 +296,7 @@ class PositionStreams(nn.Module):
 
     def _repeat_keys(self, stream: int, forward_pass: ForwardPass) -> None:
         """Let an attention have keys of each query head, until it returns."""
-        if isinstance(self._query_heads, PositionsError):
-            raise PositionsError(*self._query_heads.args)
+        self.refuse_query_heads()
         if self._query_heads == "untried":
             raise PositionsError(
                 "query heads have rotations of their own in a pass that began without them; expected the model to be "
@@ -283,17 +304,6 @@ class PositionStreams(nn.Module):
             )
         attention = [site for site in self._sites if site.leader is None][stream].attention
         forward_pass.undo += repeat_keys(attention, self.n_query, forward_pass.cache)
-
-    def _try_query_heads(self, base: nn.Module) -> None:
-        """Find out, once, whether query heads can have rotations of their own in this model.
-
-        A function may only look at what heads have, so that a refusal waits for one that edits.
-        """
-        self._query_heads = "exact"  # as the trial runs the model
-        try:
-            refuse_inexact_heads(base, self._sites, self.n_query, self.n_query)
-        except PositionsError as error:
-            self._query_heads = error
 
     def _follow(self, leader: int, states: Tensor, rotation: Any, call: RotaryCall | None) -> Rotation | None:
         """Return the rotation of a layer that attends to another layer's keys: by the positions of that layer.

@@ -181,9 +181,7 @@ class PositionStream(nn.Module):
         if before is None and not self.has_head_hooks():
             return None
         shared, of_heads = (of_query_heads(values, self.n_query) for values in (increments, positions))
-        own = run_hook(self.hook_head_increments, shared, tokens)
-        if own is not shared and not forward_pass.heads_apart and torch.equal(own, shared):
-            own = shared  # looked at with gradients, in a model that refuses edits
+        own = run_hook(self.hook_head_increments, shared, tokens, watched=False)
         found = of_heads
         if own is not shared or before is not None:
             # A running sum of what heads differ by: exactly 0 for a head that does not.
@@ -194,7 +192,7 @@ class PositionStream(nn.Module):
             found = (of_heads.to(total) + total).to(positions.dtype)
         else:
             apart = torch.zeros_like(shared, dtype=wide_dtype(shared))
-        found = run_hook(self.hook_head_positions, found, tokens)
+        found = run_hook(self.hook_head_positions, found, tokens, watched=False)
         if found is of_heads:
             return None
 
