@@ -274,7 +274,7 @@ def _places(model: TransformerBridge, site: str, layers: Some, by: By, heads: He
     if site == "rot_k" and heads == "key_value":
         return _Places(names, axis, [[head] for head in range(count)], shared, [])
     if site == "rot_k":
-        also = apart(model, layers)
+        also = keys_apart(model, layers)
     return _Places(names, axis, [query_heads(streams_of(model), [head], heads) for head in range(count)], shared, also)
 
 
@@ -292,8 +292,13 @@ def head_count(model: TransformerBridge, by: By, heads: HeadKind) -> int:
     return streams.n_query if heads == "query" else streams.n_key_value
 
 
-def apart(model: TransformerBridge, layers: Some) -> Hooks:
-    """Hooks that give each query head keys of its own, equal to those of its group."""
+def keys_apart(model: TransformerBridge, layers: Some = None) -> Hooks:
+    """Hooks that give each query head keys of its own, equal to those of its group.
+
+    Raises:
+        PositionsError: the model cannot have them.
+    """
+    with_query_heads(model)
     return [(name, _as_given) for _, name in hook_names(model, layers, HEAD_SITES["increments"])]
 
 
@@ -327,7 +332,7 @@ def _sweep(
     if cut:
         prompt = prompt[:, : last + 1]
     replay = Replay(model, prompt, last_only=cut, resume=not hooked)
-    read = partial(_as_read, length if cut else None, replay.logits)
+    read = partial(as_read, length if cut else None, replay.logits)
     baseline = baseline_of(metric, read(replay.logits, 0))
 
     units = places.units()
@@ -399,7 +404,7 @@ def _edit(put: Put, place: int, axis: int, edits: Edits, start: int, values: Ten
     return edited
 
 
-def _as_read(
+def as_read(
     length: int | None, baseline: Tensor, logits: Float[Tensor, "rows rest vocab"], start: int
 ) -> Float[Tensor, "rows pos vocab"]:
     """Logits as a metric expects them: those before `start` are the baseline's.

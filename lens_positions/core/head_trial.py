@@ -84,8 +84,13 @@ def _first_wrong(base: Any, sites: Sequence[Site], n_heads: int, n_query: int) -
             told[i] |= apart
         if all(bool(heads.all()) for heads in told):
             return None
-    unclear = next(site for site, heads in zip(sites, told, strict=True) if not heads.all())
-    return type(unclear.attention).__name__, "where rotations make no difference to tell heads apart by"
+
+    # A head of no weight looks the same at any rotation. Others of its class then speak for it.
+    seen = {type(site.attention).__name__: False for site in sites}
+    for site, heads in zip(sites, told, strict=True):
+        seen[type(site.attention).__name__] |= bool(heads.any())
+    unclear = next((kind for kind, any_head in seen.items() if not any_head), None)
+    return None if unclear is None else (unclear, "where rotations make no difference to tell heads apart by")
 
 
 def _told_apart(

@@ -133,7 +133,7 @@ class PositionStreams(nn.Module):
             link.refuse_replaced()
         by_head = any(cast(PositionStream, stream).has_head_hooks() for stream in self.layers)
         if by_head and self._query_heads == "untried" and not torch.compiler.is_compiling():
-            self._try_query_heads(module)
+            self.try_query_heads(module)
 
     def _start(
         self,

@@ -167,12 +167,8 @@ def test_ablation_by_head_changes_one_head():
 def test_generation_with_one_head_edited_is_alike_with_and_without_cache(family):
     model = model_of(family)
     hooks = lp.add_gap(model, 3, by=2.5, layers=[0, 1], heads=[1])
-    ids = [
-        model.generate(
-            TOKENS, max_new_tokens=6, do_sample=False, use_past_kv_cache=cached, fwd_hooks=hooks, verbose=False
-        )
-        for cached in (True, False)
-    ]
+    how = {"max_new_tokens": 6, "do_sample": False, "stop_at_eos": False, "verbose": False, "fwd_hooks": hooks}
+    ids = [model.generate(TOKENS, use_past_kv_cache=cached, **how) for cached in (True, False)]
     assert torch.equal(*ids)
 
 
