@@ -15,7 +15,7 @@ METRIC = lp.causal.logit_difference(5, 9)
 
 @functools.cache
 def circuit():
-    """Layer 0, head 1 attends by distance and writes FIRST; layer 1, head 2 reads that by its queries and writes SECOND.
+    """Layer 0, head 1 attends by distance and writes FIRST; queries of layer 1, head 2 read it, which writes SECOND.
 
     The logits read SECOND alone. A large constant in the embeddings keeps the norm of the residual stream the same.
     """
@@ -72,7 +72,7 @@ def test_paths_of_a_known_circuit_are_its_own():
 
     # In layer 0 the distance moves queries and keys of head 1, and of no other.
     for side in ("query", "key"):
-        assert through[side][0, 1].abs() > 1e-2 * abs(whole)
+        assert through[side][0, 1].abs() > 1e-3 * abs(whole)
         assert through[side][0, [0, 2, 3]].abs().max() == 0
 
 
