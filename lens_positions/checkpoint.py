@@ -48,9 +48,10 @@ from .checkpoint_files import (
     replaced_folder,
     seal,
 )
-from .core.attach import attach_positions, unbridged
+from .core.attach import attach_positions
 from .core.increments import FrozenIncrements, PositionConfig
 from .core.model_state import restored_on_failure
+from .core.model_wrappers import base_model
 from .core.position_streams import PositionStreams, refuse_attached
 from .core.transformer_lens_internals import has_processed_weights
 from .errors import PositionsError
@@ -282,7 +283,7 @@ def fingerprint(model: Any) -> str:
     The weights are rounded to bf16 first, so that a base is the same one in float32 and in bf16. Seconds for
     billions of weights.
     """
-    return base_digests(unbridged(model))[0]
+    return base_digests(base_model(model))[0]
 
 
 def save_adapter(model: Any, path: str | Path, *, base: str | Path) -> None:
@@ -309,7 +310,7 @@ def save_adapter(model: Any, path: str | Path, *, base: str | Path) -> None:
         raise PositionsError(
             "the weights were folded by enable_compatibility_mode(); expected the model as it was loaded."
         )
-    model = unbridged(model)
+    model = base_model(model)
     path = Path(path)
     if is_taken(path):
         saved = read_positions(path)
@@ -376,7 +377,7 @@ def load_adapter(model: Any, path: str | Path, *, merge: bool = False) -> Positi
     saved = read_positions(path)
     if saved is None or saved.base is None:
         raise PositionsError(f"there is no adapter at {path}; expected a folder that save_adapter wrote.")
-    base = unbridged(model)
+    base = base_model(model)
     refuse_attached(base)
     there = next(iter(peft_layers(base)), None)
     if there is not None:
@@ -446,7 +447,7 @@ def save_pretrained(model: Any, tokenizer: Any, path: str | Path) -> None:
         PositionsError: the folder cannot be written, the model has adapters of peft, or it computes with weights that
             are not its own to save.
     """
-    path, model = Path(path), unbridged(model)
+    path, model = Path(path), base_model(model)
     if peft_layers(model):
         raise PositionsError("the model has LoRA weights that are not merged; expected save_adapter for them.")
     if is_taken(path) and not ((path / "config.json").is_file() and is_replaceable(path)):

@@ -45,8 +45,8 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 
-from .core.attach import unbridged
 from .core.hook_points import HookedTokens
+from .core.model_wrappers import base_model
 from .core.position_streams import PositionStreams
 from .errors import PositionsError
 
@@ -290,7 +290,7 @@ def streams_of(model: Any) -> PositionStreams:
             f"the model is a {type(model).__name__}; expected a HookedPositionTransformer, or a TransformerBridge with "
             "position streams (hook points are a bridge's)."
         )
-    streams = getattr(unbridged(model), "position_streams", None)
+    streams = getattr(base_model(model), "position_streams", None)
     if streams is None:
         raise PositionsError("the bridge has no position streams; expected attach_positions(bridge) first.")
     return streams
@@ -298,7 +298,7 @@ def streams_of(model: Any) -> PositionStreams:
 
 def is_static(model: Any) -> bool:
     """Whether a model is a bridge whose streams give increments of 1.0 to every token."""
-    streams = getattr(unbridged(model), "position_streams", None) if isinstance(model, TransformerBridge) else None
+    streams = getattr(base_model(model), "position_streams", None) if isinstance(model, TransformerBridge) else None
     return isinstance(streams, PositionStreams) and streams.config.source == "static"
 
 

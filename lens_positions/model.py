@@ -19,9 +19,9 @@ from transformers import AutoTokenizer, LlamaForCausalLM, MistralConfig, Mistral
 
 from .checkpoint import load_pretrained, save_pretrained, streams_state
 from .config import PositionConfig, PositionModelConfig
-from .core.attach import attach_positions, unbridged
+from .core.attach import attach_positions
 from .core.model_state import restored_on_failure
-from .core.model_wrappers import unwrapped
+from .core.model_wrappers import base_model, unwrap_model
 from .core.position_streams import PositionStreams
 from .core.stream import PositionStream
 from .core.transformer_lens_internals import build_bridge_config_from_hf, configure_tokenizer, has_processed_weights
@@ -88,8 +88,8 @@ class HookedPositionTransformer(HookedCalls):
         Raises:
             PositionsError: as `attach_positions`, or TransformerLens has no adapter for the architecture.
         """
-        model = unwrapped(model)
-        model = model if isinstance(model, TransformerBridge) else unbridged(model)
+        model = unwrap_model(model)
+        model = model if isinstance(model, TransformerBridge) else base_model(model)
         with restored_on_failure(model):
             if getattr(model, "position_streams", None) is None:
                 attach_positions(model, positions, table=table)

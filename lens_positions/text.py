@@ -17,8 +17,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from .core.attach import unbridged
 from .core.devices import device_of
+from .core.model_wrappers import base_model
 from .errors import PositionsError, check_text
 
 TextOrTokens = str | Sequence[str] | Int[Tensor, "*_batch _pos"] | Sequence[Int[Tensor, "*_one _pos"]]
@@ -63,7 +63,7 @@ def prompts_of(
                 "beside it, as texts and lists have no padding."
             )
         prompts = _listed(model, [given] if isinstance(given, str) else given, prepend_bos, whole)
-    base = unbridged(model)
+    base = base_model(model)
     device = device_of(base.get_input_embeddings(), base)
     return [prompt.to(device) for prompt in prompts]
 
@@ -172,7 +172,7 @@ def _rows(given: Tensor) -> Int[Tensor, "batch pos"]:
 
 
 def _check_ids(model: TransformerBridge, rows: Int[Tensor, "batch pos"]) -> None:
-    size = unbridged(model).get_input_embeddings().weight.shape[0]
+    size = base_model(model).get_input_embeddings().weight.shape[0]
     if rows.min() < 0 or rows.max() >= size:
         raise PositionsError(f"tokens go from {rows.min()} to {rows.max()}; expected ids from 0 to {size - 1}.")
 

@@ -34,7 +34,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from ..config import BLOCK
-from ..core.attach import unbridged
+from ..core.model_wrappers import base_model
 from ..errors import PositionsError
 from ..interventions import HOOK, Hooks, Some, hook_names, index_of
 from ..measure.attention import EARLIEST, attention_names, keep_states, run, softmax_checks
@@ -356,7 +356,7 @@ def replace_first(model: TransformerBridge, how: Replacement, seed: int = 0) -> 
     name = "embed.hook_out"
     if name not in model.hook_dict:
         raise PositionsError(f"the model has no {name}; expected one whose embeddings TransformerLens shows.")
-    embedding = unbridged(model).get_input_embeddings()
+    embedding = base_model(model).get_input_embeddings()
     embedding = getattr(embedding, "original_component", embedding)  # without its hooks
     ids = torch.arange(embedding.weight.shape[0], device=embedding.weight.device)
     return [(name, partial(_replaced, embedding, ids, how, seed))]

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-from ..core.attach import unbridged
 from ..core.hook_points import HookedTokens
+from ..core.model_wrappers import base_model
 from ..errors import PositionsError
 from ..interventions import HOOK, Hooks, Some, hook_names
 from ..measure.attention import keep_states, run, visible
@@ -91,7 +91,7 @@ def rotary_layout(model: TransformerBridge, layers: Some = None) -> dict[int, Ro
     rotations = dict(hook_names(model, layers, ROTATION))
     patterns = dict(hook_names(model, None, "attn.hook_pattern"))
     vocab, generator = cast(int, model.cfg.d_vocab), torch.Generator().manual_seed(0)
-    tokens = torch.randint(vocab, (1, min(PROBED, model.cfg.n_ctx)), generator=generator).to(unbridged(model).device)
+    tokens = torch.randint(vocab, (1, min(PROBED, model.cfg.n_ctx)), generator=generator).to(base_model(model).device)
     angles: dict[int, tuple[Tensor, Tensor]] = {}
     held: dict[str, Tensor] = {}
     runs = []

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-from ..core.attach import unbridged
+from ..core.model_wrappers import base_model
 from ..errors import PositionsError
 from ..interventions import HOOK, Hooks, Some, ablation_hooks, finite, hook_names, index_of, streams_of
 from ..measure.corpus_reader import Reading, Texts, read, rows_of, windows
@@ -120,7 +120,7 @@ def ablation_table(
         targets = rows[:, 1:]
         own: dict[str, Tensor] = {}
         record: Hooks = [(name, partial(_keep, own)) for name in patterns.values()]
-        replay = Replay(model, rows.to(unbridged(model).device), hooks=record, tokens_too=False)
+        replay = Replay(model, rows.to(base_model(model).device), hooks=record, tokens_too=False)
         nats, best = token_losses(replay.logits, targets), replay.logits[:, :-1].argmax(-1)
         base.add(owners, nats[..., None])
         for layer, how in ablated:

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-from ..core.attach import unbridged
 from ..core.find_attention import parameters
 from ..core.model_state import evaluating
+from ..core.model_wrappers import base_model
 from ..errors import PositionsError
 from ..interventions import HOOK, Hooks, Some, hook_names
 
@@ -78,7 +78,7 @@ def evaluated(model: TransformerBridge, hooks: Hooks) -> Iterator[None]:
 
 def run(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], hooks: Hooks) -> None:
     """Run rows for what hooks see of them; their logits are of no use."""
-    base = unbridged(model)
+    base = base_model(model)
     fewer = {"logits_to_keep": 1} if "logits_to_keep" in parameters(base) else {}
     with evaluated(model, hooks):
         model(tokens.to(base.device), return_type=None, use_cache=False, **fewer)
