@@ -72,10 +72,10 @@ def train_command(argv: list[str]) -> int:
 
 def resume_command(argv: list[str]) -> int:
     """Go on with an interrupted run, whichever kind it is."""
-    if len(argv) != 1 or argv[0].startswith("-"):
+    if argv in (["--help"], ["-h"]):
         print("usage: lens-positions resume RUN\n\nGo on with a training run or a graft that was interrupted.")
-        if argv in (["--help"], ["-h"]):
-            return 0
+        return 0
+    if len(argv) != 1 or argv[0].startswith("-"):
         raise PositionsError(f"resume got {' '.join(argv) or 'nothing'}; expected the folder of one run.")
 
     from .graft import PARTS

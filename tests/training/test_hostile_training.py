@@ -509,6 +509,15 @@ def test_every_file_of_results_in_the_package_is_read():
     assert load_preset("tiny").steps == 3000
 
 
+@pytest.mark.parametrize("words", [[], ["one", "two"], ["--stpes"]], ids=str)
+def test_resume_without_one_folder_is_one_sentence_on_standard_error(words, capsys):
+    assert main(["resume", *words]) == 2
+    printed = capsys.readouterr()
+    assert not printed.out
+    assert printed.err.count("\n") == 1
+    assert "expected the folder of one run" in printed.err
+
+
 @pytest.mark.parametrize("command", [["--resume"], ["--output"]], ids=["resume", "output"])
 def test_a_folder_that_another_process_works_on_is_refused(command, run, config_of, corpus, cache, capsys):
     words = ["train", *command, run, "--cache", cache]
