@@ -34,7 +34,7 @@ from lens_positions.analysis.token_kinds import increments_by_category
 from lens_positions.analysis.two_word_names import NAMES, entity_grouping, matched_pairs
 from lens_positions.analysis.word_boundaries import Association, gap_areas, gap_increments, gaps_of, mutual_information
 from lens_positions.errors import PositionsError
-from lens_positions.measure.corpus_reader import Reading, read
+from lens_positions.measure.corpus_reader import CorpusIncrements, read_corpus
 from lens_positions.model import HookedPositionTransformer
 from lens_positions.training.data import write_whole
 
@@ -101,14 +101,14 @@ class Subject:
         self.model, self.text = model, text
 
     @cached_property
-    def prose(self) -> Reading:
+    def prose(self) -> CorpusIncrements:
         """The increments of English and Chinese."""
-        return read(self.model, self.text.prose)
+        return read_corpus(self.model, self.text.prose)
 
     @cached_property
-    def code(self) -> Reading:
+    def code(self) -> CorpusIncrements:
         """The increments of Python."""
-        return read(self.model, self.text.code)
+        return read_corpus(self.model, self.text.code)
 
     @cached_property
     def heads(self) -> pd.DataFrame:

@@ -61,7 +61,7 @@ DOCUMENTS = {
     "increments_by_category": analysis.increments_by_category,
     "saturation": analysis.saturation,
     "specialisation": analysis.specialisation,
-    "what_moved": analysis.what_moved,
+    "extreme_tokens": analysis.extreme_tokens,
     "head_profile": analysis.head_profile,
     "attention_dispersion": analysis.attention_dispersion,
     "loss_by_length": lambda m, t, **how: analysis.loss_by_length(m, t, lp.scale(m, 2.0), (5, 10), **how),
@@ -173,7 +173,15 @@ def test_the_default_of_prepend_bos_is_that_of_the_model(monkeypatch):
 
 def test_every_public_function_that_takes_text_hears_prepend_bos_and_masks():
     taking = {"tokens", "text", "texts", "corpus", "clean"}
-    texts_alone = {"boundary_auc", "compared", "entity_grouping", "report", "mutual_information", "effect_map", "loss"}
+    texts_alone = {
+        "boundary_auc",
+        "compare_losses",
+        "entity_grouping",
+        "report",
+        "mutual_information",
+        "effect_map",
+        "loss",
+    }
     found = 0
     for module in (causal, analysis, viz):
         for name in module.__all__:
@@ -192,10 +200,10 @@ def test_every_public_function_that_takes_text_hears_prepend_bos_and_masks():
 
 def test_what_reads_texts_alone_takes_one_and_hears_prepend_bos():
     model = small_model()
-    assert_alike(analysis.compared([model], TEXTS[0]), analysis.compared([model], TEXTS[:1]))
+    assert_alike(analysis.compare_losses([model], TEXTS[0]), analysis.compare_losses([model], TEXTS[:1]))
     assert losses(model, TEXTS, False).tokens.tolist() == [len(text) for text in TEXTS]
     assert losses(model, TEXTS).tokens.tolist() == [len(text) + 1 for text in TEXTS]
-    with_it, without = (analysis.compared([model], TEXTS, prepend_bos=bos) for bos in (True, False))
+    with_it, without = (analysis.compare_losses([model], TEXTS, prepend_bos=bos) for bos in (True, False))
     assert abs(float(with_it["loss"].iloc[0] - without["loss"].iloc[0])) > 1e-4
 
     line, words = "天气很好我们去看", ["天气", "很", "好", "我们", "去看"]
@@ -323,10 +331,10 @@ def test_masks_that_do_not_fit_are_refused_in_one_sentence():
     ):
         with pytest.raises(lp.PositionsError, match=says):
             prompts_of(model, given, mask)
-    with pytest.raises(lp.PositionsError, match="attention_mask or prepend_bos was given with a reading"):
-        analysis.saturation(model, analysis.read(model, TEXTS), prepend_bos=False)
+    with pytest.raises(lp.PositionsError, match="attention_mask or prepend_bos was given with a corpus that was read"):
+        analysis.saturation(model, analysis.read_corpus(model, TEXTS), prepend_bos=False)
     with pytest.raises(lp.PositionsError, match="without texts"):
-        analysis.what_moved(small_model("shared"), prepend_bos=False)
+        analysis.extreme_tokens(small_model("shared"), prepend_bos=False)
     bare = lp.HookedPositionTransformer.from_transformers(LlamaForCausalLM(tiny(16)))
     with pytest.raises(lp.PositionsError, match="no tokenizer; expected tokens instead of text"):
         causal.gap_sweep(bare, "abc", causal.loss())
@@ -650,5 +658,5 @@ def test_the_flags_are_heard_on_the_command_line(folder, tmp_path, capsys, monke
 
     assert cli.main(["show", folder, "ab", "--bos", "--no-bos"]) == 2
     assert "--bos and --no-bos were given; expected one of them" in capsys.readouterr().err
-    assert cli.main(["moved", folder, "--no-bos"]) == 2
+    assert cli.main(["extremes", folder, "--no-bos"]) == 2
     assert "without --corpus" in capsys.readouterr().err

@@ -409,7 +409,7 @@ def attention_sinks(
         `high`, where it lies in 95% of 1,000 resamples of documents (NaN for one).
 
     Raises:
-        PositionsError: attention without patterns, texts without a window of 18 tokens, and as `reading.read`.
+        PositionsError: attention without patterns, texts without a window of 18 tokens, and as `read_corpus`.
 
     >>> table = lp.analysis.attention_sinks(model, texts, layers=0)
     >>> bool((table["share"] < 0.02).all())  # this model has no sink at layer 0

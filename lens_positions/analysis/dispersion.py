@@ -107,7 +107,7 @@ def attention_dispersion(
         layers: the model's own layer numbers; None is all that rotate.
         hooks: interventions to measure under, such as `adaptive_temperature`.
         seed: of the bootstrap.
-        attention_mask, prepend_bos: as for `analysis.read`.
+        attention_mask, prepend_bos: as for `analysis.read_corpus`.
 
     Returns:
         One row for each `layer`, `head` ("all" is their mean) and octave of `items`: a query with n tokens up to it,
@@ -118,7 +118,7 @@ def attention_dispersion(
         (NaN for one).
 
     Raises:
-        PositionsError: attention without patterns, texts of two tokens alone, and as `reading.read`.
+        PositionsError: attention without patterns, texts of two tokens alone, and as `read_corpus`.
 
     >>> table = lp.analysis.attention_dispersion(model, texts, layers=0)
     >>> table.loc[table["head"] == "all", ["items", "log_items", "entropy"]].round(1)
@@ -195,7 +195,7 @@ def loss_by_length(
         hooks: the intervention, such as that of `adaptive_temperature`.
         lengths: tokens of a window; each divides the longest. Longer than the model's context is extrapolation.
         seed: of the bootstrap.
-        attention_mask, prepend_bos: as for `analysis.read`.
+        attention_mask, prepend_bos: as for `analysis.read_corpus`.
 
     Returns:
         One row for each `length`: `n` (predicted tokens, the same in number at every length but for the first of each
@@ -203,7 +203,7 @@ def loss_by_length(
         with minus without, with `low` to `high`, where it lies in 95% of 1,000 resamples of documents (NaN for one).
 
     Raises:
-        PositionsError: lengths that do not divide the longest, no document as long as that, and as `reading.read`.
+        PositionsError: lengths that do not divide the longest, no document as long as that, and as `read_corpus`.
 
     >>> hooks = lp.analysis.adaptive_temperature(model)
     >>> table = lp.analysis.loss_by_length(model, texts, hooks, lengths=[32, 128])

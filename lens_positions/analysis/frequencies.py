@@ -60,7 +60,7 @@ def frequency_norms(
         layers: the model's own layer numbers; None is all that rotate.
         hooks: interventions to measure under, such as those of `truncate_frequencies`.
         seed: of the bootstrap.
-        attention_mask, prepend_bos: as for `analysis.read`.
+        attention_mask, prepend_bos: as for `analysis.read_corpus`.
 
     Returns:
         One row for each `layer`, `side` ("query", "key"), `head` and chunk: its `index`, 0 for the highest frequency,
@@ -68,7 +68,7 @@ def frequency_norms(
         `norm` over tokens with `low` to `high`, where it lies in 95% of 1,000 resamples of documents (NaN for one).
 
     Raises:
-        PositionsError: as `rotary_layout` and `reading.read`.
+        PositionsError: as `rotary_layout` and `read_corpus`.
 
     >>> table = lp.analysis.frequency_norms(model, texts, layers=0)
     >>> table.groupby("side")["norm"].mean().round(1)
@@ -375,7 +375,7 @@ def positional_heads(
         half of the attention goes there in both.
 
     Raises:
-        PositionsError: attention without patterns, texts without a window of 17 tokens, and as `reading.read`.
+        PositionsError: attention without patterns, texts without a window of 17 tokens, and as `read_corpus`.
 
     >>> table = lp.analysis.positional_heads(model, texts, layers=0)
     >>> table[["head", "offset", "positional"]].head(2)  # to the token before, in shuffled text too

@@ -46,7 +46,7 @@ def head_profile(
         model: the model.
         texts: documents, as for `increments_by_category`.
         seed: of the bootstrap.
-        attention_mask, prepend_bos: as for `analysis.read`.
+        attention_mask, prepend_bos: as for `analysis.read_corpus`.
 
     Returns:
         One row for each `layer` and `head`: `n` (tokens), `documents`, `increment` (in positions; that of the layer
@@ -55,7 +55,7 @@ def head_profile(
         with `_low` and `_high`, where the mean lies in 95% of 1,000 resamples of documents, NaN for one.
 
     Raises:
-        PositionsError: attention without patterns, and as `reading.read`.
+        PositionsError: attention without patterns, and as `read_corpus`.
 
     >>> table = lp.analysis.head_profile(model, texts)
     >>> table.loc[table["layer"] == 0, ["head", "increment", "look_back"]].round(1)

@@ -56,7 +56,7 @@ def losses(model: HookedPositionTransformer, texts: str | Sequence[str], prepend
     return Losses(nats, tokens, np.array([len(text.encode()) for text in texts]))
 
 
-def compared(
+def compare_losses(
     models: Sequence[HookedPositionTransformer],
     texts: str | Sequence[str],
     seed: int = 0,
@@ -69,7 +69,7 @@ def compared(
         models: one or more.
         texts: documents, as text, since bytes are counted.
         seed: of the resampling.
-        prepend_bos: as for `analysis.read`.
+        prepend_bos: as for `analysis.read_corpus`.
 
     Returns:
         A row for each model: `model`, `documents`, `bytes`, `tokens` (predicted), `loss` (nats per byte) with its
@@ -80,7 +80,7 @@ def compared(
     Raises:
         PositionsError: as `losses`.
 
-    >>> table = lp.analysis.compared([model, model], texts)  # a model with itself
+    >>> table = lp.analysis.compare_losses([model, model], texts)  # a model with itself
     >>> table["difference"].tolist()
     [nan, 0.0]
     """

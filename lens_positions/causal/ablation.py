@@ -24,7 +24,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from ..core.model_wrappers import base_model
 from ..errors import PositionsError
 from ..interventions import HOOK, Hooks, Some, ablation_hooks, finite, hook_names, index_of, streams_of
-from ..measure.corpus_reader import Reading, Texts, read, rows_of, windows
+from ..measure.corpus_reader import CorpusIncrements, Texts, read_corpus, rows_of, windows
 from ..measure.intervals import Tally, resamples
 from ..measure.metrics import look_back, token_losses
 from ..measure.partial_forward import Replay
@@ -81,7 +81,7 @@ def ablation_table(
         to: the ablations; "mean" is best kept, for the reason above. Given `means`, "token" is always among them.
         seed: of the shuffle and the resampling.
         means: of other text, from `token_means`.
-        attention_mask, prepend_bos: as for `analysis.read`.
+        attention_mask, prepend_bos: as for `analysis.read_corpus`.
 
     Returns:
         Two tables, in nats per token and tokens; intervals are where 95% of 1,000 resamples of whole documents lie,
@@ -164,7 +164,7 @@ def ablation_table(
 
 def token_means(
     model: TransformerBridge,
-    corpus: Texts | Reading,
+    corpus: Texts | CorpusIncrements,
     *,
     attention_mask: Mask = None,
     prepend_bos: bool | None = None,
@@ -174,16 +174,16 @@ def token_means(
     A token that the corpus does not have gets the mean of the layer. Take other text than that which is measured.
 
     Raises:
-        PositionsError: as `reading.read`.
+        PositionsError: as `read_corpus`.
 
     >>> means = lp.causal.token_means(model, texts)  # layer, vocabulary
     >>> [round(float(means[0, ord(letter)]), 1) for letter in " a"]  # at layer 0, of the space and of an "a"
     [7.2, 1.1]
     """
     streams_of(model)
-    reading = read(cast(HookedPositionTransformer, model), corpus, attention_mask, prepend_bos)
-    of_token = torch.from_numpy(reading.ids())
-    values = torch.from_numpy(reading.increments)
+    corpus_increments = read_corpus(cast(HookedPositionTransformer, model), corpus, attention_mask, prepend_bos)
+    of_token = torch.from_numpy(corpus_increments.ids())
+    values = torch.from_numpy(corpus_increments.increments)
     shape = (*values.shape[:2], cast(Any, model.cfg.d_vocab))
     sums = torch.zeros(shape, dtype=values.dtype).index_add(2, of_token, values)
     counts = torch.bincount(of_token, minlength=shape[2])

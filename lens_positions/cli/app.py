@@ -41,7 +41,7 @@ TRAINING = {
 STUDY = {"experiments": "The study of the repository: suites of runs, measurements of them, findings."}
 
 GROUPS = {
-    "Look at increments": ("show", "moved", "report"),
+    "Look at increments": ("show", "extremes", "report"),
     "Ask what they cause": ("gaps", "patch", "ablate"),
     "Measure them on held-out text": ("kinds", "boundaries", "names", "heads", "saturation", "specialisation"),
     "Ask how a model uses RoPE itself": ("frequencies", "absolute", "dispersion"),
@@ -50,12 +50,19 @@ GROUPS = {
 }
 """The commands by what people do."""
 
+FORMER_NAMES = {"moved": "extremes"}
+"""Names that commands had in the version before, which work for this one."""
+
 app = tyro.extras.SubcommandApp()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments (None: the process's own) and return its exit status, as in `exits`."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in FORMER_NAMES:
+        name = FORMER_NAMES[words[0]]
+        complain(f"the command {words[0]} is called {name} now; expected {name}, as the old name goes with 0.3.0.")
+        words[0] = name
     if words and words[0] in TRAINING:
         from ..training.commands import main as training
 

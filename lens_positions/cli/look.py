@@ -1,4 +1,4 @@
-"""What increments are: `show`, `moved` and `report`."""
+"""What increments are: `show`, `extremes` and `report`."""
 
 import math
 import shlex
@@ -80,7 +80,7 @@ def show(
 
 
 @app.command
-def moved(
+def extremes(
     model: Annotated[Positional[str], arg(metavar="MODEL")],
     corpus: str | None = None,
     characters: int = 60_000,
@@ -109,19 +109,19 @@ def moved(
     from rich.console import Console
     from rich.text import Text
 
-    from ..analysis.farthest_tokens import vocabulary
+    from ..analysis.extremes import vocabulary_increments
 
     loaded = lp.HookedPositionTransformer.from_pretrained(model)
     texts = None if corpus is None else lp.corpora.heldout_excerpts(corpus, characters)
-    reading = None if texts is None else lp.analysis.read(loaded, texts, prepend_bos=prepend_bos)
-    found = lp.analysis.what_moved(loaded, reading, top)
-    if texts is None or reading is None:
-        of_vocabulary = vocabulary(loaded)
+    corpus_increments = None if texts is None else lp.analysis.read_corpus(loaded, texts, prepend_bos=prepend_bos)
+    found = lp.analysis.extreme_tokens(loaded, corpus_increments, top)
+    if texts is None or corpus_increments is None:
+        of_vocabulary = vocabulary_increments(loaded)
         by_kind = of_vocabulary.groupby("kind", as_index=False).agg(n=("id", "size"), relative=("relative", "mean"))
         by_kind = by_kind.assign(layer=0, relative_low=math.nan, relative_high=math.nan)
         what, mean = f"{len(of_vocabulary):,} token ids, each once", of_vocabulary["increment"].mean()
     else:
-        by_kind = lp.analysis.increments_by_category(loaded, reading)
+        by_kind = lp.analysis.increments_by_category(loaded, corpus_increments)
         what = f"{sum(map(len, texts)):,} characters of {len(texts)} held-out documents of {corpus}"
         mean = math.nan
     shown = layers or tuple(dict.fromkeys(found["layer"]))

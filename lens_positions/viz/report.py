@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from .. import causal, corpora
 from .._version import __version__
-from ..analysis.losses import compared
+from ..analysis.losses import compare_losses
 from ..analysis.token_kinds import increments_by_category
 from ..checkpoint import fingerprint
 from ..errors import PositionsError
@@ -234,7 +234,7 @@ def _losses(
     if not texts:
         yield _note(of)
         return
-    table = compared(models, texts, seed, prepend_bos=bos)
+    table = compare_losses(models, texts, seed, prepend_bos=bos)
     rows = []
     for row in table.to_dict("records"):
         loss = f"{row['loss']:.4f}{_interval(row['low'], row['high'], '.4f')}"

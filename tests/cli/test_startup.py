@@ -91,7 +91,7 @@ def test_help_and_wrong_arguments_import_no_library():
         ["show", "bilingual-per-layer", "text", "--figure", "no/such/folder/page.html"],
         ["report", "bilingual-per-layer", "--output", "page.txt"],
         ["gaps", "bilingual-per-layer", "text", "--wrong", "a"],
-        ["moved", "bilingual-per-layer", "--csv", "no/such/folder/table.csv"],
+        ["extremes", "bilingual-per-layer", "--csv", "no/such/folder/table.csv"],
         ["absolute", "bilingual-per-layer", "--texts", "1"],
     ]
     codes, said, imported = commands("lens_positions.cli", ["--help"], *every, *wrong, *refused)
@@ -118,6 +118,15 @@ def test_every_command_is_in_the_overview_once():
     named = sorted(set(importlib.import_module("lens_positions.cli").__all__) - {"app", "main"})
     assert sorted(listed) == sorted([*named, *app.TRAINING, *app.STUDY])
     assert all(f"  {name} " in app.overview() for name in listed)
+
+
+def test_a_command_by_its_former_name_says_the_new_one(capsys):
+    for former, name in app.FORMER_NAMES.items():
+        assert app.main([former, "--help"]) == 0
+        printed = capsys.readouterr()
+        assert f"usage: lens-positions {name}" in printed.out
+        assert printed.err.count("\n") == 1
+        assert f"{former} is called {name} now" in printed.err
 
 
 @pytest.mark.slow
