@@ -18,7 +18,7 @@ from lens_positions.analysis.absolute_position import repeated
 from lens_positions.analysis.losses import losses
 from lens_positions.text import by_length, one_prompt, prompts_of
 from lens_positions.text import padded as batch_of
-from lens_positions.viz.drawn_text import place
+from lens_positions.viz.text_positions import position_text
 
 TEXTS = ["the cat that sat then went away", "a dog, it ran and then it was gone.", "so it goes on and on"]
 CLEAN, CORRUPTED = ["The cat sat on the ma", "Hi the"], ["The dog ran in the ma", "Ho thx"]
@@ -87,7 +87,7 @@ PROMPTS = {
     "attribution": lambda m, t, **how: causal.attribution(m, t, causal.loss(), **how),
     "integrated attribution": lambda m, t, **how: causal.attribution(m, t, causal.loss(), "integrated", **how),
     "frequency_contributions": lambda m, t, **how: analysis.frequency_contributions(m, t, 1, **how).terms,
-    "place": lambda m, t, **how: place(m, t, **how).positions,
+    "place": lambda m, t, **how: position_text(m, t, **how).positions,
     "spacing": lambda m, t, **how: torch.tensor([len(viz.spacing(m, t, **how).axes[0].texts)]),
     "spacing_view": lambda m, t, **how: torch.tensor(viz.spacing_view(m, t, **how).data["rows"][1]["first"]),
     "tokens_view": lambda m, t, **how: torch.tensor(viz.tokens_view(m, t, **how).data["rows"][1]["relative"]),
@@ -594,7 +594,7 @@ def test_a_chat_of_smollm2_keeps_its_own_beginning(smollm2_tokenizer):
     assert model.to_tokens("Hi")[0].tolist() == [begin, *tokenizer("Hi")["input_ids"]]
     assert model.to_tokens([chat, "Hi"])[1, :2].tolist() == [begin, *tokenizer("Hi")["input_ids"]]
     assert model.to_str_tokens(chat)[0] == "<|im_start|>"
-    assert place(model, chat).labels[0] == place(model, "Hi").labels[0] == "<|im_start|>"
+    assert position_text(model, chat).labels[0] == position_text(model, "Hi").labels[0] == "<|im_start|>"
 
 
 def test_bytes_that_spell_the_end_of_document_are_no_bos():

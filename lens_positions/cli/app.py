@@ -21,7 +21,7 @@ from .. import exits
 from ..errors import PositionsError
 from ..exits import exit_status
 from ..terminal import print_line
-from ..viz import output as plain
+from ..viz import output as viz_output
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -136,7 +136,7 @@ def check_outputs(csv: Path | None, figure: Path | None) -> None:
         wrong = f"{csv} is a folder" if csv.is_dir() else f"there is no folder {csv.parent} for {csv.name}"
         raise PositionsError(f"{wrong}; expected the name of a file in an existing folder.")
     if figure is not None:
-        plain.check_path(figure)
+        viz_output.check_path(figure)
 
 
 def check_learned(model: "lp.HookedPositionTransformer", so: str, expected: str) -> None:
@@ -151,11 +151,11 @@ def complain(sentence: str) -> None:
 
 
 @contextmanager
-def drawn(console: "Console", figure: Path) -> Iterator[None]:
+def announce_figure(console: "Console", figure: Path) -> Iterator[None]:
     """Say where the figure is that is drawn inside, or that there is none for want of a font."""
     try:
         yield
-    except plain.MissingFontError as error:
+    except viz_output.MissingFontError as error:
         complain(f"no figure was drawn: {error}")
     else:
         print_line(console, f"figure: {figure}")
@@ -163,4 +163,4 @@ def drawn(console: "Console", figure: Path) -> Iterator[None]:
 
 def write_table(table: "pd.DataFrame", csv: Path) -> None:
     """Write a table; what was there stays until the new one is whole."""
-    plain.write_whole(csv, table.to_csv(index=False).encode("utf-8", "backslashreplace"), "table")
+    viz_output.write_whole(csv, table.to_csv(index=False).encode("utf-8", "backslashreplace"), "table")

@@ -38,7 +38,7 @@ SOURCES = {
 
 
 @dataclass(frozen=True)
-class Placed:
+class TextPositions:
     """A text and what a model makes of it.
 
     Attributes:
@@ -104,7 +104,7 @@ class Placed:
         return f"The first {shown:,} of {self.whole:,} characters are drawn{why}." if shown < self.whole else ""
 
 
-def place(
+def position_text(
     model: HookedPositionTransformer,
     text: TextOrTokens,
     *,
@@ -112,7 +112,7 @@ def place(
     most: int = MOST_DRAWN,
     attention_mask: Mask = None,
     prepend_bos: bool | None = None,
-) -> Placed:
+) -> TextPositions:
     """Run a model on a text, and keep where it puts what.
 
     Args:
@@ -154,7 +154,7 @@ def place(
     if increments.ndim == 2:
         increments, positions = increments[..., None], positions[..., None]
     seen = patterns and all(name in cache for name in hooks["pattern"])
-    return Placed(
+    return TextPositions(
         name=model.name,
         config=model.position_config,
         layers=model.position_layers,
