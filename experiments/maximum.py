@@ -2,7 +2,7 @@
 
 An item is a number between 0 and 1 and a class; one head of attention looks for the item with the largest number, and a
 small network names its class. It is trained on 5 to 16 items and tested on up to thousands, with the attention that it
-learned and with `lens_positions.analysis.dispersion.sharpened`, on the same items.
+learned and with `lens_positions.analysis.dispersion.sharpen_scores`, on the same items.
 
     runs/results/maximum/seed-0.csv    accuracy, entropy and largest weight by number of items, with and without
     runs/results/maximum/seed-0.json   configuration, seconds, loss
@@ -24,7 +24,7 @@ from rich.text import Text
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lens_positions.analysis.dispersion import attention_entropy, sharpened
+from lens_positions.analysis.dispersion import attention_entropy, sharpen_scores
 from lens_positions.errors import PositionsError
 from lens_positions.measure.intervals import t_interval
 from lens_positions.progress import tracked
@@ -58,7 +58,7 @@ class Retriever(nn.Module):
         """Logits of the classes, and the weights that items got."""
         states = self.item(items)
         scores = torch.einsum("bd,bnd->bn", self.q(self.query(query)), self.k(states)) / math.sqrt(states.shape[-1])
-        weights = (sharpened(scores) if sharp else scores).softmax(-1)
+        weights = (sharpen_scores(scores) if sharp else scores).softmax(-1)
         return self.named(torch.einsum("bn,bnd->bd", weights, self.v(states))), weights
 
 

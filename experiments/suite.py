@@ -37,7 +37,7 @@ from lens_positions import __version__
 from lens_positions.checkpoint import load_pretrained, replaced_folder
 from lens_positions.checkpoint_files import sha256_of_file
 from lens_positions.errors import PositionsError
-from lens_positions.measure.intervals import drawn_means, interval_of, resamples, t_interval
+from lens_positions.measure.intervals import bootstrap_means, interval_of, resamples, t_interval
 from lens_positions.progress import tracked
 from lens_positions.terminal import print_grid, print_line
 from lens_positions.training.checkpoints import logged, read_description, refuse_other
@@ -490,7 +490,7 @@ def paired_difference(nats: Float64[np.ndarray, "document seed"], size: np.ndarr
     if nats.shape[1] > 1:
         found["seeds_low"], found["seeds_high"] = over_seeds(by_seed)
     if len(size) > 1:
-        low, high = interval_of(drawn_means(nats.mean(1, keepdims=True), size, resamples(len(size), seed=0)))
+        low, high = interval_of(bootstrap_means(nats.mean(1, keepdims=True), size, resamples(len(size), seed=0)))
         found["documents_low"], found["documents_high"] = float(low[0]), float(high[0])
     return found
 

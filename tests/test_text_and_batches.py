@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 import lens_positions as lp
 from lens_positions import analysis, causal, cli, viz
-from lens_positions.analysis.absolute_position import repeated
+from lens_positions.analysis.absolute_position import repeat_block
 from lens_positions.analysis.losses import losses
 from lens_positions.text import by_length, one_prompt, prompts_of
 from lens_positions.text import padded as batch_of
@@ -76,7 +76,7 @@ BEGINNINGS = {  # they read the beginnings of texts, which no end of document cl
     "absolute_variation": lambda m, t, **how: analysis.absolute_variation(m, t, block=4, **how),
     "replacement_effects": lambda m, t, **how: analysis.replacement_effects(m, t, ["zeros"], block=4, **how),
     "fingerprints": analysis.fingerprints,
-    "repeated": lambda m, t, **how: repeated(m, t, block=4, **how),
+    "repeated": lambda m, t, **how: repeat_block(m, t, block=4, **how),
 }
 MEASUREMENTS = DOCUMENTS | BEGINNINGS
 PROMPTS = {

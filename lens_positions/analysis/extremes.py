@@ -17,7 +17,7 @@ from ..measure.corpus_reader import CorpusIncrements, Texts, read_corpus
 from ..model import HookedPositionTransformer
 from ..text import Mask
 from ..tokenizer import byte_labels, is_byte_tokenizer
-from .token_kinds import kinds, kinds_read
+from .token_kinds import corpus_kinds, kinds
 
 CONTEXT_CHARACTERS = 24
 
@@ -101,7 +101,7 @@ def vocabulary_increments(model: HookedPositionTransformer) -> pd.DataFrame:
 def _of_texts(model: HookedPositionTransformer, corpus: CorpusIncrements, top: int) -> pd.DataFrame:
     tokens = pd.DataFrame({"document": corpus.document, "index": corpus.index})
     tokens["id"] = corpus.ids()
-    tokens["kind"] = kinds_read(model, corpus)
+    tokens["kind"] = corpus_kinds(model, corpus)
     tables = []
     for layer, values in zip(corpus.layers, corpus.increments.mean(axis=1), strict=True):
         tokens["increment"] = values

@@ -32,12 +32,20 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from ..errors import PositionsError
 from ..interventions import Hooks, Some, finite, hook_names, index_of
-from ..measure.attention import EARLIEST, attention_names, run, visible
+from ..measure.attention import EARLIEST, attention_names, run_for_hooks, visible_keys
 from ..measure.corpus_reader import Texts, rows_of, windows
-from ..measure.intervals import Tally, drawn_means, interval_of, resamples, shuffled_within
+from ..measure.intervals import Tally, bootstrap_means, interval_of, resamples, shuffle_within
 from ..model import HookedPositionTransformer
 from ..text import Mask, TextOrTokens, one_prompt
-from .rotary_layout import ROTATION, RotaryLayout, names_of, products_of, rotary_layout, score_factor, turning
+from .rotary_layout import (
+    ROTATION,
+    RotaryLayout,
+    names_of,
+    products_of,
+    rotary_layout,
+    rotation_frequencies,
+    score_factor,
+)
 
 SIDES = ("query", "key")
 
@@ -90,7 +98,7 @@ def frequency_norms(
         for layer, layout in layouts.items():
             for side in SIDES:
                 listen += _states_hooks(model, layer, layout, side, partial(tally, side, layer, owners))
-        run(model, rows, [*(hooks or []), *listen])
+        run_for_hooks(model, rows, [*(hooks or []), *listen])
     draws = resamples(len(documents), seed)
     table = []
     for layer, layout in layouts.items():
@@ -178,7 +186,7 @@ def _each_score(
         for side in SIDES:
             listen += _states_hooks(model, layer, layout, side, partial(seen.__setitem__, side))
         listen.append((scores[0], partial(_split, layer, layout, seen, use)))
-    run(model, rows, [*(hooks or []), *listen])
+    run_for_hooks(model, rows, [*(hooks or []), *listen])
 
 
 def _states_hooks(
@@ -190,7 +198,7 @@ def _states_hooks(
     rotation: list[Tensor] = []
 
     def turn(states: Tensor) -> None:
-        use(layout.turned(states.float(), rotation[-1]))
+        use(layout.rotate(states.float(), rotation[-1]))
 
     (first,), (second,) = names_of(model, layer, "rotation"), names_of(model, layer, side[0])
     return [(first, partial(_hand_over, rotation.append)), (second, partial(_hand_over, turn))]
@@ -216,7 +224,7 @@ def _split(
             "plain attention."
         )
     terms = (products_of(factor * query, key, layout.chunk(i)) for i in range(len(layout.all_frequencies)))
-    use(layer, terms, visible(scores))
+    use(layer, terms, visible_keys(scores))
 
 
 def frequency_shares(
@@ -262,7 +270,7 @@ def frequency_shares(
         share = sums.sum(0) / sums.sum((0, 2))[:, None]
         low = high = np.full_like(share, math.nan)
         if np.count_nonzero(own.counts) > 1:
-            means = drawn_means(sums, own.counts, draws)
+            means = bootstrap_means(sums, own.counts, draws)
             low, high = interval_of(means / means.sum(2, keepdims=True))
         for head, of_head in enumerate(share):
             for index, value in enumerate(of_head):
@@ -318,13 +326,13 @@ def truncate_frequencies(
         raise PositionsError(f"keep is {keep}; expected {expected}.")
     if drop not in ("lowest", "highest"):
         raise PositionsError(f'drop is {drop!r}; expected "lowest" or "highest".')
-    return [(name, partial(_truncated, keep, drop)) for _, name in hook_names(model, layers, ROTATION)]
+    return [(name, partial(_truncate_rotation, keep, drop)) for _, name in hook_names(model, layers, ROTATION)]
 
 
-def _truncated(
+def _truncate_rotation(
     keep: float, drop: str, rotation: Float[Tensor, "batch pos *head 2 d_rotary"], hook: HookPoint
 ) -> Float[Tensor, "batch pos *head 2 d_rotary"]:
-    own = turning(hook)
+    own = rotation_frequencies(hook)
     turns = own > 0
     distinct, counts = own[turns].unique(return_counts=True)
     if not len(distinct):
@@ -397,11 +405,11 @@ def positional_heads(
 
     for number, (rows, owners) in enumerate(rows_of(documents, batches, "heads")):
         rest = rows[:, 1:]
-        order = torch.from_numpy(shuffled_within(np.arange(rest.numel()) // rest.shape[1], seed + number))
+        order = torch.from_numpy(shuffle_within(np.arange(rest.numel()) // rest.shape[1], seed + number))
         exchanged = torch.cat([rows[:, :1], rest.flatten()[order.to(rest.device)].view_as(rest)], dim=1)
         for shuffled, tokens in ((False, rows), (True, exchanged)):
             listen: Hooks = [(name, partial(tally, layer, shuffled, owners)) for layer, name in patterns.items()]
-            run(model, tokens, [*(hooks or []), *listen])
+            run_for_hooks(model, tokens, [*(hooks or []), *listen])
     draws = resamples(len(documents), seed)
     table = []
     for layer in patterns:
@@ -489,7 +497,7 @@ def aligned_key(
     >>> lp.analysis.aligned_key(query, 3.0, frequencies).round(decimals=2)  # turned by 1.5 radians
     tensor([0.0700, 1.0000])
     """
-    return _turned(query, query.new_tensor(finite(distance, "distance")), frequencies)
+    return _rotate(query, query.new_tensor(finite(distance, "distance")), frequencies)
 
 
 def scores_by_distance(
@@ -506,11 +514,11 @@ def scores_by_distance(
     >>> lp.analysis.scores_by_distance(query, query, distances, torch.tensor([1.0])).round(decimals=2)  # cosines
     tensor([ 1.0000,  0.5400, -0.4200, -0.9900])
     """
-    turned = _turned(key[..., None, :], -distances.to(key), frequencies)
+    turned = _rotate(key[..., None, :], -distances.to(key), frequencies)
     return (query[..., None, :] * turned).sum(-1)
 
 
-def _turned(states: Tensor, distances: Tensor, frequencies: Tensor) -> Tensor:
+def _rotate(states: Tensor, distances: Tensor, frequencies: Tensor) -> Tensor:
     if states.shape[-1] != 2 * len(frequencies):
         raise PositionsError(
             f"there are {states.shape[-1]} components and {len(frequencies)} frequencies; expected two for each."

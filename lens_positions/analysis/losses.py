@@ -14,7 +14,7 @@ from jaxtyping import Float64, Int64
 
 from ..errors import PositionsError
 from ..measure.corpus_reader import windows
-from ..measure.intervals import drawn_means, interval_of, resamples
+from ..measure.intervals import bootstrap_means, interval_of, resamples
 from ..measure.metrics import token_losses
 from ..model import HookedPositionTransformer
 from ..progress import tracked
@@ -90,7 +90,7 @@ def compare_losses(
 
     def mean_of(nats: Float64[np.ndarray, " document"], name: str) -> dict[str, float]:
         size = found[0].bytes
-        low, high = interval_of(drawn_means(nats[:, None], size, draws)) if len(texts) > 1 else ([np.nan], [np.nan])
+        low, high = interval_of(bootstrap_means(nats[:, None], size, draws)) if len(texts) > 1 else ([np.nan], [np.nan])
         names = (name, f"{name}_low", f"{name}_high") if name == "difference" else (name, "low", "high")
         return dict(zip(names, (nats.sum() / size.sum(), float(low[0]), float(high[0])), strict=True))
 

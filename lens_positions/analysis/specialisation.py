@@ -12,10 +12,10 @@ from jaxtyping import Bool, Float64, Int64
 from ..config import Alphabet
 from ..errors import PositionsError
 from ..measure.corpus_reader import CorpusIncrements, Texts, read_corpus
-from ..measure.intervals import drawn_means, interval_of, resamples, shuffled_within
+from ..measure.intervals import bootstrap_means, interval_of, resamples, shuffle_within
 from ..model import HookedPositionTransformer
 from ..text import Mask
-from .token_kinds import by_document, increments_by_category, kinds_read
+from .token_kinds import corpus_kinds, document_sums, increments_by_category
 
 AT_CAP = 0.99
 """From this fraction of the cap on, an increment counts as at the cap."""
@@ -104,10 +104,10 @@ def _other_activation(model: HookedPositionTransformer, wanted: str) -> str | No
 def _shares(corpus: CorpusIncrements, chosen: Bool[np.ndarray, "layer head token"], seed: int) -> pd.DataFrame:
     """The share of increments chosen, by layer, with its interval over documents."""
     documents = len(corpus.documents)
-    sums, counts = by_document(chosen.mean(axis=1, keepdims=True), corpus.document, documents)
+    sums, counts = document_sums(chosen.mean(axis=1, keepdims=True), corpus.document, documents)
     low, high = np.full((2, len(chosen)), np.nan)
     if documents > 1:
-        low, high = interval_of(drawn_means(sums[..., 0], counts, resamples(documents, seed)))
+        low, high = interval_of(bootstrap_means(sums[..., 0], counts, resamples(documents, seed)))
     columns = {"layer": corpus.layers, "n": chosen[0].size, "documents": documents}
     return pd.DataFrame(columns | {"share": chosen.mean(axis=(1, 2)), "low": low, "high": high})
 
@@ -148,18 +148,18 @@ def specialisation(
     """
     corpus = read_corpus(model, texts, attention_mask, prepend_bos)
     table = increments_by_category(model, corpus, seed=seed, alphabet=alphabet)
-    names, kind = np.unique(kinds_read(model, corpus, alphabet), return_inverse=True)
-    shuffled = kind[shuffled_within(corpus.document, seed)]
+    names, kind = np.unique(corpus_kinds(model, corpus, alphabet), return_inverse=True)
+    shuffled = kind[shuffle_within(corpus.document, seed)]
     documents = len(corpus.documents)
     draws = resamples(documents, seed) if documents > 1 else np.empty((0, 1), dtype=np.int64)
     whole = np.ones((1, documents), dtype=np.int64)
     rows = []
     for layer, values in zip(corpus.layers, corpus.increments.mean(axis=1), strict=True):
-        drawn = _explained(values, kind, len(names), corpus.document, np.concatenate([whole, draws]))
+        drawn = _eta_squared(values, kind, len(names), corpus.document, np.concatenate([whole, draws]))
         low, high = interval_of(drawn[1:, None]) if documents > 1 else np.full((2, 1), np.nan)
         row = {"layer": layer, "n": len(values), "documents": documents, "explained": drawn[0]}
         row |= {"low": low[0], "high": high[0]}
-        row["shuffled"] = _explained(values, shuffled, len(names), corpus.document, whole)[0]
+        row["shuffled"] = _eta_squared(values, shuffled, len(names), corpus.document, whole)[0]
         of_layer = table[(table["layer"] == layer) & (table["low"].notna() | (documents == 1))]
         ranked = of_layer.sort_values("mean")
         for end, found in (("farthest", ranked.iloc[-1]), ("nearest", ranked.iloc[0])):
@@ -171,7 +171,7 @@ def specialisation(
     return pd.DataFrame(rows)
 
 
-def _explained(
+def _eta_squared(
     values: Float64[np.ndarray, " token"],
     kind: Int64[np.ndarray, " token"],
     n_kinds: int,

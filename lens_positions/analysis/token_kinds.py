@@ -19,7 +19,7 @@ from torch import Tensor
 from ..config import Alphabet
 from ..errors import PositionsError
 from ..measure.corpus_reader import CorpusIncrements, Texts, read_corpus
-from ..measure.intervals import drawn_means, interval_of, resamples
+from ..measure.intervals import bootstrap_means, interval_of, resamples
 from ..model import HookedPositionTransformer
 from ..text import Mask
 from ..tokenizer import END_OF_DOCUMENT, is_byte_tokenizer
@@ -126,7 +126,9 @@ def kinds(model_or_tokenizer: Any, tokens: Int[Tensor, " pos"], alphabet: Alphab
     return [kind_of_id[i] for i in ids]
 
 
-def kinds_read(model: HookedPositionTransformer, corpus: CorpusIncrements, alphabet: Alphabet = "prose") -> np.ndarray:
+def corpus_kinds(
+    model: HookedPositionTransformer, corpus: CorpusIncrements, alphabet: Alphabet = "prose"
+) -> np.ndarray:
     """The kind of each token of a corpus that was read."""
     kinds_of = [kinds(model, document, alphabet) for document in corpus.documents]
     return np.array([kinds_of[number][place] for number, place in zip(corpus.document, corpus.index, strict=True)])
@@ -183,7 +185,7 @@ def increments_by_category(
         raise PositionsError('heads is "all"; expected "mean", as the increments of this model are not per head.')
 
     corpus = read_corpus(model, texts, attention_mask, prepend_bos)
-    kind = kinds_read(model, corpus, alphabet)
+    kind = corpus_kinds(model, corpus, alphabet)
     order = kind_order(model, alphabet)
     for asked in only or ():
         if asked not in kind:
@@ -193,8 +195,8 @@ def increments_by_category(
     if heads == "mean":
         value = value.mean(axis=1, keepdims=True)
     draws = resamples(len(documents), seed)
-    sums, counts = by_document(value, corpus.document, len(documents))
-    overall = drawn_means(sums, counts, draws)
+    sums, counts = document_sums(value, corpus.document, len(documents))
+    overall = bootstrap_means(sums, counts, draws)
     positive = np.nanpercentile(overall, 2.5, axis=0) > 0  # no ratio to a mean that may be nothing
     rows = []
     for name in order if only is None else dict.fromkeys(only):
@@ -202,8 +204,8 @@ def increments_by_category(
         if not of_kind.any():
             continue
         found = value[..., of_kind]
-        sums, counts = by_document(found, corpus.document[of_kind], len(documents))
-        means = drawn_means(sums, counts, draws)
+        sums, counts = document_sums(found, corpus.document[of_kind], len(documents))
+        means = bootstrap_means(sums, counts, draws)
         several = np.count_nonzero(counts) > 1
         low, high = interval_of(means) if several else (np.full(found.shape[:2], np.nan),) * 2
         relative_low, relative_high = interval_of(means / np.where(positive, overall, 1)) if several else (low, high)
@@ -231,7 +233,7 @@ def increments_by_category(
     return table if heads == "all" else table.drop(columns="head")
 
 
-def by_document(
+def document_sums(
     values: Float64[np.ndarray, "layer head token"], owners: Int64[np.ndarray, " token"], documents: int
 ) -> tuple[Float64[np.ndarray, "document layer head"], Int64[np.ndarray, " document"]]:
     """Sums and numbers of values by the document that they stand in."""

@@ -219,8 +219,8 @@ def entity_grouping(
             ("ordinary pairs", ordinary, of_ordinary),
         ):
             both = {"real": real[i, chosen].mean(), "reversed": reversed_[i, chosen].mean()}
-            rows.append({"layer": layer, "group": group, **both, **_tested(of_pairs[chosen], _families(words))})
-        rows.append({"layer": layer, "group": "names - ordinary pairs", **_tested(beyond, _families(together))})
+            rows.append({"layer": layer, "group": group, **both, **_difference_row(of_pairs[chosen], _families(words))})
+        rows.append({"layer": layer, "group": "names - ordinary pairs", **_difference_row(beyond, _families(together))})
     table = pd.DataFrame(rows)
     table["q"] = table.groupby("group")["p"].transform(stats.false_discovery_control)
     columns = ["layer", "group", "n", "families", "real", "reversed", "difference", "low", "high", "smaller", "p", "q"]
@@ -309,7 +309,7 @@ def _families(pairs: Sequence[tuple[str, ...]]) -> np.ndarray:
     return np.array([of_word[words[pair[0]]] for pair in pairs])
 
 
-def _tested(of_pairs: np.ndarray, families: np.ndarray) -> dict[str, float]:
+def _difference_row(of_pairs: np.ndarray, families: np.ndarray) -> dict[str, float]:
     _, family = np.unique(families, return_inverse=True)
     differences = np.bincount(family, of_pairs) / np.bincount(family)
     low, high = t_interval(differences)

@@ -28,7 +28,7 @@ from torch import Tensor
 from ..corpora import jieba_words
 from ..errors import PositionsError
 from ..measure.corpus_reader import WINDOW, read_corpus
-from ..measure.intervals import auc_interval, resamples, shuffled_within
+from ..measure.intervals import auc_interval, resamples, shuffle_within
 from ..model import HookedPositionTransformer
 from ..text import prompts_of
 from ..tokenizer import character_spans
@@ -123,7 +123,7 @@ def gap_areas(
 ) -> pd.DataFrame:
     """What `boundary_auc` returns, from what `gaps_of` and `gap_increments` do."""
     draws = resamples(gaps.lines, seed)
-    shuffled = gaps.boundary[shuffled_within(gaps.line, seed)]
+    shuffled = gaps.boundary[shuffle_within(gaps.line, seed)]
     lines = len(np.unique(gaps.line))
     rows = []
 

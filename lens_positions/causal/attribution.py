@@ -30,7 +30,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from ..core.model_state import evaluating
 from ..errors import PositionsError
 from ..interventions import Hooks, ablation_hooks, hook_names, streams_of
-from ..measure.metrics import Metric, measured, of_prompts
+from ..measure.metrics import Metric, metric_values, of_prompts
 from ..text import Mask, TextOrTokens, one_prompt
 from .pieces import in_pieces
 from .sweeps import SITES
@@ -190,7 +190,7 @@ def _at_points(
 ) -> Float[Tensor, " row"]:
     """The metric with increments set at all layers, a row for each point."""
     with model.hooks(fwd_hooks=_setting_all(names, points)):
-        return measured(metric, model(prompt.expand(len(points), -1), return_type="logits", use_cache=False))
+        return metric_values(metric, model(prompt.expand(len(points), -1), return_type="logits", use_cache=False))
 
 
 def _slopes(
@@ -214,7 +214,7 @@ def _setting_all(names: list[str], points: Float[Tensor, "row layer pos *head"])
 
 
 def _differentiable(metric: Metric, logits: Tensor) -> Tensor:
-    value = measured(metric, logits)
+    value = metric_values(metric, logits)
     if not value.requires_grad:
         raise PositionsError("the metric has no gradient; expected one that is differentiable by the logits.")
     return value

@@ -29,7 +29,7 @@ from ..core.model_state import evaluating
 from ..errors import PositionsError
 from ..interventions import Hooks, Some, freeze, hook_names
 from ..measure.intervals import t_interval
-from ..measure.metrics import Metric, measured, of_prompts
+from ..measure.metrics import Metric, metric_values, of_prompts
 from ..progress import tracked
 from ..text import Mask, TextOrTokens, by_length, prompts_of
 from .sweeps import SITES
@@ -151,4 +151,4 @@ def _numbers(
         some, of_some = logits, tokens
         logits, tokens = some.new_full((n, *some.shape[1:]), torch.nan), of_some.new_zeros((n, of_some.shape[1]))
         logits[pairs], tokens[pairs] = some, of_some
-    return measured(of_prompts(metric, tokens), logits, pairs).double().cpu().numpy()
+    return metric_values(of_prompts(metric, tokens), logits, pairs).double().cpu().numpy()

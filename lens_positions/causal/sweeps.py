@@ -27,7 +27,7 @@ from ..config import SweepSite
 from ..core.model_state import evaluating
 from ..errors import PositionsError
 from ..interventions import Hooks, Some, edited_token, finite, hook_names, index_of
-from ..measure.metrics import Metric, baseline_of, measured, of_prompts, place_of
+from ..measure.metrics import Metric, baseline_of, metric_values, of_prompts, place_of
 from ..measure.partial_forward import Replay
 from ..progress import tracked
 from ..text import Mask, TextOrTokens, one_prompt
@@ -224,7 +224,7 @@ def _sweep(
         for layer in group.layers:  # a looped model has several of one number
             joining[names[layer][0]] += size
         logits = replay.run(hooks, joining, group.tokens[0])
-        values = measured(metric, read(logits, start)).double().cpu() - baseline
+        values = metric_values(metric, read(logits, start)).double().cpu() - baseline
         columns = [column[token] for token in group.tokens]
         effects[group.layers.start : group.layers.stop, columns] = values.view(-1, size)
     return effects.to(replay.logits.dtype if replay.logits.dtype == torch.float64 else torch.float32)

@@ -6,7 +6,7 @@ import torch
 
 import lens_positions as lp
 from lens_positions.analysis.specialisation import below_zero, saturation, specialisation
-from lens_positions.analysis.token_kinds import CODE_KINDS, increments_by_category, kinds, kinds_read
+from lens_positions.analysis.token_kinds import CODE_KINDS, corpus_kinds, increments_by_category, kinds
 from lens_positions.measure.corpus_reader import read_corpus
 from lens_positions.tokenizer import byte_tokenizer
 
@@ -41,7 +41,7 @@ def test_explained_is_the_share_of_variance_between_kinds(tiny_model):
     model = tiny_model(source="per_layer")
     table = specialisation(model, TEXTS)
     corpus = read_corpus(model, TEXTS)
-    kind = kinds_read(model, corpus)
+    kind = corpus_kinds(model, corpus)
     for layer, values in enumerate(corpus.increments[:, 0]):
         between = sum(
             (kind == name).sum() * (values[kind == name].mean() - values.mean()) ** 2 for name in np.unique(kind)
