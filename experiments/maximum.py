@@ -27,7 +27,7 @@ from torch.nn import functional
 from lens_positions.analysis.dispersion import attention_entropy, sharpen_scores
 from lens_positions.errors import PositionsError
 from lens_positions.measure.intervals import t_interval
-from lens_positions.progress import tracked
+from lens_positions.progress import track_progress
 from lens_positions.terminal import print_grid, print_line, with_interval
 from lens_positions.training.config import check_number, check_whole
 from lens_positions.training.data import write_whole
@@ -81,7 +81,7 @@ def train_retriever(asked: MaximumConfig, seed: int) -> tuple[Retriever, float]:
         model = Retriever(asked.classes, asked.width)
     optimizer = torch.optim.AdamW(model.parameters(), lr=asked.learning_rate, fused=True)
     last: list[float] = []
-    for step in tracked(range(asked.steps), f"seed {seed}: training"):
+    for step in track_progress(range(asked.steps), f"seed {seed}: training"):
         size = int(torch.randint(FEWEST, MOST + 1, (), generator=generator))
         items, query, answers = draw(asked.batch_size, size, asked.classes, generator)
         loss = functional.cross_entropy(model(items, query)[0], answers)
@@ -97,7 +97,7 @@ def train_retriever(asked: MaximumConfig, seed: int) -> tuple[Retriever, float]:
 def scored(model: Retriever, asked: MaximumConfig, seed: int) -> pd.DataFrame:
     """A row for each number of items and `temperature` ("learned", "adaptive"): accuracy, entropy, largest weight."""
     rows = []
-    for size in tracked(asked.sizes, f"seed {seed}: testing"):
+    for size in track_progress(asked.sizes, f"seed {seed}: testing"):
         generator = torch.Generator().manual_seed(1_000_000 + 1000 * seed + size)
         sums = torch.zeros(2, 3, dtype=torch.float64)
         at_once = max(1, 2**18 // size)

@@ -52,7 +52,7 @@ class Text:
     @cached_property
     def segmented(self) -> list[list[str]]:
         """The words of held-out lines of the People's Daily, as people segmented them."""
-        return corpora.segmented_heldout()
+        return corpora.heldout_segmentation()
 
     @cached_property
     def by_jieba(self) -> list[list[str]]:

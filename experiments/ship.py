@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lens_positions.checkpoint import load_pretrained
-from lens_positions.checkpoint_files import replaced_folder, seal
+from lens_positions.checkpoint_files import replacement_folder, seal
 from lens_positions.errors import PositionsError
 from lens_positions.training.checkpoints import refuse_other
 from lens_positions.training.config import TrainConfig, updated
@@ -80,7 +80,7 @@ def ship(asked: ShipConfig) -> dict[str, pd.DataFrame]:
     sources = np.array(heldout_sources(config, corpus))
     tables = {}
     with ExitStack() as whole:
-        staged = {name: whole.enter_context(replaced_folder(asked.output / name)) for name in SHIPPED}
+        staged = {name: whole.enter_context(replacement_folder(asked.output / name)) for name in SHIPPED}
         for name, variant in SHIPPED.items():
             folder = staged[name]
             _write_rounded(_run(asked, variant) / "model", folder)

@@ -34,11 +34,11 @@ from rich.console import Console
 from rich.text import Text
 
 from lens_positions import __version__
-from lens_positions.checkpoint import load_pretrained, replaced_folder
+from lens_positions.checkpoint import load_pretrained, replacement_folder
 from lens_positions.checkpoint_files import sha256_of_file
 from lens_positions.errors import PositionsError
 from lens_positions.measure.intervals import bootstrap_means, interval_of, resamples, t_interval
-from lens_positions.progress import tracked
+from lens_positions.progress import track_progress
 from lens_positions.terminal import print_grid, print_line
 from lens_positions.training.checkpoints import logged, read_description, refuse_other
 from lens_positions.training.config import TrainConfig, changes, load_preset, to_json
@@ -324,7 +324,7 @@ def score(run: SuiteRun, corpus: TokenizedCorpus) -> None:
 
 
 def _write_results(run: SuiteRun, files: dict[str, str]) -> None:
-    with replaced_folder(run.results) as folder:
+    with replacement_folder(run.results) as folder:
         for name, text in files.items():
             (folder / name).write_text(text, "utf-8")
 
@@ -372,7 +372,7 @@ def evaluate_lengths(
         batches = pieces.split(max(1, BATCH_TOKENS // length))
         nats = [
             token_nats(model, batch.to(model.device)).double().cpu()
-            for batch in tracked(batches, f"{name}: loss at {length} tokens")
+            for batch in track_progress(batches, f"{name}: loss at {length} tokens")
         ]
         columns = {"document": documents, "bytes": counted.int(), "nats": torch.cat(nats).flatten()}
         table = pd.DataFrame({column: values.numpy() for column, values in columns.items()})

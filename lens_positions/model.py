@@ -27,7 +27,7 @@ from .core.stream import PositionStream
 from .core.transformer_lens_internals import build_bridge_config_from_hf, configure_tokenizer, has_processed_weights
 from .errors import PositionsError
 from .model_calls import HookedCalls
-from .text import Mask, TextOrTokens, begins_with_bos, by_length, fitting, padded, prepends_bos, prompts_of
+from .text import Mask, TextOrTokens, begins_with_bos, by_length, fit_context, pad_prompts, prepends_bos, prompts_of
 from .tokenizer import byte_labels, byte_tokenizer, is_byte_tokenizer
 
 
@@ -113,7 +113,7 @@ class HookedPositionTransformer(HookedCalls):
         adapter.cfg.device = str(model.device)
         adapter.prepare_model(model)
         if tokenizer is not None:
-            tokenizer = _configured(tokenizer, adapter.cfg)
+            tokenizer = _configure_tokenizer(tokenizer, adapter.cfg)
         bridge = cls(model, adapter, tokenizer)
         attach_positions(bridge, config, table=table).load_state_dict(state)
         bridge.name = name
@@ -277,8 +277,8 @@ class HookedPositionTransformer(HookedCalls):
             tokens = read(input, prepend_bos=prepend_bos, padding_side=padding_side, **how)
         else:
             rows = [read(text, prepend_bos=prepends_bos(self, text, prepend_bos), **how)[0] for text in texts]
-            tokens, _ = padded(self.tokenizer, rows, padding_side)
-        return tokens if truncate is not None else fitting(self, tokens)
+            tokens, _ = pad_prompts(self.tokenizer, rows, padding_side)
+        return tokens if truncate is not None else fit_context(self, tokens)
 
     def to_str_tokens(self, input: Any, *args: Any, **kwargs: Any) -> Any:
         """Tokens as text, as in TransformerLens; bytes inside a longer character read as "中₁", "中₂", "中₃"."""
@@ -288,7 +288,7 @@ class HookedPositionTransformer(HookedCalls):
         return byte_labels(tokens.flatten().tolist())
 
 
-def _configured(tokenizer: Any, cfg: Any) -> Any:
+def _configure_tokenizer(tokenizer: Any, cfg: Any) -> Any:
     """The tokenizer as TransformerLens sets it up: of one that adds no BOS it loads another by its name.
 
     One that was made in memory has no name, and is loaded from a folder for the time.

@@ -17,7 +17,7 @@ from lens_positions import analysis, causal, cli, viz
 from lens_positions.analysis.absolute_position import repeat_block
 from lens_positions.analysis.losses import losses
 from lens_positions.text import by_length, one_prompt, prompts_of
-from lens_positions.text import padded as batch_of
+from lens_positions.text import pad_prompts as batch_of
 from lens_positions.viz.text_positions import position_text
 
 TEXTS = ["the cat that sat then went away", "a dog, it ran and then it was gone.", "so it goes on and on"]

@@ -36,12 +36,12 @@ from transformer_lens.model_bridge import TransformerBridge
 from ..config import BLOCK
 from ..core.model_wrappers import base_model
 from ..errors import PositionsError
-from ..interventions import HOOK, Hooks, Some, hook_names, index_of
+from ..interventions import HOOK, Hooks, LayerIndices, hook_names, index_of
 from ..measure.attention import EARLIEST, attention_names, keep_states, run_for_hooks, softmax_checks
 from ..measure.corpus_reader import WINDOW, Texts, rows_of, windows
 from ..measure.intervals import Tally, interval_of, resamples
 from ..model import HookedPositionTransformer
-from ..progress import tracked
+from ..progress import track_progress
 from ..text import Mask, prompts_of
 
 OFFSETS = 8
@@ -120,7 +120,7 @@ def first_token(model: HookedPositionTransformer, prepend_bos: bool | None = Non
 def absolute_variation(
     model: HookedPositionTransformer,
     texts: Texts,
-    layers: Some = None,
+    layers: LayerIndices = None,
     hooks: Hooks | None = None,
     block: int = BLOCK,
     offsets: int | None = None,
@@ -192,7 +192,7 @@ def replacement_effects(
     model: HookedPositionTransformer,
     texts: Texts,
     replacements: Sequence[Replacement] = REPLACEMENTS,
-    layers: Some = None,
+    layers: LayerIndices = None,
     hooks: Hooks | None = None,
     block: int = BLOCK,
     offsets: int | None = None,
@@ -295,7 +295,7 @@ def _shares(parts: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarra
 def _variances(
     rows: Int[Tensor, "text pos"],
     model: HookedPositionTransformer,
-    layers: Some,
+    layers: LayerIndices,
     hooks: Hooks | Callable[[int], Hooks] | None,
     block: int,
     offsets: int | None,
@@ -322,7 +322,7 @@ def _variances(
         found[layer].append(products.mean((3, 4, 5)).cpu().numpy())
 
     batches = rows.split(max(1, TOKENS_A_BATCH // rows.shape[1]))
-    for number, batch in enumerate(tracked(batches, "absolute position", quick=rows.numel() < 512)):
+    for number, batch in enumerate(track_progress(batches, "absolute position", quick=rows.numel() < 512)):
         listen = [(name, partial(collect, layer)) for layer, name in names.items()]
         active = hooks(number) if callable(hooks) else hooks or []
         run_for_hooks(model, batch, [*active, *softmax_checks(names), *listen])
@@ -393,7 +393,7 @@ def _replace_embedding(
 def attention_sinks(
     model: HookedPositionTransformer,
     texts: Texts,
-    layers: Some = None,
+    layers: LayerIndices = None,
     hooks: Hooks | None = None,
     seed: int = 0,
     *,
@@ -444,7 +444,7 @@ def attention_sinks(
 def fingerprints(
     model: HookedPositionTransformer,
     texts: Texts,
-    layers: Some = None,
+    layers: LayerIndices = None,
     hooks: Hooks | None = None,
     seed: int = 0,
     *,

@@ -20,13 +20,13 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from ..errors import PositionsError
-from ..interventions import Hooks, Some, indices_of
+from ..interventions import HeadIndices, Hooks, LayerIndices, indices_of
 from ..measure.attention import attention_names, hidden_keys, hooked_evaluation, run_for_hooks, visible_keys
 from ..measure.corpus_reader import Texts, rows_of, windows
 from ..measure.intervals import Tally, bootstrap_means, interval_of, resamples
 from ..measure.metrics import token_losses
 from ..model import HookedPositionTransformer
-from ..progress import tracked
+from ..progress import track_progress
 from ..text import Mask
 
 COEFFICIENTS = (-0.037, 0.481, -2.3, 4.917, -1.791)
@@ -49,7 +49,7 @@ def sharpen_scores(scores: Float[Tensor, "*rows item"]) -> Float[Tensor, "*rows 
     return scores.where(hidden_keys(scores), scores * beta)  # no factor should push a mask over the edge
 
 
-def adaptive_temperature(model: TransformerBridge, layers: Some = None, heads: Some = None) -> Hooks:
+def adaptive_temperature(model: TransformerBridge, layers: LayerIndices = None, heads: HeadIndices = None) -> Hooks:
     """Sharper attention without training: every row of scores at the temperature of `sharpen_scores`.
 
     Args:
@@ -92,7 +92,7 @@ def attention_entropy(weights: Float[Tensor, "*rows item"]) -> Float[Tensor, "*r
 def attention_dispersion(
     model: HookedPositionTransformer,
     texts: Texts,
-    layers: Some = None,
+    layers: LayerIndices = None,
     hooks: Hooks | None = None,
     seed: int = 0,
     *,
@@ -229,7 +229,7 @@ def loss_by_length(
             for number, tokens in enumerate(documents)
         ]
         parts = [(number, part) for number, rows in pieces for part in rows.split(max(1, 2048 // length))]
-        for number, rows in tracked(parts, f"loss at {length} tokens", quick=sum(map(len, documents)) < 2048):
+        for number, rows in track_progress(parts, f"loss at {length} tokens", quick=sum(map(len, documents)) < 2048):
             losses = []
             for active in ([], hooks):
                 with hooked_evaluation(model, active):

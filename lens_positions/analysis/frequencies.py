@@ -31,7 +31,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from ..errors import PositionsError
-from ..interventions import Hooks, Some, finite, hook_names, index_of
+from ..interventions import Hooks, LayerIndices, finite_number, hook_names, index_of
 from ..measure.attention import EARLIEST, attention_names, run_for_hooks, visible_keys
 from ..measure.corpus_reader import Texts, rows_of, windows
 from ..measure.intervals import Tally, bootstrap_means, interval_of, resamples, shuffle_within
@@ -53,7 +53,7 @@ SIDES = ("query", "key")
 def frequency_norms(
     model: HookedPositionTransformer,
     texts: Texts,
-    layers: Some = None,
+    layers: LayerIndices = None,
     hooks: Hooks | None = None,
     seed: int = 0,
     *,
@@ -230,7 +230,7 @@ def _split(
 def frequency_shares(
     model: HookedPositionTransformer,
     texts: Texts,
-    layers: Some = None,
+    layers: LayerIndices = None,
     hooks: Hooks | None = None,
     seed: int = 0,
     *,
@@ -296,7 +296,7 @@ def truncate_frequencies(
     model: TransformerBridge,
     keep: float,
     drop: Literal["lowest", "highest"] = "lowest",
-    layers: Some = None,
+    layers: LayerIndices = None,
 ) -> Hooks:
     """p-RoPE as an intervention: only a fraction of the rotary frequencies still turns queries and keys.
 
@@ -322,7 +322,7 @@ def truncate_frequencies(
     False
     """
     expected = "a fraction of the frequencies from 0 to 1"
-    if not 0 <= finite(keep, "keep", expected) <= 1:
+    if not 0 <= finite_number(keep, "keep", expected) <= 1:
         raise PositionsError(f"keep is {keep}; expected {expected}.")
     if drop not in ("lowest", "highest"):
         raise PositionsError(f'drop is {drop!r}; expected "lowest" or "highest".')
@@ -358,7 +358,7 @@ POSITIONAL = 0.5
 def positional_heads(
     model: HookedPositionTransformer,
     texts: Texts,
-    layers: Some = None,
+    layers: LayerIndices = None,
     hooks: Hooks | None = None,
     offsets: int = OFFSETS,
     seed: int = 0,
@@ -463,7 +463,7 @@ def high_frequency_use(norms: pd.DataFrame, heads: pd.DataFrame, highest: float 
     0  query  2      22         0.5    0.3
     1    key  2      22         0.4    0.2
     """
-    if not 0 < finite(highest, "highest", "a fraction above 0") < 1:
+    if not 0 < finite_number(highest, "highest", "a fraction above 0") < 1:
         raise PositionsError(f"highest is {highest}; expected a fraction between 0 and 1.")
     if set(norms["layer"]) != set(heads["layer"]):
         raise PositionsError("norms and heads are of different layers; expected both of the same model and layers.")
@@ -497,7 +497,7 @@ def aligned_key(
     >>> lp.analysis.aligned_key(query, 3.0, frequencies).round(decimals=2)  # turned by 1.5 radians
     tensor([0.0700, 1.0000])
     """
-    return _rotate(query, query.new_tensor(finite(distance, "distance")), frequencies)
+    return _rotate(query, query.new_tensor(finite_number(distance, "distance")), frequencies)
 
 
 def scores_by_distance(

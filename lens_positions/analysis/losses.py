@@ -17,7 +17,7 @@ from ..measure.corpus_reader import windows
 from ..measure.intervals import bootstrap_means, interval_of, resamples
 from ..measure.metrics import token_losses
 from ..model import HookedPositionTransformer
-from ..progress import tracked
+from ..progress import track_progress
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def losses(model: HookedPositionTransformer, texts: str | Sequence[str], prepend
         raise PositionsError("losses were asked for of something else than text; expected documents as strings.")
     documents, batches = windows(model, texts, None, prepend_bos)
     nats, tokens = np.zeros(len(documents)), np.zeros(len(documents), dtype=np.int64)
-    for batch in tracked(batches, f"loss of {model.name}", quick=sum(map(len, documents)) < 4096):
+    for batch in track_progress(batches, f"loss of {model.name}", quick=sum(map(len, documents)) < 4096):
         rows = torch.stack([documents[number][start:stop] for number, start, stop in batch])
         with torch.no_grad():
             of_tokens = token_losses(model(rows), rows[:, 1:]).double().cpu()

@@ -18,7 +18,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from ..core.hook_points import HookedTokens
 from ..core.model_wrappers import base_model
 from ..errors import PositionsError
-from ..interventions import HOOK, Hooks, Some, hook_names
+from ..interventions import HOOK, Hooks, LayerIndices, hook_names
 from ..measure.attention import keep_states, run_for_hooks, visible_keys
 
 ROTATION = HOOK.format("rotation")
@@ -75,7 +75,7 @@ class RotaryLayout:
         return self.pairs[i] if i < len(self.pairs) else self.rest
 
 
-def rotary_layout(model: TransformerBridge, layers: Some = None) -> dict[int, RotaryLayout]:
+def rotary_layout(model: TransformerBridge, layers: LayerIndices = None) -> dict[int, RotaryLayout]:
     """How the components of queries and keys are paired, by layer, found by turning each frequency by its own angle.
 
     Raises:

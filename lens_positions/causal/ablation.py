@@ -23,7 +23,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from ..core.model_wrappers import base_model
 from ..errors import PositionsError
-from ..interventions import HOOK, Hooks, Some, ablation_hooks, finite, hook_names, index_of, streams_of
+from ..interventions import HOOK, Hooks, LayerIndices, ablation_hooks, finite_number, hook_names, index_of, streams_of
 from ..measure.corpus_reader import CorpusIncrements, Texts, read_corpus, rows_of, windows
 from ..measure.intervals import Tally, resamples
 from ..measure.metrics import look_back, token_losses
@@ -64,7 +64,7 @@ class Ablations:
 def ablation_table(
     model: TransformerBridge,
     corpus: Texts,
-    layers: Some = None,
+    layers: LayerIndices = None,
     to: Sequence[To] = INTERVENTIONS,
     seed: int = 0,
     means: Float[Tensor, "layer vocab *head"] | None = None,
@@ -101,7 +101,9 @@ def ablation_table(
     numbers = list(names)
     if isinstance(to, str) or not isinstance(to, Sequence) or not to:
         raise PositionsError(f"to is {to!r}; expected a list of ablations, some of 1.0, 'mean' and 'shuffle'.")
-    to = list(dict.fromkeys(how if how in ("mean", "shuffle", "token") else finite(how, "to", ABLATION) for how in to))
+    to = list(
+        dict.fromkeys(how if how in ("mean", "shuffle", "token") else finite_number(how, "to", ABLATION) for how in to)
+    )
     if means is not None:
         to = list(dict.fromkeys([*to, "token"]))
         shape = (len(streams_of(model).layers), model.cfg.d_vocab)
@@ -119,7 +121,7 @@ def ablation_table(
     for number, (rows, owners) in enumerate(rows_of(documents, batches, "ablating")):
         targets = rows[:, 1:]
         own: dict[str, Tensor] = {}
-        record: Hooks = [(name, partial(_keep, own)) for name in patterns.values()]
+        record: Hooks = [(name, partial(_keep_pattern, own)) for name in patterns.values()]
         replay = Replay(model, rows.to(base_model(model).device), hooks=record, tokens_too=False)
         nats, best = token_losses(replay.logits, targets), replay.logits[:, :-1].argmax(-1)
         base.add(owners, nats[..., None])
@@ -197,23 +199,23 @@ def _set_to(
     """Hooks that give every token of some rows the mean increment of its id."""
     every = hook_names(model, None, HOOK.format("increments"))
     table = zip(every, means, strict=True)
-    return [(name, partial(_replaced, of_ids[rows.cpu()])) for (layer, name), of_ids in table if layer in layers]
+    return [(name, partial(_replace_rows, of_ids[rows.cpu()])) for (layer, name), of_ids in table if layer in layers]
 
 
-def _replaced(values: Tensor, increments: Tensor, hook: HookPoint) -> Tensor:
+def _replace_rows(values: Tensor, increments: Tensor, hook: HookPoint) -> Tensor:
     return values.to(increments)
 
 
-def _keep(kept: dict[str, Tensor], pattern: Tensor, hook: HookPoint) -> None:
+def _keep_pattern(kept: dict[str, Tensor], pattern: Tensor, hook: HookPoint) -> None:
     kept[cast(str, hook.name)] = pattern.detach()
 
 
 def _compare(own: dict[str, Tensor], compared: dict[str, Tensor], pattern: Tensor, hook: HookPoint) -> None:
     name = cast(str, hook.name)
-    compared[name] = _compared(own[name].float(), pattern.float())
+    compared[name] = _pattern_change(own[name].float(), pattern.float())
 
 
-def _compared(
+def _pattern_change(
     own: Float[Tensor, "batch head query key"], ablated: Float[Tensor, "batch head query key"]
 ) -> Float[Tensor, "batch next 3 head"]:
     """Total variation, look-back and its change of every query that has a choice: all but the first."""

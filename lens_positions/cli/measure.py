@@ -284,7 +284,7 @@ def _word_segmentation(words: str, corpus: str | None) -> tuple[list[str], Any, 
     if corpus is not None and words != "jieba":
         raise PositionsError(f"--corpus was given with --words {words}; expected it with --words jieba alone.")
     if words in ("human", "jieba") and corpus is None:
-        segmented = lp.corpora.segmented_heldout()
+        segmented = lp.corpora.heldout_segmentation()
         whose = "segmented by people" if words == "human" else "segmented by jieba"
         texts = ["".join(line) for line in segmented]
         return texts, segmented if words == "human" else "jieba", f"the held-out People's Daily {whose}"

@@ -138,7 +138,7 @@ def tensors_of(rotation: Any) -> tuple[Tensor, ...]:
     return (rotation,) if isinstance(rotation, Tensor) else tuple(rotation or ())
 
 
-def moved_to(rotation: Rotation, device: torch.device) -> Rotation:
+def move_to_device(rotation: Rotation, device: torch.device) -> Rotation:
     """Move a rotation to the device of a layer."""
     if isinstance(rotation, Tensor):
         return rotation.to(device)

@@ -26,7 +26,7 @@ from .hook_points import HookedTokens, StreamHookPoint, has_hooks, run_hook
 from .increments import PositionConfig
 from .kv_cache import memory_of, with_memory
 from .positions import positions_at
-from .rotation import RotaryCall, Rotation, moved_to, rotate, run_rotation_hook
+from .rotation import RotaryCall, Rotation, move_to_device, rotate, run_rotation_hook
 from .visible_tokens import Line, Tree, Visible, visible_tokens
 
 
@@ -110,7 +110,7 @@ class PositionStream(nn.Module):
             # A layer that attends to this layer's keys comes later in the pass.
             if self.followed:
                 forward_pass.of_leaders[self.index] = positions, call, rotation
-            return moved_to(rotation, states.device)
+            return move_to_device(rotation, states.device)
 
     def _positions(
         self, states: Tensor, call: RotaryCall, surplus: Tensor | None, forward_pass: ForwardPass

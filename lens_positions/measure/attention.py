@@ -11,16 +11,16 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from ..core.find_attention import parameters
-from ..core.model_state import evaluating
+from ..core.model_state import evaluation_mode
 from ..core.model_wrappers import base_model
 from ..errors import PositionsError
-from ..interventions import HOOK, Hooks, Some, hook_names
+from ..interventions import HOOK, Hooks, LayerIndices, hook_names
 
 EARLIEST = 16
 """Queries before this one are left out where attention is judged from afar: they have few keys to choose from."""
 
 
-def attention_names(model: TransformerBridge, layers: Some, what: str) -> dict[int, str]:
+def attention_names(model: TransformerBridge, layers: LayerIndices, what: str) -> dict[int, str]:
     """The hook point of "pattern" or "attn_scores" by layer.
 
     Scores are tried, on three tokens: an edit of them has to reach the pattern.
@@ -72,7 +72,7 @@ def softmax_checks(names: dict[int, str]) -> Hooks:
 @contextmanager
 def hooked_evaluation(model: TransformerBridge, hooks: Hooks) -> Iterator[None]:
     """In eval mode, without gradients, and with these hooks."""
-    with evaluating(model), torch.no_grad(), model.hooks(fwd_hooks=cast(Any, hooks)):
+    with evaluation_mode(model), torch.no_grad(), model.hooks(fwd_hooks=cast(Any, hooks)):
         yield
 
 

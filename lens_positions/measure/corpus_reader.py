@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import PositionsError
 from ..model import HookedPositionTransformer
-from ..progress import tracked
+from ..progress import track_progress
 from ..text import Mask, TextOrTokens, prompts_of
 from ..tokenizer import END_OF_DOCUMENT, is_byte_tokenizer
 
@@ -97,7 +97,7 @@ def read_corpus(
     documents, batches = windows(model, texts, attention_mask, prepend_bos)
     kept = model.position_config.effective
     values, owners, places = [], [], []
-    for batch in tracked(batches, "reading", quick=sum(map(len, documents)) < 2 * TOKENS_A_BATCH):
+    for batch in track_progress(batches, "reading", quick=sum(map(len, documents)) < 2 * TOKENS_A_BATCH):
         rows = torch.stack([documents[number][start:stop] for number, start, stop in batch])
         with torch.no_grad():
             increments = model.increments(rows, torch.ones_like(rows))[:, :, kept]
@@ -136,7 +136,7 @@ def rows_of(
     documents: list[Int[Tensor, " _pos"]], batches: list[list[tuple[int, int, int]]], what: str
 ) -> Iterator[tuple[Int[Tensor, "batch pos"], list[int]]]:
     """The rows of each batch of windows, and the document that each is of; `what` is done is what progress says."""
-    for batch in tracked(batches, what, quick=sum(map(len, documents)) < 512):
+    for batch in track_progress(batches, what, quick=sum(map(len, documents)) < 512):
         yield (
             torch.stack([documents[number][start:stop] for number, start, stop in batch]),
             [number for number, _, _ in batch],

@@ -22,7 +22,15 @@ from peft import LoraConfig, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
-from ..checkpoint import fingerprint, load_base, load_pretrained, located, read_positions, save_adapter, save_pretrained
+from ..checkpoint import (
+    checkpoint_path,
+    fingerprint,
+    load_base,
+    load_pretrained,
+    read_positions,
+    save_adapter,
+    save_pretrained,
+)
 from ..core.attach import attach_positions
 from ..core.find_attention import RotaryAttention
 from ..core.increments import PositionConfig
@@ -42,7 +50,7 @@ class GraftedModel(Subject):
 
     def __init__(self, config: GraftConfig, positions: PositionConfig) -> None:
         self.config, self.n_ctx = config, config.n_ctx
-        own = read_positions(Path(located(config.base)))
+        own = read_positions(Path(checkpoint_path(config.base)))
         if own is not None and own.config.source != "static":
             raise PositionsError(
                 f"{config.base} has position streams of its own ({own.config.source}); expected a model without them."

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import get_cosine_schedule_with_warmup
 
-from ..checkpoint import load_pretrained, replaced_folder, save_pretrained
+from ..checkpoint import load_pretrained, replacement_folder, save_pretrained
 from ..core.position_streams import PositionStreams
 from ..errors import PositionsError
 from ..exits import interruption
@@ -305,7 +305,7 @@ class Run:
                     self._log(evaluation)
                     show(evaluation)
                 if self.step in (config.keep_at or ()) and accelerator.is_main_process:
-                    with replaced_folder(self.folder / "at" / f"step-{self.step:08d}") as folder:
+                    with replacement_folder(self.folder / "at" / f"step-{self.step:08d}") as folder:
                         self.subject.save(folder)
                 if last or self.step % config.save_every == 0:
                     self._save()
@@ -469,7 +469,7 @@ class Run:
         if self.accelerator.is_main_process:
             checkpoints = self.folder / "checkpoints"
             checkpoint = checkpoints / f"step-{self.step:08d}"
-            with replaced_folder(checkpoint) as folder:
+            with replacement_folder(checkpoint) as folder:
                 self.subject.save(folder / "model")
                 state = self.optimizer.state_dict()
                 tensors = {f"{i}.{k}": v.contiguous() for i, s in state["state"].items() for k, v in s.items()}

@@ -19,9 +19,9 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from ..checkpoint_files import replaced_folder, sha256_of_file
+from ..checkpoint_files import replacement_folder, sha256_of_file
 from ..errors import PositionsError
-from ..progress import tracked
+from ..progress import track_progress
 from .config import TrainConfig
 from .data import ARRAYS, FORMAT, PACKED, cache_folder, heldout_sources, tokenize_corpus
 from .options import PackConfig
@@ -101,7 +101,7 @@ def pack(asked: PackConfig) -> dict[str, int]:
     head = None if (ROOT / COMMIT).exists() else commit()
     if head is None:
         raise PositionsError(f"{ROOT} is no git checkout; expected one of lens-positions, to pack what it holds.")
-    with replaced_folder(asked.output) as folder:
+    with replacement_folder(asked.output) as folder:
         _copy_project(folder)
         described = {**head, "sha256": code_digest(folder)}
         (folder / COMMIT).write_text(json.dumps(described, indent=2) + "\n", "utf-8")
@@ -158,7 +158,7 @@ def pack_corpus(config: TrainConfig, cache_dir: Path, into: Path) -> Path:
     folder.mkdir(parents=True)
 
     # lzma keeps no more of a text than its dictionary when it looks for what was said before: 64 MB at preset 9.
-    for name in tracked(ARRAYS, f"compressing {config.corpus}"):
+    for name in track_progress(ARRAYS, f"compressing {config.corpus}"):
         with (kept / f"{name}.npy").open("rb") as array, lzma.open(folder / f"{name}.npy.xz", "wb", preset=9) as packed:
             shutil.copyfileobj(array, packed)
 

@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..interventions import LayerIndices
 from ..model import HookedPositionTransformer
 from ..text import Mask, TextOrTokens
 from . import style
@@ -91,7 +92,7 @@ class View:
 def spacing_view(
     model: HookedPositionTransformer,
     text: TextOrTokens,
-    layers: Sequence[int] | None = None,
+    layers: LayerIndices = None,
     *,
     attention_mask: Mask = None,
     prepend_bos: bool | None = None,
@@ -144,7 +145,7 @@ def spacing_view(
 def tokens_view(
     model: HookedPositionTransformer,
     text: TextOrTokens,
-    layers: Sequence[int] | None = None,
+    layers: LayerIndices = None,
     *,
     attention_mask: Mask = None,
     prepend_bos: bool | None = None,

@@ -28,7 +28,7 @@ from ..checkpoint import fingerprint
 from ..errors import PositionsError
 from ..measure.corpus_reader import WINDOW
 from ..model import HookedPositionTransformer
-from ..progress import announced
+from ..progress import announce_parts
 from . import style
 from .charts import kinds_chart
 from .effect_charts import ABLATION_LABELS, ablation_bars
@@ -102,7 +102,7 @@ def report(
     ]
     parts: list[dict[str, Any]] = []
     interrupted: KeyboardInterrupt | None = None
-    for title, pieces in announced(planned, "report"):
+    for title, pieces in announce_parts(planned, "report"):
         try:
             parts.append({"title": title, "id": title.lower().replace(" ", "-"), "pieces": list(pieces())})
         except KeyboardInterrupt as interruption:

@@ -10,7 +10,6 @@
 import math
 import textwrap
 import unicodedata
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 
 from ..errors import PositionsError
+from ..interventions import LayerIndices
 from ..model import HookedPositionTransformer
 from ..text import Mask, TextOrTokens
 from . import style
@@ -40,7 +40,7 @@ Scale = Literal["relative", "common"]
 def spacing(
     model: HookedPositionTransformer,
     text: TextOrTokens,
-    layers: Sequence[int] | None = None,
+    layers: LayerIndices = None,
     scale: Scale = "relative",
     path: str | Path | None = None,
     *,

@@ -7,7 +7,6 @@
 - What is longer than the context, or than a picture can hold, is cut, and `cut` says where.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from ..causal.sweeps import SITES
 from ..core.increments import PositionConfig
 from ..errors import PositionsError
-from ..interventions import hook_names, index_of, indices_of
+from ..interventions import LayerIndices, hook_names, index_of, indices_of
 from ..model import HookedPositionTransformer
 from ..text import Mask, TextOrTokens, prompts_of
 from ..tokenizer import byte_characters, character_spans, is_byte_tokenizer
@@ -173,7 +172,7 @@ def position_text(
 
 
 def layers_to_show(
-    model: HookedPositionTransformer, layers: Sequence[int] | None, values: Float[Tensor, "layer ..."]
+    model: HookedPositionTransformer, layers: LayerIndices, values: Float[Tensor, "layer ..."]
 ) -> dict[int, str]:
     """The layers to give a row each, as entries of `values`, with the row's name; one row where all are the same.
 
