@@ -52,7 +52,7 @@ from .checkpoints import (
     LOG,
     OPTIMIZER,
     STATE,
-    described_state,
+    describe_state,
     newest_checkpoint,
     read_description,
     read_log,
@@ -107,12 +107,12 @@ def train(config: TrainConfig, run: Path, *, resume: bool = False, cache_dir: Pa
     training = Run(config, run, accelerator, corpus, FreshModel(config, corpus))
     if resume:
         training.checked()
-    with held(run):
+    with lock_folder(run):
         return training.go(resume)
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Keep other processes from working on a folder; the lock of one that was killed does not.
 
     Raises:
@@ -475,7 +475,7 @@ class Run:
                 tensors = {f"{i}.{k}": v.contiguous() for i, s in state["state"].items() for k, v in s.items()}
                 save_file(tensors, folder / OPTIMIZER)
                 schedule = self.schedule.state_dict()
-                described = described_state(folder, self.step, self.digest, schedule, state["param_groups"])
+                described = describe_state(folder, self.step, self.digest, schedule, state["param_groups"])
                 (folder / STATE).write_text(json.dumps(described), "utf-8")
             for other in checkpoints.iterdir():
                 if other != checkpoint:
