@@ -13,6 +13,7 @@ import torch
 
 from ..core.attach import increment_table
 from ..errors import PositionsError
+from ..former_names import getattr_with_former_names
 from ..measure.corpus_reader import CorpusIncrements, Texts, read_corpus
 from ..model import HookedPositionTransformer
 from ..text import Mask
@@ -143,3 +144,6 @@ def _context(model: HookedPositionTransformer, ids: list[int], place: int) -> st
         first = max(0, place - 3)
         label = byte_labels(ids[first : place + 4])[place - first]
     return f"{before}⟦{label}⟧{after}"
+
+
+__getattr__ = getattr_with_former_names(__name__)

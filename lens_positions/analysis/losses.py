@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float64, Int64
 
 from ..errors import PositionsError
+from ..former_names import getattr_with_former_names
 from ..measure.corpus_reader import windows
 from ..measure.intervals import bootstrap_means, interval_of, resamples
 from ..measure.metrics import token_losses
@@ -101,3 +102,6 @@ def compare_losses(
         if of_model is not found[0]:
             rows[-1] |= mean_of(of_model.nats - found[0].nats, "difference")
     return pd.DataFrame(rows)
+
+
+__getattr__ = getattr_with_former_names(__name__)

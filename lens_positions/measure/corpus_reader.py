@@ -15,6 +15,7 @@ from jaxtyping import Float64, Int, Int64
 from torch import Tensor
 
 from ..errors import PositionsError
+from ..former_names import getattr_with_former_names
 from ..model import HookedPositionTransformer
 from ..progress import track_progress
 from ..text import Mask, TextOrTokens, prompts_of
@@ -172,3 +173,6 @@ def _batches(documents: list[Int[Tensor, " _pos"]], length: int) -> Iterator[lis
         together = max(1, TOKENS_A_BATCH // size)
         for first in range(0, len(of_size), together):
             yield of_size[first : first + together]
+
+
+__getattr__ = getattr_with_former_names(__name__)
