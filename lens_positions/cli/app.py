@@ -19,7 +19,7 @@ import lens_positions as lp
 
 from .. import exits
 from ..errors import PositionsError
-from ..exits import exit_status
+from ..exits import command_outcome
 from ..terminal import print_line
 from ..viz import output as viz_output
 
@@ -67,9 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ..training.commands import main as training
 
         return training(words)
-    if words and words[0] == "experiments":
-        return exit_status(PROGRAM, lambda: _experiments(words[1:]))
-    return exit_status(PROGRAM, lambda: _run(words))
+    with command_outcome(PROGRAM) as outcome:
+        outcome.status = _experiments(words[1:]) if words[:1] == ["experiments"] else _run(words)
+    return outcome.status
 
 
 def _run(words: list[str]) -> int:

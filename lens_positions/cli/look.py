@@ -235,11 +235,7 @@ def _print_kinds(
     means: dict[int, float],
 ) -> None:
     """The mean and standard deviation of the increments by kind of token, a column a layer."""
-    import torch
-
-    table = lp.analysis.increments_by_category(
-        model, text_positions.tokens, attention_mask=torch.ones_like(text_positions.tokens)
-    )
+    table = lp.analysis.increments_by_category(model, text_positions.corpus_increments())
     print_line(console, "by kind of token (how many): mean ± standard deviation\n")
     entry_of = {model.position_layers[entry]: entry for entry in rows}
     by_kind = table[table["layer"].isin(list(entry_of))].groupby("kind", sort=False)

@@ -21,8 +21,8 @@ from .hook_points import StreamHookPoint, run_hook
 from .increments import PositionConfig
 from .per_head import identity_like, refuse_split_inputs
 from .positions import CosSin
-from .rotation import RotaryCall, Rotation, move_to_device, rotate, tensors_of
-from .stream import PositionStream, full_precision
+from .rotation import RotaryCall, Rotation, move_to_device, tensors_of
+from .stream import PositionStream, full_precision, rotate
 from .transformer_lens_internals import skips_embeddings
 
 

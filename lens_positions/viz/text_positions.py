@@ -10,6 +10,7 @@
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
@@ -18,6 +19,7 @@ from ..causal.sweeps import SITES
 from ..core.increments import PositionConfig
 from ..errors import PositionsError
 from ..interventions import LayerIndices, hook_names, index_of, indices_of
+from ..measure.corpus_reader import CorpusIncrements
 from ..model import HookedPositionTransformer
 from ..text import Mask, TextOrTokens, prompts_of
 from ..tokenizer import byte_characters, character_spans, is_byte_tokenizer
@@ -82,6 +84,18 @@ class TextPositions:
         return (
             said if self.config.source == "static" else [*said, f"An increment is the gap {self.config.gap} its token."]
         )
+
+    def corpus_increments(self) -> CorpusIncrements:
+        """The increments of these tokens as those of a corpus of this one document, for what measures corpora.
+
+        Raises:
+            PositionsError: a single token, whose increment is no distance between tokens.
+        """
+        if len(self.tokens) < 2:
+            raise PositionsError(f"text 0 has {len(self.tokens)} tokens; expected at least two.")
+        index = np.arange(len(self.tokens))[self.config.effective]
+        increments = self.increments.permute(0, 2, 1).numpy()[..., index]
+        return CorpusIncrements([self.tokens], np.zeros_like(index), index, self.layers, increments)
 
     def attention(self) -> Float[Tensor, "layer query_head pos pos"]:
         """The patterns.
