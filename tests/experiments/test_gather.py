@@ -44,8 +44,8 @@ def files(tmp_path):
     files = tmp_path / "files"
     scored(files, STATIC)
     scored(files, SHARED, kinds='layer,kind,mean\n0,letter,1.10\n0,"end, of document",2\n')
-    measured_of(files / "machinery" / "tiny-shared-0", {"model": "b" * 64}, norms="layer,norm\n0,1\n1,2.50\n")
-    measured_of(files / "rope" / SMOLLM2.variant, {"model": "c" * 64}, norms="layer,norm\n0,1e-07\n")
+    measured_of(files / "rope" / "tiny-shared-0", {"model": "b" * 64}, norms="layer,norm\n0,1\n1,2.50\n")
+    measured_of(files / "machinery" / SMOLLM2.variant, {"model": "c" * 64}, norms="layer,norm\n0,1e-07\n")
     (files / "maximum").mkdir()
     (files / "maximum" / "seed-3.csv").write_text("seed,items,accuracy\n3,16,0.5\n")
     described = {"command": "lens-positions experiments maximum", "config": {}, "loss": 0.1, "seconds": 2}
