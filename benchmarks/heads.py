@@ -20,7 +20,7 @@ import tyro
 
 import lens_positions as lp
 from lens_positions import causal
-from lens_positions.progress import tracked
+from lens_positions.progress import track_progress
 
 PROMPT = "When John and Mary went to the store in the old town, John gave a bottle of milk and bread to"
 
@@ -68,7 +68,7 @@ def main(options: Options) -> None:
 
         began = time.perf_counter()
         with torch.no_grad():
-            for layer, head, t in tracked(part.tolist(), "loop"):
+            for layer, head, t in track_progress(part.tolist(), "loop"):
                 hooks = lp.add_gap(model, t, layers=layer, heads=head)
                 value = float(metric(model.run_with_hooks(tokens, fwd_hooks=hooks))[0]) - baseline
                 errors.append(abs(value - float(effects[layers.index(layer), head, t])))

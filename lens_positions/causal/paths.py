@@ -27,14 +27,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from ..core.model_state import evaluating
+from ..core.model_state import evaluation_mode
 from ..errors import PositionsError
-from ..interventions import HeadKind, Hooks, Some, add_gap, edited_token, index_of
-from ..measure.metrics import Metric, baseline_of, measured, of_prompts
+from ..interventions import HeadIndices, HeadKind, Hooks, LayerIndices, add_gap, edited_token, index_of
+from ..measure.metrics import Metric, baseline_of, metric_values, of_prompts
 from ..measure.partial_forward import Replay
-from ..progress import tracked
+from ..progress import track_progress
 from ..text import Mask, TextOrTokens, one_prompt
-from .sweeps import TOKENS_A_BATCH, as_read, keys_apart, known_hooks
+from .sweeps import TOKENS_A_BATCH, keys_apart, known_hooks, whole_logits
 
 Receivers = Literal["head", "query", "key", "resid"]
 
@@ -53,10 +53,10 @@ def path_sweep(
     metric: Metric,
     before: int,
     length: float = 1.0,
-    layers: Some = None,
+    layers: LayerIndices = None,
     receivers: Receivers = "head",
     *,
-    heads: Some = None,
+    heads: HeadIndices = None,
     head_kind: HeadKind = "query",
     attention_mask: Mask = None,
     prepend_bos: bool | None = None,
@@ -153,7 +153,7 @@ class _Frozen:
         return got
 
     def _run(self, hooks: Hooks) -> None:
-        with evaluating(self.model), torch.no_grad(), self.model.hooks(fwd_hooks=hooks):
+        with evaluation_mode(self.model), torch.no_grad(), self.model.hooks(fwd_hooks=hooks):
             self.model(self.prompt, return_type="logits", use_cache=False)
 
 
@@ -196,7 +196,7 @@ def _effects(replay: Replay, metric: Metric, receiving: _Receiving, token: int) 
     effects = torch.zeros(len(receiving.names), first.shape[2] if by_head else 1, dtype=torch.float64)
 
     batches = [units[i : i + at_once] for i in range(0, len(units), at_once)]
-    for batch in tracked(batches, "following paths", quick=len(batches) < 4):
+    for batch in track_progress(batches, "following paths", quick=len(batches) < 4):
         rows: dict[int, list[tuple[int, int | None]]] = {}
         joining: Counter[int] = Counter()
         for row, (place, head) in enumerate(batch):
@@ -206,8 +206,8 @@ def _effects(replay: Replay, metric: Metric, receiving: _Receiving, token: int) 
         for place, of_place in rows.items():
             name = receiving.names[place][1]
             hooks.append((name, partial(_receive, receiving.values[name][:, start:], of_place)))
-        logits = as_read(None, replay.logits, replay.run(hooks, joining, token), start)
-        for (place, head), value in zip(batch, measured(metric, logits).double().tolist(), strict=True):
+        logits = whole_logits(None, replay.logits, replay.run(hooks, joining, token), start)
+        for (place, head), value in zip(batch, metric_values(metric, logits).double().tolist(), strict=True):
             effects[place, head or 0] = value - baseline
     effects = effects.to(replay.logits.dtype if replay.logits.dtype == torch.float64 else torch.float32)
     return effects if by_head else effects[:, 0]

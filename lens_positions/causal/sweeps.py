@@ -29,25 +29,25 @@ from transformer_lens import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 
 from ..config import SweepSite
-from ..core.model_state import evaluating
+from ..core.model_state import evaluation_mode
 from ..core.per_head import of_query_heads
 from ..errors import PositionsError
 from ..interventions import (
     HEAD_HOOK,
     HeadKind,
     Hooks,
-    Some,
+    LayerIndices,
     edited_token,
-    finite,
+    finite_number,
     hook_names,
     index_of,
     query_heads,
     streams_of,
     with_query_heads,
 )
-from ..measure.metrics import Metric, baseline_of, measured, of_prompts, place_of
+from ..measure.metrics import Metric, baseline_of, metric_values, of_prompts, place_of
 from ..measure.partial_forward import Replay
-from ..progress import tracked
+from ..progress import track_progress
 from ..text import Mask, TextOrTokens, one_prompt
 
 SITES: dict[str, tuple[str, int]] = {
@@ -80,7 +80,7 @@ def gap_sweep(
     tokens: TextOrTokens,
     metric: Metric,
     by: By | float = "layer",
-    layers: Some = None,
+    layers: LayerIndices = None,
     *,
     length: float = 1.0,
     heads: HeadKind = "query",
@@ -116,8 +116,8 @@ def gap_sweep(
     torch.Size([6, 4, 13])
     """
     if not isinstance(by, str):
-        by, length = "layer", finite(by, "by", 'a finite number of positions, "layer" or "head"')
-    length = finite(length, "length", "a finite number of positions")
+        by, length = "layer", finite_number(by, "by", 'a finite number of positions, "layer" or "head"')
+    length = finite_number(length, "length", "a finite number of positions")
     if length == 0:
         raise PositionsError("by is 0.0; expected a number of positions other than 0.")
     prompt = one_prompt(model, tokens, attention_mask, prepend_bos)
@@ -134,7 +134,7 @@ def patch_sweep(
     tokens: TextOrTokens,
     metric: Metric,
     site: SweepSite = "increments",
-    layers: Some = None,
+    layers: LayerIndices = None,
     align: Mapping[int, int] | None = None,
     *,
     by: By = "layer",
@@ -174,7 +174,7 @@ def patch_sweep(
         raise PositionsError(f"site is {site!r}; expected one of {', '.join(SITES)}.")
     prompt = one_prompt(model, tokens, attention_mask, prepend_bos)
     places = _places(model, site, layers, by, heads)
-    recorded = _recorded(model, source, places, prepend_bos)
+    recorded = _recorded_values(model, source, places, prepend_bos)
     length, there = prompt.shape[1], recorded[0].shape[0]
     pairs = _aligned(align, length, there, recorded[0].shape[-1] if site == "pattern" else None)
 
@@ -259,7 +259,7 @@ class _Places:
         return [(i, heads) for i in range(len(self.names)) for heads in (self.heads or cast(Any, [None]))]
 
 
-def _places(model: TransformerBridge, site: str, layers: Some, by: By, heads: HeadKind) -> _Places:
+def _places(model: TransformerBridge, site: str, layers: LayerIndices, by: By, heads: HeadKind) -> _Places:
     """Where a sweep edits at a site, by layer or by head."""
     count = head_count(model, by, heads)
     names, axis = known_hooks(model, SITES[site][0], layers), SITES[site][1]
@@ -292,7 +292,7 @@ def head_count(model: TransformerBridge, by: By, heads: HeadKind) -> int:
     return streams.n_query if heads == "query" else streams.n_key_value
 
 
-def keys_apart(model: TransformerBridge, layers: Some = None) -> Hooks:
+def keys_apart(model: TransformerBridge, layers: LayerIndices = None) -> Hooks:
     """Hooks that give each query head keys of its own, equal to those of its group.
 
     Raises:
@@ -332,7 +332,7 @@ def _sweep(
     if cut:
         prompt = prompt[:, : last + 1]
     replay = Replay(model, prompt, last_only=cut, resume=not hooked)
-    read = partial(as_read, length if cut else None, replay.logits)
+    read = partial(whole_logits, length if cut else None, replay.logits)
     baseline = baseline_of(metric, read(replay.logits, 0))
 
     units = places.units()
@@ -340,15 +340,19 @@ def _sweep(
     effects[:, list(cells)] = 0.0
     column = {token: t for t, token in cells.items()}
     tokens = [token for token in column if token < prompt.shape[1]]
-    groups = _alone(len(units), tokens) if hooked else _groups(len(units), tokens, replay, places.heads is not None)
-    for group in tracked(groups, "sweeping", quick=len(groups) < 4):
+    groups = (
+        _one_unit_groups(len(units), tokens)
+        if hooked
+        else _groups(len(units), tokens, replay, places.heads is not None)
+    )
+    for group in track_progress(groups, "sweeping", quick=len(groups) < 4):
         start = replay.start(group.tokens[0])
         size = len(group.tokens)
         joining: Counter[int] = Counter()
         for unit in group.units:  # a looped model has several of one number
             joining[places.names[units[unit][0]][0]] += size
         logits = replay.run(_hooks_of(places, units, group, start, put), joining, group.tokens[0])
-        values = measured(metric, read(logits, start)).double().cpu() - baseline
+        values = metric_values(metric, read(logits, start)).double().cpu() - baseline
         columns = [column[token] for token in group.tokens]
         effects[group.units.start : group.units.stop, columns] = values.view(-1, size)
     effects = effects.to(replay.logits.dtype if replay.logits.dtype == torch.float64 else torch.float32)
@@ -367,7 +371,7 @@ def _hooks_of(places: _Places, units: list[tuple[int, list[int] | None]], group:
         each = [(row, token, head) for row, token, heads in cells for head in (heads or cast(Any, [None]))]
         rows, tokens, of_heads = (list(column) for column in zip(*each, strict=True))
         edits = Edits(rows, tokens, None if places.heads is None else of_heads)
-        hooks.append((places.names[place][1], partial(_edit, put, place, places.axis, edits, start)))
+        hooks.append((places.names[place][1], partial(_edit_rows, put, place, places.axis, edits, start)))
     return places.also + hooks
 
 
@@ -389,11 +393,11 @@ def _groups(n_units: int, tokens: list[int], replay: Replay, by_head: bool) -> l
     return groups
 
 
-def _alone(n_units: int, tokens: list[int]) -> list[_Group]:
+def _one_unit_groups(n_units: int, tokens: list[int]) -> list[_Group]:
     return [_Group(range(unit, unit + 1), [token]) for unit in range(n_units) for token in tokens]
 
 
-def _edit(put: Put, place: int, axis: int, edits: Edits, start: int, values: Tensor, hook: Any) -> Tensor:
+def _edit_rows(put: Put, place: int, axis: int, edits: Edits, start: int, values: Tensor, hook: Any) -> Tensor:
     """Give each row of some edits another value at its token."""
     edited = values.clone()
     by_token = edited.movedim(axis, 1)
@@ -404,7 +408,7 @@ def _edit(put: Put, place: int, axis: int, edits: Edits, start: int, values: Ten
     return edited
 
 
-def as_read(
+def whole_logits(
     length: int | None, baseline: Tensor, logits: Float[Tensor, "rows rest vocab"], start: int
 ) -> Float[Tensor, "rows pos vocab"]:
     """Logits as a metric expects them: those before `start` are the baseline's.
@@ -416,7 +420,7 @@ def as_read(
     return torch.cat([baseline[:, :start].expand(len(logits), -1, -1), logits], dim=1) if start else logits
 
 
-def known_hooks(model: TransformerBridge, hook: str, layers: Some) -> list[tuple[int, str]]:
+def known_hooks(model: TransformerBridge, hook: str, layers: LayerIndices) -> list[tuple[int, str]]:
     """The hook points of a name within their block.
 
     Raises:
@@ -429,7 +433,7 @@ def known_hooks(model: TransformerBridge, hook: str, layers: Some) -> list[tuple
     return names
 
 
-def _recorded(
+def _recorded_values(
     model: TransformerBridge, source: ActivationCache | TextOrTokens, places: _Places, prepend_bos: bool | None
 ) -> list[Float[Tensor, "pos_source ..."]]:
     """Values of the source at each of the hook points, by token."""
@@ -438,7 +442,7 @@ def _recorded(
         cache = source
     elif isinstance(source, Tensor | Sequence):
         prompt = one_prompt(model, source, prepend_bos=prepend_bos)
-        with evaluating(model), torch.no_grad():
+        with evaluation_mode(model), torch.no_grad():
             _, cache = model.run_with_cache(prompt, names_filter=places.shared, return_type=None)
     else:
         raise PositionsError(f"source is a {type(source).__name__}; expected text, token ids or a cache.")

@@ -21,7 +21,7 @@ from transformer_lens.hook_points import HookPoint
 from ..errors import PositionsError
 from .devices import device_of
 from .find_attention import InsideSite, Site, TableSite, argument, with_argument
-from .model_state import evaluating
+from .model_state import evaluation_mode
 from .per_head import head_rotation, repeat_keys
 from .rotation import RotaryCall
 
@@ -129,7 +129,7 @@ def _run(
             hooks.append(site.wrapper.register_forward_hook(partial(_undo_all, undo), always_call=True))
             for child in filter(_has_matrix, site.attention.children()):
                 hooks.append(child.register_forward_pre_hook(partial(_note_input, found, i, n_query)))
-        with _quiet(base), evaluating(base), torch.inference_mode(False), torch.no_grad():
+        with _quiet(base), evaluation_mode(base), torch.inference_mode(False), torch.no_grad():
             tokens = torch.arange(TOKENS, device=device_of(embedding, base))[None] % len(embedding.weight)
             with torch.compiler.set_stance("force_eager"):
                 base(input_ids=tokens, use_cache=False)
