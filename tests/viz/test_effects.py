@@ -216,5 +216,5 @@ def test_a_map_of_heads_shows_the_largest_effect_of_each_with_its_sign():
     assert drawn.get_array().tolist() == [[0.0, -3.0, 0.0], [0.0, 0.0, 1.0]]
     assert drawn.get_clim() == (-3.0, 3.0)
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["4", "7"]
-    with pytest.raises(lp.PositionsError, match="effects have shape .2, 3, 5., with 3 layers"):
+    with pytest.raises(lp.PositionsError, match=r"effects have shape \(2, 3, 5\), with 3 layers"):
         lp.viz.head_map(effects, [0, 1, 2], "A longer gap", "nats")
