@@ -14,10 +14,11 @@ import torch
 from ..core.attach import increment_table
 from ..errors import PositionsError
 from ..measure.corpus_reader import Reading, Texts, read
+from ..measure.kinds import kinds
 from ..model import HookedPositionTransformer
 from ..text import Mask
 from ..tokenizer import byte_labels, is_byte_tokenizer
-from .token_kinds import kinds, kinds_read
+from .token_kinds import kinds_read
 
 CONTEXT_CHARACTERS = 24
 

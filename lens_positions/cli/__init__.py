@@ -7,6 +7,7 @@ Colour says again what the printed numbers say, and is left out for a pipe, a du
 from .app import app, main
 from .cause import ablate, gaps, patch
 from .look import moved, report, show
+from .map import map
 from .measure import boundaries, heads, kinds, names, saturation, specialisation
 from .rope import absolute, dispersion, frequencies
 
@@ -21,6 +22,7 @@ __all__ = [
     "heads",
     "kinds",
     "main",
+    "map",
     "moved",
     "names",
     "patch",

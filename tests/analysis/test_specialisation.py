@@ -6,8 +6,9 @@ import torch
 
 import lens_positions as lp
 from lens_positions.analysis.specialisation import below_zero, saturation, specialisation
-from lens_positions.analysis.token_kinds import CODE_KINDS, increments_by_category, kinds, kinds_read
+from lens_positions.analysis.token_kinds import increments_by_category, kinds_read
 from lens_positions.measure.corpus_reader import read
+from lens_positions.measure.kinds import CODE_KINDS, kinds
 from lens_positions.tokenizer import byte_tokenizer
 
 TEXTS = [
