@@ -43,7 +43,7 @@ class Options:
     split: str = "heldout"
     maps: Path = Path("maps")
     limit: float = 3600.0
-    output: Path = Path(__file__).with_suffix(".json")
+    output: Path = Path("benchmarks/gap_map.json")
 
 
 def main(options: Options) -> None:

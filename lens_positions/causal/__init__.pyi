@@ -2,6 +2,7 @@ from .ablation import Ablations, ablation_table, token_means
 from .attribution import attribution
 from .map_folder import GapMap
 from .map_run import gap_map
+from .map_tables import map_summary
 from .mediation import mediation
 from .metrics import log_probability, logit_difference, loss
 from .sweeps import gap_sweep, patch_sweep
@@ -16,6 +17,7 @@ __all__ = [
     "log_probability",
     "logit_difference",
     "loss",
+    "map_summary",
     "mediation",
     "patch_sweep",
     "token_means",

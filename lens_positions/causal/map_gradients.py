@@ -5,9 +5,9 @@ window. At every layer a tensor of zeros is added to the increments, [batch pos 
 position more would do at that layer alone, per position. Increments of later layers respond, as they do in `gap_sweep`.
 
 The integrated attribution goes from a baseline's increments to the model's own on a straight path, all layers at once,
-at points of Gauss and Legendre (Sundararajan et al., arXiv 1703.01365, equation 1). Its sum over all gaps of a window is
-the loss at the model's own increments minus that at the baseline's: points are doubled until it is, within 1%, or there
-are as many as allowed, and how far it is off is kept.
+at points of Gauss and Legendre (Sundararajan et al., arXiv 1703.01365, equation 1). Its sum over all gaps of a window
+is the loss at the model's own increments minus that at the baseline's: points are doubled until it is, within 1%, or
+there are as many as allowed; how far it is off is kept.
 
 Windows run together in batches, sorted by length and padded at the right with a mask. A row of a batch depends on no
 other row, so that values differ between batch sizes by rounding alone.

@@ -7,7 +7,7 @@ Colour says again what the printed numbers say, and is left out for a pipe, a du
 from .app import app, main
 from .cause import ablate, gaps, patch
 from .look import moved, report, show
-from .map import map
+from .map import map, summarise
 from .measure import boundaries, heads, kinds, names, saturation, specialisation
 from .rope import absolute, dispersion, frequencies
 
@@ -30,4 +30,5 @@ __all__ = [
     "saturation",
     "show",
     "specialisation",
+    "summarise",
 ]

@@ -7,12 +7,14 @@ from tyro.conf import Positional, arg
 
 import lens_positions as lp
 
-from ..errors import PositionsError
-from ..terminal import print_line
-from .app import BOS_OF_MODEL, Bos, app
+from ..errors import PositionsError, check_seed
+from ..terminal import print_line, with_interval
+from .app import BOS_OF_MODEL, Bos, app, check_outputs, drawn, write_table
 
 if TYPE_CHECKING:
+    import pandas as pd
     from accelerate import PartialState
+    from rich.console import Console
 
     from ..causal.map_folder import GapMap
 
@@ -142,3 +144,63 @@ def _said(found: "GapMap") -> str:
     there, every = len(found.shards), end.get("shards", 0)
     whole = "" if there == every else f"; {there} of {every} shards are there, and other processes have the rest"
     return f"map: {found.folder}, {end.get('gaps', 0):,} gaps of {end.get('documents', 0):,} documents{whole}"
+
+
+@app.command
+def summarise(
+    maps: Annotated[Positional[tuple[Path, ...]], arg(metavar="MAP ...")],
+    by: Literal["boundary", "before_kind", "after_kind"] = "boundary",
+    shuffles: int = 100,
+    seed: int = 0,
+    csv: Annotated[Path | None, arg(metavar="FILE")] = None,
+    figure: Annotated[Path | None, arg(metavar="FILE")] = None,
+) -> None:
+    """Show which gaps a model would have longer and which shorter, from maps that `map` made.
+
+    Args:
+        maps: their folders; that of a control beside another, say.
+        by: the strongest boundary that a gap crosses, or the kind of the token before or after it.
+        shuffles: of the gaps within each document, as a control.
+        seed: of the shuffles and the intervals.
+        csv: write the table, with every layer, to this file.
+        figure: draw it, as .png, .svg or .pdf.
+    """
+    check_outputs(csv, figure)
+    check_seed(seed)
+    if not maps:
+        raise PositionsError("no map was named; expected at least one folder that lens-positions map wrote.")
+
+    from rich.console import Console
+
+    table = lp.causal.map_summary(maps, by, seed, shuffles)
+    console = Console(highlight=False)
+    _print_summary(console, table, by, shuffles)
+    if csv is not None:
+        write_table(table, csv)
+        print_line(console, f"table: {csv}")
+    if figure is not None:
+        counts = table[table["layer"] == "all"].groupby(["model", "corpus"], sort=False)["n"].sum()
+        gaps = " and ".join(f"{n:,} gaps" for n in counts)
+        caption = (
+            f"{gaps}. Intervals: 95% of resamples of documents; shuffled: 95% of {shuffles} shuffles of the gaps within "
+            f"each document, seed {seed}."
+        )
+        with drawn(console, figure):
+            lp.viz.map_chart(table, caption, figure)
+
+
+def _print_summary(console: "Console", table: "pd.DataFrame", by: str, shuffles: int) -> None:
+    """The sums over layers, and how many layers are decided."""
+    for (model, corpus), rows in table.groupby(["model", "corpus"], sort=False):
+        print_line(console, f"{model}: mean gradient of the loss by the gap, nats per position, {corpus}")
+        print_line(console, f"below 0 is longer; 95% intervals resample documents; [shuffled: 95% of {shuffles}]\n")
+        whole = rows[rows["layer"] == "all"]
+        width = max(len(str(name)) for name in whole[by])
+        for row in whole.to_dict("records"):
+            layers = rows[(rows[by] == row[by]) & (rows["layer"] != "all")]["wants"]
+            decided = f"of {len(layers)} layers {sum(layers == 'longer')} longer, {sum(layers == 'shorter')} shorter"
+            shuffled = f"[{row['shuffled_low']:+.4f} to {row['shuffled_high']:+.4f}]"
+            n = f"n = {row['n']:,} in {row['documents']:,} documents"
+            mean = with_interval(row, "gradient", "+.4f")
+            print_line(console, f"  {row[by]:{width}}  {mean}  {shuffled}  {row['wants']}; {decided}; {n}")
+        console.print()
