@@ -32,6 +32,7 @@ class Options:
         corpora: names or files.
         characters: of each; 0 is all of it.
         split: the held-out documents, or all.
+        shard: windows a file.
         maps: a folder for the maps, each in a folder of its own.
         limit: seconds for each map.
         output: where results are added.
@@ -41,6 +42,7 @@ class Options:
     corpora: tuple[str, ...] = ("english", "chinese", "bilingual", "code")
     characters: int = 200_000
     split: str = "heldout"
+    shard: int = 32
     maps: Path = Path("maps")
     limit: float = 3600.0
     output: Path = Path("benchmarks/gap_map.json")
@@ -63,7 +65,7 @@ def measured(model: str, corpus: str, options: Options) -> dict[str, Any]:
     """One map in a fresh process."""
     folder = options.maps / f"{Path(model).name}-{Path(corpus).stem}-{options.split}-{options.characters}"
     command = [sys.executable, "-m", "lens_positions", "map", model, "--corpus", corpus, "--output", str(folder)]
-    command += ["--split", options.split]
+    command += ["--split", options.split, "--shard", str(options.shard)]
     if options.characters:
         command += ["--characters", str(options.characters)]
     start = time.perf_counter()

@@ -69,10 +69,12 @@ def map(
     prepend_bos = bos.prepend()
     start = _baseline(baseline)
 
+    import torch
     from accelerate import PartialState
     from rich.console import Console
 
-    state = PartialState()
+    # Without an accelerator several processes are only seen where that is said.
+    state = PartialState(cpu=not torch.accelerator.is_available())
     if device_map is not None and state.num_processes > 1:
         raise PositionsError(
             f"--device-map {device_map} was given to {state.num_processes} processes; expected one process for a model "
@@ -182,8 +184,8 @@ def summarise(
         counts = table[table["layer"] == "all"].groupby(["model", "corpus"], sort=False)["n"].sum()
         gaps = " and ".join(f"{n:,} gaps" for n in counts)
         caption = (
-            f"{gaps}. Intervals: 95% of resamples of documents; shuffled: 95% of {shuffles} shuffles of the gaps within "
-            f"each document, seed {seed}."
+            f"{gaps}. Intervals: 95% of resamples of documents; shuffled: 95% of {shuffles} shuffles of the gaps "
+            f"within each document, seed {seed}."
         )
         with drawn(console, figure):
             lp.viz.map_chart(table, caption, figure)
