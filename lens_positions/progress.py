@@ -70,7 +70,8 @@ class Counter:
 
     def __exit__(self, *_: object) -> None:
         """End, and take the bar away."""
-        self._bar.stop()
+        if self._bar.live.is_started:  # else it would print an empty line
+            self._bar.stop()
 
     def skip(self, amount: float) -> None:
         """Count what was there already or is another's work."""
