@@ -25,7 +25,7 @@ import pyarrow.parquet
 import torch
 from accelerate.utils import align_module_device
 
-from ..core.attach import unbridged
+from ..core.model_wrappers import unbridged
 from ..errors import PositionsError
 
 FORMAT = 1

@@ -25,9 +25,9 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-from ..core.attach import unbridged
 from ..core.devices import device_of
-from ..core.model_state import evaluating
+from ..core.model_state import evaluation_mode
+from ..core.model_wrappers import unbridged
 from ..interventions import Hooks, ablation_hooks, streams_of
 from ..measure.metrics import token_losses
 from .pieces import in_pieces
@@ -126,7 +126,7 @@ class WindowGradients:
     def __call__(self, batch: Batch) -> list[Gradients]:
         """The gradients of each window of a batch."""
         model = self._model
-        with evaluating(model), fixed_weights(model), torch.inference_mode(False), torch.enable_grad():
+        with evaluation_mode(model), fixed_weights(model), torch.inference_mode(False), torch.enable_grad():
             batch = Batch(
                 batch.tokens.to(self._device),
                 None if batch.mask is None else batch.mask.to(self._device),

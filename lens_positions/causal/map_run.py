@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..corpus_stream import Documents, Split
 from ..errors import PositionsError
-from ..interventions import Some, finite, hook_names, is_static
+from ..interventions import LayerIndices, finite_number, hook_names, is_static
 from ..model import HookedPositionTransformer
 from ..progress import Counter
 from .map_folder import SHARD, GapMap, begin, digest_of, weights_digest, write_end, write_shard
@@ -36,7 +36,7 @@ def gap_map(
     split: Split = "heldout",
     characters: int | None = None,
     text_column: str = "text",
-    layers: Some = None,
+    layers: LayerIndices = None,
     window: int | None = None,
     overlap: int | None = None,
     baseline: Baseline | None = None,
@@ -96,53 +96,62 @@ def gap_map(
     0      1      0  <|endofdocument|>     T          True      0.00
     1      1      1  <|endofdocument|>     T          True      0.00
     """
-    process, count = processes
-    if not 0 <= process < count:
+    if not 0 <= processes[0] < processes[1]:
         raise PositionsError(f"processes is {processes}; expected the number of one, from 0, and how many there are.")
     names = hook_names(model, layers, "attn.hook_increments")
     window, overlap = _sizes(model, window, overlap, {"shard": shard, "batch": batch, "steps": steps})
     if baseline is not None:
         baseline = _checked(model, baseline)
     documents = Documents(corpus, split, characters, text_column)
-    kept = begin(
-        Path(folder),
-        {
-            "model": model.name,
-            "weights": weights_digest(model),
-            "positions": asdict(model.position_config),
-            "corpus": documents.name,
-            "split": split,
-            "characters": characters,
-            "layers": [layer for layer, _ in names],
-            "window": window,
-            "overlap": overlap,
-            "shard": shard,
-            "baseline": baseline,
-            "steps": steps if baseline is not None else None,
-            "jieba": jieba,
-            "bos": prepend_bos,
-        },
-    )
+    settings = {
+        "model": model.name,
+        "weights": weights_digest(model),
+        "positions": asdict(model.position_config),
+        "corpus": documents.name,
+        "split": split,
+        "characters": characters,
+        "layers": [layer for layer, _ in names],
+        "window": window,
+        "overlap": overlap,
+        "shard": shard,
+        "baseline": baseline,
+        "steps": steps if baseline is not None else None,
+        "jieba": jieba,
+        "bos": prepend_bos,
+    }
+    kept = begin(Path(folder), settings)
     pieces = is_offloaded(model) if pieces is None else pieces
     gradients = WindowGradients(model, [name for _, name in names], baseline, steps, pieces)
     work = shards_of(tokens_of(model, documents, jieba, prepend_bos), window, overlap, shard)
-    counts = {"shards": 0, "documents": 0, "gaps": 0}
     with Counter(f"map of {model.name}", documents.characters, quick=not progress) as counter:
-        for number, windows in enumerate(work):
-            counts["shards"] += 1
-            counts["documents"] += sum(one.number == 0 for one in windows)
-            counts["gaps"] += sum(one.end - one.first for one in windows)
-            ours = number % count == process
-            if not ours or _is_there(kept, number, windows):
-                counter.skip(sum(one.characters for one in windows))
-                continue
-            found = _found(windows, gradients, batch, counter)
-            rows = rows_of(windows, found, [layer for layer, _ in names])
-            write_shard(kept.folder, number, rows, digest(windows))
-    if not counts["gaps"]:
-        raise PositionsError(f"{documents.name} has no document of two tokens; expected at least one gap.")
-    write_end(kept.folder, counts)
+        _make_shards(kept, work, gradients, processes, batch, counter)
     return kept
+
+
+def _make_shards(
+    kept: GapMap,
+    work: Iterable[list[Window]],
+    gradients: WindowGradients,
+    processes: tuple[int, int],
+    batch: int,
+    counter: Counter,
+) -> None:
+    """Make the shards of this process that are not there, and note where the corpus ends."""
+    process, count = processes
+    layers = kept.settings["layers"]
+    counts = {"shards": 0, "documents": 0, "gaps": 0}
+    for number, windows in enumerate(work):
+        counts["shards"] += 1
+        counts["documents"] += sum(one.number == 0 for one in windows)
+        counts["gaps"] += sum(one.end - one.first for one in windows)
+        if number % count != process or _is_there(kept, number, windows):
+            counter.skip(sum(one.characters for one in windows))
+            continue
+        rows = rows_of(windows, _found(windows, gradients, batch, counter), layers)
+        write_shard(kept.folder, number, rows, digest(windows))
+    if not counts["gaps"]:
+        raise PositionsError(f"{kept.settings['corpus']} has no document of two tokens; expected at least one gap.")
+    write_end(kept.folder, counts)
 
 
 def _found(windows: list[Window], gradients: WindowGradients, batch: int, counter: Counter) -> list[Gradients]:
@@ -191,7 +200,7 @@ def _checked(model: HookedPositionTransformer, baseline: Baseline) -> Baseline:
     elif isinstance(baseline, str):
         raise PositionsError(f'baseline is {baseline!r}; expected a number of positions or "mean".')
     else:
-        baseline = finite(baseline, "baseline", "a finite number of positions")
+        baseline = finite_number(baseline, "baseline", "a finite number of positions")
         same = is_static(model) and baseline == 1
     if same:
         raise PositionsError(

@@ -24,7 +24,7 @@ import pandas as pd
 from jaxtyping import Float64, Int64
 
 from ..errors import PositionsError, check_seed
-from ..measure.intervals import drawn_means, interval_of, resamples
+from ..measure.intervals import bootstrap_means, interval_of, resamples
 from ..measure.text_boundaries import BOUNDARIES, strongest
 from .map_folder import GapMap
 
@@ -200,7 +200,7 @@ def _rows(
     for name, values in measured.items():
         ends = "" if name == "gradient" else f"{name}_"
         found[name] = values.sum(0) / n
-        low, high = interval_of(drawn_means(values, counts, draws)) if len(group.counts) > 1 else (np.nan, np.nan)
+        low, high = interval_of(bootstrap_means(values, counts, draws)) if len(group.counts) > 1 else (np.nan, np.nan)
         found[f"{ends}low"], found[f"{ends}high"] = (np.broadcast_to(end, len(layers)) for end in (low, high))
         if name == "gradient":
             found["shuffled_low"], found["shuffled_high"] = interval_of(np.asarray(group.shuffled) / n)

@@ -6,7 +6,7 @@ Colour says again what the printed numbers say, and is left out for a pipe, a du
 
 from .app import app, main
 from .cause import ablate, gaps, patch
-from .look import moved, report, show
+from .look import extremes, report, show
 from .map import map, summarise
 from .measure import boundaries, heads, kinds, names, saturation, specialisation
 from .rope import absolute, dispersion, frequencies
@@ -17,13 +17,13 @@ __all__ = [
     "app",
     "boundaries",
     "dispersion",
+    "extremes",
     "frequencies",
     "gaps",
     "heads",
     "kinds",
     "main",
     "map",
-    "moved",
     "names",
     "patch",
     "report",

@@ -9,7 +9,7 @@ import lens_positions as lp
 
 from ..errors import PositionsError, check_seed
 from ..terminal import print_line, with_interval
-from .app import BOS_OF_MODEL, Bos, app, check_outputs, drawn, write_table
+from .app import BOS_OF_MODEL, Bos, announce_figure, app, check_outputs, write_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -187,7 +187,7 @@ def summarise(
             f"{gaps}. Intervals: 95% of resamples of documents; shuffled: 95% of {shuffles} shuffles of the gaps "
             f"within each document, seed {seed}."
         )
-        with drawn(console, figure):
+        with announce_figure(console, figure):
             lp.viz.map_chart(table, caption, figure)
 
 

@@ -45,7 +45,7 @@ def map_chart(table: pd.DataFrame, caption: str = "", path: str | Path | None = 
     title, unit = "Which gaps a model would have longer", "gradient of the loss, nats per position: below 0 is longer"
     with style.context():
         size = (wide * len(maps) + (around - 0.3) * (len(maps) - 1), dots + between + cells)
-        figure, whole = style.framed(size, title, unit, caption, (around, 0.9, 0.95, 0.5))
+        figure, whole = style.frame_figure(size, title, unit, caption, (around, 0.9, 0.95, 0.5))
         frame = whole.get_position()
         whole.remove()
         across, up = frame.width / size[0], frame.height / size[1]
