@@ -92,8 +92,9 @@ class Counter:
         self._show(said)
 
     def _show(self, rate: str | None = None) -> None:
-        more = {} if rate is None else {"rate": rate}
-        self._bar.update(self._task, completed=self._done, **more)
+        self._bar.update(self._task, completed=self._done)
+        if rate is not None:
+            self._bar.update(self._task, rate=rate)
         if rate is None or self._quick or self._console.is_terminal or perf_counter() - self._said < self.EVERY:
             return
         self._said = perf_counter()

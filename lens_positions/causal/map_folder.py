@@ -25,7 +25,7 @@ import pyarrow.parquet
 import torch
 from accelerate.utils import align_module_device
 
-from ..core.model_wrappers import unbridged
+from ..core.model_wrappers import base_model
 from ..errors import PositionsError
 
 FORMAT = 1
@@ -188,8 +188,8 @@ def write_whole(path: Path, content: Any) -> None:
 def weights_digest(model: Any) -> str:
     """SHA-256 of all parameters and of the tables of the streams, wherever they wait."""
     hashed = hashlib.sha256()
-    for name, module in sorted(unbridged(model).named_modules(), key=lambda item: item[0]):
-        with align_module_device(module, "cpu"):
+    for name, module in sorted(base_model(model).named_modules(), key=lambda item: item[0]):
+        with align_module_device(module, torch.device("cpu")):
             tensors = {**dict(module.named_parameters(recurse=False)), **_tables(name, module)}
             for own, tensor in sorted(tensors.items()):
                 values = tensor.detach().to("cpu").contiguous()

@@ -27,7 +27,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from ..core.devices import device_of
 from ..core.model_state import evaluation_mode
-from ..core.model_wrappers import unbridged
+from ..core.model_wrappers import base_model
 from ..interventions import Hooks, ablation_hooks, streams_of
 from ..measure.metrics import token_losses
 from .pieces import in_pieces
@@ -120,7 +120,7 @@ class WindowGradients:
         self._steps = steps
         self._pieces = pieces
         self._after = streams_of(model).config.gap == "after"
-        base = unbridged(model)
+        base = base_model(model)
         self._device = device_of(base.get_input_embeddings(), base)
 
     def __call__(self, batch: Batch) -> list[Gradients]:
@@ -264,5 +264,5 @@ def fixed_weights(model: torch.nn.Module) -> Iterator[None]:
 
 def is_offloaded(model: Any) -> bool:
     """Whether weights are loaded when they are needed: a backward pass of the whole would hold all of them."""
-    hooks = (getattr(module, "_hf_hook", None) for module in unbridged(model).modules())
+    hooks = (getattr(module, "_hf_hook", None) for module in base_model(model).modules())
     return any(getattr(one, "offload", False) for hook in hooks for one in (hook, *getattr(hook, "hooks", ())))

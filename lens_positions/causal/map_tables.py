@@ -135,7 +135,9 @@ def _documents(one: GapMap, by: Grouping) -> Iterator[tuple[np.ndarray, Float64[
     """The group and the gradients of every gap, document by document; heads are summed."""
     columns = [by] if by != "boundary" else [f"crosses_{name}" for name in BOUNDARIES]
     layers = len(one.settings["layers"])
-    number, names, gradients = -1, [], []
+    number = -1
+    names: list[np.ndarray] = []
+    gradients: list[np.ndarray] = []
     for rows in one.tables(["document", "index", "layer", "gradient", *columns]):
         heads = int(((rows["index"] == rows["index"][0]) & (rows["document"] == rows["document"][0])).sum()) // layers
         values = rows["gradient"].to_numpy(np.float64).reshape(-1, layers, heads).sum(2)

@@ -13,7 +13,6 @@ from .app import BOS_OF_MODEL, Bos, announce_figure, app, check_outputs, write_t
 
 if TYPE_CHECKING:
     import pandas as pd
-    from accelerate import PartialState
     from rich.console import Console
 
     from ..causal.map_folder import GapMap
@@ -73,8 +72,8 @@ def map(
     from accelerate import PartialState
     from rich.console import Console
 
-    # Without an accelerator several processes are only seen where that is said.
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    # Without an accelerator several processes are only seen where that is said. What it says is not typed.
+    state: Any = PartialState(cpu=not torch.accelerator.is_available())
     if device_map is not None and state.num_processes > 1:
         raise PositionsError(
             f"--device-map {device_map} was given to {state.num_processes} processes; expected one process for a model "
@@ -116,7 +115,7 @@ def _baseline(given: str | None) -> float | Literal["mean"] | None:
 
 def _loaded(
     model: str,
-    state: "PartialState",
+    state: Any,
     heads: bool,
     device_map: str | None,
     dtype: str | None,
