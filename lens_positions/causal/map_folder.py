@@ -48,7 +48,7 @@ class GapMap:
     >>> found == lp.causal.GapMap(folder / "map")
     True
     >>> found.end["gaps"], len(found.table(["gradient"]))  # six layers
-    (529, 3174)
+    (526, 3156)
     """
 
     folder: Path

@@ -91,10 +91,11 @@ def gap_map(
 
     >>> found = lp.causal.gap_map(model, texts, folder / "map", layers=[0, 1], progress=False)
     >>> rows = found.table(["index", "layer", "before", "after", "crosses_word", "gradient"])
-    >>> rows.head(2).round(2)
-       index  layer              before after  crosses_word  gradient
-    0      1      0  <|endofdocument|>     T          True      0.00
-    1      1      1  <|endofdocument|>     T          True      0.00
+    >>> rows[rows["layer"] == 0].iloc[2:5].round(1)
+       index  layer before after  crosses_word  gradient
+    4      3      0      h     e         False       0.5
+    6      4      0      e                True       0.2
+    8      5      0            c          True       2.1
     """
     if not 0 <= processes[0] < processes[1]:
         raise PositionsError(f"processes is {processes}; expected the number of one, from 0, and how many there are.")

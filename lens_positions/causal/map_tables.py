@@ -83,10 +83,10 @@ def map_summary(
     >>> table = lp.causal.map_summary(found)
     >>> table.loc[table["layer"] == "all", ["boundary", "n", "documents"]]
             boundary    n  documents
-    0  inside a word  292          3
-    1           word  217          3
-    2       sentence   14          3
-    3       document    6          3
+    0  inside a word  283          3
+    2           word  227          3
+    4       sentence   10          3
+    6       document    6          3
     """
     check_seed(seed)
     if by not in ("boundary", "before_kind", "after_kind"):

@@ -32,7 +32,7 @@ def map_chart(table: pd.DataFrame, caption: str = "", path: str | Path | None = 
     >>> found = lp.causal.gap_map(model, texts, folder / "map", progress=False)
     >>> figure = lp.viz.map_chart(lp.causal.map_summary(found))
     >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    ['inside a word  n=292', 'word  n=217', 'sentence  n=14', 'document  n=6']
+    ['inside a word  n=283', 'word  n=227', 'sentence  n=10', 'document  n=6']
     """
     if missing := NEEDED - set(table):
         raise PositionsError(f"the table lacks {', '.join(sorted(missing))}; expected one that map_summary made.")
