@@ -5,6 +5,7 @@ from .map_run import gap_map
 from .map_tables import map_summary
 from .mediation import mediation
 from .metrics import log_probability, logit_difference, loss
+from .paths import path_sweep
 from .sweeps import gap_sweep, patch_sweep
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "map_summary",
     "mediation",
     "patch_sweep",
+    "path_sweep",
     "token_means",
 ]
