@@ -15,10 +15,11 @@ from ..core.attach import increment_table
 from ..errors import PositionsError
 from ..former_names import getattr_with_former_names
 from ..measure.corpus_reader import CorpusIncrements, Texts, read_corpus
+from ..measure.kinds import kinds
 from ..model import HookedPositionTransformer
 from ..text import Mask
 from ..tokenizer import byte_labels, is_byte_tokenizer
-from .token_kinds import corpus_kinds, kinds
+from .token_kinds import corpus_kinds
 
 CONTEXT_CHARACTERS = 24
 

@@ -29,10 +29,10 @@ from ..corpora import jieba_words
 from ..errors import PositionsError
 from ..measure.corpus_reader import WINDOW, read_corpus
 from ..measure.intervals import auc_interval, resamples, shuffle_within
+from ..measure.kinds import is_han
 from ..model import HookedPositionTransformer
 from ..text import prompts_of
 from ..tokenizer import character_spans
-from .token_kinds import is_han
 
 Association = Callable[[str, str], float]
 

@@ -43,6 +43,7 @@ STUDY = {"experiments": "The study of the repository: suites of runs, measuremen
 GROUPS = {
     "Look at increments": ("show", "extremes", "report"),
     "Ask what they cause": ("gaps", "patch", "ablate"),
+    "Map a corpus": ("map", "summarise"),
     "Measure them on held-out text": ("kinds", "boundaries", "names", "heads", "saturation", "specialisation"),
     "Ask how a model uses RoPE itself": ("frequencies", "absolute", "dispersion"),
     "Train": tuple(TRAINING),

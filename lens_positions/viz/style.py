@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import LogFormatter
 
-from ..analysis.token_kinds import is_chinese_punctuation, is_han
+from ..measure.kinds import is_chinese_punctuation, is_han
 from .output import SUBSTITUTE, MissingFontError, check_path, visible_text, write_whole
 
 INK = "#1d2129"
