@@ -12,10 +12,13 @@ Losses are paired: the same tokens with and without. A document is the unit of s
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any, Literal, cast
 
+import numpy as np
 import pandas as pd
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
@@ -35,6 +38,9 @@ from .sweeps import SITES
 To = float | Literal["mean", "shuffle", "token"]
 ABLATION = 'a finite number, "mean", "shuffle" or "token"'
 INTERVENTIONS: tuple[To, ...] = (1.0, "mean", "shuffle")
+
+Ablation = tuple[int | str, To, int | None]
+"""What is ablated ("all" or a layer), what to, and the layer whose attention is looked at (None: loss, predictions)."""
 
 
 @dataclass(frozen=True)
@@ -99,65 +105,91 @@ def ablation_table(
     """
     names = dict(hook_names(model, layers, SITES["pattern"][0]))
     numbers = list(names)
+    to = _checked_ablations(model, to, means)
+    seed = index_of(seed, "seed", "a whole number from 0")
+    documents, batches = windows(cast(HookedPositionTransformer, model), corpus, attention_mask, prepend_bos)
+    patterns = {layer: name for layer, name in names.items() if name in model.hook_dict}
+    which: list[int | str] = ["all", *numbers]
+    base = Tally(len(documents))
+    tallies: dict[Ablation, Tally] = {}
+    for number, (rows, owners) in enumerate(rows_of(documents, batches, "ablating")):
+        baseline = _Baseline(model, rows, patterns)
+        base.add(owners, baseline.nats[..., None])
+        for layer, how in product(which, to):
+            chosen = numbers if layer == "all" else [cast(int, layer)]
+            if how == "token":
+                hooks = _set_to(model, chosen, cast(Tensor, means), rows)
+            else:
+                # A seed a batch: the same shuffle of every window would be one draw, not many.
+                hooks = ablation_hooks(model, to=cast(Any, how), layers=chosen, seed=seed + number)
+            for seen_at, changes in baseline.changes(hooks, chosen).items():
+                tallies.setdefault((layer, how, seen_at), Tally(len(documents))).add(owners, changes)
+    return _tables(tallies, base, resamples(len(documents), seed))
+
+
+def _checked_ablations(
+    model: TransformerBridge, to: Sequence[To], means: Float[Tensor, "layer vocab *head"] | None
+) -> list[To]:
+    """The ablations, each once, with "token" among them where there are means."""
     if isinstance(to, str) or not isinstance(to, Sequence) or not to:
         raise PositionsError(f"to is {to!r}; expected a list of ablations, some of 1.0, 'mean' and 'shuffle'.")
     to = list(
         dict.fromkeys(how if how in ("mean", "shuffle", "token") else finite_number(how, "to", ABLATION) for how in to)
     )
     if means is not None:
-        to = list(dict.fromkeys([*to, "token"]))
         shape = (len(streams_of(model).layers), model.cfg.d_vocab)
         if means.shape[:2] != shape:
             raise PositionsError(f"means have shape {tuple(means.shape)}; expected {shape}, [layer, vocab].")
-    elif "token" in to:
+        return list(dict.fromkeys([*to, "token"]))
+    if "token" in to:
         raise PositionsError('to has "token" and no means were given; expected those of token_means.')
-    seed = index_of(seed, "seed", "a whole number from 0")
-    documents, batches = windows(cast(HookedPositionTransformer, model), corpus, attention_mask, prepend_bos)
-    patterns = {layer: name for layer, name in names.items() if name in model.hook_dict}
-    which: list[int | str] = ["all", *numbers]
-    ablated = [(layer, how) for layer in which for how in to]
-    tallies: dict[tuple[int | str, To, int | None], Tally] = {}
-    base = Tally(len(documents))
-    for number, (rows, owners) in enumerate(rows_of(documents, batches, "ablating")):
-        targets = rows[:, 1:]
-        own: dict[str, Tensor] = {}
-        record: Hooks = [(name, partial(_keep_pattern, own)) for name in patterns.values()]
-        replay = Replay(model, rows.to(base_model(model).device), hooks=record, tokens_too=False)
-        nats, best = token_losses(replay.logits, targets), replay.logits[:, :-1].argmax(-1)
-        base.add(owners, nats[..., None])
-        for layer, how in ablated:
-            seen = numbers if layer == "all" else [cast(int, layer)]
-            if how == "token":
-                hooks = _set_to(model, seen, cast(Tensor, means), rows)
-            else:
-                hooks = ablation_hooks(model, to=cast(Any, how), layers=seen, seed=seed + number)
-            compared: dict[str, Tensor] = {}
-            listen: Hooks = [(patterns[n], partial(_compare, own, compared)) for n in seen if n in patterns]
-            logits = replay.run(hooks + listen, {min(seen): 1})
-            changed = logits[:, :-1].argmax(-1) != best
-            tally = tallies.setdefault((layer, how, None), Tally(len(documents)))
-            tally.add(owners, torch.stack([token_losses(logits, targets) - nats, changed.to(nats)], dim=-1))
-            for n in filter(patterns.get, seen):
-                tally = tallies.setdefault((layer, how, n), Tally(len(documents)))
-                tally.add(owners, compared[patterns[n]])
-    draws = resamples(len(documents), seed)
+    return to
+
+
+class _Baseline:
+    """Some rows without ablation, and what an ablation changes beside them.
+
+    Attributes:
+        nats: the loss of each token that is predicted, [batch, pos less one].
+    """
+
+    def __init__(self, model: TransformerBridge, rows: Int[Tensor, "batch pos"], patterns: dict[int, str]) -> None:
+        self.patterns = patterns
+        self._targets = rows[:, 1:]
+        self._own: dict[str, Tensor] = {}  # patterns by hook name
+        record: Hooks = [(name, partial(_keep_pattern, self._own)) for name in patterns.values()]
+        # An ablation changes nothing below its first layer, so what enters that layer is kept and run on from there.
+        self._replay = Replay(model, rows.to(base_model(model).device), hooks=record, tokens_too=False)
+        self.nats = token_losses(self._replay.logits, self._targets)
+        self._best = self._replay.logits[:, :-1].argmax(-1)
+
+    def changes(self, hooks: Hooks, layers: list[int]) -> dict[int | None, Tensor]:
+        """What some hooks change: of loss and prediction (under None) and of the patterns of the layers given."""
+        compared: dict[str, Tensor] = {}
+        seen = [layer for layer in layers if layer in self.patterns]
+        listen: Hooks = [(self.patterns[layer], partial(_compare, self._own, compared)) for layer in seen]
+        logits = self._replay.run(hooks + listen, {min(layers): 1})
+        changed = logits[:, :-1].argmax(-1) != self._best
+        # Paired by token: what texts differ in cancels.
+        of_loss = token_losses(logits, self._targets) - self.nats
+        found: dict[int | None, Tensor] = {None: torch.stack([of_loss, changed.to(of_loss)], dim=-1)}
+        return found | {layer: compared[self.patterns[layer]] for layer in seen}
+
+
+def _tables(tallies: dict[Ablation, Tally], base: Tally, draws: np.ndarray) -> Ablations:
+    """The sums by ablation and by where they were seen as the two tables of the result."""
     baseline = float(base.summary(draws)[0][0])
     losses, attention = [], []
     for (layer, how, seen_at), tally in tallies.items():
-        row: dict[str, Any] = {
-            "layer": layer,
-            "to": str(how),
-            "n": int(tally.counts.sum()),
-            "documents": len(documents),
-        }
+        n = int(tally.counts.sum())
         mean, low, high = tally.summary(draws)
         if seen_at is None:
-            row |= {"baseline": baseline, "change": mean[0], "low": low[0], "high": high[0]}
-            row |= {"changed": mean[1], "changed_low": low[1], "changed_high": high[1]}
-            losses.append(row)
+            row = {"layer": layer, "to": str(how), "n": n, "documents": len(base.counts), "baseline": baseline}
+            row |= {"change": mean[0], "low": low[0], "high": high[0]}
+            losses.append(row | {"changed": mean[1], "changed_low": low[1], "changed_high": high[1]})
             continue
         for head in range(mean.shape[-1]):
-            of_head: dict[str, Any] = {"ablated": layer, "to": str(how), "layer": seen_at, "head": head, "n": row["n"]}
+            of_head: dict[str, Any] = {"ablated": layer, "to": str(how), "layer": seen_at, "head": head, "n": n}
             for i, column in enumerate(("distance", "look_back", "look_back_change")):
                 of_head |= {column: mean[i, head], f"{column}_low": low[i, head], f"{column}_high": high[i, head]}
             attention.append(of_head)
@@ -190,6 +222,7 @@ def token_means(
     sums = torch.zeros(shape, dtype=values.dtype).index_add(2, of_token, values)
     counts = torch.bincount(of_token, minlength=shape[2])
     means = torch.where(counts > 0, sums / counts.clamp(min=1), values.mean(-1, keepdim=True)).float()
+    # Without increments per head the corpus has one head, which stands for all.
     return means.transpose(1, 2) if streams_of(model).config.per_head else means[:, 0]
 
 
@@ -221,4 +254,6 @@ def _pattern_change(
     """Total variation, look-back and its change of every query that has a choice: all but the first."""
     before, after = look_back(own), look_back(ablated)
     distance = (own - ablated).abs().sum(-1) / 2
-    return torch.stack([distance, before, after - before], dim=-1)[:, :, 1:].permute(0, 2, 3, 1)
+    # Two distributions that share nothing differ by 2 in sum: half of it is the total variation, from 0 to 1.
+    found = torch.stack([distance, before, after - before], dim=-1)[:, :, 1:]
+    return rearrange(found, "batch head query number -> batch query number head")

@@ -96,13 +96,18 @@ def mediation(
             others = torch.stack([corrupteds[pair] for pair in pairs])
             measure = partial(_numbers, metric, pairs, len(cleans))
             effects[..., pairs] = _effects(model, rows, others, measure, names, numbers)
-    rows_of_table: list[dict[str, Any]] = []
-    for layer, of_layer in zip(["all", *numbers], effects, strict=True):
+    return _effects_table(["all", *numbers], effects)
+
+
+def _effects_table(layers: Sequence[int | str], effects: Float64[np.ndarray, "layer path pair"]) -> pd.DataFrame:
+    """The mean of each path over pairs, which are the samples, with its interval."""
+    rows: list[dict[str, Any]] = []
+    for layer, of_layer in zip(layers, effects, strict=True):
         for path, effect in zip(PATHS, of_layer, strict=True):
             low, high = t_interval(effect)
             row: dict[str, Any] = {"layer": layer, "path": path, "n": len(effect)}
-            rows_of_table.append(row | {"mean": float(effect.mean()), "low": low, "high": high})
-    return pd.DataFrame(rows_of_table)
+            rows.append(row | {"mean": float(effect.mean()), "low": low, "high": high})
+    return pd.DataFrame(rows)
 
 
 def _check_pairs(cleans: list[Int[Tensor, " _pos"]], corrupteds: list[Int[Tensor, " _pos"]]) -> None:

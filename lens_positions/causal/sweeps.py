@@ -148,21 +148,11 @@ def patch_sweep(
         )
     if site == "pattern" and (align is not None or recorded[0].shape[-1] != length):
         raise PositionsError("patterns are patched row by row over all keys; expected equally long inputs and no map.")
-    if align is not None and not (isinstance(align, Mapping) and align):
-        raise PositionsError(f"align is {align!r}; expected {{token here: token there}} with at least one pair.")
-    expected = "whole numbers from 0, as align maps tokens to tokens"
-    pairs = {t: t for t in range(length)}
-    if align is not None:
-        pairs = {index_of(t, None, expected): index_of(s, None, expected) for t, s in align.items()}
-    for here, source_token in pairs.items():
-        if not (0 <= here < length and 0 <= source_token < there):
-            raise PositionsError(
-                f"align maps token {here} to {source_token}; expected tokens from 0 to {length - 1} of the prompt and "
-                f"0 to {there - 1} of the source."
-            )
+    pairs = _token_pairs(align, length, there)
 
     def recorded_values(layer: int, here: list[int], values: Tensor) -> Tensor:
         new = recorded[layer][[pairs[t] for t in here]].to(values)
+        # A prompt that is cut after the token that the metric reads has fewer keys than the recording.
         if site == "pattern":
             new = new[..., : values.shape[-1]]
         if new.shape != values.shape:
@@ -173,6 +163,23 @@ def patch_sweep(
         return new
 
     return _sweep(model, prompt, metric, names, axis, {t: t for t in sorted(pairs)}, recorded_values)
+
+
+def _token_pairs(align: Mapping[int, int] | None, length: int, there: int) -> dict[int, int]:
+    """From each token of the prompt that is patched to that of the source whose value it gets."""
+    if align is None:
+        return {t: t for t in range(length)}
+    if not (isinstance(align, Mapping) and align):
+        raise PositionsError(f"align is {align!r}; expected {{token here: token there}} with at least one pair.")
+    expected = "whole numbers from 0, as align maps tokens to tokens"
+    pairs = {index_of(t, None, expected): index_of(s, None, expected) for t, s in align.items()}
+    for here, source_token in pairs.items():
+        if not (0 <= here < length and 0 <= source_token < there):
+            raise PositionsError(
+                f"align maps token {here} to {source_token}; expected tokens from 0 to {length - 1} of the prompt and "
+                f"0 to {there - 1} of the source."
+            )
+    return pairs
 
 
 TokenEdit = Callable[[int, list[int], Tensor], Tensor]
@@ -199,8 +206,10 @@ def _sweep(
     """Run every edit; `cells` leads from the columns of the result to the tokens that are edited for them."""
     length = prompt.shape[1]
     metric = of_prompts(metric, prompt)
+    # A metric that says which token it reads (`at`) needs no logits after it, and of all logits only those.
     at = getattr(metric, "at", None)
     last = length - 1 if at is None else place_of(at, length)
+    # Hooks of the user may do anything (count calls, look at rows): then each edit is a run of its own.
     hooked = any(point.has_hooks("fwd") for point in model.hook_dict.values())
     cut = at is not None and not hooked
     if cut:
@@ -208,12 +217,14 @@ def _sweep(
     replay = Replay(model, prompt, last_only=cut, resume=not hooked)
     read = partial(_whole_logits, length if cut else None, replay.logits)
     baseline = baseline_of(metric, read(replay.logits, 0))
+    # NaN says that no edit was made there; an edit after the token that the metric reads does nothing: 0.
     effects = torch.full((len(names), length), math.nan, dtype=torch.float64)
     effects[:, list(cells)] = 0.0
     column = {token: t for t, token in cells.items()}
     tokens = [token for token in column if token < prompt.shape[1]]
     groups = _one_token_groups(names, tokens) if hooked else _groups(names, tokens, replay)
     for group in track_progress(groups, "sweeping", quick=len(groups) < 4):
+        # The rows of the batch: for each layer of the group, one copy of the prompt for each of its tokens.
         start = replay.start(group.tokens[0])
         size = len(group.tokens)
         hooks: Hooks = [
@@ -235,6 +246,7 @@ def _groups(names: list[tuple[int, str]], tokens: list[int], replay: Replay) -> 
     length, vocab = replay.tokens.shape[1], replay.logits.shape[-1]
     groups = []
     for i in range(0, len(tokens), TOKENS_A_GROUP):
+        # Neighbours start at the first of them, which costs few tokens more than starting each at its own.
         together = tokens[i : i + TOKENS_A_GROUP]
         rest = length - replay.start(together[0])
         room = min(TOKENS_A_BATCH // rest, LOGITS_A_BATCH // (replay.logits.shape[1] * vocab))
@@ -252,6 +264,7 @@ def _edit_rows(
     edit: TokenEdit, layer: int, axis: int, first_row: int, tokens: list[int], start: int, values: Tensor, hook: Any
 ) -> Tensor:
     """Row `first_row + i` gets another value at token `tokens[i]`."""
+    # A clone, as a hook must not write into what other rows, or autograd, still need.
     edited = values.clone()
     by_token = edited.movedim(axis, 1)
     rows, places = range(first_row, first_row + len(tokens)), [token - start for token in tokens]
