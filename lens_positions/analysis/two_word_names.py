@@ -190,20 +190,33 @@ def entity_grouping(
     """
     _check_names(names, carriers)
     names = list(dict.fromkeys(names))
-    split = [tuple(name.split(" ")) for name in names]
     matched = training if isinstance(training, pd.DataFrame) else matched_pairs(training, names)
     if len(matched) < 2:
         raise PositionsError(
             f"{len(matched)} of {len(names)} names have an ordinary pair of words as frequent; expected training text "
             "in English that has them."
         )
-    pairs = [*names, *matched["ordinary"]]
-    layers, spaces = _inner_spaces(model, pairs, carriers, prepend_bos)
-    real, reversed_ = spaces[:, :, 0], spaces[:, :, 1]
+    table = _grouping_table(model, names, matched, carriers, prepend_bos)
+    table["q"] = table.groupby("group")["p"].transform(stats.false_discovery_control)
+    return table[COLUMNS]
+
+
+def _grouping_table(
+    model: HookedPositionTransformer,
+    names: list[str],
+    matched: pd.DataFrame,
+    carriers: Sequence[str],
+    prepend_bos: bool | None,
+) -> pd.DataFrame:
+    """The rows of `entity_grouping`, without their correction for the number of layers."""
+    split = [tuple(name.split(" ")) for name in names]
     of_ordinary = [tuple(pair.split(" ")) for pair in matched["ordinary"]]
     partner = np.array([names.index(name) for name in matched["name"]])
     # A difference between a name and its pair belongs to the families of both.
     together = [split[i] + pair for i, pair in zip(partner, of_ordinary, strict=True)]
+
+    layers, spaces = _inner_spaces(model, [*names, *matched["ordinary"]], carriers, prepend_bos)
+    real, reversed_ = spaces[:, :, 0], spaces[:, :, 1]
     rows = []
     for i, layer in enumerate(layers):
         of_pairs = real[i] - reversed_[i]
@@ -216,9 +229,7 @@ def entity_grouping(
             rows.append({"layer": layer, "group": group, **both, **_difference_row(differences, _families(words))})
         beyond = _difference_row(of_names[partner] - of_others, _families(together))
         rows.append({"layer": layer, "group": "names - ordinary pairs", **beyond})
-    table = pd.DataFrame(rows)
-    table["q"] = table.groupby("group")["p"].transform(stats.false_discovery_control)
-    return table[COLUMNS]
+    return pd.DataFrame(rows)
 
 
 def _check_names(names: Sequence[str], carriers: Sequence[str]) -> None:

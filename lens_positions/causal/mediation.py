@@ -14,7 +14,7 @@ contains what flows through those of the others. Increments that are set do not 
 Where increments are not learned they are the same for both prompts: direct is total, and the rest 0.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 

@@ -150,19 +150,8 @@ def patch_sweep(
         raise PositionsError("patterns are patched row by row over all keys; expected equally long inputs and no map.")
     pairs = _token_pairs(align, length, there)
 
-    def recorded_values(layer: int, here: list[int], values: Tensor) -> Tensor:
-        new = recorded[layer][[pairs[t] for t in here]].to(values)
-        # A prompt that is cut after the token that the metric reads has fewer keys than the recording.
-        if site == "pattern":
-            new = new[..., : values.shape[-1]]
-        if new.shape != values.shape:
-            raise PositionsError(
-                f"the recorded values have shape {tuple(new.shape[1:])} a token and the prompt's "
-                f"{tuple(values.shape[1:])}; expected the same model."
-            )
-        return new
-
-    return _sweep(model, prompt, metric, names, axis, {t: t for t in sorted(pairs)}, recorded_values)
+    edit = partial(_put_in, recorded, pairs, site)
+    return _sweep(model, prompt, metric, names, axis, {t: t for t in sorted(pairs)}, edit)
 
 
 def _token_pairs(align: Mapping[int, int] | None, length: int, there: int) -> dict[int, int]:
@@ -294,6 +283,27 @@ def _known_hooks(model: TransformerBridge, site: str, layers: LayerIndices) -> l
         if name not in model.hook_dict:
             raise PositionsError(f"the model has no {name}; expected a site that its bridge has hooks for.")
     return names
+
+
+def _put_in(
+    recorded: list[Float[Tensor, "pos_source ..."]],
+    pairs: dict[int, int],
+    site: str,
+    layer: int,
+    here: list[int],
+    values: Tensor,
+) -> Tensor:
+    """The recorded values of a layer for some tokens of the prompt, in the place of its own."""
+    new = recorded[layer][[pairs[t] for t in here]].to(values)
+    # A prompt that is cut after the token that the metric reads has fewer keys than the recording.
+    if site == "pattern":
+        new = new[..., : values.shape[-1]]
+    if new.shape != values.shape:
+        raise PositionsError(
+            f"the recorded values have shape {tuple(new.shape[1:])} a token and the prompt's "
+            f"{tuple(values.shape[1:])}; expected the same model."
+        )
+    return new
 
 
 def _recorded_values(

@@ -15,8 +15,10 @@ from ..viz import output as viz_output
 from .app import BOS_OF_MODEL, Bos, announce_figure, app, check_outputs, complain, write_table
 
 if TYPE_CHECKING:
+    import pandas as pd
     from rich.console import Console
 
+    from ..measure.corpus_reader import CorpusIncrements
     from ..viz.spacing import Scale
 
 
@@ -108,25 +110,16 @@ def extremes(
     from rich.console import Console
     from rich.text import Text
 
-    from ..analysis.extremes import vocabulary_increments
-
     loaded = lp.HookedPositionTransformer.from_pretrained(model)
     texts = None if corpus is None else lp.corpora.heldout_excerpts(corpus, characters)
     corpus_increments = None if texts is None else lp.analysis.read_corpus(loaded, texts, prepend_bos=prepend_bos)
     found = lp.analysis.extreme_tokens(loaded, corpus_increments, top)
-    if texts is None or corpus_increments is None:
-        of_vocabulary = vocabulary_increments(loaded)
-        by_kind = of_vocabulary.groupby("kind", as_index=False).agg(n=("id", "size"), relative=("relative", "mean"))
-        by_kind = by_kind.assign(layer=0, relative_low=math.nan, relative_high=math.nan)
-        what, mean = f"{len(of_vocabulary):,} token ids, each once", of_vocabulary["increment"].mean()
-    else:
-        by_kind = lp.analysis.increments_by_category(loaded, corpus_increments)
-        what = f"{sum(map(len, texts)):,} characters of {len(texts)} held-out documents of {corpus}"
-        mean = math.nan
+    by_kind, what, mean = _extremes_by_kind(loaded, texts, corpus_increments, corpus)
     shown = layers or tuple(dict.fromkeys(found["layer"]))
     if missing := set(shown) - set(found["layer"]):
         known = ", ".join(map(str, dict.fromkeys(found["layer"])))
         raise PositionsError(f"layer {min(missing)} is not there; expected some of {known}.")
+
     console = Console(highlight=False)
     config = loaded.position_config
     print_line(console, f"{loaded.name}: {config.source} increments, the gap {config.gap} each token; {what}")
@@ -137,21 +130,46 @@ def extremes(
     for layer in shown:
         if texts is not None or len(shown) > 1:
             print_line(console, Text(f"layer {layer}", "bold"))
-        for end, rows in found[found["layer"] == layer].groupby("end"):
-            print_line(console, f"  {end}")
-            for row in rows.to_dict("records"):
-                where = row["context"] if "context" in row else f"⟦{row['token']}⟧  {row['kind']}"
-                where = "".join(c if c == " " else viz_output.visible_character(c) for c in where).replace("⟦ ⟧", "⟦␣⟧")
-                often = f"  n={row['n']}" if "n" in row else ""
-                print_line(console, f"    ×{row['relative']:.2f}  {row['increment']:.3f}{often}  {where}")
-        for row in by_kind[by_kind["layer"] == layer].sort_values("relative").to_dict("records"):
-            low, high = row["relative_low"], row["relative_high"]
-            interval = "" if math.isnan(low) else f" ({low:.3f} to {high:.3f})"
-            print_line(console, f"  {row['kind']} (n={row['n']:,}): ×{row['relative']:.3f}{interval}")
-        console.print()
+        _print_extremes(console, found[found["layer"] == layer], by_kind[by_kind["layer"] == layer])
     if csv is not None:
         write_table(found[found["layer"].isin(shown)], csv)
         print_line(console, f"tokens: {csv}")
+
+
+def _extremes_by_kind(
+    model: "lp.HookedPositionTransformer",
+    texts: list[str] | None,
+    corpus_increments: "CorpusIncrements | None",
+    corpus: str | None,
+) -> "tuple[pd.DataFrame, str, float]":
+    """Increments by kind, what they were measured on, and their mean (NaN where each layer has one of its own)."""
+    if texts is None or corpus_increments is None:
+        from ..analysis.extremes import vocabulary_increments
+
+        # A source without context: its vocabulary is all there is, so it has no documents and no intervals.
+        of_vocabulary = vocabulary_increments(model)
+        by_kind = of_vocabulary.groupby("kind", as_index=False).agg(n=("id", "size"), relative=("relative", "mean"))
+        by_kind = by_kind.assign(layer=0, relative_low=math.nan, relative_high=math.nan)
+        return by_kind, f"{len(of_vocabulary):,} token ids, each once", of_vocabulary["increment"].mean()
+    what = f"{sum(map(len, texts)):,} characters of {len(texts)} held-out documents of {corpus}"
+    return lp.analysis.increments_by_category(model, corpus_increments), what, math.nan
+
+
+def _print_extremes(console: "Console", found: "pd.DataFrame", by_kind: "pd.DataFrame") -> None:
+    """The nearest and the farthest tokens of a layer, and its kinds of token from near to far."""
+    for end, rows in found.groupby("end"):
+        print_line(console, f"  {end}")
+        for row in rows.to_dict("records"):
+            where = row["context"] if "context" in row else f"⟦{row['token']}⟧  {row['kind']}"
+            # Spaces between words stay as they are; a token that is a space alone would be an empty bracket.
+            where = "".join(c if c == " " else viz_output.visible_character(c) for c in where).replace("⟦ ⟧", "⟦␣⟧")
+            often = f"  n={row['n']}" if "n" in row else ""
+            print_line(console, f"    ×{row['relative']:.2f}  {row['increment']:.3f}{often}  {where}")
+    for row in by_kind.sort_values("relative").to_dict("records"):
+        low, high = row["relative_low"], row["relative_high"]
+        interval = "" if math.isnan(low) else f" ({low:.3f} to {high:.3f})"
+        print_line(console, f"  {row['kind']} (n={row['n']:,}): ×{row['relative']:.3f}{interval}")
+    console.print()
 
 
 @app.command

@@ -42,7 +42,6 @@ def frequencies(
     prepend_bos = bos.prepend()
 
     import pandas as pd
-    from rich.text import Text
 
     from ..analysis.frequencies import SIDES
 
@@ -54,13 +53,8 @@ def frequencies(
         "mean over tokens, heads and the frequencies of a quarter",
     )
     norms["band"] = lp.analysis.frequency_quarters(norms).map(dict(enumerate(BANDS)))
-    layers = list(dict.fromkeys(norms["layer"]))
     for side in SIDES:
-        own = norms[norms["side"] == side]
-        bands = [band for band in BANDS if (own["band"] == band).any()]
-        means = own.groupby(["layer", "band"])["norm"].mean()
-        cells = [[Text(f"{means[layer, band]:.2f}") for band in bands] for layer in layers]
-        print_grid(console, [f"{side}, layer {layer}" for layer in layers], bands, cells)
+        _print_norms(console, side, norms[norms["side"] == side])
     found = heads[heads["positional"]]
     print_line(console, f"{len(found)} of {len(heads)} heads give over half of their attention to one offset, whatever")
     print_line(console, "the tokens are (share of attention, and with the tokens in another order; 95% intervals):\n")
@@ -86,6 +80,17 @@ def frequencies(
         caption = f"{loaded.name}; {what}. Means over heads and tokens."
         with announce_figure(console, figure):
             lp.viz.norms_map(norms, caption, figure)
+
+
+def _print_norms(console: "Console", side: str, norms: "pd.DataFrame") -> None:
+    """The mean norm of queries or keys, a row a layer, a column for each quarter of the frequencies that there is."""
+    from rich.text import Text
+
+    layers = list(dict.fromkeys(norms["layer"]))
+    bands = [band for band in BANDS if (norms["band"] == band).any()]
+    means = norms.groupby(["layer", "band"])["norm"].mean()
+    cells = [[Text(f"{means[layer, band]:.2f}") for band in bands] for layer in layers]
+    print_grid(console, [f"{side}, layer {layer}" for layer in layers], bands, cells)
 
 
 @app.command

@@ -46,6 +46,9 @@ SNIPPET = 80
 
 Piece = dict[str, Any]
 
+Part = tuple[str, Callable[[], Iterator[Piece]]]
+"""The title of a part, and what computes it."""
+
 
 def report(
     model: HookedPositionTransformer,
@@ -90,7 +93,8 @@ def report(
         raise PositionsError("a text is empty; expected at least one character.")
     held_out, of_corpus = _held_out(corpus, characters)
 
-    planned: list[tuple[str, Callable[[], Iterator[Piece]]]] = [
+    # Each part is computed when it is its turn, so that an interruption keeps those before it.
+    planned: list[Part] = [
         ("The model" if compare is None else "The models", lambda: _facts(models)),
         ("Characters at their positions", lambda: _spacing(models, texts, prepend_bos)),
         ("Tokens tinted by increment", lambda: _tints(models, texts, prepend_bos)),
@@ -100,29 +104,43 @@ def report(
         ("What the increments are needed for", lambda: _ablations(models, held_out, of_corpus, seed, prepend_bos)),
         ("How to make this report again", lambda: _again(models, of_corpus, seed, command)),
     ]
+    parts, interrupted = _finished_parts(planned)
+    write_page(_page(models, parts, [title for title, _ in planned[len(parts) :]]), path)
+    if interrupted is not None:
+        raise type(interrupted)(str(path)) from interrupted
+    left_out = _cut_views(parts)
+    return left_out if held_out else [*left_out, of_corpus]
+
+
+def _cut_views(parts: list[dict[str, Any]]) -> list[str]:
+    """What views leave out of their texts, a sentence each."""
+    views = [piece for part in parts for piece in part["pieces"] if piece["kind"] == "view" and piece["view"].cut]
+    return [f"{piece['title']}: {piece['view'].title}: {piece['view'].cut}" for piece in views]
+
+
+def _finished_parts(planned: list[Part]) -> tuple[list[dict[str, Any]], KeyboardInterrupt | None]:
+    """The parts, or those before an interruption, and the interruption."""
     parts: list[dict[str, Any]] = []
-    interrupted: KeyboardInterrupt | None = None
     for title, pieces in announce_parts(planned, "report"):
         try:
             parts.append({"title": title, "id": title.lower().replace(" ", "-"), "pieces": list(pieces())})
         except KeyboardInterrupt as interruption:
-            interrupted = interruption
-            break
+            return parts, interruption
+    return parts, None
+
+
+def _page(models: list[HookedPositionTransformer], parts: list[dict[str, Any]], missing: list[str]) -> str:
+    """The page with everything in it; `missing` are the titles of parts that were not reached."""
+    names = " and ".join(model.name for model in models)
     loader = Environment(loader=PackageLoader("lens_positions.viz", "web"), autoescape=True)
-    page = loader.get_template("report.html").render(
-        title=f"does {model.name} think its" if compare is None else f"do {model.name} and {compare.name} think their",
+    return loader.get_template("report.html").render(
+        title=f"does {names} think its" if len(models) == 1 else f"do {names} think their",
         styles=_own_text(styles()),
         scripts=_own_text(scripts()),
         parts=parts,
-        missing=[title for title, _ in planned[len(parts) :]],
+        missing=missing,
         version=__version__,
     )
-    write_page(page, path)
-    if interrupted is not None:
-        raise type(interrupted)(str(path)) from interrupted
-    views = [piece for part in parts for piece in part["pieces"] if piece["kind"] == "view" and piece["view"].cut]
-    left_out = [f"{piece['title']}: {piece['view'].title}: {piece['view'].cut}" for piece in views]
-    return left_out if held_out else [*left_out, of_corpus]
 
 
 def _facts(models: list[HookedPositionTransformer]) -> Iterator[Piece]:
