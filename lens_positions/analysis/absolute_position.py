@@ -42,7 +42,7 @@ from ..measure.attention import EARLIEST, attention_names, keep_states, run_for_
 from ..measure.corpus_reader import WINDOW, Texts, rows_of, windows
 from ..measure.intervals import Tally, interval_of, resamples
 from ..model import HookedPositionTransformer
-from ..progress import track_progress
+from ..progress import several_passes, track_progress
 from ..text import Mask, prompts_of
 
 OFFSETS = 8
@@ -203,7 +203,7 @@ def _variation_rows(
         yield row | _with_ends("share", (values[head, quarter] for values in shares))
 
 
-def _with_ends(column: str, values: Iterable[float]) -> dict[str, float]:
+def _with_ends(column: str, values: Iterable[Any]) -> dict[str, float]:
     """A value and the ends of its interval, by the names of their columns."""
     return dict(zip((column, f"{column}_low", f"{column}_high"), values, strict=True))
 
@@ -245,17 +245,21 @@ def replacement_effects(
     if not replacements or isinstance(replacements, str):
         raise PositionsError(f"replacements is {replacements!r}; expected some of {', '.join(REPLACEMENTS)}.")
     rows = repeat_block(model, texts, block, length, attention_mask=attention_mask, prepend_bos=prepend_bos)
-    own = _variances(rows, model, layers, hooks, block, offsets)
     draws = resamples(len(rows), seed)
+
+    # What is drawn at random differs from draw to draw; the mean and zeros do not.
+    times = {replacement: DRAWS if replacement in ("token", "noise") else 1 for replacement in replacements}
+    with several_passes(1 + sum(times.values())):
+        own = _variances(rows, model, layers, hooks, block, offsets)
+        replaced: dict[Replacement, list[dict[int, np.ndarray]]] = {}
+        for how, i in [(name, i) for name, number in times.items() for i in range(number)]:
+            draw = partial(_replacement_of_batch, model, how, (seed, i), hooks or [])
+            replaced.setdefault(how, []).append(_variances(rows, model, layers, draw, block, offsets))
+
     numbers: list[int | str] = ["all", *own]
     table = []
     for replacement in replacements:
-        # What is drawn at random differs from draw to draw; the mean and zeros do not.
-        others: list[dict[int, np.ndarray]] = []
-        for i in range(DRAWS if replacement in ("token", "noise") else 1):
-            replaced = partial(_replacement_of_batch, model, replacement, (seed, i), hooks or [])
-            others.append(_variances(rows, model, layers, replaced, block, offsets))
-        other = {layer: np.mean([of[layer] for of in others], axis=0) for layer in own}
+        other = {layer: np.mean([of[layer] for of in replaced[replacement]], axis=0) for layer in own}
         for layer in numbers:
             chosen = [n for n in own if layer in ("all", n)]
             # Part 0 is the residual part; the mean is over heads, then over layers: [text quarter].

@@ -27,7 +27,7 @@ from ..measure.corpus_reader import Texts, rows_of, windows
 from ..measure.intervals import Tally, bootstrap_means, interval_of, resamples
 from ..measure.metrics import token_losses
 from ..model import HookedPositionTransformer
-from ..progress import track_progress
+from ..progress import several_passes, track_progress
 from ..text import Mask
 
 COEFFICIENTS = (-0.037, 0.481, -2.3, 4.917, -1.791)
@@ -238,9 +238,10 @@ def loss_by_length(
     if not documents:
         raise PositionsError(f"no text has {longest} tokens; expected at least one as long as the longest length.")
     draws = resamples(len(documents), seed)
+    with several_passes(len(lengths)):
+        tallies = {length: _losses_at(model, documents, length, longest, hooks) for length in lengths}
     table = []
-    for length in lengths:
-        own = _losses_at(model, documents, length, longest, hooks)
+    for length, own in tallies.items():
         assert own.sums is not None  # at least one document was read
         without, with_it = own.sums.sum(0) / own.counts.sum()
         # The same tokens with and without: the difference is taken before the resampling, document by document.

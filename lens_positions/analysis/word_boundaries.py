@@ -30,6 +30,7 @@ from ..errors import PositionsError
 from ..measure.corpus_reader import WINDOW, read_corpus
 from ..measure.intervals import auc_interval, resamples, shuffle_within
 from ..model import HookedPositionTransformer
+from ..progress import track_progress
 from ..text import prompts_of
 from ..tokenizer import character_spans
 from .token_kinds import is_han
@@ -135,10 +136,11 @@ def gap_areas(
         row = {"measure": measure, "layer": layer, "auc": roc_auc_score(labels, values), "low": low, "high": high}
         rows.append(row | {"n": len(labels), "boundaries": int(labels.sum()), "lines": lines})
 
-    for layer, values in zip(layers, increments, strict=True):
-        add("increment", layer, values, gaps.boundary)
-    for layer, values in zip(layers, increments, strict=True):
-        add("labels shuffled", layer, values, shuffled)
+    # A thousand resamples for each area take longer than the model does.
+    of_layers = [("increment", gaps.boundary), ("labels shuffled", shuffled)]
+    parts = [(measure, labels, i) for measure, labels in of_layers for i in range(len(layers))]
+    for measure, labels, i in track_progress(parts, "areas under curves", quick=len(gaps.line) < 10_000):
+        add(measure, layers[i], increments[i], labels)
     if training is not None:
         association = training if callable(training) else mutual_information(training)
         add("mutual information", math.nan, -np.array([association(*pair) for pair in gaps.pair]), gaps.boundary)

@@ -112,7 +112,8 @@ def ablation_table(
     which: list[int | str] = ["all", *numbers]
     base = Tally(len(documents))
     tallies: dict[Ablation, Tally] = {}
-    for number, (rows, owners) in enumerate(rows_of(documents, batches, "ablating")):
+    what = f"ablating {len(which)} choices of layers in {len(to)} ways"
+    for number, (rows, owners) in enumerate(rows_of(documents, batches, what)):
         baseline = _Baseline(model, rows, patterns)
         base.add(owners, baseline.nats[..., None])
         for layer, how in product(which, to):

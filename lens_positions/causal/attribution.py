@@ -31,6 +31,7 @@ from ..core.model_state import evaluation_mode
 from ..errors import PositionsError
 from ..interventions import Hooks, ablation_hooks, hook_names, streams_of
 from ..measure.metrics import Metric, metric_values, of_prompts
+from ..progress import track_progress
 from ..text import Mask, TextOrTokens, one_prompt
 from .pieces import in_pieces
 from .sweeps import SITES
@@ -174,7 +175,7 @@ def _mean_gradient(
     places, weights = np.polynomial.legendre.leggauss(steps)
     total = torch.zeros_like(own)
     at_once = max(1, TOKENS_A_BATCH // prompt.shape[1])
-    for i in range(0, steps, at_once):
+    for i in track_progress(range(0, steps, at_once), f"attributing in {steps:,} steps", quick=steps < 256):
         along = own.new_tensor((places[i : i + at_once] + 1) / 2).view(-1, *[1] * own.ndim)
         points, share = start + along * (own - start), torch.as_tensor(weights[i : i + at_once] / 2)
         total += _slopes(model, prompt, metric, names, points, share).sum(0)
