@@ -122,6 +122,8 @@ def _build(config: PositionConfig, base: Any, attention: RotaryAttention, table:
     places = [site.layer for site in own] if config.source == "per_layer" else [embedding]
     for source, place in zip(sources, places, strict=False):
         source.to(device_of(place, base))
+
+    # The streams know the model's own numbers of layers, which hook names have; their own places count streams.
     return PositionStreams(config, sources, [site.number for site in own], n_heads)
 
 
@@ -134,6 +136,8 @@ def _hook(streams: PositionStreams, base: Any, attention: RotaryAttention) -> No
     """Make streams part of a model's forward pass; `streams.detach` undoes what was done, also half of it."""
     for handle in _hook_handles(streams, base, attention):
         streams._undo.append(handle.remove)
+
+    # Part of the model, so that weights train, move and are saved with it.
     base.add_module("position_streams", streams)
     streams._undo.append(partial(_remove_module, base, "position_streams"))
 
@@ -247,6 +251,7 @@ def _add_hook_points(bridge: Any, streams: PositionStreams, attention: RotaryAtt
             component.add_module(name, getattr(stream, name))
             added.append((component, name))
 
+    # The registry is built when a bridge is made: hook points that came later are not in it.
     scan_hook_points(bridge)
     streams._undo.append(partial(_remove_hook_points, bridge, added))
 

@@ -32,8 +32,11 @@ def rotate_heads(
     Where there are more heads than positions have, as the queries of grouped attention do, consecutive heads
     share one.
     """
+    # A projection returns its heads side by side: [batch pos head * d_head].
     heads = projected.unflatten(-1, (-1, d_head))
     cos, sin = (x.repeat_interleave(heads.shape[2] // x.shape[2], dim=2) for x in cos_sin)
+
+    # The halves layout of Llama: component i turns together with component i + d_head / 2.
     first, second = heads.chunk(2, dim=-1)
     return (heads * cos + torch.cat((-second, first), dim=-1) * sin).flatten(-2)
 
@@ -102,6 +105,7 @@ def refuse_inexact_heads(attention: Any, rotary: list[nn.Module], d_model: int, 
             "a model such as Llama, or per_head=False."
         )
 
+    # The norm would come after the rotation instead of before it: its weights differ by component, so that is not the same.
     normed = [n for n, _ in attention.named_children() if "norm" in n]
     if normed:
         raise PositionsError(
@@ -109,6 +113,7 @@ def refuse_inexact_heads(attention: Any, rotary: list[nn.Module], d_model: int, 
             "expected a model without it, or per_head=False."
         )
 
+    # OLMo cuts queries and keys off between projection and rotation.
     clipped = getattr(getattr(attention, "config", None), "clip_qkv", None) is not None
     if clipped or not rotary or not _rotates_halves(attention, rotary[0], d_model, dtype):
         raise PositionsError(

@@ -127,6 +127,8 @@ class PositionStream(nn.Module):
         shares = from_source is forward_pass.increments and increments is from_source and not forward_pass.checkpointed
         candidates = forward_pass.shared_positions if shares else []
         found = [known for known in candidates if known.are_of(increments, surplus, call)]
+
+        # All layers with one source sum the same increments: the sum is made once, and so are cos and sin.
         if found:
             shared = found[0]
         else:
