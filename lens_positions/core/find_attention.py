@@ -462,8 +462,7 @@ def _note_leaves(
     """Note which sites' rotations are behind the output of an attention, if it is one and was handed a leaf."""
     states = argument(site.parameters, args, kwargs, "hidden_states")
 
-    # Attention returns its output, or a tuple of it and its weights. A decoder layer, also a candidate, may return
-    # less.
+    # Attention returns its output, or a tuple of it and its weights; what returns something else is no attention.
     result = output[0] if isinstance(output, tuple) else output
     if not isinstance(result, Tensor) or result.shape != states.shape or i not in {n for n, _ in leaves.values()}:
         return

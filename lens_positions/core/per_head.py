@@ -105,7 +105,7 @@ def refuse_inexact_heads(attention: Any, rotary: list[nn.Module], d_model: int, 
             "a model such as Llama, or per_head=False."
         )
 
-    # The norm would come after the rotation instead of before it: its weights differ by component, so that is not the same.
+    # The norm would come after the rotation instead of before it, and its weights differ by component.
     normed = [n for n, _ in attention.named_children() if "norm" in n]
     if normed:
         raise PositionsError(
