@@ -102,6 +102,8 @@ class RunConfig:
         check_number("weight_decay", self.weight_decay, zero=True)
         if self.max_bytes is not None:
             check_whole("max_bytes", self.max_bytes, 1, 1 << 62)
+
+        # Parts of different size would count the tokens of the small one more.
         if self.batch_size % self.accumulate:
             raise PositionsError(
                 f"batch_size {self.batch_size} is no multiple of accumulate {self.accumulate}; expected equal parts."
@@ -258,6 +260,8 @@ def _of_type(expected: Any, value: Any, wrong: str) -> Any:
     """A value of JSON or TOML as its field has it: a list as a tuple, a path from its text."""
     if expected == Path | None and isinstance(value, str) and "\0" not in value:
         return Path(value)
+
+    # JSON and TOML know no tuples.
     if isinstance(value, list):
         value = tuple(value)
     try:
@@ -278,6 +282,7 @@ def changes(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> 
     """
     for name, value in after.items():
         if isinstance(value, dict):
+            # A nested configuration that was not there before counts as one without fields.
             known = before.get(name)
             yield from changes(known if isinstance(known, dict) else {}, value, f"{prefix}{name}.")
         elif value != before.get(name):
