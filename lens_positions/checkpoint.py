@@ -392,12 +392,7 @@ def load_adapter(model: Any, path: str | Path, *, merge: bool = False) -> Positi
         raise PositionsError(f"there is no adapter at {path}; expected a folder that save_adapter wrote.")
     base = base_model(model)
     refuse_attached(base)
-    there = next(iter(peft_layers(base)), None)
-    if there is not None:
-        raise PositionsError(
-            f"the model has an adapter of peft already (in {there}); expected the base alone, into which load_adapter "
-            "puts the adapter's own."
-        )
+    _refuse_adapters(base)
     state = _checked_state(path, saved.config)
     rounded, exact = base_digests(base)
 
@@ -424,6 +419,16 @@ def load_adapter(model: Any, path: str | Path, *, merge: bool = False) -> Positi
             merge_adapters(base, tuners, saved.adapters)
             streams = _attach_saved(model, saved, state, path)
     return streams
+
+
+def _refuse_adapters(base: Any) -> None:
+    """Refuse a model that has an adapter already: with two of them, neither is what was saved."""
+    there = next(iter(peft_layers(base)), None)
+    if there is not None:
+        raise PositionsError(
+            f"the model has an adapter of peft already (in {there}); expected the base alone, into which load_adapter "
+            "puts the adapter's own."
+        )
 
 
 def streams_state(model: Any) -> dict[str, Tensor]:

@@ -95,6 +95,8 @@ def repeat_block(
     """
     block = index_of(block, "block", "a whole number of tokens from 1", least=1)
     room = min(model.cfg.n_ctx, WINDOW) if length is None else index_of(length, "length", "a number of tokens", least=1)
+
+    # One token stands in front.
     repeats = (room - 1) // block
     if repeats < FEWEST_REPEATS:
         raise PositionsError(
@@ -103,6 +105,7 @@ def repeat_block(
         )
     rows = []
     for number, tokens in enumerate(prompts_of(model, texts, attention_mask, prepend_bos, whole=True)):
+        # The first token is not repeated: it marks the beginning, which happens once.
         front, own = tokens[:1], tokens[1:]
         if len(own) < block:
             raise PositionsError(
@@ -340,25 +343,35 @@ def _variances(
     names = attention_names(model, layers, "attn_scores")
     found: dict[int, list[np.ndarray]] = {layer: [] for layer in names}
     size = _repeats_a_quarter(rows, block)
+
+    # Queries from the third repeat on; a remainder that fills no quarter is left out at the end.
     start = 1 + SKIPPED * block
     queries = torch.arange(start, start + QUARTERS * size * block)
+
+    # For each query the keys at the distances 0, 1, ... before it.
     keys = queries[:, None] - torch.arange(offsets)
 
     def collect(layer: int, scores: Float[Tensor, "batch head query key"], hook: HookPoint) -> None:
         # Float64, as a variance over repeats is a small difference of large squares.
         own = scores.detach()[..., queries, :].double()
         score = own.gather(-1, keys.to(own.device).expand(*own.shape[:2], -1, -1))
+
+        # The log of the sum over all keys, the denominator of the softmax; the same for all distances.
         log_z = own.logsumexp(-1, keepdim=True).expand_as(score)
         # A query's place in its block stays fixed; what varies is which repeat it stands in.
         axes = "batch head (quarter repeat place) offset -> batch head quarter repeat place offset"
         by_repeat = [rearrange(values, axes, quarter=QUARTERS, repeat=size) for values in (score, log_z)]
         score, log_z = (values - values.mean(3, keepdim=True) for values in by_repeat)
+
+        # Centred over repeats, so that means of products are variances and the covariance.
         products = torch.stack([score * score, log_z * log_z, score * log_z], dim=-1)
         found[layer].append(products.mean((3, 4, 5)).cpu().numpy())
 
     batches = rows.split(max(1, TOKENS_A_BATCH // rows.shape[1]))
     for number, batch in enumerate(track_progress(batches, "absolute position", quick=rows.numel() < 512)):
         listen = [(name, partial(collect, layer)) for layer, name in names.items()]
+
+        # Hooks that draw at random draw anew for each batch.
         active = hooks(number) if callable(hooks) else hooks or []
         run_for_hooks(model, batch, [*active, *softmax_checks(names), *listen])
     return {layer: np.concatenate(parts) for layer, parts in found.items()}
@@ -419,6 +432,7 @@ def _replace_embedding(
     elif how == "zeros":
         given = torch.zeros_like(first)
     else:
+        # As long as the vector that it replaces, as length alone may mark a token.
         noise = torch.randn(first.shape, generator=generator).to(first)
         given = noise / noise.norm(dim=-1, keepdim=True) * first.norm(dim=-1, keepdim=True)
     changed = embeddings.clone()
@@ -465,6 +479,7 @@ def attention_sinks(
         own.add(owners, rearrange(pattern[:, :, EARLIEST:, 0].detach().float(), "batch head query -> batch query head"))
 
     for rows, owners in rows_of(documents, [batch for batch in begun if batch], "sinks"):
+        # Without its common token the same text begins with a token of its own, and the rest is unchanged.
         in_front = common is not None and bool((rows[:, 0] == common).all())
         for first, tokens in ({"common": rows, "own": rows[:, 1:]} if in_front else {"own": rows}).items():
             listen: Hooks = [(name, partial(tally, first, layer, owners)) for layer, name in names.items()]
@@ -524,6 +539,7 @@ def fingerprints(
     if not apart.any():
         raise PositionsError("all texts begin with the same token; expected others, to tell its fingerprint.")
 
+    # As many tokens in both: the last gives way to the one in front.
     with_common = torch.cat([front.expand(len(rows), 1), rows[:, :-1]], dim=1)
     table = []
     for first, tokens, pairs in (("common", with_common, others), ("own", rows, apart)):

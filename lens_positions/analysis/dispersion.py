@@ -81,6 +81,8 @@ def _sharpen_heads(
 ) -> Float[Tensor, "batch head query key"]:
     if heads is None:
         return sharpen_scores(scores)
+
+    # Other heads keep their scores.
     changed = scores.clone()
     changed[:, heads] = sharpen_scores(scores[:, heads])
     return changed

@@ -172,6 +172,7 @@ def frequency_contributions(
     found: list[Tensor] = []
 
     def collect(_layer: int, terms: Iterator[Tensor], _seen_keys: Tensor) -> None:
+        # One prompt: the batch axis goes.
         found.append(torch.stack([term[0] for term in terms], dim=1))
 
     _each_score(model, one_prompt(model, tokens, attention_mask, prepend_bos), layouts, collect, hooks)
@@ -191,6 +192,8 @@ def _each_score(
         scores = names_of(model, layer, "attn_scores")
         if not scores:
             raise PositionsError(f"layer {layer} has no attention scores in TransformerLens; expected some.")
+
+        # Queries and keys come by before the scores that are made of them, layer by layer.
         seen: dict[str, Tensor] = {}
         for side in SIDES:
             listen += _states_hooks(model, layer, layout, side, partial(seen.__setitem__, side))
@@ -411,6 +414,8 @@ def positional_heads(
     """
     offsets = index_of(offsets, "offsets", f"a whole number from 1 to {EARLIEST}", least=1, most=EARLIEST)
     documents, batches = windows(model, texts, attention_mask, prepend_bos)
+
+    # Windows of a batch have one length.
     batches = [batch for batch in batches if batch[0][2] - batch[0][1] > EARLIEST]
     if not batches:
         raise PositionsError(f"no text has {EARLIEST + 1} tokens; expected at least one, to see offsets from afar.")
@@ -470,6 +475,8 @@ def frequency_quarters(norms: pd.DataFrame) -> "pd.Series[int]":
     [0, 0, 0, 0, 1, 1, 1, 1]
     """
     turned = norms["frequency"] > 0
+
+    # How many frequencies the layer turns.
     counts = norms["index"].where(turned).groupby(norms["layer"]).transform("max") + 1
     return (4 * norms["index"] / counts).where(turned, 4).astype(int)
 
@@ -509,6 +516,8 @@ def high_frequency_use(norms: pd.DataFrame, heads: pd.DataFrame, highest: float 
             raise PositionsError("the model turns no frequency; expected rotary positions.")
         by: Any = ["layer", "head"]
         counts = own.groupby("layer")["index"].transform("max") + 1
+
+        # Squares of norms add up over chunks to that of the whole vector, so shares of them are shares of a whole.
         squares = own.assign(square=own["norm"] ** 2, high=own["index"] < np.ceil(highest * counts))
         share = squares[squares["high"]].groupby(by)["square"].sum() / squares.groupby(by)["square"].sum()
         # Keys have fewer heads where query heads share them: a key head stands for its group of query heads.
@@ -560,6 +569,8 @@ def _rotate(states: Tensor, distances: Tensor, frequencies: Tensor) -> Tensor:
         raise PositionsError(
             f"there are {states.shape[-1]} components and {len(frequencies)} frequencies; expected two for each."
         )
+
+    # Each frequency turns by its own angle per position.
     angle = distances[..., None] * frequencies.to(states)
     cos, sin = angle.cos(), angle.sin()
     first, second = states.chunk(2, dim=-1)

@@ -137,6 +137,8 @@ def head_correlations(profile: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     1  layers  spearman  6
     """
     own = profile.groupby("layer")["increment"].nunique().max() > 1
+
+    # Query heads of a group share one increment and are no independent samples: each group is one.
     by = ["layer", "increment"] if own else ["layer"]
     whole = profile.groupby(by, as_index=False, sort=False)[["increment", "look_back"]].mean()
     if len(whole) < 4 or whole["increment"].nunique() < 2:
@@ -147,6 +149,8 @@ def head_correlations(profile: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         )
     layer = whole["layer"].to_numpy()
     values = whole[["increment", "look_back"]].to_numpy().T
+
+    # Spearman's correlation is Pearson's of the ranks.
     ranks = np.stack([stats.rankdata(row) for row in values])
     rows = []
     for scope in ("heads", "within layers") if own else ("layers",):

@@ -286,6 +286,8 @@ def _code_kinds(ids: list[int]) -> list[str]:
     for i, byte in enumerate(ids):
         # A byte beyond ASCII is part of a character of several bytes: no kind of program text, so "other".
         character = chr(byte) if byte < 128 else ""
+
+        # Spaces after spaces that began a line are indentation as well.
         starts_line = i == 0 or found[-1] in ("newline", "indentation", "end of document")
         if byte == END_OF_DOCUMENT:
             found.append("end of document")
@@ -308,6 +310,7 @@ def _character_kind(character: str) -> str:
         ("sentence end", ".!?"),
         ("punctuation", string.punctuation),
     ):
+        # In this order: sentence ends are punctuation too, and come first.
         if character in members:
             return kind
     return "other"

@@ -220,8 +220,12 @@ def token_means(
     of_token = torch.from_numpy(corpus_increments.ids())
     values = torch.from_numpy(corpus_increments.increments)
     shape = (*values.shape[:2], cast(Any, model.cfg.d_vocab))
+
+    # `index_add` counts every occurrence of an id; an assignment by index would keep the last.
     sums = torch.zeros(shape, dtype=values.dtype).index_add(2, of_token, values)
     counts = torch.bincount(of_token, minlength=shape[2])
+
+    # An id that the corpus lacks has no mean of its own.
     means = torch.where(counts > 0, sums / counts.clamp(min=1), values.mean(-1, keepdim=True)).float()
     # Without increments per head the corpus has one head, which stands for all.
     return means.transpose(1, 2) if streams_of(model).config.per_head else means[:, 0]
@@ -232,6 +236,8 @@ def _set_to(
 ) -> Hooks:
     """Hooks that give every token of some rows the mean increment of its id."""
     every = hook_names(model, None, HOOK.format("increments"))
+
+    # Means are of every layer that has a stream, in their order.
     table = zip(every, means, strict=True)
     return [(name, partial(_replace_rows, of_ids[rows.cpu()])) for (layer, name), of_ids in table if layer in layers]
 

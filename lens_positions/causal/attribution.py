@@ -84,20 +84,23 @@ def attribution(
     >>> bool((slopes[:, 0] == 0).all())  # there is no gap before the first token
     True
     """
+    if method not in ("gradient", "integrated"):
+        raise PositionsError(f'method is {method!r}; expected "gradient" or "integrated".')
     prompt = one_prompt(model, tokens, attention_mask, prepend_bos)
     metric = of_prompts(metric, prompt)
     names = [name for _, name in hook_names(model, None, SITES["increments"][0])]
+
+    # A caller may have switched gradients off for everything; they are needed here.
     with evaluation_mode(model), torch.inference_mode(False), torch.enable_grad():
+        # A tensor that was made in inference mode cannot be saved for a backward pass.
         prompt = prompt.clone()
         if method == "gradient":
             values = _gradient(model, prompt, metric, names)
-        elif method == "integrated":
-            values = _integrated_gradients(model, prompt, metric, names, baseline)
         else:
-            raise PositionsError(f'method is {method!r}; expected "gradient" or "integrated".')
-    if values.ndim == 3:
-        values = values.sum(-1)
+            values = _integrated_gradients(model, prompt, metric, names, baseline)
+    values = values.sum(-1) if values.ndim == 3 else values
     if streams_of(model).config.gap == "after":
+        # With gap "after" the increment of token t - 1 is the gap before token t.
         values = torch.cat([torch.zeros_like(values[:, :1]), values[:, :-1]], dim=1)
     return values
 
@@ -106,6 +109,8 @@ def _gradient(
     model: TransformerBridge, prompt: Int[Tensor, "1 pos"], metric: Metric, names: list[str]
 ) -> Float[Tensor, "layer pos *head"]:
     current = streams_of(model)._current
+
+    # A hook function of the user may run the model inside the pass that is differentiated.
     around = current.get()
     found: dict[str, list[Tensor]] = {name: [] for name in names}
 
@@ -131,6 +136,7 @@ def _integrated_gradients(
     baseline: float | Literal["mean"] | Tensor,
 ) -> Float[Tensor, "layer pos *head"]:
     with torch.no_grad():
+        # The path is a straight line between two sets of increments, recorded here and held at each point.
         own = _increments(model, prompt, names, [])
         if isinstance(baseline, Tensor):
             if baseline.shape != own.shape or not baseline.isfinite().all():
@@ -143,12 +149,16 @@ def _integrated_gradients(
             raise PositionsError(f'baseline is {baseline!r}; expected a number, "mean" or increments.')
         else:
             start = _increments(model, prompt, names, ablation_hooks(model, to=baseline))
+
+        # Both ends in one pass: their difference is what the attribution has to sum to.
         ends = torch.stack([start, own])
         first, last = _at_points(model, prompt, metric, names, ends).tolist()
     whole = last - first
     sums = math.nan
     values = torch.zeros_like(own)
     for steps in STEPS:
+        # Integrated gradients (Sundararajan, Taly and Yan, arXiv 1703.01365, equation 1): the difference times the mean
+        # slope along the path.
         values = (own - start) * _mean_gradient(model, prompt, metric, names, start, own, steps)
         sums = float(values.double().sum())
         if abs(sums - whole) <= TOLERANCE * abs(whole) or torch.equal(own, start):
@@ -172,6 +182,7 @@ def _mean_gradient(
     steps: int,
 ) -> Float[Tensor, "layer pos *head"]:
     """The gradient averaged over the path by Gauss-Legendre quadrature, exact for smooth paths with few points."""
+    # On [-1, 1], with weights that sum to 2.
     places, weights = np.polynomial.legendre.leggauss(steps)
     total = torch.zeros_like(own)
     at_once = max(1, TOKENS_A_BATCH // prompt.shape[1])
@@ -203,6 +214,7 @@ def _slopes(
     weights: Float[Tensor, " row"],
 ) -> Float[Tensor, "row layer pos *head"]:
     """The gradient of a weighted sum of the metric at some points."""
+    # One number is differentiated for all points at once, as rows do not depend on each other.
     points = points.requires_grad_()
     with model.hooks(fwd_hooks=_hooks_that_set(names, points)), in_pieces(model):
         logits = model(prompt.expand(len(points), -1), return_type="logits", use_cache=False)

@@ -89,6 +89,7 @@ def mediation(
     )
     _check_pairs(cleans, corrupteds)
 
+    # All layers together, then each alone.
     effects = np.empty((1 + len(numbers), len(PATHS), len(cleans)))
     with evaluation_mode(model), torch.no_grad():
         groups = by_length(cleans)
@@ -131,6 +132,7 @@ def _effects(
     layers: list[int],
 ) -> Float64[np.ndarray, "layer_and_all path pair"]:
     """The effects of pairs of one length: of all layers together, then of each alone."""
+    # Increments of both prompts, to be held at in the runs below.
     logits_clean, of_clean = model.run_with_cache(clean, names_filter=names)
     logits_corrupted, of_corrupted = model.run_with_cache(corrupted, names_filter=names)
     base = measure(clean, logits_clean)
@@ -142,6 +144,7 @@ def _effects(
 
     found = []
     for layer in (None, *layers):
+        # The corrupted prompt with the increments of the clean one: what does not go through them. And the reverse.
         direct = held(corrupted, freeze(of_clean, layers=layer))
         through = held(clean, freeze(of_corrupted, layers=layer))
         found.append([total, direct, through, total - direct - through])

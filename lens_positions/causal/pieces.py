@@ -48,6 +48,7 @@ def in_pieces(model: TransformerBridge) -> Iterator[None]:
     restore: list[Callable[[], None]] = []
     try:
         for point in points.values():
+            # Hook functions may count, draw or write: they run once, though the block runs twice.
             for key, function in point._forward_hooks.items():
                 once = Once(function)
                 point._forward_hooks[key] = once
@@ -79,6 +80,7 @@ class Piece:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The block's output."""
+        # Other threads, passes without gradients and passes with a cache run the block as it is.
         step = self._current.get()
         ours = self._thread == threading.get_ident() and torch.is_grad_enabled() and step is not None
         if not ours or any(kwargs.get(name) is not None for name in CACHES):
@@ -143,6 +145,8 @@ class Once:
         tape: Tape | None = getattr(_active_runs, "tape", None)
         if tape is None:
             return self._function(module, *given)
+
+        # PyTorch hands (module, args, output), and with keywords (module, args, kwargs, output).
         output = given[-1]
         if tape.again:
             return tape.next(output)
@@ -183,6 +187,7 @@ def _has_foreign_hooks(block: nn.Module) -> bool:
 
 
 def _where_from(hook: Any) -> str:
+    # A partial is where its function is.
     function = getattr(hook, "func", hook)
     return getattr(function, "__module__", None) or ""
 

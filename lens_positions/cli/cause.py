@@ -171,6 +171,7 @@ def ablate(
     )
     _print_ablations(console, found)
     if csv is not None:
+        # Two tables of different columns: two files.
         beside = csv.with_name(f"{csv.stem}-attention{csv.suffix}")
         write_table(found.loss, csv)
         write_table(found.attention, beside)
@@ -198,6 +199,8 @@ def _metric(
 
 def _single_token(model: "lp.HookedPositionTransformer", text: str, option: str) -> int:
     check_text(text)
+
+    # The effect is on one logit, so the answer has to be one token.
     ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
         raise PositionsError(
@@ -231,6 +234,7 @@ def _show_effects(
     print_line(console, "largest effects")
     length = effects.shape[1]
     for i in effects.nan_to_num().abs().flatten().topk(min(8, effects.numel())).indices.tolist():
+        # The map was flattened to rank it.
         layer, t = divmod(i, length)
         around = "".join(labels[max(0, t - 4) : t]) + f"⟦{labels[t]}⟧" + "".join(labels[t + 1 : t + 3])
         print_line(console, f"  {float(effects[layer, t]):+.4f}  layer {numbers[layer]}, token {t}  {around}")

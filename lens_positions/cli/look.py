@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from ..measure.corpus_reader import CorpusIncrements
     from ..viz.spacing import Scale
+    from ..viz.text_positions import TextPositions
 
 
 @app.command
@@ -209,6 +210,8 @@ def report(
     loaded = lp.HookedPositionTransformer.from_pretrained(model)
     other = None if compare is None else lp.HookedPositionTransformer.from_pretrained(compare)
     options: list[tuple[str, Any]] = [("--text", text), ("--compare", compare), ("--corpus", corpus)]
+
+    # The report says how to make it again: this command, without what is by default.
     words = ["lens-positions", "report", model, "--output", str(output)]
     for option, value in options:
         words += [option, *([value] if isinstance(value, str) else value)] if value else []
@@ -241,6 +244,8 @@ def _print_tokens(
     print_line(console, "1.00 is one step of standard RoPE; blue: nearer than the layer's mean, orange: farther\n")
     labels = [viz_output.visible_text(label) for label in text_positions.labels]
     increments = text_positions.increments.mean(-1)
+
+    # Tinted by the mean of the row's own layer, as layers differ in scale.
     cells = [[increment_cell(value, means[layer]) for value in increments[layer].tolist()] for layer in rows]
     print_grid(console, list(rows.values()), labels, cells)
 

@@ -98,6 +98,8 @@ def boundaries(
     if lines is not None:
         if lines < 1:
             raise PositionsError(f"--lines is {lines}; expected at least 1.")
+
+        # Every so many lines, so that all parts of the text are in.
         kept = range(0, len(texts), max(1, math.ceil(len(texts) / lines)))
         texts = [texts[i] for i in kept]
         segmented = segmented if isinstance(segmented, str) else [segmented[i] for i in kept]
@@ -225,6 +227,8 @@ def saturation(
     check_outputs(csv, None)
     prepend_bos = bos.prepend()
     loaded, texts, what = read_heldout(model, corpus, characters)
+
+    # Without an activation there is no cap to sit at, and increments may be negative.
     if loaded.position_config.learned and loaded.position_config.activation == "none":
         table = lp.analysis.below_zero(loaded, texts, seed, prepend_bos=prepend_bos)
         console = print_heading(f"{loaded.name}: increments below zero, {what}", PER_TOKEN)

@@ -114,6 +114,8 @@ def spacing_view(
     """
     text_positions = position_text(model, text, attention_mask=attention_mask, prepend_bos=prepend_bos)
     shown = layers_to_show(model, layers, text_positions.positions)
+
+    # The page divides by the mean itself where the reader asks for it.
     rows = rows_of(text_positions, shown, "common")
     relative = all(row.mean_increment > LEAST_MEAN for row in rows)
     n = _drawable_units(text_positions, len(rows))
@@ -218,9 +220,10 @@ def attention_view(
         model, text, patterns=True, most=most, attention_mask=attention_mask, prepend_bos=prepend_bos
     )
     patterns = text_positions.attention()
-    spread = text_positions.increments.std(dim=(1, 2), correction=0) / text_positions.increments.abs().mean(
-        dim=(1, 2)
-    ).clamp_min(1e-9)
+
+    # The layer whose increments vary most beside their mean is shown first.
+    increments = text_positions.increments
+    spread = increments.std(dim=(1, 2), correction=0) / increments.abs().mean(dim=(1, 2)).clamp_min(1e-9)
     source = text_positions.config.source
     said = [
         *text_positions.convention(heads="each head has its own"),
@@ -235,7 +238,7 @@ def attention_view(
         "rows": [
             {
                 "name": f"layer {number}",
-                "increments": _short(text_positions.increments[entry].T.tolist()),
+                "increments": _short(increments[entry].T.tolist()),
                 "positions": _short(text_positions.positions[entry].T.tolist()),
             }
             for entry, number in enumerate(text_positions.layers)
@@ -296,6 +299,7 @@ def _short(values: Any) -> Any:
 
 def _pack_patterns(patterns: Float[Tensor, "head pos pos"]) -> str:
     """The lower triangles of some heads as whole numbers from 0 to 65535, in base 64: a fifth of their JSON."""
+    # Attention is causal: the upper triangle is zeros.
     rows, columns = torch.tril_indices(*patterns.shape[1:]).unbind()
     whole = (patterns[:, rows, columns].clamp(0, 1) * 65535).round().numpy().astype("<u2")
     return base64.b64encode(np.ascontiguousarray(whole).tobytes()).decode("ascii")
@@ -309,5 +313,6 @@ def _web(name: str) -> str:
 @cache
 def _circuitsvis() -> str:
     """circuitsvis' own script, as the package ships it, without the address of its source map."""
+    # A script inside a page ends at the first "</script", also in a string.
     script = resources.files("circuitsvis").joinpath("dist", "cdn", "iife.js").read_text("utf-8")
     return script.split("//# sourceMappingURL=")[0].replace("</script", "<\\/script")

@@ -314,6 +314,7 @@ def _held_out(corpus: str | None, characters: int) -> tuple[list[str], str]:
     try:
         texts = corpora.heldout_excerpts("bilingual" if corpus is None else corpus, characters)
     except PositionsError as error:
+        # A corpus that was asked for by name is needed; the default one is shown where it can be had.
         if corpus is not None or characters < 1:
             raise
         return [], f"Left out, as there is no held-out text: {error}"
@@ -334,6 +335,7 @@ def _table(columns: list[str], rows: Sequence[Sequence[Any]], summary: str = "",
 
 
 def _view(view: View, text: str, model: HookedPositionTransformer, models: list[HookedPositionTransformer]) -> Piece:
+    # A heading is short; the whole text stands above its views.
     snippet = text if len(text) <= SNIPPET else text[:SNIPPET] + "…"
     title = "".join(c if c == " " and not snippet.isspace() else visible_character(c) for c in snippet)
     return {"kind": "view", "view": view, "title": title if len(models) == 1 else f"{title} · {model.name}"}

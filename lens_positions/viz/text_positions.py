@@ -74,6 +74,7 @@ class TextPositions:
 
     def mean_increment(self, entry: int) -> float:
         """The mean step between the tokens of the text at an entry of `layers`; of one token alone, its increment."""
+        # Without special tokens in front, whose increments may be of another size.
         steps = self.positions[entry, self.first[0] :].mean(-1).diff()
         return float(steps.mean() if len(steps) else self.increments[entry, self.first[0]].mean())
 
@@ -244,9 +245,14 @@ def _units(
         own = len(tokenizer(text, add_special_tokens=False)["input_ids"])
     else:
         given, special = tokens.tolist(), set(tokenizer.all_special_ids)
+
+        # Special tokens at the beginning are no part of the text; some may stand alone.
         own = len(given) - next((i for i, token in enumerate(given) if token not in special), len(given) - 1)
         ids = given[len(given) - own :]
         text = str(tokenizer.decode(ids))
+
+        # Tokens that a model sampled need not be those that the tokenizer makes of their text: then each is shown by
+        # itself.
         if tokenizer(text, add_special_tokens=False)["input_ids"] != ids:
             named = byte_characters(ids) if is_byte_tokenizer(tokenizer) else [(tokenizer.decode([i]), 1) for i in ids]
             stops = list(accumulate((size for _, size in named), initial=len(tokens) - own))
@@ -254,6 +260,8 @@ def _units(
         of_character = character_spans(tokenizer, text)
     before = len(tokens) - own
     starts = [min(start, own - 1) for start, _ in of_character]
+
+    # A unit begins with each character whose first token is another one than that of the character before.
     heads = [i for i, start in enumerate(starts) if i == 0 or start != starts[i - 1]]
     pieces = list(pairwise([*heads, len(text)]))
     spans = [(before + starts[i], before + max(of_character[j - 1][1], starts[i] + 1)) for i, j in pieces]
