@@ -208,7 +208,7 @@ def _hub_source(name_or_path: str | Path) -> tuple[str | Path, dict[str, str], s
 
 
 def _has_tokenizer(folder: Path, saved: SavedPositions | None) -> bool:
-    """Whether a folder has a tokenizer, or what is no folder may have one.
+    """Whether there should be a tokenizer: in a folder its files say so, elsewhere there may always be one.
 
     Raises:
         PositionsError: a file is missing of the one that was saved.
@@ -344,7 +344,7 @@ def save_adapter(model: Any, path: str | Path, *, base: str | Path) -> None:
 
 
 def _refuse_other_weights(model: Any, exact: str, base: str, dtype: str) -> None:
-    """Refuse a model whose own weights are not those of the folder that its adapter is to stand on."""
+    """Refuse a model whose own weights differ from those in the folder of its base."""
     folder = Path(checkpoint_path(base))
     if not (folder / "config.json").is_file() or getattr(model, "hf_quantizer", None) is not None:
         return

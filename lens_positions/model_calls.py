@@ -210,7 +210,7 @@ class HookedCalls(TransformerBridge):
     def _heard(
         self, method: str, input: Any, kwargs: Mapping[str, Any], fwd_hooks: HookPairs, bwd_hooks: HookPairs
     ) -> tuple[list[Any], list[Any]]:
-        """The hooks of a call of which everything is heard."""
+        """Check the keywords and hooks of a call, nothing of which may go unheard, and return the hooks."""
         known = _keywords(method) | _keywords("forward")
         if not kwargs.keys() <= known:
             self._refuse_unknown(method, kwargs.keys() - known)
@@ -246,7 +246,7 @@ class HookedCalls(TransformerBridge):
         return input
 
     def _pads_as_texts_alone(self, generates: bool) -> bool:
-        """Whether a mask takes padding off; what TransformerLens refuses or pads in another way is left to it."""
+        """Whether texts can be padded and masked here; TransformerLens refuses some models, and pads others itself."""
         if getattr(self.original_model.config, "is_encoder_decoder", False):
             return False
         return not generates or bool(getattr(self.adapter, "supports_batched_generation", True))
@@ -254,7 +254,7 @@ class HookedCalls(TransformerBridge):
     def _heard_in_generation(
         self, method: str, kwargs: Mapping[str, Any], fwd_hooks: HookPairs, bwd_hooks: HookPairs
     ) -> list[Any]:
-        """The forward hooks of a generation of which everything is heard."""
+        """Check the keywords and hooks of a generation as `_heard` does, and return its forward hooks."""
         _refuse_backward(method, bwd_hooks)
         unknown = kwargs.keys() - _keywords(method)
         for name in sorted(unknown & OF_THE_PROMPT):
@@ -297,7 +297,7 @@ class HookedCalls(TransformerBridge):
             )
 
     def _refuse_layer(self, stop: Any) -> None:
-        """Past the last block TransformerLens runs to the end and returns logits."""
+        """Refuse a layer past the last block: TransformerLens would run to the end and return logits."""
         blocks = getattr(self, "blocks", None)
         if stop is not None and blocks is not None and not -len(blocks) <= stop < len(blocks):
             raise PositionsError(

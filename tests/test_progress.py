@@ -75,6 +75,7 @@ def test_times_are_rough():
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_command_says_it_on_standard_error(clock, monkeypatch, capsys):
     """Through the command itself: a model that takes a minute for each batch."""
     import lens_positions as lp

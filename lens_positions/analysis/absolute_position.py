@@ -290,7 +290,7 @@ def _drop_row(
 def _replacement_of_batch(
     model: TransformerBridge, how: Replacement, seeds: tuple[int, int], hooks: Hooks, batch: int
 ) -> Hooks:
-    """Draws of its own for every batch, so that no two texts share one."""
+    """The hooks of a replacement that draws anew for every batch, so that no two texts share a draw."""
     own = int(np.random.SeedSequence((*seeds, batch)).generate_state(1)[0])
     return [*hooks, *replace_first(model, how, own)]
 

@@ -89,7 +89,7 @@ def _sharpen_heads(
 
 
 def attention_entropy(weights: Float[Tensor, "*rows item"]) -> Float[Tensor, "*rows"]:
-    """In nats."""
+    """The entropy of attention weights, in nats."""
     return torch.special.entr(weights).sum(-1)
 
 

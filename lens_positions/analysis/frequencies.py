@@ -186,7 +186,7 @@ def _each_score(
     use: Callable[[int, Iterator[Float[Tensor, "batch head query key"]], Bool[Tensor, "batch head query key"]], None],
     hooks: Hooks | None,
 ) -> None:
-    """Run some rows; for `use` each layer's number, the terms of its scores, chunk by chunk, and the keys it sees."""
+    """Run some rows, and hand `use` each layer's number, the terms of its scores, chunk by chunk, and the keys seen."""
     listen: Hooks = []
     for layer, layout in layouts.items():
         scores = names_of(model, layer, "attn_scores")

@@ -148,7 +148,7 @@ def _layout(
     angles: Float[Tensor, " distinct"],
     frequencies: Float[Tensor, " distinct"],
 ) -> RotaryLayout:
-    """Pairs keep their energy while they turn, and turn by an angle that says which frequency is theirs."""
+    """Find the pairs: they keep their energy while they turn, and the angle that they turn by names their frequency."""
     # Every token and head is one sample of the same map: [sample component].
     x, y = (states.double().flatten(0, 2) for states in (before, after))
     size = x.abs().amax(0)
@@ -183,7 +183,7 @@ def _layout(
 
 
 def _layout_of_scores(model: TransformerBridge, tokens: Int[Tensor, "1 pos"], layer: int) -> RotaryLayout:
-    """Halves or neighbours: what gives the layer's own scores when queries and keys are turned so."""
+    """Try halves, then neighbours: the layout is the one that gives the layer's own scores."""
     sites = {what: names_of(model, layer, what) for what in ("rotation", "q", "k", "attn_scores")}
     seen: dict[str, Tensor] = {}
     frequencies: list[Tensor] = []
@@ -243,7 +243,7 @@ def score_factor(
 
 
 def products_of(query: Tensor, key: Tensor, components: Tensor) -> Float[Tensor, "batch head query key"]:
-    """Of some components, each query head with the key head that it shares."""
+    """The products of queries and keys over some components, each query head with the key head that it reads."""
     # Query heads h, h + 1, ... of a group read one key head.
     shared = key[..., components].repeat_interleave(query.shape[2] // key.shape[2], dim=2)
     return torch.einsum("bqhd,bkhd->bhqk", query[..., components], shared)

@@ -122,7 +122,7 @@ def gap_areas(
     training: Iterable[str] | Association | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """What `boundary_auc` returns, from what `gaps_of` and `gap_increments` do."""
+    """Compute the table of `boundary_auc` from gaps and their increments."""
     draws = resamples(gaps.lines, seed)
     shuffled = gaps.boundary[shuffle_within(gaps.line, seed)]
     lines = len(np.unique(gaps.line))

@@ -219,7 +219,7 @@ def wide_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _visible(forward_pass: ForwardPass, call: RotaryCall, gap: str, increments: Tensor) -> Visible:
-    """Return which tokens see which, found out once a pass."""
+    """Return which tokens see which: computed once a pass, and shared by its layers."""
     ids = call.position_ids
 
     # Of a model on several devices, once for each device.

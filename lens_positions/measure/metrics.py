@@ -166,7 +166,7 @@ def metric_values(
 
 
 def baseline_of(metric: Metric, logits: Float[Tensor, "1 pos vocab"]) -> float:
-    """The metric of a prompt, asked for with two equal rows: a metric that mixes its rows is found out."""
+    """The metric of a prompt. It is evaluated on two equal rows, which catches a metric that mixes its rows."""
     return float(metric_values(metric, logits.expand(2, -1, -1))[0].detach())
 
 

@@ -271,7 +271,7 @@ def _of_type(expected: Any, value: Any, wrong: str) -> Any:
 
 
 def to_json(config: RunConfig) -> dict[str, Any]:
-    """The configuration as plain values, which `updated` reads back."""
+    """The configuration as plain values, which `update_config` reads back."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
 
 

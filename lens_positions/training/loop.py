@@ -113,7 +113,7 @@ def train(config: TrainConfig, run: Path, *, resume: bool = False, cache_dir: Pa
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Keep other processes from working on a folder; the lock of one that was killed does not.
+    """Lock a folder against other processes; one that is killed leaves no lock behind.
 
     Raises:
         PositionsError: another process has it.

@@ -87,7 +87,7 @@ lens-positions experiments measure reads text, which is not here: it is for a ma
 
 
 def pack(options: PackConfig) -> dict[str, int]:
-    """Make the folder, or nothing.
+    """Make the folder; a failure leaves nothing behind.
 
     Returns:
         The bytes of each wheel, of each corpus and of the project, by name.
@@ -141,7 +141,7 @@ def size_of(folder: Path) -> int:
 
 
 def pack_corpus(config: TrainConfig, cache_dir: Path, into: Path) -> Path:
-    """Write a corpus of bytes for where its text is not, and return its folder.
+    """Write the tokens of a corpus for a machine that does not have its text, and return their folder.
 
     Args:
         config: the corpus, its column and its cap.
