@@ -237,11 +237,15 @@ def write_adapters(model: Any, folder: Path, base: str, described: dict[str, Any
     written: set[str] = set()
     for name in described["names"]:
         config = copy.deepcopy(model.peft_config[name])
+
+        # peft's own loader then finds the base as well.
         config.base_model_name_or_path = base
         place = _place(folder, name)
         place.mkdir(exist_ok=True)
         config.save_pretrained(place)
         keys = _keys(model, name)
+
+        # Cloned, as safetensors refuses tensors that share memory.
         tensors = {PREFIX + saved: state[key].detach().to("cpu").contiguous().clone() for saved, key in keys.items()}
         save_file(tensors, place / WEIGHTS, {"format": "pt"})
         written |= set(keys.values())
@@ -321,6 +325,8 @@ def put_adapters(model: Any, folder: Path, described: dict[str, Any] | None) -> 
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
     described = described or {"names": ["default"], "active": ["default"], "enabled": True}
+
+    # peft freezes the base when it puts an adapter in; what learned before learns after.
     learns = {id(p): p.requires_grad for p in model.parameters()}
     there = {id(module) for module in model.modules()}
     tuners = []

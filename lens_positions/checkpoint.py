@@ -275,6 +275,7 @@ def _checked_state(folder: Path, config: PositionConfig) -> dict[str, Tensor]:
 def _attach_saved(model: Any, saved: SavedPositions, state: dict[str, Tensor], folder: Path) -> PositionStreams:
     streams = None
     try:
+        # Built from the description, then filled: torch says which tensor does not fit.
         streams = attach_positions(model, saved.config, table=state.get("shared_source.table"))
         streams.load_state_dict(state)
     except (RuntimeError, PositionsError) as error:
@@ -331,6 +332,8 @@ def save_adapter(model: Any, path: str | Path, *, base: str | Path) -> None:
         raise PositionsError("the model has no position streams; expected attach_positions(model, ...) first.")
     state = _streams_to_save(model)
     described = describe_adapters(model)
+
+    # A relative path would mean another folder from elsewhere.
     name = str(Path(base).resolve() if os.path.exists(base) else base)
     dtype = str(model.dtype).removeprefix("torch.")
     rounded, exact = base_digests(model)
@@ -475,6 +478,8 @@ def save_pretrained(model: Any, tokenizer: Any, path: str | Path) -> None:
     if is_taken(path) and not ((path / "config.json").is_file() and is_replaceable(path)):
         raise PositionsError(f"{path} holds other files; expected a saved model to replace, or a new folder.")
     state = _streams_to_save(model)
+
+    # By the names that a plain model has, without those of a bridge.
     plain = own_weights(model)
     with _quiet(), replacement_folder(path) as folder, torch.random.fork_rng(devices=[]):
         # A fresh model of the same class gets the weights: inside a bridge, modules have other names than the files

@@ -139,6 +139,7 @@ def _integrated_gradients(
         # The path is a straight line between two sets of increments, recorded here and held at each point.
         own = _increments(model, prompt, names, [])
         if isinstance(baseline, Tensor):
+            # Broadcast, a baseline of another shape would be another path.
             if baseline.shape != own.shape or not baseline.isfinite().all():
                 raise PositionsError(
                     f"baseline has shape {tuple(baseline.shape)}; expected finite increments of shape "
@@ -187,6 +188,7 @@ def _mean_gradient(
     total = torch.zeros_like(own)
     at_once = max(1, TOKENS_A_BATCH // prompt.shape[1])
     for i in track_progress(range(0, steps, at_once), f"attributing in {steps:,} steps", quick=steps < 256):
+        # From [-1, 1] to [0, 1], with an axis of points before those of increments.
         along = own.new_tensor((places[i : i + at_once] + 1) / 2).view(-1, *[1] * own.ndim)
         points, share = start + along * (own - start), torch.as_tensor(weights[i : i + at_once] / 2)
         total += _slopes(model, prompt, metric, names, points, share).sum(0)
@@ -227,6 +229,7 @@ def _hooks_that_set(names: list[str], points: Float[Tensor, "row layer pos *head
 
 
 def _differentiable(metric: Metric, logits: Tensor) -> Tensor:
+    # A metric that takes an argmax, say, has no slope anywhere.
     value = metric_values(metric, logits)
     if not value.requires_grad:
         raise PositionsError("the metric has no gradient; expected one that is differentiable by the logits.")

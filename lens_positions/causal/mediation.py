@@ -81,6 +81,8 @@ def mediation(
     """
     hooks = hook_names(model, layers, SITES["increments"][0])
     names, numbers = [name for _, name in hooks], list(dict(hooks))
+
+    # Both prompts of a pair have one length, so one mask may serve both.
     masks = attention_mask if isinstance(attention_mask, tuple) else (attention_mask, attention_mask)
     if len(masks) != 2:
         raise PositionsError(f"attention_mask is a tuple of {len(masks)}; expected one mask, or one for each of two.")
@@ -147,6 +149,8 @@ def _effects(
         # The corrupted prompt with the increments of the clean one: what does not go through them. And the reverse.
         direct = held(corrupted, freeze(of_clean, layers=layer))
         through = held(clean, freeze(of_corrupted, layers=layer))
+
+        # What is left over is what both do together and neither does alone.
         found.append([total, direct, through, total - direct - through])
     return np.array(found)
 
@@ -156,6 +160,7 @@ def _numbers(
 ) -> Float64[np.ndarray, " row"]:
     """The metric of some of n pairs: it sees all rows, those of the others as NaN, as its rows belong to the pairs."""
     if len(pairs) < n:
+        # A metric may index rows by pair, so each pair has its row; the others hold NaN, which no mean can hide.
         some, of_some = logits, tokens
         logits, tokens = some.new_full((n, *some.shape[1:]), torch.nan), of_some.new_zeros((n, of_some.shape[1]))
         logits[pairs], tokens[pairs] = some, of_some

@@ -95,6 +95,8 @@ class Run:
     def __init__(self, forward: Callable[..., Any], current: CurrentPass, step: ForwardPass) -> None:
         self._forward = forward
         self._current = current
+
+        # The pass goes on and changes; the second run needs it as the block met it.
         self._before = step.as_it_is()
         self._returned: list[tuple[Any, bool]] | None = None
 
@@ -104,6 +106,8 @@ class Run:
             self._returned = []
             with _hooks_of_block(Tape(self._returned, again=False)):
                 return self._forward(*args, **kwargs)
+
+        # A copy, as a backward pass may run the block more than once (retain_graph).
         tape = Tape(list(self._returned), again=True)
         with self._current.within(self._before.as_it_is()), _hooks_of_block(tape):
             return self._forward(*args, **kwargs)
@@ -127,6 +131,7 @@ class Tape:
 
     def next(self, output: Any) -> Any:
         """What the next function returned. Gradients flow in the graph of the block's first call, not into this."""
+        # Hook functions come by in the same order as the first time.
         returned, learns = self.returned.pop(0)
         tensor = output if returned is None else returned
         if learns and not tensor.requires_grad:
@@ -196,6 +201,7 @@ def _undo_of(places: dict[Any, Any], key: Any, ours: Any, own: Any) -> Callable[
     """Undo one replacement, unless something else stands there by now."""
 
     def put_back() -> None:
+        # Another library may have put its own there since; that stays.
         if places.get(key) is ours:
             if own is None:
                 del places[key]

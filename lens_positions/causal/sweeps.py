@@ -90,6 +90,8 @@ def gap_sweep(
     if by == 0:
         raise PositionsError("by is 0.0; expected a number of positions other than 0.")
     prompt = one_prompt(model, tokens, attention_mask, prepend_bos)
+
+    # The gap before a token is its own increment, or that of the token before it, by the model's convention.
     cells = {t: edited_token(model, t) for t in range(1, prompt.shape[1])}
     effects = _sweep(model, prompt, metric, _known_hooks(model, "increments", layers), 1, cells, _lengthen(by))
     effects[:, 0] = 0.0
@@ -138,6 +140,7 @@ def patch_sweep(
     if not (isinstance(site, str) and site in SITES):
         raise PositionsError(f"site is {site!r}; expected one of {', '.join(SITES)}.")
     prompt = one_prompt(model, tokens, attention_mask, prepend_bos)
+
     names, axis = _known_hooks(model, site, layers), SITES[site][1]
     recorded = _recorded_values(model, source, names, axis, prepend_bos)
     length, there = prompt.shape[1], recorded[0].shape[0]
@@ -232,11 +235,14 @@ def _sweep(
 
 def _groups(names: list[tuple[int, str]], tokens: list[int], replay: Replay) -> list[_Group]:
     """All edits in groups of neighbours, for batches of about `TOKENS_A_BATCH` tokens."""
+    # Two limits: tokens that run at once, and the logits that they give.
     length, vocab = replay.tokens.shape[1], replay.logits.shape[-1]
     groups = []
     for i in range(0, len(tokens), TOKENS_A_GROUP):
         # Neighbours start at the first of them, which costs few tokens more than starting each at its own.
         together = tokens[i : i + TOKENS_A_GROUP]
+
+        # Tokens that a copy of the prompt runs: those from the edit on.
         rest = length - replay.start(together[0])
         room = min(TOKENS_A_BATCH // rest, LOGITS_A_BATCH // (replay.logits.shape[1] * vocab))
         at_once = max(1, room // len(together))
@@ -256,6 +262,8 @@ def _edit_rows(
     # A clone, as a hook must not write into what other rows, or autograd, still need.
     edited = values.clone()
     by_token = edited.movedim(axis, 1)
+
+    # Each row of the batch is a copy of the prompt with one edit, at one of the tokens.
     rows, places = range(first_row, first_row + len(tokens)), [token - start for token in tokens]
     by_token[list(rows), places] = edit(layer, tokens, by_token[list(rows), places])
     return edited
@@ -326,8 +334,12 @@ def _recorded_values(
     for _, name in names:
         if name not in cache:
             raise PositionsError(f"the cache has no {name}; expected one whose names_filter lets it through.")
+
+        # A cache may have lost its batch axis (remove_batch_dim).
         values = cache[name] if cache.has_batch_dim else cache[name][None]
         if len(values) != 1:
             raise PositionsError(f"the source has {len(values)} rows; expected one.")
+
+        # The token first, whatever stands where it does: the query, in a pattern.
         recorded.append(values.movedim(axis, 1)[0])
     return recorded

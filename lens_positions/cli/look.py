@@ -43,6 +43,8 @@ def show(
     """
     check_text(text)
     prepend_bos = bos.prepend()
+
+    # A figure that ends in .html is a page to explore.
     explored = figure is not None and figure.suffix.lower() in (".html", ".htm")
     if figure is not None and explored:
         viz_output.check_page(figure)
@@ -76,6 +78,7 @@ def show(
             if explored:
                 lp.viz.spacing_view(loaded, text, layers or None, prepend_bos=prepend_bos).save(figure)
             else:
+                # Signed increments may have a mean of zero or less, by which nothing can be divided.
                 divisible = all(text_positions.mean_increment(entry) > 0 for entry in rows)
                 scale: Scale = "relative" if divisible else "common"
                 lp.viz.spacing(loaded, text, layers or None, scale, figure, prepend_bos=prepend_bos)
@@ -221,6 +224,7 @@ def report(
     try:
         left_out = lp.viz.report(loaded, output, text, other, corpus, characters, seed, command, prepend_bos)
     except KeyboardInterrupt as interruption:
+        # Without a path nothing was written yet.
         if interruption.args:
             sentence = f"interrupted: {output} has the parts that were done."
             raise type(interruption)(sentence) from interruption
@@ -260,6 +264,8 @@ def _print_kinds(
     """The mean and standard deviation of the increments by kind of token, a column a layer."""
     table = lp.analysis.increments_by_category(model, text_positions.corpus_increments())
     print_line(console, "by kind of token (how many): mean ± standard deviation\n")
+
+    # Tables have the model's own numbers of layers; rows are entries of the streams.
     entry_of = {model.position_layers[entry]: entry for entry in rows}
     by_kind = table[table["layer"].isin(list(entry_of))].groupby("kind", sort=False)
     names = [f"{kind} ({of_kind['n'].iloc[0]})" for kind, of_kind in by_kind]

@@ -135,6 +135,8 @@ class TrainConfig(RunConfig):
         if self.model.n_ctx < 2:
             raise PositionsError("model.n_ctx is 1; expected at least 2, so that there is a gap between tokens.")
         positions = self.model.positions
+
+        # A table that nothing looks up would be a setting without effect.
         for name in ("frozen_from", "head_increments"):
             if getattr(self, name) is not None and positions.source != "frozen":
                 raise PositionsError(f"{name} is given for the source {positions.source!r}; expected source 'frozen'.")
@@ -195,6 +197,8 @@ class GraftConfig(RunConfig):
             raise PositionsError(
                 f"the source {self.positions.source!r} has nothing to learn; expected 'shared' or 'per_layer'."
             )
+
+        # A step may be smaller than the distance between two bf16 numbers of a weight's size, and is then lost.
         if self.adapt == "full" and self.dtype == "bf16":
             raise PositionsError(
                 "dtype is bf16 with adapt full; expected float32, since bf16 weights do not move at small learning "

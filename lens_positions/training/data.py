@@ -163,6 +163,8 @@ def _packed_corpus(cache_dir: Path, request: dict[str, Any]) -> TokenizedCorpus 
             found.append((path.parent, described))
     if not found:
         return None
+
+    # Two texts by one name: which one is meant cannot be told.
     if len(found) > 1:
         folders = " and ".join(str(folder) for folder, _ in found)
         raise PositionsError(f"{request['corpus']!r} is packed in {folders}; expected one of them.")
@@ -179,6 +181,8 @@ def _open_packed(folder: Path, described: PackedCorpus) -> TokenizedCorpus:
         f"the packed corpus {folder} is damaged; expected what lens-positions pack wrote, copied whole."
     )
     values = {name: value for name, value in described.items() if name != "sha256"}
+
+    # The description has a digest of itself; the folder name has the fingerprint again.
     if digest_of(values) != described["sha256"] or not folder.name.endswith(f"-{described['fingerprint']}"):
         raise damaged
 
@@ -358,6 +362,8 @@ def _write_stream(folder: Path, split: str, documents: Iterator[bytes], encoding
             documents, f"tokenising {split}", console=console, transient=True, disable=not console.is_terminal
         ):
             starts.append(length)
+
+            # Written as it comes: a corpus may be larger than memory.
             tokens = np.append(encoding.encode(document), encoding.end).astype(encoding.dtype)
             file.write(tokens.tobytes())
             length += len(tokens)

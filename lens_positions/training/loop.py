@@ -77,6 +77,7 @@ class DivergedError(PositionsError):
     """The loss stopped being a number at this step."""
 
     def __init__(self, loss: float, step: int, run: Path) -> None:
+        # Names what a person can go back to.
         checkpoint = newest_checkpoint(run)
         kept = "there is no checkpoint from before" if checkpoint is None else f"{checkpoint} is from before"
         super().__init__(f"the loss is {loss} at step {step}; expected a number. Try a lower learning_rate; {kept}.")
@@ -272,10 +273,14 @@ class Run:
             # Over several processes, torch.compile would cut the graph at the buckets of gradients that DDP sends, so
             # that sending overlaps with computing. The sums are the same without: one graph, on one process as on many.
             torch._dynamo.config.optimize_ddp = False
+
+        # The model and its loss as one module, so that DDP sees the whole of a step.
         self.prepared = accelerator.prepare(TokenNats(self.model))
         self.learns = any(group["params"] for group in groups)
         if self.learns:
             groups = [group for group in groups if group["params"]]
+
+            # fused: one kernel for all parameters instead of several for each.
             optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
             self.schedule = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
             self.optimizer = accelerator.prepare(optimizer)
@@ -311,6 +316,8 @@ class Run:
                 # With several processes all of them must stop at the same step, or one waits for the others for ever.
                 stop = self._any(interrupted) if accelerator.num_processes > 1 else bool(interrupted)
                 last = stop or self.step == config.steps
+
+                # Always before a checkpoint, so that its log holds every step up to it.
                 if last or self.step % LOG_EVERY == 0 or self.step % config.save_every == 0:
                     speed = (self.step - began_at) * config.batch_size * self.n_ctx / (time.monotonic() - began)
                     show(self._log_losses(pending, speed))
@@ -355,6 +362,7 @@ class Run:
             return self._optimized_step()
         # OSError: its cache cannot be written. What else fails so fails again without the compiler, and is raised.
         except (torch._dynamo.exc.TorchDynamoException, OSError) as error:
+            # The first line; the compiler's own message runs over pages.
             reason = str(error).strip().splitlines()[0].rstrip(".")
             self._say(f"{self.name}: torch.compile failed ({reason}); training goes on without it")
             self.step_nats = token_nats
@@ -379,6 +387,7 @@ class Run:
             # Gradients are exchanged between processes once a step, with the last part.
             more = i + 1 < len(parts)
             with accelerator.no_sync(self.prepared) if more else nullcontext():
+                # The mean over the batch is the mean over parts of one size.
                 loss = self._nats(part, self.step_nats).mean() / len(parts)
                 accelerator.backward(loss)
             total += loss.detach()
@@ -407,6 +416,7 @@ class Run:
 
         # A bare model has no cache of activations: the streams record themselves.
         with streams.recorded() as seen:
+            # Always eager: a window batch of another size would compile a graph of its own.
             for rows in self.windows.split(self.config.batch_size):
                 found.append(self._nats(rows.to(self.accelerator.device), token_nats).double().cpu())
                 if show:
@@ -435,6 +445,8 @@ class Run:
     def _write_heldout(self) -> None:
         """The newest evaluation by document: a row each with its predicted tokens and their nats."""
         assert self.heldout_nats is not None
+
+        # By document, as these are the samples that a difference of two runs is tested over.
         documents = heldout_documents(self.corpus, self.n_ctx, self.config.eval_windows)
         columns = {"document": documents, self.unit + "s": self._counted().int(), "nats": self.heldout_nats}
         table = pd.DataFrame({name: values.flatten().numpy() for name, values in columns.items()})

@@ -49,6 +49,8 @@ def kinds_chart(table: pd.DataFrame, caption: str = "", path: str | Path | None 
     """
     if table.empty:
         raise PositionsError("the table of kinds is empty; expected at least one kind of token.")
+
+    # In the order of the table, which is that of the kinds.
     layers, kinds = list(dict.fromkeys(table["layer"])), list(dict.fromkeys(table["kind"]))
     names = [f"{kind}  n={n:,}" for kind, n in table.groupby("kind")["n"].first().loc[kinds].items()]
     with style.context():
@@ -126,6 +128,8 @@ def auc_chart(table: pd.DataFrame, title: str, caption: str = "", path: str | Pa
     """
     if missing := {"measure", "layer", "auc", "low", "high"} - set(table):
         raise PositionsError(f"the table lacks {', '.join(sorted(missing))}; expected measure, layer, auc, low, high.")
+
+    # A statistic of the text has no layer.
     numbers = sorted({int(layer) for layer in table["layer"].dropna()})
     lines = table.rename(columns={"layer": "at", "auc": "value"})
     return lines_chart(lines, title, "area under the ROC curve; 0.5 is chance", "layer", numbers, 0.5, caption, path)
@@ -172,6 +176,8 @@ def lines_chart(
     with style.context():
         size = (max(0.35 * len(ticks), 3.4), 2.4)
         figure, axes = style.frame_figure(size, title, unit, caption, (0.6, 0.3, 0.95, 0.5))
+
+        # Before anything is drawn: limits are found in the scale of the axis.
         if octaves:
             axes.set_xscale("log", base=2)
         if logarithmic:
@@ -236,6 +242,8 @@ def differences_chart(
     with style.context():
         figure, axes = style.frame_figure((4.2, 0.26 * len(table)), title, unit, caption, (2.4, 0.3, 0.95, 0.45))
         axes.axvline(0, color=style.FAINT, linewidth=0.8, zorder=0)
+
+        # Each row keeps its place whatever its group, so the order of the table is that of the picture.
         places = np.arange(len(table))
         for i, group in enumerate(dict.fromkeys(groups)):
             chosen = (groups == group).to_numpy()
@@ -282,27 +290,30 @@ def frequency_map(
     ['query', 'key']
     """
     count = _checked_count(amounts, layers, wavelengths)
+
+    # Short wavelengths, the highest frequencies, at the left.
     order = np.arange(count) if wavelengths is None else np.argsort(wavelengths)
     maps = {name: amount.detach().cpu().double().numpy()[:, order] for name, amount in amounts.items()}
     least, most = (float(end([end(values) for values in maps.values()])) for end in (np.min, np.max))
+
+    # One scale for all maps, and never an empty one.
     norm = LogNorm(least, max(most, least * 1.001))
     with style.context():
         width, gap = max(0.16 * count, 3.0), 0.35
         size = (width * len(maps) + gap * (len(maps) - 1), max(0.16 * len(layers), 0.9))
         figure, whole = style.frame_figure(size, title, unit, caption, (0.75, 1.05, 0.95, 0.5))
+
+        # The frame is divided among the maps, with a gap between them.
         frame = whole.get_position()
         whole.remove()
         scale = frame.width / size[0]
-        columns = range(0, count, max(1, count // 6))
-        named = [f"{wavelengths[order[i]]:,.0f}" if wavelengths is not None else str(i) for i in columns]
         for column, (name, values) in enumerate(maps.items()):
             left = frame.x0 + column * (width + gap) * scale
             axes = figure.add_axes((left, frame.y0, width * scale, frame.height))
             image = axes.imshow(values, cmap=SEQUENTIAL, norm=norm, aspect="auto", origin="lower")
             axes.set_title(name, fontsize=9, color=style.QUIET)
             _label_layers(axes, layers, first=column == 0)
-            axes.set_xticks(columns, named)
-            axes.set_xlabel("wavelength, positions" if wavelengths is not None else "frequency, highest first")
+            _label_frequencies(axes, None if wavelengths is None else [wavelengths[i] for i in order], count)
             axes.tick_params(length=0)
         style.colour_bar(figure, axes, image)
     if path is not None:
@@ -338,3 +349,10 @@ def _label_layers(axes: Axes, layers: Sequence[int], first: bool) -> None:
         axes.set_ylabel("layer")
     else:
         axes.tick_params(labelleft=False)
+
+
+def _label_frequencies(axes: Axes, wavelengths: Sequence[float] | None, count: int) -> None:
+    """Some six marks along the frequencies: wavelengths, or their numbers where layers differ in those."""
+    columns = range(0, count, max(1, count // 6))
+    axes.set_xticks(columns, [str(i) if wavelengths is None else f"{wavelengths[i]:,.0f}" for i in columns])
+    axes.set_xlabel("frequency, highest first" if wavelengths is None else "wavelength, positions")

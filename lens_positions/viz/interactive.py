@@ -117,7 +117,11 @@ def spacing_view(
 
     # The page divides by the mean itself where the reader asks for it.
     rows = rows_of(text_positions, shown, "common")
+
+    # Not where some row's mean is near zero, by which it would be divided.
     relative = all(row.mean_increment > LEAST_MEAN for row in rows)
+
+    # A browser becomes slow with thousands of elements: fewer units where there are more rows.
     n = _drawable_units(text_positions, len(rows))
     ranges = list(zip(text_positions.first[:n], text_positions.last[:n], strict=True))
     increments = [text_positions.increments[layer].mean(-1).tolist() for layer in shown]
@@ -256,6 +260,7 @@ def attention_view(
 
 def page_of(views: Sequence[View], title: str) -> str:
     """A page with some views, which needs no network."""
+    # circuitsvis is most of a page, and is left out where none of its views is there.
     drawn_by = scripts(circuits=any(view.kind != "spacing" for view in views))
     return (
         '<!doctype html><html lang="en" data-theme="light"><head><meta charset="utf-8">'
@@ -294,6 +299,7 @@ def _drawable_units(text_positions: TextPositions, rows: int) -> int:
 
 def _short(values: Any) -> Any:
     """Numbers with as many digits as a page needs, in lists of any depth."""
+    # Seven digits are those of float32.
     return [_short(value) for value in values] if isinstance(values, list) else float(f"{values:.7g}")
 
 

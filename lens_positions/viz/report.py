@@ -145,6 +145,7 @@ def _page(models: list[HookedPositionTransformer], parts: list[dict[str, Any]], 
 
 def _facts(models: list[HookedPositionTransformer]) -> Iterator[Piece]:
     """What each model is."""
+    # Models may differ in which facts they have; rows are all of them, in order.
     columns = [_facts_of(model) for model in models]
     names = list(dict.fromkeys(name for column in columns for name in column))
     yield _table(["", *(model.name for model in models)], [[n, *(c.get(n, "") for c in columns)] for n in names])
@@ -186,6 +187,7 @@ def _training_facts(folder: Path) -> dict[str, str]:
     if not (folder / "positions.json").is_file():
         return {}
     try:
+        # Written beside the model by the run; anything else may stand there too.
         config = json.loads((folder.parent / "training.json").read_text("utf-8"))["config"]
         last = json.loads((folder.parent / "log.jsonl").read_text("utf-8").strip().splitlines()[-1])
         return {
@@ -199,6 +201,7 @@ def _training_facts(folder: Path) -> dict[str, str]:
 def _spacing(models: list[HookedPositionTransformer], texts: list[str], bos: bool | None) -> Iterator[Piece]:
     yield _text("Each character stands as far from the last as the model puts it, one row a layer.")
     for text in texts:
+        # Headings are short: the whole text stands once, above its views.
         if len(text) > SNIPPET:
             yield {"kind": "quote", "text": text}
         for model in models:
@@ -285,6 +288,8 @@ def _ablations(
             yield _note(f"Every increment of {model.name} is 1: ablating them does nothing.")
             continue
         loss = causal.ablation_table(model, texts, seed=seed, prepend_bos=bos).loss
+
+        # The baseline is the same in every row.
         base = loss.iloc[0]
         caption = (
             f"{model.name}; {base['n']:,} tokens, {of}; {base['baseline']:.4f} nats per token without ablation. "
@@ -342,6 +347,7 @@ def _view(view: View, text: str, model: HookedPositionTransformer, models: list[
 
 
 def _figure(figure: Figure, alt: str) -> Piece:
+    # Inside the page as data, so that the file is all there is.
     source = f"data:image/svg+xml;base64,{base64.b64encode(style.render_figure(figure, 'svg')).decode('ascii')}"
     return {"kind": "figure", "source": source, "alt": alt, "width": round(figure.get_figwidth() * 96)}
 

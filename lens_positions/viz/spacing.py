@@ -189,11 +189,14 @@ def _points_needed(units: list[str], rows: list[Row]) -> float:
     needed, widths, gaps = [], 0.0, 0.0
     for row in rows:
         for (unit, after), (x, x_after) in zip(pairwise(units), pairwise(row.first), strict=True):
+            # Centre to centre, two neighbours need half the width of each.
             width, gap = (_width(unit) + _width(after)) / 2 * TYPE_SIZE * 0.9, max(abs(x_after - x), 1e-6)
             needed.append(width / gap)
             widths, gaps = widths + width, gaps + gap
     if not needed:
         return TYPE_SIZE
+
+    # Three quarters of the neighbours, since the last quarter may stand on one spot.
     return min(sorted(needed)[(len(needed) - 1) * 3 // 4], 2 * widths / gaps)
 
 
@@ -230,6 +233,8 @@ def _draw_panel(axes: Axes, all_units: list[str], rows: list[Row], panel: range,
     axes.set_yticks([])
     units = [all_units[i] for i in panel]
     colors = [style.ORANGE if is_boundary(unit) else style.INK for unit in units]
+
+    # Each panel begins at its own first unit.
     x = [[row.first[i] - row.first[panel.start] for i in panel] for row in rows]
     for r, row in enumerate(rows):
         label = f"{row.name}\nmean {row.mean_increment:.2f}"

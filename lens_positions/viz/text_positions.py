@@ -94,6 +94,8 @@ class TextPositions:
         """
         if len(self.tokens) < 2:
             raise PositionsError(f"text 0 has {len(self.tokens)} tokens; expected at least two.")
+
+        # The increment that lies between no two tokens of this text does not count.
         index = np.arange(len(self.tokens))[self.config.effective]
         increments = self.increments.permute(0, 2, 1).numpy()[..., index]
         return CorpusIncrements([self.tokens], np.zeros_like(index), index, self.layers, increments)
@@ -229,6 +231,8 @@ def layers_to_show(
             known = f"0 to {len(numbers) - 1}" if numbers == list(range(len(numbers))) else ", ".join(map(str, numbers))
             raise PositionsError(f"layer {layer} was asked for; expected one of the layers {known}.")
     chosen = sorted({numbers.index(layer) for layer in wanted})
+
+    # Static, and shared without edits: every layer would be the same row.
     source = model.position_config.source
     if source != "per_layer" and all(torch.equal(values[entry], values[chosen[0]]) for entry in chosen):
         return {chosen[0]: "static" if source == "static" else "all layers"}
