@@ -228,7 +228,9 @@ def token_means(
     # An id that the corpus lacks has no mean of its own.
     means = torch.where(counts > 0, sums / counts.clamp(min=1), values.mean(-1, keepdim=True)).float()
     # Without increments per head the corpus has one head, which stands for all.
-    return means.transpose(1, 2) if streams_of(model).config.per_head else means[:, 0]
+    return (
+        rearrange(means, "layer head vocab -> layer vocab head") if streams_of(model).config.per_head else means[:, 0]
+    )
 
 
 def _set_to(

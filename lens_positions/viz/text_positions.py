@@ -12,6 +12,7 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
@@ -97,7 +98,7 @@ class TextPositions:
 
         # The increment that lies between no two tokens of this text does not count.
         index = np.arange(len(self.tokens))[self.config.effective]
-        increments = self.increments.permute(0, 2, 1).numpy()[..., index]
+        increments = rearrange(self.increments.numpy(), "layer pos head -> layer head pos")[..., index]
         return CorpusIncrements([self.tokens], np.zeros_like(index), index, self.layers, increments)
 
     def attention(self) -> Float[Tensor, "layer query_head pos pos"]:
