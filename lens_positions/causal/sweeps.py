@@ -184,29 +184,6 @@ def patch_sweep(
     return _sweep(model, prompt, metric, places, {t: t for t in sorted(pairs)}, put)
 
 
-def _recorded_for(
-    recorded: list[Float[Tensor, "pos_source ..."]],
-    pairs: dict[int, int],
-    site: str,
-    place: int,
-    edits: Edits,
-    values: Tensor,
-) -> Tensor:
-    """The recorded values at a hook point for the tokens, and heads, of some edits, in the place of their own."""
-    index = [pairs[t] for t in edits.tokens]
-    new = recorded[place][index] if edits.heads is None else recorded[place][index, edits.heads]
-    new = new.to(values)
-    if site == "pattern":
-        # A prompt that is cut after the token that the metric reads has fewer keys than the recording.
-        new = new[..., : values.shape[-1]]
-    if new.shape != values.shape:
-        raise PositionsError(
-            f"the recorded values have shape {tuple(new.shape[1:])} a token and the prompt's "
-            f"{tuple(values.shape[1:])}; expected the same model."
-        )
-    return new
-
-
 def _aligned(align: Mapping[int, int] | None, length: int, there: int, keys: int | None) -> dict[int, int]:
     """The source's token for each of the prompt's, in a prompt of some length; `keys` of a recorded pattern."""
     if align is None and there != length:
@@ -455,6 +432,29 @@ def known_hooks(model: TransformerBridge, hook: str, layers: LayerIndices) -> li
         if name not in model.hook_dict:
             raise PositionsError(f"the model has no {name}; expected a site that its bridge has hooks for.")
     return names
+
+
+def _recorded_for(
+    recorded: list[Float[Tensor, "pos_source ..."]],
+    pairs: dict[int, int],
+    site: str,
+    place: int,
+    edits: Edits,
+    values: Tensor,
+) -> Tensor:
+    """The recorded values at a hook point for the tokens, and heads, of some edits, in the place of their own."""
+    index = [pairs[t] for t in edits.tokens]
+    new = recorded[place][index] if edits.heads is None else recorded[place][index, edits.heads]
+    new = new.to(values)
+    if site == "pattern":
+        # A prompt that is cut after the token that the metric reads has fewer keys than the recording.
+        new = new[..., : values.shape[-1]]
+    if new.shape != values.shape:
+        raise PositionsError(
+            f"the recorded values have shape {tuple(new.shape[1:])} a token and the prompt's "
+            f"{tuple(values.shape[1:])}; expected the same model."
+        )
+    return new
 
 
 def _recorded_values(
