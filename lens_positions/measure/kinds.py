@@ -112,6 +112,8 @@ def kinds(model_or_tokenizer: Any, tokens: Int[Tensor, " pos"], alphabet: Alphab
     if alphabet == "code":
         raise PositionsError('alphabet is "code"; expected "prose", as the tokens of this model are not bytes.')
     special = set(tokenizer.all_special_ids)
+
+    # The text of a subword does not depend on its neighbours, so each id is looked at once.
     kind_of_id = {i: "special" if i in special else _subword_kind(_token_text(tokenizer, i)) for i in set(ids)}
     return [kind_of_id[i] for i in ids]
 
@@ -129,6 +131,7 @@ def _byte_kinds(ids: list[int]) -> list[str]:
     text = bytes(min(i, 255) for i in ids).decode("utf-8", "surrogateescape")
     found: list[str] = []
     for character in text:
+        # "surrogateescape" keeps each byte of no valid character as one character, which encodes to that byte again.
         size = len(character.encode("utf-8", "surrogateescape"))
         if ids[len(found)] == END_OF_DOCUMENT:
             found.append("end of document")
@@ -142,7 +145,10 @@ def _byte_kinds(ids: list[int]) -> list[str]:
 def _code_kinds(ids: list[int]) -> list[str]:
     found: list[str] = []
     for i, byte in enumerate(ids):
+        # A byte beyond ASCII is part of a character of several bytes: no kind of program text, so "other".
         character = chr(byte) if byte < 128 else ""
+
+        # Spaces after spaces that began a line are indentation as well.
         starts_line = i == 0 or found[-1] in ("newline", "indentation", "end of document")
         if byte == END_OF_DOCUMENT:
             found.append("end of document")
@@ -165,6 +171,7 @@ def _character_kind(character: str) -> str:
         ("sentence end", ".!?"),
         ("punctuation", string.punctuation),
     ):
+        # In this order: sentence ends are punctuation too, and come first.
         if character in members:
             return kind
     return "other"
@@ -173,6 +180,8 @@ def _character_kind(character: str) -> str:
 def _token_text(tokenizer: Any, token: int) -> str:
     """The text of one token, with the leading space that some tokenizers drop when they decode."""
     text = tokenizer.decode([token])
+
+    # SentencePiece marks a space with ▁ and strips it from the first token decoded.
     piece = tokenizer.convert_ids_to_tokens(token)
     return " " + text if piece.startswith("▁") and not text.startswith(" ") else text
 
@@ -187,6 +196,7 @@ def _subword_kind(text: str) -> str:
     if any(map(is_han, content)):
         return "Chinese"
     if first.isalpha():
+        # BPE vocabularies write the space in front of a word as part of its first token.
         if not text[0].isspace():
             return "word continuation"
         return "capitalised word" if first.isupper() else "word"
