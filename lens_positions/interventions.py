@@ -17,13 +17,24 @@ Each function returns a list of (hook name, hook function), as TransformerLens t
     freeze      distances as recorded                           places as recorded; padding and caches included
     patch       a recorded distance                             a recorded place
 
-All arguments that choose are alike: `layers` are the model's own numbers, None every layer with a stream; `positions`
-are token indices from 0 (or a boolean mask [pos] or [batch pos]), None all of them, padding left as it is; `heads` is
-for models whose increments are per head.
+All arguments that choose are alike: `layers` are the model's own numbers, None every layer with a stream; `heads` is
+for models whose increments are per head; `positions` says which tokens, padding left as it is:
+
+    None                        all of them
+    3, [0, 5]                   indices from 0, of tokens of the prompt
+    slice(20, None)             every token from number 20 on, also those that a generation adds
+    a mask [pos], [batch pos]   the tokens of the prompt where it is True
+    a function of token ids     those where it returns True: `lambda ids: ids == newline`, say, or "all after the first
+                                newline", `lambda ids: (ids == newline).cumsum(1) > 0`. It gets the ids [batch total] of
+                                all tokens so far, a row with padding alone and without it, and returns booleans of that
+                                shape. Whether a token is chosen must not depend on what follows it: a function for
+                                which it does is refused.
 
 Generation with a key-value cache calls hooks once for the prompt and once for each new token. Indices count from the
-start of the prompt; new tokens get the same number, factor or, with "mean", the prompt's mean; a shuffle and values
-recorded on the prompt leave them as they are. A list with a mean serves one generation at a time.
+start of the prompt (padding at its left counted); new tokens get the same number, factor or, with "mean", the prompt's
+mean; a shuffle and values recorded on the prompt leave them as they are. A list with a mean serves one generation at a
+time. A slice and a function choose the same tokens with a cache and without; the mean and the shuffle, which look at a
+whole row, take neither a slice without an end nor a function.
 
 An intervention that can only write what is there is refused when it is made, since its null result would be read as a
 finding: a factor of 1, a gap longer by 0, and on a static model, whose increments are all 1.0, ablating them to 1.0,
@@ -35,12 +46,13 @@ documents are packed.
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
@@ -55,7 +67,8 @@ HOOK = "attn.hook_{}"
 
 Hooks = list[tuple[str, Callable[..., Any]]]
 Some = int | Sequence[int] | None
-Tokens = int | Sequence[int] | Bool[Tensor, "*#batch pos"] | None
+Condition = Callable[[Int[Tensor, "batch total"]], Bool[Tensor, "batch total"]]
+Tokens = int | Sequence[int] | slice | Bool[Tensor, "*#batch pos"] | Condition | None
 Site = Literal["increments", "positions"]
 Change = Callable[[Float[Tensor, "batch pos *head"], Bool[Tensor, "#batch pos"], HookedTokens], Tensor]
 """From values, the chosen tokens and what is known of them to other values, of which the chosen are used."""
@@ -88,8 +101,8 @@ def ablate(
         (hook name, hook function) pairs, one a layer.
 
     Raises:
-        PositionsError: no such layer, token or head, `to` is none of the three, or the model is static and has what
-            `to` asks for already.
+        PositionsError: no such layer, token or head, `to` is none of the three, a mean or a shuffle of tokens without
+            an end, or the model is static and has what `to` asks for already.
 
     >>> with model.hooks(fwd_hooks=lp.ablate(model, to=1.0, layers=0)):  # standard RoPE at layer 0
     ...     model.increments("The cat")[:2, 0].round(decimals=1)
@@ -122,14 +135,23 @@ def ablation_hooks(
     if not (isinstance(to, str) and to in ("mean", "shuffle")):
         to = finite(to, "to", 'a finite number, "mean" or "shuffle"')
     seed = index_of(seed, "seed", "a whole number from 0")
+    endless = (isinstance(positions, slice) and positions.stop is None) or _is_condition(positions)
+    if isinstance(to, str) and endless:
+        raise PositionsError(
+            f"to is {to!r} and positions has no end, so that each new token would change it for those before; expected "
+            "a number, or indices, a mask or a slice with an end."
+        )
     hooks: Hooks = []
     for layer, name in hook_names(model, layers, _hook_at(site)):
         if to == "mean":
-            hooks.append((name, _at(_Mean(site), positions, heads)))
+            hooks.append((name, _at(_Mean(site), positions, heads, f"{site} at the row's mean")))
         elif to == "shuffle":
-            hooks.append((name, _at(partial(_shuffled, site, 1000 * seed + layer), positions, heads)))
+            hooks.append(
+                (name, _at(partial(_shuffled, site, 1000 * seed + layer), positions, heads, f"{site} shuffled"))
+            )
         else:
-            hooks.append((name, _at(partial(_constant, site, to), positions, heads)))
+            even = f"{site} at {to:g}" if site == "increments" else f"positions in steps of {to:g}"
+            hooks.append((name, _at(partial(_constant, site, to), positions, heads, even)))
     return _checked_heads(model, heads, hooks)
 
 
@@ -154,13 +176,13 @@ def scale(
         raise PositionsError(
             "factor is 1, which changes nothing; expected another (a run without hooks is the baseline)."
         )
-    change = _at(partial(_scaled, factor), positions, heads)
+    change = _at(partial(_scaled, factor), positions, heads, f"{site} times {factor:g}")
     return _checked_heads(model, heads, [(name, change) for _, name in hook_names(model, layers, _hook_at(site))])
 
 
 def add_gap(
     model: TransformerBridge,
-    before: int,
+    before: int | slice | Condition,
     by: float = 1.0,
     layers: Some = None,
     heads: Some = None,
@@ -172,19 +194,51 @@ def add_gap(
     With gap "after" the increment that is edited is that of token `before - 1`; the tokens that move are the same.
     Other arguments, returns and errors as `ablate`.
 
+    Args:
+        model: a bridge with position streams.
+        before: a token of the prompt after the first; or a slice or a function as `positions` takes them, for the gap
+            before each of many tokens, those that a generation adds among them. A function is refused with gap "after",
+            where the increment to edit is past when the token comes.
+        by: positions to add.
+        layers, heads, site: see above.
+
     >>> before = model.positions("The cat")[0]
     >>> with model.hooks(fwd_hooks=lp.add_gap(model, before=5, by=2.0, layers=0)):
     ...     after = model.positions("The cat")[0]
     >>> (after - before).round(decimals=3)
     tensor([[0., 0., 0., 0., 0., 2., 2., 2.]])
+    >>> spaces = lp.add_gap(model, before=lambda ids: ids == ord(" "), by=1.0)  # before every space, as it comes
+    >>> model.run_with_hooks("The cat", fwd_hooks=spaces).shape
+    torch.Size([1, 8, 257])
     """
-    before = index_of(before, "before", "the index of a token after the first, from 1", least=1)
     by = finite(by, "by", "a finite number of positions")
     if by == 0:
         raise PositionsError("by is 0, which changes nothing; expected another (a run without hooks is the baseline).")
-    token = edited_token(model, before) if site == "increments" else before
-    change = _at(partial(_lengthened, by, before), token, heads)
+    tokens, last = _gaps(model, before, site)
+    what = "the gap" if site == "increments" else "the position"
+    words = f"{what} {_with_sign(by)} before {_chosen_words(before)}"
+    change = Edit(partial(_lengthened, by, last), tokens, _heads_of(heads), words)
     return _checked_heads(model, heads, [(name, change) for _, name in hook_names(model, layers, _hook_at(site))])
+
+
+def _gaps(model: TransformerBridge, before: Any, site: str) -> "tuple[Chosen, int | None]":
+    """The tokens that are edited for some gaps, and the one that the prompt must have; None: none."""
+    shift = edited_token(model, 1) - 1 if site == "increments" else 0
+    if isinstance(before, slice):
+        _check_slice(before, "before")
+        if shift:
+            ends = (None if end is None else max(end - 1, 0) for end in (before.start or 1, before.stop))
+            return slice(*ends, before.step), None
+        return before, None
+    if _is_condition(before):
+        if shift:
+            raise PositionsError(
+                'before is a function and this model has gap "after", where the increment before a token is fixed '
+                "before that token is known; expected the index of a token or a slice."
+            )
+        return before, None
+    index = index_of(before, "before", "the index of a token after the first, from 1, a slice or a function", least=1)
+    return [index + shift], index
 
 
 def freeze(
@@ -215,7 +269,7 @@ def freeze(
     True
     """
     return [
-        (name, _at(partial(_recorded, values, None, None), positions, heads))
+        (name, _at(partial(_recorded, values, None, None), positions, heads, f"{site} held as recorded"))
         for name, values in _cached(cache, site, layers, heads)
     ]
 
@@ -268,7 +322,8 @@ def patch(
                 f"source has token {max(there)}; expected tokens below {values.shape[1]}, the length of the recorded "
                 "input."
             )
-        hooks.append((name, _at(partial(_recorded, values, there, here), here, heads)))
+        words = f"{site} of another input put in"
+        hooks.append((name, _at(partial(_recorded, values, there, here), here, heads, words)))
         plain = plain and bool((values if there is None else values[:, there]).eq(1).all())
     if plain:
         raise PositionsError(
@@ -423,39 +478,187 @@ def _short(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def _at(change: Change, positions: Tokens, heads: Some) -> Callable[..., Any]:
+Chosen = list[int] | slice | Tensor | Condition | None
+"""Tokens as they were chosen, checked."""
+
+
+@dataclass(eq=False)
+class Edit:
+    """A hook function that makes a change at some tokens and heads, and can say so.
+
+    Attributes:
+        change: see `Change`.
+        positions: the tokens.
+        heads: None: all.
+        words: what it does, without where.
+    """
+
+    change: Change
+    positions: Chosen
+    heads: list[int] | None
+    words: str
+
+    def __post_init__(self) -> None:
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, values: Float[Tensor, "batch pos *head"], hook: Any) -> Float[Tensor, "batch pos *head"]:
+        """The values with the change made."""
+        tokens: HookedTokens = hook.ctx["tokens"]
+        if _is_condition(self.positions):
+            chosen = self._where_true(tokens)
+        else:
+            chosen = _chosen(cast(Any, self.positions), tokens, *values.shape[:2])
+        chosen = chosen.to(values.device)
+        changed = self.change(values, chosen, tokens)
+        where = _like(chosen, values)
+        if self.heads is not None:
+            of_heads = torch.zeros(values.shape[2], dtype=torch.bool, device=values.device)
+            of_heads[self.heads] = True
+            where = where & of_heads
+        return torch.where(where, changed, values)
+
+    def _where_true(self, tokens: HookedTokens) -> Bool[Tensor, "#batch pos"]:
+        """The tokens of this pass for which the condition holds; asked once a pass for all layers."""
+        sequence, last = tokens.sequence, self._last
+        if sequence is None:
+            raise PositionsError(
+                "positions is a function of token ids and this pass does not know them all; expected ids rather than "
+                "embeddings, and a key-value cache that was filled with the streams attached."
+            )
+        if last is None or last[0] is not sequence:
+            last = self._last = (
+                sequence,
+                _holds_in_rows(cast(Condition, self.positions), sequence, tokens.real_so_far()),
+            )
+        return tokens.real() & last[1][:, tokens.past :].to(tokens.ids.device)
+
+
+def describe(hooks: Hooks) -> str:
+    """What some hooks do, in a sentence without its end; empty where there are none.
+
+    Functions of your own are named, with the hook points that they are at.
+
+    >>> lp.describe(lp.scale(model, 2.0, layers=[0, 3]) + lp.add_gap(model, before=5))
+    'increments times 2 in layers 0 and 3; the gap +1 before token 5 in layers 0 to 5'
+    """
+    layers: dict[str, list[int]] = {}
+    for name, function in hooks:
+        if isinstance(function, Edit):
+            said = function.words
+            if function.positions is not None and " before " not in said:
+                said += f" at {_chosen_words(function.positions)}"
+            if function.heads is not None:
+                said += f", {_numbered('head', function.heads)}"
+            layers.setdefault(said, []).append(int(name.split(".")[-3]))
+        else:
+            function = getattr(function, "func", function)
+            called = getattr(function, "__name__", type(function).__name__)
+            layers.setdefault(f"the function {called} at {name}", [])
+    return "; ".join(f"{said} in {_numbered('layer', where)}" if where else said for said, where in layers.items())
+
+
+def _numbered(what: str, numbers: list[int]) -> str:
+    numbers = sorted(set(numbers))
+    if len(numbers) == 1:
+        return f"{what} {numbers[0]}"
+    if len(numbers) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{what}s {numbers[0]} to {numbers[-1]}"
+    return f"{what}s {', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
+
+
+def _chosen_words(positions: Any) -> str:
+    """Which tokens, in words."""
+    if isinstance(positions, slice):
+        end = "on" if positions.stop is None else f"to {positions.stop - 1}"
+        step = "" if positions.step in (None, 1) else f" in steps of {positions.step}"
+        return f"every token from {positions.start or 0} {end}{step}"
+    if isinstance(positions, Tensor):
+        return f"{int(positions.sum())} tokens of a mask"
+    if _is_condition(positions):
+        called = getattr(positions, "__name__", type(positions).__name__)
+        return "the tokens that a function chooses" if called == "<lambda>" else f"the tokens that {called} chooses"
+    numbers = positions if isinstance(positions, list) else [positions]
+    more = f" and {len(numbers) - 8} more" if len(numbers) > 8 else ""
+    return _numbered("token", numbers[:8]) + more
+
+
+def _with_sign(by: float) -> str:
+    return f"{by:+g}"
+
+
+def _is_condition(positions: Any) -> bool:
+    return callable(positions) and not isinstance(positions, Tensor)
+
+
+def _check_slice(chosen: slice, name: str) -> None:
+    """Refuse a slice that counts from an end which a generation moves."""
+    for end, least in ((chosen.start, 0), (chosen.stop, 1), (chosen.step, 1)):
+        if end is not None:
+            expected = "a slice of whole numbers from 0, as the end of a text moves while it is generated"
+            index_of(end, f"an end of the slice {name}", expected, least=least)
+
+
+def _heads_of(heads: Some) -> list[int] | None:
+    return None if heads is None else indices_of(heads, "a head")
+
+
+def _at(change: Change, positions: Tokens, heads: Some, words: str) -> Edit:
     """A hook function that makes a change at some tokens and heads."""
+    chosen: Chosen
     if isinstance(positions, Tensor):
         if positions.dtype != torch.bool or positions.ndim not in (1, 2):
             raise PositionsError(
                 f"positions has shape {tuple(positions.shape)} and dtype {positions.dtype}; expected a boolean mask "
                 "[pos] or [batch pos], or a list of indices."
             )
-    elif positions is not None:
-        positions = indices_of(positions, "a token")
-    return partial(_edit, change, positions, None if heads is None else indices_of(heads, "a head"))
+        chosen = positions
+    elif isinstance(positions, slice):
+        _check_slice(positions, "positions")
+        chosen = positions
+    elif positions is None or _is_condition(positions):
+        chosen = cast(Any, positions)
+    else:
+        chosen = indices_of(positions, "a token")
+    return Edit(change, chosen, _heads_of(heads), words)
 
 
-def _edit(
-    change: Change,
-    positions: list[int] | Bool[Tensor, "*#batch pos"] | None,
-    heads: list[int] | None,
-    values: Float[Tensor, "batch pos *head"],
-    hook: Any,
-) -> Float[Tensor, "batch pos *head"]:
-    tokens: HookedTokens = hook.ctx["tokens"]
-    chosen = _chosen(positions, tokens, *values.shape[:2]).to(values.device)
-    changed = change(values, chosen, tokens)
-    where = _like(chosen, values)
-    if heads is not None:
-        of_heads = torch.zeros(values.shape[2], dtype=torch.bool, device=values.device)
-        of_heads[heads] = True
-        where = where & of_heads
-    return torch.where(where, changed, values)
+def _holds_in_rows(
+    condition: Condition, sequence: Int[Tensor, "batch total"], real: Bool[Tensor, "#batch total"] | None
+) -> Bool[Tensor, "batch total"]:
+    """Where a condition holds; a row with padding is asked about without it, as it would be alone."""
+    if real is None or bool(real.all()):
+        return _holds(condition, sequence)
+    mask = torch.zeros_like(sequence, dtype=torch.bool)
+    for row, of_row in enumerate(real.to(sequence.device).expand(sequence.shape)):
+        if bool(of_row.any()):
+            mask[row, of_row] = _holds(condition, sequence[row : row + 1, of_row])[0]
+    return mask
+
+
+def _holds(condition: Condition, sequence: Int[Tensor, "batch total"]) -> Bool[Tensor, "batch total"]:
+    """Where a condition holds.
+
+    Raises:
+        PositionsError: it does not return booleans of that shape, or chooses by what follows a token. The latter is
+            found by asking again without the last token; as every pass asks, no generation can be misled.
+    """
+    mask = condition(sequence)
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != sequence.shape:
+        given = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise PositionsError(
+            f"the function of tokens returned {given} for ids of shape {tuple(sequence.shape)}; expected booleans of "
+            "that shape."
+        )
+    if sequence.shape[1] > 1 and not torch.equal(condition(sequence[:, :-1]), mask[:, :-1]):
+        raise PositionsError(
+            f"the function of tokens chooses others among the first {sequence.shape[1] - 1} once a token follows them; "
+            "expected one that depends on a token and those before it alone, as later ones are not there yet."
+        )
+    return mask
 
 
 def _chosen(
-    positions: list[int] | Bool[Tensor, "*#batch pos"] | None, tokens: HookedTokens, batch: int, length: int
+    positions: list[int] | slice | Tensor | None, tokens: HookedTokens, batch: int, length: int
 ) -> Bool[Tensor, "#batch pos"]:
     """Which real tokens of this pass are meant."""
     real = tokens.real()
@@ -471,9 +674,13 @@ def _chosen(
             raise PositionsError(f"the mask of tokens has {len(mask)} rows; expected one, or {batch} as the input.")
         mask = mask[:, tokens.past : tokens.past + length].to(real.device)
         return real & torch.nn.functional.pad(mask, (0, length - mask.shape[1]))
+    chosen = torch.zeros(1, length, dtype=torch.bool, device=real.device)
+    if isinstance(positions, slice):
+        numbers = range(tokens.past + length)[positions]
+        chosen[:, [i - tokens.past for i in numbers if i >= tokens.past]] = True
+        return real & chosen
     if tokens.past == 0 and max(positions) >= length:
         raise PositionsError(f"there is no token {max(positions)}; expected tokens from 0 to {length - 1}.")
-    chosen = torch.zeros(1, length, dtype=torch.bool, device=real.device)
     chosen[:, [i - tokens.past for i in positions if 0 <= i - tokens.past < length]] = True
     return real & chosen
 
@@ -541,8 +748,8 @@ def _scaled(factor: float, values: Tensor, _chosen: Tensor, _tokens: HookedToken
     return factor * values
 
 
-def _lengthened(by: float, before: int, values: Tensor, _chosen: Tensor, tokens: HookedTokens) -> Tensor:
-    if tokens.past == 0 and before >= values.shape[1]:
+def _lengthened(by: float, before: int | None, values: Tensor, _chosen: Tensor, tokens: HookedTokens) -> Tensor:
+    if before is not None and tokens.past == 0 and before >= values.shape[1]:
         raise PositionsError(f"there is no token {before}; expected tokens from 1 to {values.shape[1] - 1}.")
     return values + by
 

@@ -2,10 +2,12 @@ from .ablation import Ablations, ablation_table, token_means
 from .attribution import attribution
 from .mediation import mediation
 from .metrics import log_probability, logit_difference, loss
+from .prompts import PromptEffects, over_prompts
 from .sweeps import gap_sweep, patch_sweep
 
 __all__ = [
     "Ablations",
+    "PromptEffects",
     "ablation_table",
     "attribution",
     "gap_sweep",
@@ -13,6 +15,7 @@ __all__ = [
     "logit_difference",
     "loss",
     "mediation",
+    "over_prompts",
     "patch_sweep",
     "token_means",
 ]

@@ -33,6 +33,7 @@ from ..interventions import Hooks, ablation_hooks, hook_names, streams_of
 from ..measure.metrics import Metric, measured, of_prompts
 from ..text import Mask, TextOrTokens, one_prompt
 from .pieces import in_pieces
+from .prompts import batched_gradients, many_prompts
 from .sweeps import SITES
 
 TOKENS_A_BATCH = 512
@@ -42,6 +43,7 @@ STEPS = (16, 32, 64, 128, 256, 512, 1024)
 TOLERANCE = 0.01
 
 
+@many_prompts(batched_gradients)
 def attribution(
     model: TransformerBridge,
     tokens: TextOrTokens,
@@ -56,7 +58,7 @@ def attribution(
 
     Args:
         model: a bridge with position streams.
-        tokens: one prompt, as text or as tokens.
+        tokens: one prompt, as text or as tokens; or many, as a list or a table, which gives what `over_prompts` does.
         metric: from logits [batch pos vocab] to one number a row, differentiable.
         method: "gradient", the derivative of the metric by each gap at increments as they are; increments of later
             layers respond, as they do in `gap_sweep`. Or "integrated", along the straight path from the baseline's

@@ -31,6 +31,7 @@ from ..measure.metrics import Metric, baseline_of, measured, of_prompts, place_o
 from ..measure.partial_forward import Replay
 from ..progress import tracked
 from ..text import Mask, TextOrTokens, one_prompt
+from .prompts import many_prompts
 
 SITES: dict[str, tuple[str, int]] = {
     "increments": ("attn.hook_increments", 1),
@@ -52,6 +53,7 @@ LOGITS_A_BATCH = 2**27
 """Numbers in the logits of a batch at most: half a GiB in float32."""
 
 
+@many_prompts()
 def gap_sweep(
     model: TransformerBridge,
     tokens: TextOrTokens,
@@ -66,7 +68,7 @@ def gap_sweep(
 
     Args:
         model: a bridge with position streams.
-        tokens: one prompt, as text or as tokens.
+        tokens: one prompt, as text or as tokens; or many, as a list or a table, which gives what `over_prompts` does.
         metric: from logits [batch pos vocab] to one number a row (`causal.logit_difference`, `causal.loss`, your own).
         by: positions to add to the gap; 1.0 is one step of standard RoPE.
         layers: the model's own layer numbers, taken in the model's order; None is all that rotate.
@@ -96,6 +98,7 @@ def gap_sweep(
     return effects
 
 
+@many_prompts()
 def patch_sweep(
     model: TransformerBridge,
     source: ActivationCache | TextOrTokens,
@@ -112,7 +115,8 @@ def patch_sweep(
 
     Args:
         model: a bridge with position streams.
-        source: the other input, as text or as tokens without padding, or a cache that recorded it (one row).
+        source: the other input, as text or as tokens without padding, or a cache that recorded it (one row). Many
+            pairs, as two lists or one table, give what `over_prompts` does.
         tokens: the prompt that values are put into, as text or as tokens.
         metric: from logits [batch pos vocab] to one number a row.
         site: "increments", "positions", the rotated queries "rot_q" or keys "rot_k", and for comparison the residual

@@ -46,6 +46,7 @@ class Replay:
         last_only: bool = False,
         tokens_too: bool = True,
         resume: bool = True,
+        how: Mapping[str, Any] | None = None,
     ) -> None:
         """Run the baseline.
 
@@ -56,13 +57,16 @@ class Replay:
             last_only: compute the logits of the last token alone.
             tokens_too: keep what is needed to resume at a token after the first.
             resume: False runs the whole prompt every time.
+            how: further arguments of the model's calls, such as a mask of padding; then one copy joins at a time.
         """
         self.model = model
         self.tokens = tokens
         self._blocks: Sequence[Any] = cast(Any, getattr(model, "blocks", ()))
         forward = inspect.signature(type(model.original_model).forward).parameters
         self._last_only = last_only
-        self._keep = {"logits_to_keep": 1} if last_only and "logits_to_keep" in forward else {}
+        self._how: dict[str, Any] = {**(how or {})}
+        if last_only and "logits_to_keep" in forward:
+            self._how["logits_to_keep"] = 1
         self._inputs: list[Tensor] = []
         self._outputs: list[Any] = []
         self._cache = DynamicCache() if tokens_too and len(tokens) == 1 and tokens.shape[1] > 1 else None
@@ -176,7 +180,7 @@ class Replay:
 
     def _logits(self, tokens: Tensor, cache: Any) -> Tensor:
         how = {"use_cache": False} if cache is None else {"past_key_values": cache}
-        logits = self.model(tokens, return_type="logits", **how, **self._keep)
+        logits = self.model(tokens, return_type="logits", **how, **self._how)
         return logits[:, -1:] if self._last_only else logits
 
     def _keep_input(self, _block: Any, args: Any, kwargs: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@ from .charts import auc_chart, differences_chart, frequency_map, kinds_chart, li
 from .effect_charts import ablation_bars, effect_map
 from .interactive import View, attention_view, spacing_view, tokens_view
 from .output import MissingFontError
+from .prompt_charts import prompts_chart
 from .report import report
 from .rope_charts import absolute_chart, entropy_chart, norms_map
 from .spacing import spacing
@@ -22,6 +23,7 @@ __all__ = [
     "kinds_chart",
     "lines_chart",
     "norms_map",
+    "prompts_chart",
     "report",
     "spacing",
     "spacing_view",

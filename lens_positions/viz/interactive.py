@@ -12,7 +12,7 @@ ever put into text nodes there. Nothing is fetched: circuitsvis' script comes fr
 import base64
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from html import escape
 from importlib import resources
@@ -24,10 +24,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..interventions import Hooks
 from ..model import HookedPositionTransformer
 from ..text import Mask, TextOrTokens
 from . import style
-from .drawn_text import MOST_ATTENDING, Placed, layers_to_show, place
+from .drawn_text import MOST_ATTENDING, Placed, before_and_after, edits_in_words, rows_to_show
 from .output import check_page, write_whole
 from .spacing import Scale, caption_of, is_boundary, rows_of
 
@@ -36,6 +37,9 @@ LEAST_MEAN = 1e-6
 
 MOST_UNITS = 20_000
 """Characters times rows of an interactive drawing."""
+
+
+WHEN = ("before the edits", "after the edits")
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class View:
         title: its heading.
         data: what is drawn.
         cut: what was left out of the text, in a sentence; empty where nothing was.
+        beside: another that stands beside it: the same after edits.
 
     >>> view = lp.viz.spacing_view(model, "The cat")
     >>> view.kind, view.data["units"]
@@ -58,9 +63,17 @@ class View:
     title: str
     data: dict[str, Any] = field(repr=False)
     cut: str = ""
+    beside: "View | None" = field(default=None, repr=False)
 
     def fragment(self, title: str | None = None) -> str:
         """Its part of a page, under a title of its own or another, without the scripts that draw it."""
+        if self.beside is not None:
+            pair = [View(view.kind, view.title, view.data, view.cut) for view in (self, self.beside)]
+            titles = [
+                view.title if title is None else f"{title} · {when}" for view, when in zip(pair, WHEN, strict=True)
+            ]
+            both = "".join(view.fragment(name) for view, name in zip(pair, titles, strict=True))
+            return f'<div class="lp-beside">{both}</div>'
         # A "<" inside a JSON string would end the script element in which it stands.
         data = json.dumps(self.data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
         return (
@@ -93,6 +106,7 @@ def spacing_view(
     text: TextOrTokens,
     layers: Sequence[int] | None = None,
     *,
+    hooks: Hooks | None = None,
     attention_mask: Mask = None,
     prepend_bos: bool | None = None,
 ) -> View:
@@ -102,6 +116,7 @@ def spacing_view(
         model: the model.
         text: what to draw, or its tokens, special ones in front included.
         layers: the layers to draw; None is all of them.
+        hooks: edits, whose rows stand below those without them, layer by layer.
         attention_mask, prepend_bos: as for `placed.place`.
 
     Raises:
@@ -111,13 +126,13 @@ def spacing_view(
     >>> view.data["units"]
     ['T', 'h', 'e', '␣', 'c', 'a', 't']
     """
-    placed = place(model, text, attention_mask=attention_mask, prepend_bos=prepend_bos)
-    shown = layers_to_show(model, layers, placed.positions)
-    rows = rows_of(placed, shown, "common")
+    placed, after = before_and_after(model, text, hooks, attention_mask=attention_mask, prepend_bos=prepend_bos)
+    shown = rows_to_show(model, layers, placed, after, "positions")
+    rows = rows_of(placed, after, shown, "common")
     relative = all(row.mean_increment > LEAST_MEAN for row in rows)
     n = _fitting(placed, len(rows))
     ranges = list(zip(placed.first[:n], placed.last[:n], strict=True))
-    increments = [placed.increments[layer].mean(-1).tolist() for layer in shown]
+    increments = [_source(placed, after, edited).increments[layer].mean(-1).tolist() for layer, _, edited in shown]
     scales: tuple[Scale, ...] = ("relative", "common")
     data = {
         "units": [style.legible(unit) for unit in placed.units[:n]],
@@ -133,7 +148,9 @@ def spacing_view(
             }
             for row, of_row in zip(rows, increments, strict=True)
         ],
-        "caption": {scale: " ".join([*caption_of(placed, rows, scale), placed.cut(n)]).strip() for scale in scales},
+        "caption": {
+            scale: " ".join([*caption_of(placed, after, rows, scale), placed.cut(n)]).strip() for scale in scales
+        },
     }
     return View("spacing", "Characters at their learned positions", data, placed.cut(n))
 
@@ -143,6 +160,7 @@ def tokens_view(
     text: TextOrTokens,
     layers: Sequence[int] | None = None,
     *,
+    hooks: Hooks | None = None,
     attention_mask: Mask = None,
     prepend_bos: bool | None = None,
 ) -> View:
@@ -157,21 +175,23 @@ def tokens_view(
     >>> view.title, view.kind
     ('Tokens tinted by increment', 'tokens')
     """
-    placed = place(model, text, attention_mask=attention_mask, prepend_bos=prepend_bos)
-    shown = layers_to_show(model, layers, placed.increments)
+    placed, after = before_and_after(model, text, hooks, attention_mask=attention_mask, prepend_bos=prepend_bos)
+    shown = rows_to_show(model, layers, placed, after, "increments")
     n = _fitting(placed, len(shown))
     stop = placed.last[n - 1] + 1
     moves = torch.zeros(len(placed.tokens), dtype=torch.bool)
     moves[placed.config.effective] = True  # the others have no tint
     rows = []
-    for layer, name in shown.items():
-        increments = placed.increments[layer, placed.first[0] : stop].mean(-1)
-        mean = placed.mean_increment(layer)
+    for layer, name, edited in shown:
+        source = _source(placed, after, edited)
+        increments = source.increments[layer, placed.first[0] : stop].mean(-1)
+        mean = source.mean_increment(layer)
         tint = increments / mean - 1 if abs(mean) > LEAST_MEAN else torch.zeros_like(increments)
         tint[~moves[placed.first[0] : stop]] = 0
         rows.append({"name": name, "mean": _short(mean), "relative": _short(tint.tolist())})
     said = [
         *placed.convention(),
+        *edits_in_words(after, shown),
         "White: at the row's mean; orange: twice as far or more; blue: no distance at all. Pointing at a token shows "
         "the deviation, as a share of the mean.",
         placed.cut(n),
@@ -191,6 +211,7 @@ def attention_view(
     text: TextOrTokens,
     most: int = MOST_ATTENDING,
     *,
+    hooks: Hooks | None = None,
     attention_mask: Mask = None,
     prepend_bos: bool | None = None,
 ) -> View:
@@ -200,6 +221,7 @@ def attention_view(
         model: the model.
         text: what to read, or its tokens, special ones in front included.
         most: tokens at most; the text is cut there, and the caption says so.
+        hooks: edits; the view without them has the one with them at its side.
         attention_mask, prepend_bos: as for `placed.place`.
 
     Raises:
@@ -210,15 +232,35 @@ def attention_view(
     >>> view.title, view.kind
     ('Attention beside increments', 'attention')
     """
-    placed = place(model, text, patterns=True, most=most, attention_mask=attention_mask, prepend_bos=prepend_bos)
-    patterns = placed.attention()
+    how: dict[str, Any] = {"attention_mask": attention_mask, "prepend_bos": prepend_bos}
+    placed, after = before_and_after(model, text, hooks, patterns=True, most=most, **how)
+    if after is None:
+        return _attention_of(placed, _most_structured(placed), [])
+    changed = (after.attention() - placed.attention()).abs().amax(dim=(1, 2, 3))
+    layer = int(changed.argmax()) if bool(changed.any()) else _most_structured(placed)
+    said = edits_in_words(after)
+    if not bool(changed.any()):
+        said.append("They change no attention that is drawn here.")
+    before = _attention_of(placed, layer, [*said, "Here: before them."], WHEN[0])
+    return replace(before, beside=_attention_of(after, layer, [*said, "Here: after them."], WHEN[1]))
+
+
+def _most_structured(placed: Placed) -> int:
+    """The entry of the layer whose increments differ most for their size, which a view begins with."""
     spread = placed.increments.std(dim=(1, 2), correction=0) / placed.increments.abs().mean(dim=(1, 2)).clamp_min(1e-9)
-    source = placed.config.source
+    return int(spread.argmax())
+
+
+def _attention_of(placed: Placed, layer: int, edits: list[str], when: str = "") -> View:
+    """The view of a text as it was placed, which begins with a layer."""
+    patterns = placed.attention()
+    static = placed.config.source == "static"
     said = [
         *placed.convention(heads="each head has its own"),
+        *edits,
         "Each arc runs from the chosen token to one that it attends to; its width and strength are the "
         "attention, and below 1% none is drawn. Above the line tokens stand at their "
-        + ("positions, one step a token unless they are edited" if source == "static" else "learned positions")
+        + ("positions, one step a token unless they are edited" if static else "learned positions")
         + "; below it they are counted. Click a token, or use the arrow keys.",
         placed.cut(),
     ]
@@ -234,13 +276,17 @@ def attention_view(
         ],
         "heads": patterns.shape[1],
         "patterns": [_packed(of_layer) for of_layer in patterns],
-        "layer": int(spread.argmax()),
+        "layer": layer,
         "head": 0,
-        "static": source == "static",
+        "static": static,
         "positive": style.BLUE,
         "caption": " ".join(said).strip(),
     }
-    return View("attention", "Attention beside increments", data, placed.cut())
+    return View("attention", "Attention beside increments" + (f", {when}" if when else ""), data, placed.cut())
+
+
+def _source(placed: Placed, after: Placed | None, edited: bool) -> Placed:
+    return after if after is not None and edited else placed
 
 
 def page_of(views: Sequence[View], title: str) -> str:
