@@ -36,7 +36,7 @@ class LinearToOne(nn.Linear):
 
     def forward(self, x: Float[Tensor, "batch pos hidden"]) -> Float[Tensor, "batch pos 1"]:
         """As nn.Linear."""
-        rows = torch.addmv(self.bias, x.flatten(0, -2), self.weight[0])
+        rows = torch.addmv(self.bias, x.flatten(0, -2), self.weight.view(-1))
         return rows.view(*x.shape[:-1], 1)
 
 

@@ -8,17 +8,21 @@ and the third two steps after the second:
     >>> ids = torch.tensor([[0, 1, 2]])  # the model's own position ids
 
 Positions are the model's own ids plus the running sum of d - 1, so that increments of 1 give the ids back to the bit,
-and the ids keep what they know of padding and caches. With gap "before", d is the step before its token, and that of
-the first token counts for nothing, since nothing is there for it to be away from:
+and the ids keep what they know of padding and caches. The sum of the ones is the same in every layer, so that it is
+taken from the ids once, which leaves the origin. With gap "before", d is the step before its token, and that of the
+first token counts for nothing, since nothing is there for it to be away from:
 
     >>> counted = torch.tensor([[0.0, 1.0, 1.0]], dtype=torch.float64)
-    >>> positions = positions_at(ids, running_sum(increments, counted, gap="before"), torch.float32)
+    >>> origin = ids - running_sum(torch.ones(1, 3), counted, gap="before")
+    >>> origin.tolist()
+    [[0.0, 0.0, 0.0]]
+    >>> positions = positions_at(origin, running_sum(increments, counted, gap="before"), torch.float32)
     >>> positions.tolist()
     [[0.0, 0.5, 2.5]]
 
 With gap "after", d is the step after its token, and that of the last token counts for nothing:
 
-    >>> positions_at(ids, running_sum(increments, gap="after"), torch.float32).tolist()
+    >>> positions_at(origin, running_sum(increments, gap="after"), torch.float32).tolist()
     [[0.0, 1.0, 1.5]]
 
 The model's own rotary module turns positions into cos and sin, here of a single frequency of one radian a step:
@@ -49,7 +53,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 CosSin = tuple[Float[Tensor, "batch pos *head d_rotary"], Float[Tensor, "batch pos *head d_rotary"]]
@@ -61,27 +65,20 @@ def running_sum(
     *,
     gap: str,
     start: Float[Tensor, "batch 1 *head"] | None = None,
-    minus_counted: Float[Tensor, "#batch pos"] | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Float[Tensor, "batch pos *head"]:
-    """Sum d - 1 over the tokens up to each one.
+    """Sum d over the tokens up to each one.
 
     Args:
         increments: d of each token.
         counted: 1 where d counts, 0 where it does not (padding), in the dtype of the sum; None: every d counts.
         gap: "before" ends each sum with the token's own d, "after" with that of the token before it.
         start: what the tokens of a key-value cache sum to; None is 0.
-        minus_counted: -counted, from a caller that has it, which saves an operator in every layer.
         dtype: of the sum. In float32, errors would add up over a long text.
     """
-    if counted is None:
-        surplus = increments.to(dtype) - 1
-    else:
-        # counted * d - counted, which is (d - 1) * counted, in one operator that also widens d.
-        minus = -counted if minus_counted is None else minus_counted
-        surplus = torch.addcmul(beside_heads(minus, increments), beside_heads(counted, increments), increments)
-
-    total = surplus.cumsum(1)
+    # A product with float64 also widens d, in one operator.
+    d = increments.to(dtype) if counted is None else beside_heads(counted, increments) * increments
+    total = d.cumsum(1)
     if start is not None:
         total = total + start
     if gap == "before":
@@ -93,10 +90,14 @@ def running_sum(
 
 
 def positions_at(
-    ids: Int[Tensor, "#batch pos"], total: Float[Tensor, "batch pos *head"], dtype: torch.dtype
+    origin: Float[Tensor, "#batch pos"], total: Float[Tensor, "batch pos *head"], dtype: torch.dtype
 ) -> Float[Tensor, "batch pos *head"]:
-    """Positions: the model's own position ids plus the running sum, added in the sum's float64 and rounded once."""
-    return (beside_heads(ids, total) + total).to(dtype)
+    """Positions: the origin plus the running sum, added in the sum's float64 and rounded once.
+
+    The origin is the model's own position ids less the running sum of ones. Its numbers are whole, and float64 adds
+    whole numbers without rounding.
+    """
+    return (beside_heads(origin, total) + total).to(dtype)
 
 
 def beside_heads(x: Tensor, values: Float[Tensor, "batch pos *head"]) -> Tensor:

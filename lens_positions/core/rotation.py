@@ -15,6 +15,7 @@ from transformer_lens.hook_points import HookPoint
 
 from .hook_points import HookedTokens, run_hook
 from .positions import CosSin, cos_and_sin
+from .visible_tokens import Visible
 
 Rotation = CosSin | Complex[Tensor, "batch pos *head d_rotary"]
 """What a rotary module returns: cos and sin, or cos + i sin in one tensor."""
@@ -43,6 +44,7 @@ class RotaryCall:
     axes: Int[Tensor, "axis #batch pos"] | None = None
     is_complex: bool = False
     _frequencies: Tensor | None = None
+    _origin: tuple[Visible, Tensor] | None = None
 
     @classmethod
     def of(cls, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], rotation: Any) -> "RotaryCall":
@@ -59,6 +61,12 @@ class RotaryCall:
     def tensors(self) -> tuple[Tensor, ...]:
         """Return the tensors of what the module returned."""
         return tensors_of(self.rotation)
+
+    def origin(self, visible: Visible) -> Float[Tensor, "#batch pos"]:
+        """Return the model's own position ids less the standard steps that are summed over, once for all layers."""
+        if self._origin is None or self._origin[0] is not visible:
+            self._origin = visible, self.position_ids - visible.steps()
+        return self._origin[1]
 
     def at(self, positions: Float[Tensor, "batch pos"], states: Tensor | None = None) -> CosSin:
         """Return cos and sin of fractional positions, in the dtype of the states (default: those of the call)."""

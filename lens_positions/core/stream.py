@@ -131,7 +131,7 @@ class PositionStream(nn.Module):
             shared = found[0]
         else:
             total = visible.sum(increments, None if surplus is None else surplus.to(ids.device))
-            positions = positions_at(ids, total, increments.dtype)
+            positions = positions_at(call.origin(visible), total, increments.dtype)
             shared = SharedPositions(from_source, surplus, call, torch.is_grad_enabled(), positions)
             if shares:
                 forward_pass.shared_positions.append(shared)
