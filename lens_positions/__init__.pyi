@@ -9,11 +9,15 @@ from .interventions import ablate, add_gap, describe, freeze, patch, scale
 from .model import HookedPositionTransformer
 
 __all__ = [
+    "Edit",
     "HookedPositionTransformer",
+    "Hooks",
+    "LayerIndices",
     "PositionConfig",
     "PositionModelConfig",
     "PositionStreams",
     "PositionsError",
+    "TokenSelection",
     "__version__",
     "ablate",
     "add_gap",

@@ -57,8 +57,8 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 
-from .core.attach import unbridged
 from .core.hook_points import HookedTokens
+from .core.model_wrappers import base_model
 from .core.position_streams import PositionStreams
 from .errors import PositionsError
 
@@ -70,16 +70,17 @@ Some = int | Sequence[int] | None
 Condition = Callable[[Int[Tensor, "batch total"]], Bool[Tensor, "batch total"]]
 Tokens = int | Sequence[int] | slice | Bool[Tensor, "*#batch pos"] | Condition | None
 Site = Literal["increments", "positions"]
-Change = Callable[[Float[Tensor, "batch pos *head"], Bool[Tensor, "#batch pos"], HookedTokens], Tensor]
+
+Edit = Callable[[Float[Tensor, "batch pos *head"], Bool[Tensor, "#batch pos"], HookedTokens], Tensor]
 """From values, the chosen tokens and what is known of them to other values, of which the chosen are used."""
 
 
 def ablate(
     model: TransformerBridge,
     to: float | Literal["mean", "shuffle"] = 1.0,
-    layers: Some = None,
-    positions: Tokens = None,
-    heads: Some = None,
+    layers: LayerIndices = None,
+    positions: TokenSelection = None,
+    heads: HeadIndices = None,
     *,
     site: Site = "increments",
     seed: int = 0,
@@ -124,16 +125,16 @@ def ablate(
 def ablation_hooks(
     model: TransformerBridge,
     to: float | Literal["mean", "shuffle"] = 1.0,
-    layers: Some = None,
-    positions: Tokens = None,
-    heads: Some = None,
+    layers: LayerIndices = None,
+    positions: TokenSelection = None,
+    heads: HeadIndices = None,
     *,
     site: Site = "increments",
     seed: int = 0,
 ) -> Hooks:
     """What `ablate` gives, on a static model too: for tables, where a row of zeros is a control."""
     if not (isinstance(to, str) and to in ("mean", "shuffle")):
-        to = finite(to, "to", 'a finite number, "mean" or "shuffle"')
+        to = finite_number(to, "to", 'a finite number, "mean" or "shuffle"')
     seed = index_of(seed, "seed", "a whole number from 0")
     endless = (isinstance(positions, slice) and positions.stop is None) or _is_condition(positions)
     if isinstance(to, str) and endless:
@@ -158,9 +159,9 @@ def ablation_hooks(
 def scale(
     model: TransformerBridge,
     factor: float,
-    layers: Some = None,
-    positions: Tokens = None,
-    heads: Some = None,
+    layers: LayerIndices = None,
+    positions: TokenSelection = None,
+    heads: HeadIndices = None,
     *,
     site: Site = "increments",
 ) -> Hooks:
@@ -171,7 +172,7 @@ def scale(
     ...     torch.equal(model.increments("The cat")[0], 2 * increments)
     True
     """
-    factor = finite(factor, "factor")
+    factor = finite_number(factor, "factor")
     if factor == 1:
         raise PositionsError(
             "factor is 1, which changes nothing; expected another (a run without hooks is the baseline)."
@@ -184,8 +185,8 @@ def add_gap(
     model: TransformerBridge,
     before: int | slice | Condition,
     by: float = 1.0,
-    layers: Some = None,
-    heads: Some = None,
+    layers: LayerIndices = None,
+    heads: HeadIndices = None,
     *,
     site: Site = "increments",
 ) -> Hooks:
@@ -243,9 +244,9 @@ def _gaps(model: TransformerBridge, before: Any, site: str) -> "tuple[Chosen, in
 
 def freeze(
     cache: ActivationCache,
-    layers: Some = None,
-    positions: Tokens = None,
-    heads: Some = None,
+    layers: LayerIndices = None,
+    positions: TokenSelection = None,
+    heads: HeadIndices = None,
     *,
     site: Site = "increments",
 ) -> Hooks:
@@ -276,10 +277,10 @@ def freeze(
 
 def patch(
     cache: ActivationCache,
-    layers: Some = None,
-    source: Some = None,
-    target: Some = None,
-    heads: Some = None,
+    layers: LayerIndices = None,
+    source: TokenIndices = None,
+    target: TokenIndices = None,
+    heads: HeadIndices = None,
     *,
     site: Site = "increments",
 ) -> Hooks:
@@ -314,7 +315,7 @@ def patch(
             "each target once."
         )
     hooks: Hooks = []
-    found = _cached(cache, site, layers, heads)
+    found = _cached_values(cache, site, layers, heads)
     plain = site == "increments" and is_static(cache.model)
     for name, values in found:
         if there is not None and max(there, default=0) >= values.shape[1]:
@@ -345,7 +346,7 @@ def streams_of(model: Any) -> PositionStreams:
             f"the model is a {type(model).__name__}; expected a HookedPositionTransformer, or a TransformerBridge with "
             "position streams (hook points are a bridge's)."
         )
-    streams = getattr(unbridged(model), "position_streams", None)
+    streams = getattr(base_model(model), "position_streams", None)
     if streams is None:
         raise PositionsError("the bridge has no position streams; expected attach_positions(bridge) first.")
     return streams
@@ -353,7 +354,7 @@ def streams_of(model: Any) -> PositionStreams:
 
 def is_static(model: Any) -> bool:
     """Whether a model is a bridge whose streams give increments of 1.0 to every token."""
-    streams = getattr(unbridged(model), "position_streams", None) if isinstance(model, TransformerBridge) else None
+    streams = getattr(base_model(model), "position_streams", None) if isinstance(model, TransformerBridge) else None
     return isinstance(streams, PositionStreams) and streams.config.source == "static"
 
 
@@ -362,7 +363,7 @@ def edited_token(model: TransformerBridge, before: int) -> int:
     return before if streams_of(model).config.gap == "before" else before - 1
 
 
-def hook_names(model: TransformerBridge, layers: Some, hook: str) -> list[tuple[int, str]]:
+def hook_names(model: TransformerBridge, layers: LayerIndices, hook: str) -> list[tuple[int, str]]:
     """The number of each of some layers and its hook of a name within the block, in the model's order.
 
     Raises:
@@ -378,8 +379,8 @@ def hook_names(model: TransformerBridge, layers: Some, hook: str) -> list[tuple[
     return [(layer, block + hook) for layer, block in blocks if layer in wanted]
 
 
-def _cached(
-    cache: ActivationCache, site: str, layers: Some, heads: Some
+def _cached_values(
+    cache: ActivationCache, site: str, layers: LayerIndices, heads: HeadIndices
 ) -> list[tuple[str, Float[Tensor, "batch pos *head"]]]:
     suffix = "." + _hook_at(site)
     if not isinstance(cache, ActivationCache):
@@ -411,7 +412,7 @@ def _hook_at(site: str) -> str:
     return HOOK.format(site)
 
 
-def _checked_heads(model: TransformerBridge, heads: Some, hooks: Hooks) -> Hooks:
+def _hooks_with_heads(model: TransformerBridge, heads: HeadIndices, hooks: Hooks) -> Hooks:
     if heads is not None:
         streams = streams_of(model)
         if not streams.config.per_head:
@@ -424,7 +425,7 @@ def _checked_heads(model: TransformerBridge, heads: Some, hooks: Hooks) -> Hooks
     return hooks
 
 
-def _check_heads(heads: int | Sequence[int], count: int) -> None:
+def _check_heads(heads: HeadIndices, count: int) -> None:
     wrong = [head for head in indices_of(heads, "a head") if head >= count]
     if wrong:
         raise PositionsError(f"there is no head {wrong[0]}; expected heads from 0 to {count - 1}.")
@@ -460,7 +461,7 @@ def index_of(given: Any, name: str | None, expected: str, least: int = 0, most: 
     return index
 
 
-def finite(given: Any, name: str, expected: str = "a finite number") -> float:
+def finite_number(given: Any, name: str, expected: str = "a finite number") -> float:
     """A number as Python's own.
 
     Raises:
@@ -685,7 +686,7 @@ def _chosen(
     return real & chosen
 
 
-def _like(mask: Tensor, values: Tensor) -> Tensor:
+def _in_shape_of(mask: Tensor, values: Tensor) -> Tensor:
     """A mask or numbers [batch pos] in the shape of values, which may have heads."""
     return (mask if values.ndim == 2 else mask[..., None]).expand(values.shape)
 
@@ -693,7 +694,7 @@ def _like(mask: Tensor, values: Tensor) -> Tensor:
 def _constant(site: str, number: float, values: Tensor, _chosen: Tensor, tokens: HookedTokens) -> Tensor:
     if site == "increments":
         return torch.full_like(values, number)
-    return _like(number * tokens.ids.to(values), values)
+    return _in_shape_of(number * tokens.ids.to(values), values)
 
 
 class _Mean:
@@ -711,12 +712,12 @@ class _Mean:
             start, step = of_prompt
         else:
             start, step = self.of_prompt
-        return (start + step * _like(tokens.ids.to(values), values)).to(values.dtype)
+        return (start + step * _in_shape_of(tokens.ids.to(values), values)).to(values.dtype)
 
 
 def _mean(values: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
     """The mean of each row, and no step; the first value where nothing is counted."""
-    weights = _like(counted, values).to(torch.promote_types(values.dtype, torch.float32))
+    weights = _in_shape_of(counted, values).to(torch.promote_types(values.dtype, torch.float32))
     total = weights.sum(1, keepdim=True)
     mean = (weights * values).sum(1, keepdim=True) / total.clamp(min=1)
     return torch.where(total > 0, mean, values[:, :1]), torch.zeros_like(mean)
@@ -724,14 +725,14 @@ def _mean(values: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
 
 def _line(values: Tensor, tokens: HookedTokens) -> tuple[Tensor, Tensor]:
     """Start and step of the ruler from the first to the last real token of each row."""
-    real, ids = _like(tokens.real(), values), _like(tokens.ids.to(values), values)
+    real, ids = _in_shape_of(tokens.real(), values), _in_shape_of(tokens.ids.to(values), values)
     first, last = real.to(torch.uint8).argmax(1, keepdim=True), ids.where(real, -1).argmax(1, keepdim=True)
     (p_0, p_1), (i_0, i_1) = ((x.gather(1, first), x.gather(1, last)) for x in (values, ids))
     step = (p_1 - p_0) / (i_1 - i_0).clamp(min=1)
     return p_0 - step * i_0, step
 
 
-def _shuffled(site: str, seed: int, values: Tensor, chosen: Tensor, tokens: HookedTokens) -> Tensor:
+def _shuffle(site: str, seed: int, values: Tensor, chosen: Tensor, tokens: HookedTokens) -> Tensor:
     counted = (chosen & tokens.between() if site == "increments" else chosen).expand(values.shape[:2]).cpu()
     generator = torch.Generator().manual_seed(seed)
     order = torch.arange(values.shape[1]).repeat(len(counted), 1)
@@ -741,10 +742,10 @@ def _shuffled(site: str, seed: int, values: Tensor, chosen: Tensor, tokens: Hook
         if len(span):
             draw = torch.rand(int(span[-1] - span[0]) + 1, generator=generator)
             order[row, places] = places[draw[places - span[0]].argsort()]
-    return values.gather(1, _like(order.to(values.device), values))
+    return values.gather(1, _in_shape_of(order.to(values.device), values))
 
 
-def _scaled(factor: float, values: Tensor, _chosen: Tensor, _tokens: HookedTokens) -> Tensor:
+def _multiply(factor: float, values: Tensor, _chosen: Tensor, _tokens: HookedTokens) -> Tensor:
     return factor * values
 
 
@@ -754,7 +755,7 @@ def _lengthened(by: float, before: int | None, values: Tensor, _chosen: Tensor, 
     return values + by
 
 
-def _recorded(
+def _put_recorded(
     recorded: Tensor,
     source: list[int] | None,
     target: list[int] | None,

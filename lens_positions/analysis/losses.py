@@ -15,10 +15,10 @@ from jaxtyping import Float64, Int64
 from ..errors import PositionsError
 from ..interventions import Hooks
 from ..measure.corpus_reader import windows
-from ..measure.intervals import drawn_means, interval_of, resamples
+from ..measure.intervals import bootstrap_means, interval_of, resamples
 from ..measure.metrics import token_losses
 from ..model import HookedPositionTransformer
-from ..progress import tracked
+from ..progress import track_progress
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def losses(model: HookedPositionTransformer, texts: str | Sequence[str], prepend
         raise PositionsError("losses were asked for of something else than text; expected documents as strings.")
     documents, batches = windows(model, texts, None, prepend_bos)
     nats, tokens = np.zeros(len(documents)), np.zeros(len(documents), dtype=np.int64)
-    for batch in tracked(batches, f"loss of {model.name}", quick=sum(map(len, documents)) < 4096):
+    for batch in track_progress(batches, f"loss of {model.name}", quick=sum(map(len, documents)) < 4096):
         rows = torch.stack([documents[number][start:stop] for number, start, stop in batch])
         with torch.no_grad():
             of_tokens = token_losses(model(rows), rows[:, 1:]).double().cpu()
@@ -57,7 +57,7 @@ def losses(model: HookedPositionTransformer, texts: str | Sequence[str], prepend
     return Losses(nats, tokens, np.array([len(text.encode()) for text in texts]))
 
 
-def compared(
+def compare_losses(
     models: Sequence[HookedPositionTransformer],
     texts: str | Sequence[str],
     seed: int = 0,
@@ -83,7 +83,7 @@ def compared(
     Raises:
         PositionsError: as `losses`.
 
-    >>> table = lp.analysis.compared([model, model], texts)  # a model with itself
+    >>> table = lp.analysis.compare_losses([model, model], texts)  # a model with itself
     >>> table["difference"].tolist()
     [nan, 0.0]
     """
@@ -109,3 +109,6 @@ def compared(
         if of_model is not found[0]:
             rows[-1] |= mean_of(of_model.nats - found[0].nats, "difference")
     return pd.DataFrame(rows)
+
+
+__getattr__ = getattr_with_former_names(__name__)

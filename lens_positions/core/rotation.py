@@ -14,7 +14,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from .hook_points import HookedTokens, run_hook
-from .positions import CosSin, cos_and_sin
+from .positions import CosSin
 from .visible_tokens import Visible
 
 Rotation = CosSin | Complex[Tensor, "batch pos *head d_rotary"]
@@ -135,18 +135,12 @@ class SinusoidTable:
         return cos_of_sum.to(states.dtype), sin_of_sum.to(states.dtype)
 
 
-def rotate(positions: Float[Tensor, "batch pos *head"], call: RotaryCall) -> Rotation:
-    """Rotate by positions, in the form in which the module returns it; by positions of heads always cos and sin."""
-    rotation = cos_and_sin(positions, call.at, call.frequencies)
-    return call.in_module_form(rotation) if positions.ndim == 2 else rotation
-
-
 def tensors_of(rotation: Any) -> tuple[Tensor, ...]:
     """Return the tensors of a rotation, in whatever form it is."""
     return (rotation,) if isinstance(rotation, Tensor) else tuple(rotation or ())
 
 
-def moved_to(rotation: Rotation, device: torch.device) -> Rotation:
+def move_to_device(rotation: Rotation, device: torch.device) -> Rotation:
     """Move a rotation to the device of a layer."""
     if isinstance(rotation, Tensor):
         return rotation.to(device)

@@ -30,7 +30,7 @@ __all__ = [
     "hook_registry",
     "is_wrapper",
     "own_name",
-    "returning",
+    "return_known_outputs",
     "runs_before_blocks",
     "scan_hook_points",
     "skips_embeddings",
@@ -84,7 +84,7 @@ def has_processed_weights(model: Any) -> bool:
 
 
 @contextmanager
-def returning(blocks: Iterable[nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
+def return_known_outputs(blocks: Iterable[nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
     """Replace what some blocks compute by outputs that are known, for the time being.
 
         block(x) -> nn.Module.__call__ -> hooks before -> forward -> hooks after

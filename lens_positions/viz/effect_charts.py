@@ -132,7 +132,7 @@ def map_of(
         step = max(1, round(len(layers) / 10))
         axes.set_yticks(range(0, len(layers), step), [str(layers[i]) for i in range(0, len(layers), step)])
         axes.set_xticks(range(len(tokens)))
-        labels = [style.drawn(token or " ", fonts) for token in tokens]
+        labels = [style.draw_text(token or " ", fonts) for token in tokens]
         axes.set_xticklabels([text for text, _ in labels], rotation=90, parse_math=False)
         for label, (_, font) in zip(axes.get_xticklabels(), labels, strict=True):
             label.set_fontproperties(font)
@@ -164,7 +164,7 @@ def ablation_bars(
     groups, kinds = list(dict.fromkeys(loss["layer"])), list(dict.fromkeys(loss["to"]))
     with style.context():
         wide, high = max(0.55 * len(groups) * max(len(kinds), 2) / 2, 3.4), 2.4
-        figure, axes = style.framed((wide, high), title, "", caption, (0.9, 0.3, 0.75, 0.45))
+        figure, axes = style.frame_figure((wide, high), title, "", caption, (0.9, 0.3, 0.75, 0.45))
         for i, kind in enumerate(kinds):
             rows = loss[loss["to"] == kind].set_index("layer").loc[groups]
             places = np.arange(len(groups)) + (i - (len(kinds) - 1) / 2) * 0.8 / len(kinds)

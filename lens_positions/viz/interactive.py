@@ -31,6 +31,7 @@ from . import style
 from .drawn_text import MOST_ATTENDING, Placed, before_and_after, edits_in_words, rows_to_show
 from .output import check_page, write_whole
 from .spacing import Scale, caption_of, is_boundary, rows_of
+from .text_positions import MOST_ATTENDING, TextPositions, layers_to_show, position_text
 
 LEAST_MEAN = 1e-6
 """A mean increment below this is none to divide by."""
@@ -104,7 +105,7 @@ class View:
 def spacing_view(
     model: HookedPositionTransformer,
     text: TextOrTokens,
-    layers: Sequence[int] | None = None,
+    layers: LayerIndices = None,
     *,
     hooks: Hooks | None = None,
     attention_mask: Mask = None,
@@ -135,8 +136,8 @@ def spacing_view(
     increments = [_source(placed, after, edited).increments[layer].mean(-1).tolist() for layer, _, edited in shown]
     scales: tuple[Scale, ...] = ("relative", "common")
     data = {
-        "units": [style.legible(unit) for unit in placed.units[:n]],
-        "boundary": [is_boundary(unit) for unit in placed.units[:n]],
+        "units": [style.visible_text(unit) for unit in text_positions.units[:n]],
+        "boundary": [is_boundary(unit) for unit in text_positions.units[:n]],
         "relative": relative,
         "rows": [
             {
@@ -152,13 +153,13 @@ def spacing_view(
             scale: " ".join([*caption_of(placed, after, rows, scale), placed.cut(n)]).strip() for scale in scales
         },
     }
-    return View("spacing", "Characters at their learned positions", data, placed.cut(n))
+    return View("spacing", "Characters at their learned positions", data, text_positions.cut(n))
 
 
 def tokens_view(
     model: HookedPositionTransformer,
     text: TextOrTokens,
-    layers: Sequence[int] | None = None,
+    layers: LayerIndices = None,
     *,
     hooks: Hooks | None = None,
     attention_mask: Mask = None,
@@ -187,23 +188,23 @@ def tokens_view(
         increments = source.increments[layer, placed.first[0] : stop].mean(-1)
         mean = source.mean_increment(layer)
         tint = increments / mean - 1 if abs(mean) > LEAST_MEAN else torch.zeros_like(increments)
-        tint[~moves[placed.first[0] : stop]] = 0
+        tint[~moves[text_positions.first[0] : stop]] = 0
         rows.append({"name": name, "mean": _short(mean), "relative": _short(tint.tolist())})
     said = [
         *placed.convention(),
         *edits_in_words(after, shown),
         "White: at the row's mean; orange: twice as far or more; blue: no distance at all. Pointing at a token shows "
         "the deviation, as a share of the mean.",
-        placed.cut(n),
+        text_positions.cut(n),
     ]
     data = {
-        "labels": [style.legible(label) for label in placed.labels[placed.first[0] : stop]],
+        "labels": [style.visible_text(label) for label in text_positions.labels[text_positions.first[0] : stop]],
         "rows": rows,
         "farther": style.ORANGE,
         "nearer": style.BLUE,
         "caption": " ".join(said).strip(),
     }
-    return View("tokens", "Tokens tinted by increment", data, placed.cut(n))
+    return View("tokens", "Tokens tinted by increment", data, text_positions.cut(n))
 
 
 def attention_view(
@@ -262,17 +263,17 @@ def _attention_of(placed: Placed, layer: int, edits: list[str], when: str = "") 
         "attention, and below 1% none is drawn. Above the line tokens stand at their "
         + ("positions, one step a token unless they are edited" if static else "learned positions")
         + "; below it they are counted. Click a token, or use the arrow keys.",
-        placed.cut(),
+        text_positions.cut(),
     ]
     data = {
-        "labels": [style.legible(label) for label in placed.labels],
+        "labels": [style.visible_text(label) for label in text_positions.labels],
         "rows": [
             {
                 "name": f"layer {number}",
-                "increments": _short(placed.increments[entry].T.tolist()),
-                "positions": _short(placed.positions[entry].T.tolist()),
+                "increments": _short(text_positions.increments[entry].T.tolist()),
+                "positions": _short(text_positions.positions[entry].T.tolist()),
             }
-            for entry, number in enumerate(placed.layers)
+            for entry, number in enumerate(text_positions.layers)
         ],
         "heads": patterns.shape[1],
         "patterns": [_packed(of_layer) for of_layer in patterns],
@@ -323,8 +324,8 @@ def write_page(page: str, path: str | Path) -> None:
     write_whole(path, page.encode("utf-8", "backslashreplace"), "page")
 
 
-def _fitting(placed: Placed, rows: int) -> int:
-    return min(len(placed.units), max(1, MOST_UNITS // rows))
+def _drawable_units(text_positions: TextPositions, rows: int) -> int:
+    return min(len(text_positions.units), max(1, MOST_UNITS // rows))
 
 
 def _short(values: Any) -> Any:
@@ -332,7 +333,7 @@ def _short(values: Any) -> Any:
     return [_short(value) for value in values] if isinstance(values, list) else float(f"{values:.7g}")
 
 
-def _packed(patterns: Float[Tensor, "head pos pos"]) -> str:
+def _pack_patterns(patterns: Float[Tensor, "head pos pos"]) -> str:
     """The lower triangles of some heads as whole numbers from 0 to 65535, in base 64: a fifth of their JSON."""
     rows, columns = torch.tril_indices(*patterns.shape[1:]).unbind()
     whole = (patterns[:, rows, columns].clamp(0, 1) * 65535).round().numpy().astype("<u2")

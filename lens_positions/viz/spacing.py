@@ -10,7 +10,6 @@
 import math
 import textwrap
 import unicodedata
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -41,7 +40,7 @@ Scale = Literal["relative", "common"]
 def spacing(
     model: HookedPositionTransformer,
     text: TextOrTokens,
-    layers: Sequence[int] | None = None,
+    layers: LayerIndices = None,
     scale: Scale = "relative",
     path: str | Path | None = None,
     *,
@@ -146,7 +145,7 @@ def caption_of(placed: Placed, after: Placed | None, rows: list[Row], scale: Sca
         said.append("Lines follow a character from row to row.")
     if any(row.first != row.last for row in rows):
         said.append("A character of several tokens stands at its first; the line under it runs to its last.")
-    if any(map(is_boundary, placed.units)):
+    if any(map(is_boundary, text_positions.units)):
         said.append("Orange: whitespace (␣, ⏎) and punctuation.")
     return said
 
@@ -172,7 +171,7 @@ def _draw(placed: Placed, after: Placed | None, rows: list[Row], scale: Scale, f
     said = caption_of(placed, after, rows, scale)
     if any(style.drawn(unit, fonts)[0] != style.legible(unit) for unit in set(units)):
         said.append(f"{style.SUBSTITUTE} stands for a character that no installed font draws.")
-    said += filter(None, [placed.cut(panels[-1].stop)])
+    said += filter(None, [text_positions.cut(panels[-1].stop)])
     caption = textwrap.wrap(" ".join(said), width=int((width + 0.9) * 17))
     left, right, top, between = 1.4 if after else 1.1, 0.25, 0.5, 0.45
     bottom = 0.75 + 0.16 * len(caption)
@@ -255,7 +254,7 @@ def _draw_panel(axes: Axes, all_units: list[str], rows: list[Row], panel: range,
         joined = [[(a, r + 0.32), (b, r + 0.32)] for a, b in zip(x[r], ends, strict=True) if a != b]
         axes.add_collection(LineCollection(joined, colors=style.SKY, linewidths=1.0, zorder=2), autolim=False)
         for at, unit, color in zip(x[r], units, colors, strict=True):
-            shown, font = style.drawn(unit, fonts)
+            shown, font = style.draw_text(unit, fonts)
             axes.text(
                 at, r, shown, ha="center", va="center", fontproperties=font, fontsize=TYPE_SIZE, color=color,
                 parse_math=False, zorder=3,

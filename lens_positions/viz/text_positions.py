@@ -7,11 +7,11 @@
 - What is longer than the context, or than a picture can hold, is cut, and `cut` says where.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
@@ -39,7 +39,7 @@ SOURCES = {
 
 
 @dataclass(frozen=True)
-class Placed:
+class TextPositions:
     """A text and what a model makes of it.
 
     Attributes:
@@ -87,6 +87,18 @@ class Placed:
             said if self.config.source == "static" else [*said, f"An increment is the gap {self.config.gap} its token."]
         )
 
+    def corpus_increments(self) -> CorpusIncrements:
+        """The increments of these tokens as those of a corpus of this one document, for what measures corpora.
+
+        Raises:
+            PositionsError: a single token, whose increment is no distance between tokens.
+        """
+        if len(self.tokens) < 2:
+            raise PositionsError(f"text 0 has {len(self.tokens)} tokens; expected at least two.")
+        index = np.arange(len(self.tokens))[self.config.effective]
+        increments = self.increments.permute(0, 2, 1).numpy()[..., index]
+        return CorpusIncrements([self.tokens], np.zeros_like(index), index, self.layers, increments)
+
     def attention(self) -> Float[Tensor, "layer query_head pos pos"]:
         """The patterns.
 
@@ -107,7 +119,7 @@ class Placed:
         return f"The first {shown:,} of {self.whole:,} characters are drawn{why}." if shown < self.whole else ""
 
 
-def place(
+def position_text(
     model: HookedPositionTransformer,
     text: TextOrTokens,
     *,
@@ -116,7 +128,7 @@ def place(
     hooks: Hooks | None = None,
     attention_mask: Mask = None,
     prepend_bos: bool | None = None,
-) -> Placed:
+) -> TextPositions:
     """Run a model on a text, and keep where it puts what.
 
     Args:
@@ -236,7 +248,7 @@ def edits_in_words(after: Placed | None, rows: list[tuple[int, str, bool]] | Non
 
 
 def layers_to_show(
-    model: HookedPositionTransformer, layers: Sequence[int] | None, values: Float[Tensor, "layer ..."]
+    model: HookedPositionTransformer, layers: LayerIndices, values: Float[Tensor, "layer ..."]
 ) -> dict[int, str]:
     """The layers to give a row each, as entries of `values`, with the row's name; one row where all are the same.
 
