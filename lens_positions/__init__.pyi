@@ -5,7 +5,18 @@ from .config import PositionConfig, PositionModelConfig
 from .core.attach import attach_positions
 from .core.position_streams import PositionStreams
 from .errors import PositionsError
-from .interventions import ablate, add_gap, describe, freeze, patch, scale
+from .interventions import (
+    Edit,
+    Hooks,
+    LayerIndices,
+    TokenSelection,
+    ablate,
+    add_gap,
+    describe,
+    freeze,
+    patch,
+    scale,
+)
 from .model import HookedPositionTransformer
 
 __all__ = [

@@ -66,9 +66,23 @@ HOOK = "attn.hook_{}"
 """The name of increments and positions within their block."""
 
 Hooks = list[tuple[str, Callable[..., Any]]]
-Some = int | Sequence[int] | None
+"""(hook name, hook function) pairs, as `run_with_hooks` takes them."""
+
+LayerIndices = int | Sequence[int] | None
+"""The model's own numbers of layers; None is every layer with a stream."""
+
+HeadIndices = int | Sequence[int] | None
+"""Heads from 0; None is all of them."""
+
+TokenIndices = int | Sequence[int] | None
+"""Tokens from 0; None is all of them."""
+
 Condition = Callable[[Int[Tensor, "batch total"]], Bool[Tensor, "batch total"]]
-Tokens = int | Sequence[int] | slice | Bool[Tensor, "*#batch pos"] | Condition | None
+"""From the ids of all tokens so far to whether each is chosen, which must not depend on later ones."""
+
+TokenSelection = TokenIndices | slice | Bool[Tensor, "*#batch pos"] | Condition
+"""Tokens from 0, a slice of them, a boolean mask [pos] or [batch pos], or a function of their ids."""
+
 Site = Literal["increments", "positions"]
 
 Edit = Callable[[Float[Tensor, "batch pos *head"], Bool[Tensor, "#batch pos"], HookedTokens], Tensor]
@@ -145,15 +159,18 @@ def ablation_hooks(
     hooks: Hooks = []
     for layer, name in hook_names(model, layers, _hook_at(site)):
         if to == "mean":
-            hooks.append((name, _at(_Mean(site), positions, heads, f"{site} at the row's mean")))
+            hooks.append((name, _hook_function(_Mean(site), positions, heads, f"{site} at the row's mean")))
         elif to == "shuffle":
             hooks.append(
-                (name, _at(partial(_shuffled, site, 1000 * seed + layer), positions, heads, f"{site} shuffled"))
+                (
+                    name,
+                    _hook_function(partial(_shuffle, site, 1000 * seed + layer), positions, heads, f"{site} shuffled"),
+                )
             )
         else:
             even = f"{site} at {to:g}" if site == "increments" else f"positions in steps of {to:g}"
-            hooks.append((name, _at(partial(_constant, site, to), positions, heads, even)))
-    return _checked_heads(model, heads, hooks)
+            hooks.append((name, _hook_function(partial(_constant, site, to), positions, heads, even)))
+    return _hooks_with_heads(model, heads, hooks)
 
 
 def scale(
@@ -177,8 +194,8 @@ def scale(
         raise PositionsError(
             "factor is 1, which changes nothing; expected another (a run without hooks is the baseline)."
         )
-    change = _at(partial(_scaled, factor), positions, heads, f"{site} times {factor:g}")
-    return _checked_heads(model, heads, [(name, change) for _, name in hook_names(model, layers, _hook_at(site))])
+    edit = _hook_function(partial(_multiply, factor), positions, heads, f"{site} times {factor:g}")
+    return _hooks_with_heads(model, heads, [(name, edit) for _, name in hook_names(model, layers, _hook_at(site))])
 
 
 def add_gap(
@@ -212,14 +229,14 @@ def add_gap(
     >>> model.run_with_hooks("The cat", fwd_hooks=spaces).shape
     torch.Size([1, 8, 257])
     """
-    by = finite(by, "by", "a finite number of positions")
+    by = finite_number(by, "by", "a finite number of positions")
     if by == 0:
         raise PositionsError("by is 0, which changes nothing; expected another (a run without hooks is the baseline).")
     tokens, last = _gaps(model, before, site)
     what = "the gap" if site == "increments" else "the position"
     words = f"{what} {_with_sign(by)} before {_chosen_words(before)}"
-    change = Edit(partial(_lengthened, by, last), tokens, _heads_of(heads), words)
-    return _checked_heads(model, heads, [(name, change) for _, name in hook_names(model, layers, _hook_at(site))])
+    edit = EditHook(partial(_lengthen, by, last), tokens, _heads_of(heads), words)
+    return _hooks_with_heads(model, heads, [(name, edit) for _, name in hook_names(model, layers, _hook_at(site))])
 
 
 def _gaps(model: TransformerBridge, before: Any, site: str) -> "tuple[Chosen, int | None]":
@@ -228,8 +245,8 @@ def _gaps(model: TransformerBridge, before: Any, site: str) -> "tuple[Chosen, in
     if isinstance(before, slice):
         _check_slice(before, "before")
         if shift:
-            ends = (None if end is None else max(end - 1, 0) for end in (before.start or 1, before.stop))
-            return slice(*ends, before.step), None
+            stop = None if before.stop is None else before.stop - 1
+            return slice(max((before.start or 1) - 1, 0), stop, before.step), None
         return before, None
     if _is_condition(before):
         if shift:
@@ -270,8 +287,8 @@ def freeze(
     True
     """
     return [
-        (name, _at(partial(_recorded, values, None, None), positions, heads, f"{site} held as recorded"))
-        for name, values in _cached(cache, site, layers, heads)
+        (name, _hook_function(partial(_put_recorded, values, None, None), positions, heads, f"{site} held as recorded"))
+        for name, values in _cached_values(cache, site, layers, heads)
     ]
 
 
@@ -324,7 +341,7 @@ def patch(
                 "input."
             )
         words = f"{site} of another input put in"
-        hooks.append((name, _at(partial(_recorded, values, there, here), here, heads, words)))
+        hooks.append((name, _hook_function(partial(_put_recorded, values, there, here), here, heads, words)))
         plain = plain and bool((values if there is None else values[:, there]).eq(1).all())
     if plain:
         raise PositionsError(
@@ -484,17 +501,17 @@ Chosen = list[int] | slice | Tensor | Condition | None
 
 
 @dataclass(eq=False)
-class Edit:
-    """A hook function that makes a change at some tokens and heads, and can say so.
+class EditHook:
+    """A hook function that makes an edit at some tokens and heads, and can say so.
 
     Attributes:
-        change: see `Change`.
+        edit: what is made of the values, see `Edit`.
         positions: the tokens.
         heads: None: all.
         words: what it does, without where.
     """
 
-    change: Change
+    edit: Edit
     positions: Chosen
     heads: list[int] | None
     words: str
@@ -508,15 +525,15 @@ class Edit:
         if _is_condition(self.positions):
             chosen = self._where_true(tokens)
         else:
-            chosen = _chosen(cast(Any, self.positions), tokens, *values.shape[:2])
+            chosen = _chosen_tokens(cast(Any, self.positions), tokens, *values.shape[:2])
         chosen = chosen.to(values.device)
-        changed = self.change(values, chosen, tokens)
-        where = _like(chosen, values)
+        edited = self.edit(values, chosen, tokens)
+        where = _in_shape_of(chosen, values)
         if self.heads is not None:
             of_heads = torch.zeros(values.shape[2], dtype=torch.bool, device=values.device)
             of_heads[self.heads] = True
             where = where & of_heads
-        return torch.where(where, changed, values)
+        return torch.where(where, edited, values)
 
     def _where_true(self, tokens: HookedTokens) -> Bool[Tensor, "#batch pos"]:
         """The tokens of this pass for which the condition holds; asked once a pass for all layers."""
@@ -544,7 +561,7 @@ def describe(hooks: Hooks) -> str:
     """
     layers: dict[str, list[int]] = {}
     for name, function in hooks:
-        if isinstance(function, Edit):
+        if isinstance(function, EditHook):
             said = function.words
             if function.positions is not None and " before " not in said:
                 said += f" at {_chosen_words(function.positions)}"
@@ -599,12 +616,12 @@ def _check_slice(chosen: slice, name: str) -> None:
             index_of(end, f"an end of the slice {name}", expected, least=least)
 
 
-def _heads_of(heads: Some) -> list[int] | None:
+def _heads_of(heads: HeadIndices) -> list[int] | None:
     return None if heads is None else indices_of(heads, "a head")
 
 
-def _at(change: Change, positions: Tokens, heads: Some, words: str) -> Edit:
-    """A hook function that makes a change at some tokens and heads."""
+def _hook_function(edit: Edit, positions: TokenSelection, heads: HeadIndices, words: str) -> EditHook:
+    """A hook function that makes an edit at some tokens and heads."""
     chosen: Chosen
     if isinstance(positions, Tensor):
         if positions.dtype != torch.bool or positions.ndim not in (1, 2):
@@ -620,7 +637,7 @@ def _at(change: Change, positions: Tokens, heads: Some, words: str) -> Edit:
         chosen = cast(Any, positions)
     else:
         chosen = indices_of(positions, "a token")
-    return Edit(change, chosen, _heads_of(heads), words)
+    return EditHook(edit, chosen, _heads_of(heads), words)
 
 
 def _holds_in_rows(
@@ -658,7 +675,7 @@ def _holds(condition: Condition, sequence: Int[Tensor, "batch total"]) -> Bool[T
     return mask
 
 
-def _chosen(
+def _chosen_tokens(
     positions: list[int] | slice | Tensor | None, tokens: HookedTokens, batch: int, length: int
 ) -> Bool[Tensor, "#batch pos"]:
     """Which real tokens of this pass are meant."""
@@ -749,7 +766,7 @@ def _multiply(factor: float, values: Tensor, _chosen: Tensor, _tokens: HookedTok
     return factor * values
 
 
-def _lengthened(by: float, before: int | None, values: Tensor, _chosen: Tensor, tokens: HookedTokens) -> Tensor:
+def _lengthen(by: float, before: int | None, values: Tensor, _chosen: Tensor, tokens: HookedTokens) -> Tensor:
     if before is not None and tokens.past == 0 and before >= values.shape[1]:
         raise PositionsError(f"there is no token {before}; expected tokens from 1 to {values.shape[1] - 1}.")
     return values + by

@@ -72,7 +72,7 @@ def compare_losses(
         texts: documents, as text, since bytes are counted.
         seed: of the resampling.
         hooks: edits, with which the first model is measured again, as the model "..., edited".
-        prepend_bos: as for `analysis.read`.
+        prepend_bos: as for `analysis.read_corpus`.
 
     Returns:
         A row for each model: `model`, `documents`, `bytes`, `tokens` (predicted), `loss` (nats per byte) with its
@@ -98,7 +98,7 @@ def compare_losses(
 
     def mean_of(nats: Float64[np.ndarray, " document"], name: str) -> dict[str, float]:
         size = found[0].bytes
-        low, high = interval_of(drawn_means(nats[:, None], size, draws)) if len(texts) > 1 else ([np.nan], [np.nan])
+        low, high = interval_of(bootstrap_means(nats[:, None], size, draws)) if len(texts) > 1 else ([np.nan], [np.nan])
         columns = (name, f"{name}_low", f"{name}_high") if name == "difference" else (name, "low", "high")
         return dict(zip(columns, (nats.sum() / size.sum(), float(low[0]), float(high[0])), strict=True))
 

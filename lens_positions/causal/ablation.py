@@ -65,7 +65,7 @@ class Ablations:
 def ablation_table(
     model: TransformerBridge,
     corpus: Prompts,
-    layers: Some = None,
+    layers: LayerIndices = None,
     to: Sequence[To] = INTERVENTIONS,
     seed: int = 0,
     means: Float[Tensor, "layer vocab *head"] | None = None,

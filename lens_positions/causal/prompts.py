@@ -37,13 +37,13 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-from ..core.model_state import evaluating
+from ..core.model_state import evaluation_mode
 from ..errors import PositionsError
-from ..interventions import HOOK, Hooks, Some, hook_names, index_of, streams_of
+from ..interventions import HOOK, Hooks, LayerIndices, hook_names, index_of, streams_of
 from ..measure.intervals import interval_of, resamples
-from ..measure.metrics import Metric, log_probability, logit_difference, measured, of_prompts, place_of
+from ..measure.metrics import Metric, log_probability, logit_difference, metric_values, of_prompts, place_of
 from ..measure.partial_forward import Replay
-from ..progress import tracked
+from ..progress import track_progress
 from ..text import Mask
 from .pieces import in_pieces
 from .prompt_tables import Ends, Prompt, Prompts, is_table, read_prompts, several
@@ -158,7 +158,7 @@ def over_prompts(
     hooked = any(point.has_hooks("fwd") for point in model.hook_dict.values())
     found = None if hooked or batched is None else _in_batches(batched, model, read, metrics, size, arguments)
     if found is None:
-        pairs = tracked(list(zip(read, metrics, strict=True)), "prompts", quick=len(read) < 4)
+        pairs = track_progress(list(zip(read, metrics, strict=True)), "prompts", quick=len(read) < 4)
         found = [_alone(measurement, model, roles, arguments, *pair) for pair in pairs]
     name = getattr(measurement, "__name__", type(measurement).__name__)
     of_prompts = _long(model, read, found, arguments.get("layers"))
@@ -312,7 +312,7 @@ def _in_batches(
             batches.append([])
         batches[-1].append(i)
     found: dict[int, Any] = {}
-    for batch in tracked(batches, "batches", quick=len(batches) < 4):
+    for batch in track_progress(batches, "batches", quick=len(batches) < 4):
         values = batched(model, [prompts[i] for i in batch], [metrics[i] for i in batch], arguments)
         if values is None:
             return None
@@ -364,7 +364,7 @@ class Batch:
                 at = self.places.index(place_of(cast(Any, metric).at, length))
                 own = logits[row : row + 1, at : at + 1].expand(-1, length, -1)
             of_row = of_prompts(metric, self.tokens[row : row + 1, :length])
-            found.append(measured(of_row, own)[0])
+            found.append(metric_values(of_row, own)[0])
         return torch.stack(found)
 
 
@@ -380,7 +380,7 @@ def batched_gradients(
     def note(increments: Tensor, hook: HookPoint) -> None:
         found[str(hook.name)].append(increments if increments.requires_grad else increments.requires_grad_())
 
-    with evaluating(model), torch.inference_mode(False), torch.enable_grad():
+    with evaluation_mode(model), torch.inference_mode(False), torch.enable_grad():
         batch = Batch.of(model, [prompt.clean.clone() for prompt in prompts], metrics)
         cfg = model.cfg
         kept = (
@@ -460,7 +460,7 @@ def _replaced(others: Tensor, increments: Tensor, hook: HookPoint) -> Tensor:
     return others.to(increments)
 
 
-def _long(model: TransformerBridge, prompts: list[Prompt], found: list[Any], layers: Some) -> pd.DataFrame:
+def _long(model: TransformerBridge, prompts: list[Prompt], found: list[Any], layers: LayerIndices) -> pd.DataFrame:
     """The value of each prompt, a row each."""
     if all(isinstance(values, pd.DataFrame) for values in found):
         return pd.concat([_of_table(row, values) for row, values in enumerate(found)], ignore_index=True)
@@ -497,7 +497,7 @@ def _of_table(row: int, values: pd.DataFrame) -> pd.DataFrame:
 def _labels(model: TransformerBridge, prompt: Prompt) -> list[str]:
     if getattr(model, "tokenizer", None) is None:
         return [str(token) for token in prompt.clean.tolist()]
-    return list(model.to_str_tokens(prompt.clean))
+    return list(cast(Any, model.to_str_tokens(prompt.clean)))
 
 
 def _summary(of_prompts: pd.DataFrame, prompts: int, seed: int) -> pd.DataFrame:

@@ -246,7 +246,7 @@ def _show_effects(
         print_line(console, f"effects: {csv}")
     if figure is not None:
         title = "Effect of each layer and token"
-        with drawn(console, figure):
+        with announce_figure(console, figure):
             said = what.removeprefix(f"{model.name}: ")  # the figure says the model itself
             lp.viz.effect_map(model, effects, tokens, numbers, title, f"change of {unit}", said, figure)
 

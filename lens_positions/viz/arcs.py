@@ -21,7 +21,7 @@ from ..interventions import Hooks, index_of
 from ..model import HookedPositionTransformer
 from ..text import Mask, TextOrTokens
 from . import style
-from .drawn_text import MOST_ATTENDING, Placed, before_and_after, edits_in_words
+from .text_positions import MOST_ATTENDING, TextPositions, before_and_after, edits_in_words
 
 SHOWN = 0.01
 """Attention below this is not drawn."""
@@ -52,7 +52,7 @@ def arcs(
         token: the one that attends, counted from 0 with special tokens in front; None is the last.
         path: where to write the figure as well, as .png, .svg or .pdf.
         hooks: edits; the drawing without them stands at the left, the one with them at the right, on one scale.
-        attention_mask, prepend_bos: as for `placed.place`.
+        attention_mask, prepend_bos: as for `text_positions.position_text`.
 
     Raises:
         PositionsError: an empty text, several texts, padding without a mask, no such layer, head or token, a model that
@@ -78,7 +78,7 @@ def arcs(
     return figure
 
 
-def _checked(placed: Placed, layer: int, head: int, token: int | None) -> tuple[int, int, int]:
+def _checked(placed: TextPositions, layer: int, head: int, token: int | None) -> tuple[int, int, int]:
     """The layer, head and token that are asked for.
 
     Raises:
@@ -104,17 +104,19 @@ class _Rulers:
     static: bool
 
 
-def _rulers(placed: Placed, layer: int, head: int, token: int) -> _Rulers:
+def _rulers(placed: TextPositions, layer: int, head: int, token: int) -> _Rulers:
     patterns, entry = placed.attention(), placed.layers.index(layer)
     of_heads = placed.positions[entry]
     positions = of_heads[:, head * of_heads.shape[1] // patterns.shape[1]].numpy()
-    labels = [style.legible(label) for label in placed.labels]
+    labels = [style.visible_text(label) for label in placed.labels]
     labels = [label if len(label) <= LABEL_LENGTH else label[: LABEL_LENGTH - 1] + "…" for label in labels]
     weights = patterns[entry, head, token].double().numpy()
     return _Rulers(labels, token, weights, positions - positions[0], placed.config.source == "static")
 
 
-def _draw(placed: Placed, after: Placed | None, sides: list[_Rulers], longest: float, what: str) -> Figure:
+def _draw(
+    placed: TextPositions, after: TextPositions | None, sides: list[_Rulers], longest: float, what: str
+) -> Figure:
     """The drawings beside each other."""
     labels, n = sides[0].labels, len(placed.tokens)
     fonts = style.fonts_for("".join(labels))
@@ -126,7 +128,7 @@ def _draw(placed: Placed, after: Placed | None, sides: list[_Rulers], longest: f
     wide, between = min(max(0.2 * n, 4.5), 11.0), 0.75 if upright else 0.5 + 0.16 * max(map(len, labels))
     gap, high = 0.4, 2 * max(_reach(side, longest, wide) for side in sides) + between
     size = (wide * len(sides) + gap * (len(sides) - 1), high)
-    figure, whole = style.framed(size, "Attention on two rulers", what, caption, (0.3, 0.3, 0.95, 0.2))
+    figure, whole = style.frame_figure(size, "Attention on two rulers", what, caption, (0.3, 0.3, 0.95, 0.2))
     frame = whole.get_position()
     whole.remove()
     for column, side in enumerate(sides):
@@ -187,7 +189,7 @@ def _draw_rulers(
                 )
             )  # fmt: skip
         for i, label in enumerate(side.labels):
-            shown, font = style.drawn(label if not upright or len(label) <= 2 else label[0] + "…", fonts)
+            shown, font = style.draw_text(label if not upright or len(label) <= 2 else label[0] + "…", fonts)
             colour = style.BLUE if i == side.token else style.QUIET if i > side.token else style.INK
             axes.text(
                 x[i], y - up * 0.1, shown, fontproperties=font, fontsize=9, parse_math=False, ha="center",

@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..errors import PositionsError
-from ..interventions import Hooks, Some, describe, hook_names
+from ..interventions import Hooks, LayerIndices, describe, hook_names
 from ..model import HookedPositionTransformer
 from ..text import Mask, TextOrTokens, one_prompt
 from . import style
-from .output import legible
+from .output import visible_text
 
 DIVERGING = LinearSegmentedColormap.from_list("effects", [style.BLUE, style.SKY, "#ffffff", "#f2a15f", style.ORANGE])
 LABEL_LENGTH = 14
@@ -32,7 +32,7 @@ def effect_map(
     model: HookedPositionTransformer,
     effects: Float[Tensor, "layer pos"],
     text: TextOrTokens,
-    layers: Some = None,
+    layers: LayerIndices = None,
     title: str = "Effect of each layer and token",
     unit: str = "change of the metric",
     caption: str = "",
@@ -76,7 +76,7 @@ def effect_map(
     known = getattr(model, "tokenizer", None) is not None
     tokens = list(model.to_str_tokens(prompt)) if known else [str(token) for token in prompt.tolist()]
     said = f"{model.name}. {f'Edits: {describe(hooks)}. ' if hooks else ''}{caption}".strip()
-    figure = map_of(effects, numbers, [legible(token) for token in tokens], title, unit, said)
+    figure = map_of(effects, numbers, [visible_text(token) for token in tokens], title, unit, said)
     if path is not None:
         style.save(figure, path)
     return figure
@@ -118,7 +118,7 @@ def map_of(
         wide, high = max(0.22 * len(tokens), 3.0), max(0.16 * len(layers), 0.9)
         below = 0.35 + 0.075 * max(map(len, tokens))
         top = 0.75 + (0.05 + 0.06 * max(map(len, above)) if above else 0)
-        figure, axes = style.framed((wide, high), title, unit, caption, (0.75, 1.05, top, below))
+        figure, axes = style.frame_figure((wide, high), title, unit, caption, (0.75, 1.05, top, below))
         image = axes.imshow(values, cmap=DIVERGING, vmin=-most, vmax=most, aspect="auto", origin="lower")
         if sure is not None:
             rows, columns = sure.nonzero()

@@ -24,14 +24,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..interventions import Hooks
+from ..interventions import Hooks, LayerIndices
 from ..model import HookedPositionTransformer
 from ..text import Mask, TextOrTokens
 from . import style
-from .drawn_text import MOST_ATTENDING, Placed, before_and_after, edits_in_words, rows_to_show
 from .output import check_page, write_whole
 from .spacing import Scale, caption_of, is_boundary, rows_of
-from .text_positions import MOST_ATTENDING, TextPositions, layers_to_show, position_text
+from .text_positions import (
+    MOST_ATTENDING,
+    TextPositions,
+    before_and_after,
+    edits_in_words,
+    rows_to_show,
+)
 
 LEAST_MEAN = 1e-6
 """A mean increment below this is none to divide by."""
@@ -118,7 +123,7 @@ def spacing_view(
         text: what to draw, or its tokens, special ones in front included.
         layers: the layers to draw; None is all of them.
         hooks: edits, whose rows stand below those without them, layer by layer.
-        attention_mask, prepend_bos: as for `placed.place`.
+        attention_mask, prepend_bos: as for `text_positions.position_text`.
 
     Raises:
         PositionsError: an empty text, several texts, padding without a mask, or a layer that the model lacks.
@@ -223,7 +228,7 @@ def attention_view(
         text: what to read, or its tokens, special ones in front included.
         most: tokens at most; the text is cut there, and the caption says so.
         hooks: edits; the view without them has the one with them at its side.
-        attention_mask, prepend_bos: as for `placed.place`.
+        attention_mask, prepend_bos: as for `text_positions.position_text`.
 
     Raises:
         PositionsError: an empty text, several texts, padding without a mask, or a model that shows no attention
@@ -246,13 +251,13 @@ def attention_view(
     return replace(before, beside=_attention_of(after, layer, [*said, "Here: after them."], WHEN[1]))
 
 
-def _most_structured(placed: Placed) -> int:
+def _most_structured(placed: TextPositions) -> int:
     """The entry of the layer whose increments differ most for their size, which a view begins with."""
     spread = placed.increments.std(dim=(1, 2), correction=0) / placed.increments.abs().mean(dim=(1, 2)).clamp_min(1e-9)
     return int(spread.argmax())
 
 
-def _attention_of(placed: Placed, layer: int, edits: list[str], when: str = "") -> View:
+def _attention_of(placed: TextPositions, layer: int, edits: list[str], when: str = "") -> View:
     """The view of a text as it was placed, which begins with a layer."""
     patterns = placed.attention()
     static = placed.config.source == "static"
@@ -276,7 +281,7 @@ def _attention_of(placed: Placed, layer: int, edits: list[str], when: str = "") 
             for entry, number in enumerate(text_positions.layers)
         ],
         "heads": patterns.shape[1],
-        "patterns": [_packed(of_layer) for of_layer in patterns],
+        "patterns": [_pack_patterns(of_layer) for of_layer in patterns],
         "layer": layer,
         "head": 0,
         "static": static,
@@ -286,7 +291,7 @@ def _attention_of(placed: Placed, layer: int, edits: list[str], when: str = "") 
     return View("attention", "Attention beside increments" + (f", {when}" if when else ""), data, placed.cut())
 
 
-def _source(placed: Placed, after: Placed | None, edited: bool) -> Placed:
+def _source(placed: TextPositions, after: TextPositions | None, edited: bool) -> TextPositions:
     return after if after is not None and edited else placed
 
 

@@ -13,7 +13,7 @@ from ..errors import PositionsError
 from . import style
 from .charts import MEASURE_COLOURS
 from .effect_charts import map_of
-from .output import legible
+from .output import visible_text
 
 DOT = "A dot: the 95% interval over prompts leaves 0 out. Above: how many prompts have the place."
 
@@ -92,7 +92,7 @@ def _map(table: pd.DataFrame, title: str, unit: str, caption: str) -> Figure:
 def _label(place: tuple[Any, ...], text: str) -> str:
     """A place in words: its token where all prompts have the same, else its span and index there."""
     if text:
-        return legible(text)
+        return visible_text(text)
     *span, token = place
     return f"{span[0][:8]}[{token}]" if span else f"[{token}]"
 
@@ -105,7 +105,7 @@ def _lines(table: pd.DataFrame, title: str, unit: str, caption: str) -> Figure:
     at = table["layer"].map(layers.index) if "layer" in table else pd.Series(0, table.index)
     with style.context():
         size = (max(0.4 * len(layers), 4.2), 2.4)
-        figure, axes = style.framed(size, title, unit, caption, (0.75, 0.3, 0.95, 0.45))
+        figure, axes = style.frame_figure(size, title, unit, caption, (0.75, 0.3, 0.95, 0.45))
         axes.axhline(0, color=style.FAINT, linewidth=0.8, zorder=0)
         for i, (measure, rows) in enumerate(table.groupby(named, sort=False)):
             colour, places = MEASURE_COLOURS[i % len(MEASURE_COLOURS)], at[rows.index] + (i - 1.5) * 0.12

@@ -258,12 +258,12 @@ def _losses(
         yield _note(of)
         return
     try:
-        table = compared(models, texts, seed, hooks=hooks, prepend_bos=bos)
+        table = compare_losses(models, texts, seed, hooks=hooks, prepend_bos=bos)
     except PositionsError as error:
         if not hooks:
             raise
         yield _note(f"The edits are not made for this text, which is measured without them: {error}")
-        table = compared(models, texts, seed, prepend_bos=bos)
+        table = compare_losses(models, texts, seed, prepend_bos=bos)
     several = len(table) > 1
     rows = []
     for row in table.to_dict("records"):

@@ -21,11 +21,11 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 
 from ..errors import PositionsError
-from ..interventions import Hooks
+from ..interventions import Hooks, LayerIndices
 from ..model import HookedPositionTransformer
 from ..text import Mask, TextOrTokens
 from . import style
-from .drawn_text import Placed, before_and_after, edits_in_words, rows_to_show
+from .text_positions import TextPositions, before_and_after, edits_in_words, rows_to_show
 
 TITLE = "Characters at their learned positions"
 MAX_PANELS = 8
@@ -61,7 +61,7 @@ def spacing(
         scale: "relative" divides each row by its mean increment, "common" keeps steps of standard RoPE.
         path: where to write the figure as well, as .png, .svg or .pdf.
         hooks: edits, whose rows stand below those without them, layer by layer.
-        attention_mask, prepend_bos: as for `placed.place`.
+        attention_mask, prepend_bos: as for `text_positions.position_text`.
 
     Raises:
         PositionsError: an empty text, several texts, padding without a mask, a layer that the model lacks, a mean
@@ -104,7 +104,9 @@ class Row:
     edited: bool = False
 
 
-def rows_of(placed: Placed, after: Placed | None, shown: list[tuple[int, str, bool]], scale: Scale) -> list[Row]:
+def rows_of(
+    placed: TextPositions, after: TextPositions | None, shown: list[tuple[int, str, bool]], scale: Scale
+) -> list[Row]:
     """The rows to draw, in units of the axis.
 
     Args:
@@ -130,7 +132,7 @@ def rows_of(placed: Placed, after: Placed | None, shown: list[tuple[int, str, bo
     return rows
 
 
-def caption_of(placed: Placed, after: Placed | None, rows: list[Row], scale: Scale) -> list[str]:
+def caption_of(placed: TextPositions, after: TextPositions | None, rows: list[Row], scale: Scale) -> list[str]:
     """What a reader must know to read the picture, a sentence each."""
     said = placed.convention()
     if after is not None:
@@ -155,7 +157,9 @@ def is_boundary(unit: str) -> bool:
     return not any(character.isalnum() for character in unit)
 
 
-def _draw(placed: Placed, after: Placed | None, rows: list[Row], scale: Scale, fonts: list[FontProperties]) -> Figure:
+def _draw(
+    placed: TextPositions, after: TextPositions | None, rows: list[Row], scale: Scale, fonts: list[FontProperties]
+) -> Figure:
     units = placed.units
     needed = _points_needed(units, rows)
     extent = max(max(row.last) - min(row.first) for row in rows)
@@ -169,7 +173,7 @@ def _draw(placed: Placed, after: Placed | None, rows: list[Row], scale: Scale, f
     margin = max(extent, 1e-6) * 0.13 / width
 
     said = caption_of(placed, after, rows, scale)
-    if any(style.drawn(unit, fonts)[0] != style.legible(unit) for unit in set(units)):
+    if any(style.draw_text(unit, fonts)[0] != style.visible_text(unit) for unit in set(units)):
         said.append(f"{style.SUBSTITUTE} stands for a character that no installed font draws.")
     said += filter(None, [text_positions.cut(panels[-1].stop)])
     caption = textwrap.wrap(" ".join(said), width=int((width + 0.9) * 17))

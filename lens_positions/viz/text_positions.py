@@ -19,7 +19,8 @@ from torch import Tensor
 from ..causal.sweeps import SITES
 from ..core.increments import PositionConfig
 from ..errors import PositionsError
-from ..interventions import Hooks, describe, hook_names, index_of, indices_of
+from ..interventions import Hooks, LayerIndices, describe, hook_names, index_of, indices_of
+from ..measure.corpus_reader import CorpusIncrements
 from ..model import HookedPositionTransformer
 from ..text import Mask, TextOrTokens, prompts_of
 from ..tokenizer import byte_characters, character_spans, is_byte_tokenizer
@@ -172,7 +173,7 @@ def position_text(
     if increments.ndim == 2:
         increments, positions = increments[..., None], positions[..., None]
     seen = patterns and all(name in cache for name in sites["pattern"])
-    return Placed(
+    return TextPositions(
         name=model.name,
         config=model.position_config,
         layers=model.position_layers,
@@ -193,21 +194,25 @@ def position_text(
 
 def before_and_after(
     model: HookedPositionTransformer, text: TextOrTokens, hooks: Hooks | None, **how: Any
-) -> tuple[Placed, Placed | None]:
+) -> tuple[TextPositions, TextPositions | None]:
     """A text as the model places it, and as it does with edits, where there are some.
 
     Args:
-        model, text: as for `place`.
+        model, text: as for `position_text`.
         hooks: the edits; None or an empty list: there are none.
-        how: further arguments of `place`.
+        how: further arguments of `position_text`.
     """
     if hooks is not None and not isinstance(hooks, list):
         raise PositionsError(f"hooks is a {type(hooks).__name__}; expected a list, as `ablate` and others return it.")
-    return place(model, text, **how), place(model, text, hooks=hooks, **how) if hooks else None
+    return position_text(model, text, **how), position_text(model, text, hooks=hooks, **how) if hooks else None
 
 
 def rows_to_show(
-    model: HookedPositionTransformer, layers: Sequence[int] | None, before: Placed, after: Placed | None, what: str
+    model: HookedPositionTransformer,
+    layers: LayerIndices,
+    before: TextPositions,
+    after: TextPositions | None,
+    what: str,
 ) -> list[tuple[int, str, bool]]:
     """The rows of a picture: the entry of the layer, the row's name, and whether it is that after the edits.
 
@@ -237,7 +242,7 @@ def rows_to_show(
     return rows
 
 
-def edits_in_words(after: Placed | None, rows: list[tuple[int, str, bool]] | None = None) -> list[str]:
+def edits_in_words(after: TextPositions | None, rows: list[tuple[int, str, bool]] | None = None) -> list[str]:
     """What a caption says of the edits."""
     if after is None:
         return []

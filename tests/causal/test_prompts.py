@@ -259,8 +259,8 @@ def refusals(model):
         "no metric was given; expected one, or a table with a column 'answer'": lambda: causal.over_prompts(
             sweep, model, TEXTS
         ),
-        "the prompts of row 1 do not align: 6 tokens in the clean one and 8 in the corrupted one; expected equally many, "
-        "or a template": lambda: causal.patch_sweep(model, pairs, metric=loss),
+        "the prompts of row 1 do not align: 6 tokens in the clean one and 8 in the corrupted one; expected equally "
+        "many, or a template": lambda: causal.patch_sweep(model, pairs, metric=loss),
         "the prompts of row 1 do not align": lambda: causal.mediation(model, pairs, metric=loss),
         "compares pairs of prompts and none has a corrupted one": lambda: causal.patch_sweep(
             model, pairs[["clean"]], metric=loss
