@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float64, Int64
 
 from ..errors import PositionsError
+from ..former_names import getattr_with_former_names
 from ..interventions import Hooks
 from ..measure.corpus_reader import windows
 from ..measure.intervals import bootstrap_means, interval_of, resamples

@@ -86,8 +86,8 @@ def _checked(placed: TextPositions, layer: int, head: int, token: int | None) ->
     """
     n, heads = len(placed.tokens), placed.attention().shape[1]
     layer = index_of(layer, "layer", "a number from 0")
-    if layer not in text_positions.layers:
-        known = ", ".join(map(str, text_positions.layers))
+    if layer not in placed.layers:
+        known = ", ".join(map(str, placed.layers))
         raise PositionsError(f"layer is {layer}; expected one of the layers with positions ({known}).")
     head = index_of(head, "head", f"one from 0 to {heads - 1}", most=heads - 1)
     return layer, head, n - 1 if token is None else index_of(token, "token", f"one from 0 to {n - 1}", most=n - 1)

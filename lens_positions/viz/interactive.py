@@ -136,13 +136,13 @@ def spacing_view(
     shown = rows_to_show(model, layers, placed, after, "positions")
     rows = rows_of(placed, after, shown, "common")
     relative = all(row.mean_increment > LEAST_MEAN for row in rows)
-    n = _fitting(placed, len(rows))
+    n = _drawable_units(placed, len(rows))
     ranges = list(zip(placed.first[:n], placed.last[:n], strict=True))
     increments = [_source(placed, after, edited).increments[layer].mean(-1).tolist() for layer, _, edited in shown]
     scales: tuple[Scale, ...] = ("relative", "common")
     data = {
-        "units": [style.visible_text(unit) for unit in text_positions.units[:n]],
-        "boundary": [is_boundary(unit) for unit in text_positions.units[:n]],
+        "units": [style.visible_text(unit) for unit in placed.units[:n]],
+        "boundary": [is_boundary(unit) for unit in placed.units[:n]],
         "relative": relative,
         "rows": [
             {
@@ -158,7 +158,7 @@ def spacing_view(
             scale: " ".join([*caption_of(placed, after, rows, scale), placed.cut(n)]).strip() for scale in scales
         },
     }
-    return View("spacing", "Characters at their learned positions", data, text_positions.cut(n))
+    return View("spacing", "Characters at their learned positions", data, placed.cut(n))
 
 
 def tokens_view(
@@ -183,7 +183,7 @@ def tokens_view(
     """
     placed, after = before_and_after(model, text, hooks, attention_mask=attention_mask, prepend_bos=prepend_bos)
     shown = rows_to_show(model, layers, placed, after, "increments")
-    n = _fitting(placed, len(shown))
+    n = _drawable_units(placed, len(shown))
     stop = placed.last[n - 1] + 1
     moves = torch.zeros(len(placed.tokens), dtype=torch.bool)
     moves[placed.config.effective] = True  # the others have no tint
@@ -193,23 +193,23 @@ def tokens_view(
         increments = source.increments[layer, placed.first[0] : stop].mean(-1)
         mean = source.mean_increment(layer)
         tint = increments / mean - 1 if abs(mean) > LEAST_MEAN else torch.zeros_like(increments)
-        tint[~moves[text_positions.first[0] : stop]] = 0
+        tint[~moves[placed.first[0] : stop]] = 0
         rows.append({"name": name, "mean": _short(mean), "relative": _short(tint.tolist())})
     said = [
         *placed.convention(),
         *edits_in_words(after, shown),
         "White: at the row's mean; orange: twice as far or more; blue: no distance at all. Pointing at a token shows "
         "the deviation, as a share of the mean.",
-        text_positions.cut(n),
+        placed.cut(n),
     ]
     data = {
-        "labels": [style.visible_text(label) for label in text_positions.labels[text_positions.first[0] : stop]],
+        "labels": [style.visible_text(label) for label in placed.labels[placed.first[0] : stop]],
         "rows": rows,
         "farther": style.ORANGE,
         "nearer": style.BLUE,
         "caption": " ".join(said).strip(),
     }
-    return View("tokens", "Tokens tinted by increment", data, text_positions.cut(n))
+    return View("tokens", "Tokens tinted by increment", data, placed.cut(n))
 
 
 def attention_view(
@@ -268,17 +268,17 @@ def _attention_of(placed: TextPositions, layer: int, edits: list[str], when: str
         "attention, and below 1% none is drawn. Above the line tokens stand at their "
         + ("positions, one step a token unless they are edited" if static else "learned positions")
         + "; below it they are counted. Click a token, or use the arrow keys.",
-        text_positions.cut(),
+        placed.cut(),
     ]
     data = {
-        "labels": [style.visible_text(label) for label in text_positions.labels],
+        "labels": [style.visible_text(label) for label in placed.labels],
         "rows": [
             {
                 "name": f"layer {number}",
-                "increments": _short(text_positions.increments[entry].T.tolist()),
-                "positions": _short(text_positions.positions[entry].T.tolist()),
+                "increments": _short(placed.increments[entry].T.tolist()),
+                "positions": _short(placed.positions[entry].T.tolist()),
             }
-            for entry, number in enumerate(text_positions.layers)
+            for entry, number in enumerate(placed.layers)
         ],
         "heads": patterns.shape[1],
         "patterns": [_pack_patterns(of_layer) for of_layer in patterns],
@@ -329,8 +329,8 @@ def write_page(page: str, path: str | Path) -> None:
     write_whole(path, page.encode("utf-8", "backslashreplace"), "page")
 
 
-def _drawable_units(text_positions: TextPositions, rows: int) -> int:
-    return min(len(text_positions.units), max(1, MOST_UNITS // rows))
+def _drawable_units(placed: TextPositions, rows: int) -> int:
+    return min(len(placed.units), max(1, MOST_UNITS // rows))
 
 
 def _short(values: Any) -> Any:

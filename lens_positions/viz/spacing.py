@@ -147,7 +147,7 @@ def caption_of(placed: TextPositions, after: TextPositions | None, rows: list[Ro
         said.append("Lines follow a character from row to row.")
     if any(row.first != row.last for row in rows):
         said.append("A character of several tokens stands at its first; the line under it runs to its last.")
-    if any(map(is_boundary, text_positions.units)):
+    if any(map(is_boundary, placed.units)):
         said.append("Orange: whitespace (␣, ⏎) and punctuation.")
     return said
 
@@ -175,7 +175,7 @@ def _draw(
     said = caption_of(placed, after, rows, scale)
     if any(style.draw_text(unit, fonts)[0] != style.visible_text(unit) for unit in set(units)):
         said.append(f"{style.SUBSTITUTE} stands for a character that no installed font draws.")
-    said += filter(None, [text_positions.cut(panels[-1].stop)])
+    said += filter(None, [placed.cut(panels[-1].stop)])
     caption = textwrap.wrap(" ".join(said), width=int((width + 0.9) * 17))
     left, right, top, between = 1.4 if after else 1.1, 0.25, 0.5, 0.45
     bottom = 0.75 + 0.16 * len(caption)
