@@ -144,8 +144,8 @@ def over_prompts(
     5  animal      0       2
     6  animal      1       2
     7  animal      2       2
-    8  animal      3    s  1
-    9  animal      4    e  1
+    8  animal      3       1
+    9  animal      4       1
     """
     if not callable(measurement):
         raise PositionsError(f"the measurement is {measurement!r}; expected a function of a model and one prompt.")
@@ -516,7 +516,7 @@ def _summary(of_prompts: pd.DataFrame, prompts: int, seed: int) -> pd.DataFrame:
     values[rows["prompt"].to_numpy(), cell] = rows["effect"].to_numpy()
     table = rows.loc[~pd.Series(cell, rows.index).duplicated(), keys].reset_index(drop=True)
     if "text" in rows:
-        same = cells["text"].nunique().to_numpy() == 1
+        same = (cells["text"].nunique().to_numpy() == 1) & (np.isfinite(values).sum(0) == prompts)
         table["text"] = np.where(same, cells["text"].first().to_numpy(), "")
     n = np.isfinite(values).sum(0)
     low, high = _bootstrap(values, seed)
