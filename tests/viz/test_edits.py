@@ -72,7 +72,8 @@ def test_arcs_have_one_scale_on_both_sides(model):
         for axes in (before, after)
     ]
     np.testing.assert_allclose(np.diff(places[1]), 2 * np.diff(places[0]), rtol=1e-4)
-    assert any("Edits: increments times 2 in layer 0." in text.get_text() for text in figure.texts)
+    said = " ".join(" ".join(text.get_text() for text in figure.texts).split())
+    assert "Edits: increments times 2 in layer 0." in said
     assert viz.spacing(model, TEXT, hooks=hooks).axes
 
 
@@ -89,8 +90,11 @@ def test_the_loss_with_edits_is_that_of_a_run_with_hooks(model):
 
 def test_a_report_shows_edits_of_one_model_alone(model, tmp_path):
     hooks = lp.scale(model, 3.0, layers=0)
-    (tmp_path / "a.txt").write_text("Some text to hold out, and some more. " * 40)
-    viz.report(model, tmp_path / "page.html", texts=TEXT, corpus=str(tmp_path / "a.txt"), characters=400, hooks=hooks)
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for i in range(12):
+        (corpus / f"{i:02}.txt").write_text(f"Some text to hold out, and some more of it: {i}. " * 9)
+    viz.report(model, tmp_path / "page.html", texts=TEXT, corpus=str(corpus), characters=400, hooks=hooks)
     page = (tmp_path / "page.html").read_text("utf-8")
     assert "Edits: increments times 3 in layer 0. Texts are drawn without and with them." in page
     assert f"{model.name}, edited" in page
