@@ -2,6 +2,7 @@ from .ablation import Ablations, ablation_table, token_means
 from .attribution import attribution
 from .mediation import mediation
 from .metrics import log_probability, logit_difference, loss
+from .paths import path_sweep
 from .prompts import PromptEffects, over_prompts
 from .sweeps import gap_sweep, patch_sweep
 
@@ -17,5 +18,6 @@ __all__ = [
     "mediation",
     "over_prompts",
     "patch_sweep",
+    "path_sweep",
     "token_means",
 ]
