@@ -44,6 +44,7 @@ from ..measure.metrics import look_back, token_losses
 from ..measure.partial_forward import Replay
 from ..model import HookedPositionTransformer
 from ..text import Mask
+from .prompt_tables import Prompts, documents_of
 from .sweeps import SITES, By, head_count
 
 To = float | Literal["mean", "shuffle", "token"]
@@ -80,7 +81,7 @@ class Ablations:
 
 def ablation_table(
     model: TransformerBridge,
-    corpus: Texts,
+    corpus: Prompts,
     layers: LayerIndices = None,
     to: Sequence[To] = INTERVENTIONS,
     seed: int = 0,
@@ -95,7 +96,8 @@ def ablation_table(
 
     Args:
         model: a bridge with position streams and a tokenizer.
-        corpus: documents, as text or as tokens; long ones are cut into windows.
+        corpus: documents, as text or as tokens; long ones are cut into windows. Of a table (pandas or `datasets`) its
+            column `clean`.
         layers: the model's own layer numbers, ablated one by one and together; None is all that rotate.
         to: the ablations; "mean" is best kept, for the reason above. Given `means`, "token" is always among them.
         seed: of the shuffle and the resampling.
@@ -123,7 +125,8 @@ def ablation_table(
     names = dict(hook_names(model, layers, SITES["pattern"][0]))
     to = _checked_ablations(model, to, means)
     seed = index_of(seed, "seed", "a whole number from 0")
-    documents, batches = windows(cast(HookedPositionTransformer, model), corpus, attention_mask, prepend_bos)
+    texts = documents_of(corpus)
+    documents, batches = windows(cast(HookedPositionTransformer, model), texts, attention_mask, prepend_bos)
     patterns = {layer: name for layer, name in names.items() if name in model.hook_dict}
     each = _each_ablation(model, list(names), by, heads)
     run = _Run(model, list(names), patterns, heads, means)

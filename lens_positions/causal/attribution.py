@@ -36,6 +36,7 @@ from ..measure.metrics import Metric, metric_values, of_prompts
 from ..progress import track_progress
 from ..text import Mask, TextOrTokens, one_prompt
 from .pieces import in_pieces
+from .prompts import batched_gradients, many_prompts
 from .sweeps import HEAD_SITES, SITES, By, head_count
 
 TOKENS_A_BATCH = 512
@@ -45,6 +46,7 @@ STEPS = (16, 32, 64, 128, 256, 512, 1024)
 TOLERANCE = 0.01
 
 
+@many_prompts(batched_gradients)
 def attribution(
     model: TransformerBridge,
     tokens: TextOrTokens,
@@ -61,7 +63,7 @@ def attribution(
 
     Args:
         model: a bridge with position streams.
-        tokens: one prompt, as text or as tokens.
+        tokens: one prompt, as text or as tokens; or many, as a list or a table, which gives what `over_prompts` does.
         metric: from logits [batch pos vocab] to one number a row, differentiable.
         method: "gradient", the derivative of the metric by each gap at increments as they are; increments of later
             layers respond, as they do in `gap_sweep`. Or "integrated", along the straight path from the baseline's

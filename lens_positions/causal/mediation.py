@@ -32,9 +32,8 @@ from ..measure.intervals import t_interval
 from ..measure.metrics import Metric, metric_values, of_prompts
 from ..progress import track_progress
 from ..text import Mask, TextOrTokens, by_length, prompts_of
+from .prompts import PATHS, batched_mediation, many_prompts
 from .sweeps import SITES, By, head_count
-
-PATHS = ("total", "direct", "increments", "interaction")
 
 Held = tuple[int | None, int | None]
 """A layer and its head; None is all of them."""
@@ -43,6 +42,7 @@ Measure = Callable[[Int[Tensor, "row pos"], Float[Tensor, "row pos vocab"]], Flo
 """From some rows and their logits to the metric of each."""
 
 
+@many_prompts(batched_mediation, lists=False)
 def mediation(
     model: TransformerBridge,
     clean: TextOrTokens,
@@ -60,7 +60,8 @@ def mediation(
     Args:
         model: a bridge with position streams.
         clean, corrupted: pairs of prompts, as text or as tokens. The two of a pair have one length, so that token t
-            has the same place in both; pairs may differ in length.
+            has the same place in both; pairs may differ in length. A table of both, as `clean`, gives what
+            `over_prompts` does, with bootstrap intervals.
         metric: from logits [batch pos vocab] to one number a row; each row of both belongs to its pair. Pairs of
             another length run on their own, without padding, so that token -1 is each prompt's own last; the rows of
             the pairs that are not among them are then NaN.

@@ -49,6 +49,7 @@ from ..measure.metrics import Metric, baseline_of, metric_values, of_prompts, pl
 from ..measure.partial_forward import Replay
 from ..progress import track_progress
 from ..text import Mask, TextOrTokens, one_prompt
+from .prompts import many_prompts
 
 SITES: dict[str, tuple[str, int]] = {
     "increments": ("attn.hook_increments", 1),
@@ -75,6 +76,7 @@ LOGITS_A_BATCH = 2**27
 """Numbers in the logits of a batch at most: half a GiB in float32."""
 
 
+@many_prompts()
 def gap_sweep(
     model: TransformerBridge,
     tokens: TextOrTokens,
@@ -91,7 +93,7 @@ def gap_sweep(
 
     Args:
         model: a bridge with position streams.
-        tokens: one prompt, as text or as tokens.
+        tokens: one prompt, as text or as tokens; or many, as a list or a table, which gives what `over_prompts` does.
         metric: from logits [batch pos vocab] to one number a row (`causal.logit_difference`, `causal.loss`, your own).
         by: "layer": one edit is of all heads of a layer; "head": of one head. A number stands for `length`.
         layers: the model's own layer numbers, taken in the model's order; None is all that rotate.
@@ -130,6 +132,7 @@ def gap_sweep(
     return effects
 
 
+@many_prompts()
 def patch_sweep(
     model: TransformerBridge,
     source: ActivationCache | TextOrTokens,
@@ -148,7 +151,8 @@ def patch_sweep(
 
     Args:
         model: a bridge with position streams.
-        source: the other input, as text or as tokens without padding, or a cache that recorded it (one row).
+        source: the other input, as text or as tokens without padding, or a cache that recorded it (one row). Many
+            pairs, as two lists or one table, give what `over_prompts` does.
         tokens: the prompt that values are put into, as text or as tokens.
         metric: from logits [batch pos vocab] to one number a row.
         site: "increments", "positions", the rotated queries "rot_q" or keys "rot_k", and for comparison the residual

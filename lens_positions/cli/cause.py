@@ -254,7 +254,8 @@ def _show_effects(
     if figure is not None:
         title = "Effect of each layer and token"
         with announce_figure(console, figure):
-            lp.viz.effect_map(effects, numbers, labels, title, f"change of {unit}", what, figure)
+            said = what.removeprefix(f"{model.name}: ")  # the figure says the model itself
+            lp.viz.effect_map(model, effects, tokens, numbers, title, f"change of {unit}", said, figure)
 
 
 def _print_ablated_text(

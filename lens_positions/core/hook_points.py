@@ -22,16 +22,23 @@ class HookedTokens:
         ids: the model's own whole positions.
         visible: which tokens a position sums over.
         frequencies: at a rotation, of each component of its cos and sin, in radians per position.
+        sequence: the ids of all tokens so far, those of a key-value cache before those of this pass, padding included;
+            None where they are not known (embeddings were passed, or the cache was filled without the streams).
     """
 
     past: int
     ids: Int[Tensor, "#batch pos"]
     visible: Line | Documents | Tree
     frequencies: Float[Tensor, " d_rotary"] | None = None
+    sequence: Int[Tensor, "#batch total"] | None = None
 
     def real(self) -> Bool[Tensor, "#batch pos"]:
         """The tokens that are not padding."""
         return self.visible.real_now()
+
+    def real_so_far(self) -> Bool[Tensor, "#batch total"] | None:
+        """The tokens that are not padding, those of the cache included; None: all are, or it is not known of them."""
+        return self.visible.real if isinstance(self.visible, Line) else None
 
     def between(self) -> Bool[Tensor, "#batch pos"]:
         """The tokens whose increment lies between two real tokens: all but the first (gap "after": the last)."""

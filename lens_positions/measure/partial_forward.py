@@ -46,6 +46,7 @@ class Replay:
         last_only: bool = False,
         tokens_too: bool = True,
         resume: bool = True,
+        how: Mapping[str, Any] | None = None,
     ) -> None:
         """Run the baseline.
 
@@ -56,6 +57,7 @@ class Replay:
             last_only: compute the logits of the last token alone.
             tokens_too: keep what is needed to resume at a token after the first.
             resume: False runs the whole prompt every time.
+            how: further arguments of the model's calls, such as a mask of padding; then one copy joins at a time.
         """
         self.model = model
         self.tokens = tokens
@@ -64,7 +66,9 @@ class Replay:
         # Not every architecture can leave logits out.
         forward = inspect.signature(type(model.original_model).forward).parameters
         self._last_only = last_only
-        self._keep = {"logits_to_keep": 1} if last_only and "logits_to_keep" in forward else {}
+        self._how: dict[str, Any] = {**(how or {})}
+        if last_only and "logits_to_keep" in forward:
+            self._how["logits_to_keep"] = 1
 
         # What enters each block, and what it returns: a run that starts at a block needs the first, and skips by the
         # second.
@@ -197,7 +201,7 @@ class Replay:
 
     def _logits(self, tokens: Tensor, cache: Any) -> Tensor:
         how = {"use_cache": False} if cache is None else {"past_key_values": cache}
-        logits = self.model(tokens, return_type="logits", **how, **self._keep)
+        logits = self.model(tokens, return_type="logits", **how, **self._how)
         return logits[:, -1:] if self._last_only else logits
 
     def _keep_input(self, _block: Any, args: Any, kwargs: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from .effect_charts import ablation_bars, effect_map, head_map
 from .interactive import View, attention_view, spacing_view, tokens_view
 from .map_chart import map_chart
 from .output import MissingFontError
+from .prompt_charts import prompts_chart
 from .report import report
 from .rope_charts import absolute_chart, entropy_chart, norms_map
 from .spacing import spacing
@@ -25,6 +26,7 @@ __all__ = [
     "lines_chart",
     "map_chart",
     "norms_map",
+    "prompts_chart",
     "report",
     "spacing",
     "spacing_view",

@@ -26,6 +26,7 @@ from ..analysis.losses import compare_losses
 from ..analysis.token_kinds import increments_by_category
 from ..checkpoint import fingerprint
 from ..errors import PositionsError
+from ..interventions import Hooks, describe
 from ..measure.corpus_reader import WINDOW
 from ..model import HookedPositionTransformer
 from ..progress import announce_parts
@@ -46,9 +47,6 @@ SNIPPET = 80
 
 Piece = dict[str, Any]
 
-Part = tuple[str, Callable[[], Iterator[Piece]]]
-"""The title of a part, and what computes it."""
-
 
 def report(
     model: HookedPositionTransformer,
@@ -60,6 +58,8 @@ def report(
     seed: int = 0,
     command: str = "",
     prepend_bos: bool | None = None,
+    *,
+    hooks: Hooks | None = None,
 ) -> list[str]:
     """Write a report on a model, and on another beside it.
 
@@ -74,13 +74,16 @@ def report(
         seed: of the resampling and the shuffles.
         command: how to make it again, as it stands in the report.
         prepend_bos: whether every text gets the beginning-of-sequence token; None is TransformerLens' default.
+        hooks: edits: texts are drawn without and with them, and the loss is measured with them too. What is measured
+            on kinds of token and by ablation is the model's own.
 
     Returns:
         What was cut or left out, a sentence each. Interrupted, it writes the parts that are done, says so in the page,
         and raises KeyboardInterrupt with the path.
 
     Raises:
-        PositionsError: an empty text, a path that cannot be written, or a corpus that was named and is not there.
+        PositionsError: an empty text, a path that cannot be written, a corpus that was named and is not there, or
+            edits beside another model.
 
     >>> left_out = lp.viz.report(model, folder / "report.html", texts="The cat sat.", corpus=str(corpus))
     >>> (folder / "report.html").read_text("utf-8")[:15]
@@ -88,64 +91,54 @@ def report(
     """
     check_page(path)
     models = [model] if compare is None else [model, compare]
+    if hooks and compare is not None:
+        raise PositionsError(
+            "hooks were given with a model to compare; expected one of the two, as edits are of one model."
+        )
     texts = [texts] if isinstance(texts, str) else list(texts) or [ENGLISH, CHINESE]
     if not all(texts):
         raise PositionsError("a text is empty; expected at least one character.")
     held_out, of_corpus = _held_out(corpus, characters)
 
-    # Each part is computed when it is its turn, so that an interruption keeps those before it.
-    planned: list[Part] = [
-        ("The model" if compare is None else "The models", lambda: _facts(models)),
-        ("Characters at their positions", lambda: _spacing(models, texts, prepend_bos)),
-        ("Tokens tinted by increment", lambda: _tints(models, texts, prepend_bos)),
-        ("Attention beside increments", lambda: _attention(models, texts, prepend_bos)),
+    planned: list[tuple[str, Callable[[], Iterator[Piece]]]] = [
+        ("The model" if compare is None else "The models", lambda: _facts(models, hooks)),
+        ("Characters at their positions", lambda: _spacing(models, texts, prepend_bos, hooks)),
+        ("Tokens tinted by increment", lambda: _tints(models, texts, prepend_bos, hooks)),
+        ("Attention beside increments", lambda: _attention(models, texts, prepend_bos, hooks)),
         ("Increments by kind of token", lambda: _kinds(models, held_out, of_corpus, seed, prepend_bos)),
-        ("Loss on held-out text", lambda: _losses(models, held_out, of_corpus, seed, prepend_bos)),
+        ("Loss on held-out text", lambda: _losses(models, held_out, of_corpus, seed, prepend_bos, hooks)),
         ("What the increments are needed for", lambda: _ablations(models, held_out, of_corpus, seed, prepend_bos)),
         ("How to make this report again", lambda: _again(models, of_corpus, seed, command)),
     ]
-    parts, interrupted = _finished_parts(planned)
-    write_page(_page(models, parts, [title for title, _ in planned[len(parts) :]]), path)
-    if interrupted is not None:
-        raise type(interrupted)(str(path)) from interrupted
-    left_out = _cut_views(parts)
-    return left_out if held_out else [*left_out, of_corpus]
-
-
-def _cut_views(parts: list[dict[str, Any]]) -> list[str]:
-    """What views leave out of their texts, a sentence each."""
-    views = [piece for part in parts for piece in part["pieces"] if piece["kind"] == "view" and piece["view"].cut]
-    return [f"{piece['title']}: {piece['view'].title}: {piece['view'].cut}" for piece in views]
-
-
-def _finished_parts(planned: list[Part]) -> tuple[list[dict[str, Any]], KeyboardInterrupt | None]:
-    """The parts, or those before an interruption, and the interruption."""
     parts: list[dict[str, Any]] = []
+    interrupted: KeyboardInterrupt | None = None
     for title, pieces in announce_parts(planned, "report"):
         try:
             parts.append({"title": title, "id": title.lower().replace(" ", "-"), "pieces": list(pieces())})
         except KeyboardInterrupt as interruption:
-            return parts, interruption
-    return parts, None
-
-
-def _page(models: list[HookedPositionTransformer], parts: list[dict[str, Any]], missing: list[str]) -> str:
-    """The page with everything in it; `missing` are the titles of parts that were not reached."""
-    names = " and ".join(model.name for model in models)
+            interrupted = interruption
+            break
     loader = Environment(loader=PackageLoader("lens_positions.viz", "web"), autoescape=True)
-    return loader.get_template("report.html").render(
-        title=f"does {names} think its" if len(models) == 1 else f"do {names} think their",
+    page = loader.get_template("report.html").render(
+        title=f"does {model.name} think its" if compare is None else f"do {model.name} and {compare.name} think their",
         styles=_own_text(styles()),
         scripts=_own_text(scripts()),
         parts=parts,
-        missing=missing,
+        missing=[title for title, _ in planned[len(parts) :]],
         version=__version__,
     )
+    write_page(page, path)
+    if interrupted is not None:
+        raise type(interrupted)(str(path)) from interrupted
+    views = [piece for part in parts for piece in part["pieces"] if piece["kind"] == "view" and piece["view"].cut]
+    left_out = [f"{piece['title']}: {piece['view'].title}: {piece['view'].cut}" for piece in views]
+    return left_out if held_out else [*left_out, of_corpus]
 
 
-def _facts(models: list[HookedPositionTransformer]) -> Iterator[Piece]:
-    """What each model is."""
-    # Models may differ in which facts they have; rows are all of them, in order.
+def _facts(models: list[HookedPositionTransformer], hooks: Hooks | None) -> Iterator[Piece]:
+    """What each model is, and which edits are shown."""
+    if hooks:
+        yield _note(f"Edits: {describe(hooks)}. Texts are drawn without and with them.")
     columns = [_facts_of(model) for model in models]
     names = list(dict.fromkeys(name for column in columns for name in column))
     yield _table(["", *(model.name for model in models)], [[n, *(c.get(n, "") for c in columns)] for n in names])
@@ -187,7 +180,6 @@ def _training_facts(folder: Path) -> dict[str, str]:
     if not (folder / "positions.json").is_file():
         return {}
     try:
-        # Written beside the model by the run; anything else may stand there too.
         config = json.loads((folder.parent / "training.json").read_text("utf-8"))["config"]
         last = json.loads((folder.parent / "log.jsonl").read_text("utf-8").strip().splitlines()[-1])
         return {
@@ -198,23 +190,28 @@ def _training_facts(folder: Path) -> dict[str, str]:
         return {}
 
 
-def _spacing(models: list[HookedPositionTransformer], texts: list[str], bos: bool | None) -> Iterator[Piece]:
+def _spacing(
+    models: list[HookedPositionTransformer], texts: list[str], bos: bool | None, hooks: Hooks | None
+) -> Iterator[Piece]:
     yield _text("Each character stands as far from the last as the model puts it, one row a layer.")
     for text in texts:
-        # Headings are short: the whole text stands once, above its views.
         if len(text) > SNIPPET:
             yield {"kind": "quote", "text": text}
         for model in models:
-            yield _view(spacing_view(model, text, prepend_bos=bos), text, model, models)
+            yield _view(spacing_view(model, text, hooks=hooks, prepend_bos=bos), text, model, models)
 
 
-def _tints(models: list[HookedPositionTransformer], texts: list[str], bos: bool | None) -> Iterator[Piece]:
+def _tints(
+    models: list[HookedPositionTransformer], texts: list[str], bos: bool | None, hooks: Hooks | None
+) -> Iterator[Piece]:
     for text in texts:
         for model in models:
-            yield _view(tokens_view(model, text, prepend_bos=bos), text, model, models)
+            yield _view(tokens_view(model, text, hooks=hooks, prepend_bos=bos), text, model, models)
 
 
-def _attention(models: list[HookedPositionTransformer], texts: list[str], bos: bool | None) -> Iterator[Piece]:
+def _attention(
+    models: list[HookedPositionTransformer], texts: list[str], bos: bool | None, hooks: Hooks | None
+) -> Iterator[Piece]:
     yield _text(
         "The same attention on two rulers: tokens as far apart as the layer has them, and counted. What is near on the "
         "upper ruler is near for this layer, whatever stands between."
@@ -222,7 +219,7 @@ def _attention(models: list[HookedPositionTransformer], texts: list[str], bos: b
     for text in texts:
         for model in models:
             try:
-                yield _view(attention_view(model, text, prepend_bos=bos), text, model, models)
+                yield _view(attention_view(model, text, hooks=hooks, prepend_bos=bos), text, model, models)
             except PositionsError as error:
                 yield _note(str(error))
 
@@ -250,23 +247,35 @@ def _kinds(
 
 
 def _losses(
-    models: list[HookedPositionTransformer], texts: list[str], of: str, seed: int, bos: bool | None
+    models: list[HookedPositionTransformer],
+    texts: list[str],
+    of: str,
+    seed: int,
+    bos: bool | None,
+    hooks: Hooks | None,
 ) -> Iterator[Piece]:
     if not texts:
         yield _note(of)
         return
-    table = compare_losses(models, texts, seed, prepend_bos=bos)
+    try:
+        table = compare_losses(models, texts, seed, hooks=hooks, prepend_bos=bos)
+    except PositionsError as error:
+        if not hooks:
+            raise
+        yield _note(f"The edits are not made for this text, which is measured without them: {error}")
+        table = compare_losses(models, texts, seed, prepend_bos=bos)
+    several = len(table) > 1
     rows = []
     for row in table.to_dict("records"):
         loss = f"{row['loss']:.4f}{_interval(row['low'], row['high'], '.4f')}"
         cells = [str(row["model"]), loss, f"{row['bytes']:,}", str(row["documents"])]
-        if len(models) > 1:
+        if several:
             value = row["difference"]
             ends = _interval(row["difference_low"], row["difference_high"], "+.4f")
             cells.append("" if math.isnan(value) else f"{value:+.4f}{ends}")
         rows.append(cells)
     columns = ["model", "nats per byte (95%)", "bytes", "documents"]
-    yield _table([*columns, f"minus {models[0].name} (95%, paired)"] if len(models) > 1 else columns, rows)
+    yield _table([*columns, f"minus {models[0].name} (95%, paired)"] if several else columns, rows)
     yield _text(
         f"{of[0].upper()}{of[1:]}; intervals resample documents, seed {seed}. A model reads "
         f"windows of its context, at most {WINDOW} tokens; a byte model also predicts where a document ends."
@@ -288,8 +297,6 @@ def _ablations(
             yield _note(f"Every increment of {model.name} is 1: ablating them does nothing.")
             continue
         loss = causal.ablation_table(model, texts, seed=seed, prepend_bos=bos).loss
-
-        # The baseline is the same in every row.
         base = loss.iloc[0]
         caption = (
             f"{model.name}; {base['n']:,} tokens, {of}; {base['baseline']:.4f} nats per token without ablation. "
@@ -319,7 +326,6 @@ def _held_out(corpus: str | None, characters: int) -> tuple[list[str], str]:
     try:
         texts = corpora.heldout_excerpts("bilingual" if corpus is None else corpus, characters)
     except PositionsError as error:
-        # A corpus that was asked for by name is needed; the default one is shown where it can be had.
         if corpus is not None or characters < 1:
             raise
         return [], f"Left out, as there is no held-out text: {error}"
@@ -340,14 +346,12 @@ def _table(columns: list[str], rows: Sequence[Sequence[Any]], summary: str = "",
 
 
 def _view(view: View, text: str, model: HookedPositionTransformer, models: list[HookedPositionTransformer]) -> Piece:
-    # A heading is short; the whole text stands above its views.
     snippet = text if len(text) <= SNIPPET else text[:SNIPPET] + "…"
     title = "".join(c if c == " " and not snippet.isspace() else visible_character(c) for c in snippet)
     return {"kind": "view", "view": view, "title": title if len(models) == 1 else f"{title} · {model.name}"}
 
 
 def _figure(figure: Figure, alt: str) -> Piece:
-    # Inside the page as data, so that the file is all there is.
     source = f"data:image/svg+xml;base64,{base64.b64encode(style.render_figure(figure, 'svg')).decode('ascii')}"
     return {"kind": "figure", "source": source, "alt": alt, "width": round(figure.get_figwidth() * 96)}
 

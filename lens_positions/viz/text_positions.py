@@ -9,17 +9,17 @@
 
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from ..causal.sweeps import SITES
 from ..core.increments import PositionConfig
 from ..errors import PositionsError
-from ..interventions import LayerIndices, hook_names, index_of, indices_of
+from ..interventions import Hooks, LayerIndices, describe, hook_names, index_of, indices_of
 from ..measure.corpus_reader import CorpusIncrements
 from ..model import HookedPositionTransformer
 from ..text import Mask, TextOrTokens, prompts_of
@@ -56,6 +56,7 @@ class TextPositions:
         patterns: attention from each token to each, where it was asked for and the model shows it.
         whole: characters of the text, those that were cut included.
         limit: why it was cut; empty where it was not.
+        edits: what the hooks did that were active, in words; empty where there were none.
     """
 
     name: str
@@ -72,10 +73,10 @@ class TextPositions:
     patterns: Float[Tensor, "layer query_head pos pos"] | None
     whole: int
     limit: str
+    edits: str = ""
 
     def mean_increment(self, entry: int) -> float:
         """The mean step between the tokens of the text at an entry of `layers`; of one token alone, its increment."""
-        # Without special tokens in front, whose increments may be of another size.
         steps = self.positions[entry, self.first[0] :].mean(-1).diff()
         return float(steps.mean() if len(steps) else self.increments[entry, self.first[0]].mean())
 
@@ -95,10 +96,8 @@ class TextPositions:
         """
         if len(self.tokens) < 2:
             raise PositionsError(f"text 0 has {len(self.tokens)} tokens; expected at least two.")
-
-        # The increment that lies between no two tokens of this text does not count.
         index = np.arange(len(self.tokens))[self.config.effective]
-        increments = rearrange(self.increments.numpy(), "layer pos head -> layer head pos")[..., index]
+        increments = self.increments.permute(0, 2, 1).numpy()[..., index]
         return CorpusIncrements([self.tokens], np.zeros_like(index), index, self.layers, increments)
 
     def attention(self) -> Float[Tensor, "layer query_head pos pos"]:
@@ -127,6 +126,7 @@ def position_text(
     *,
     patterns: bool = False,
     most: int = MOST_DRAWN,
+    hooks: Hooks | None = None,
     attention_mask: Mask = None,
     prepend_bos: bool | None = None,
 ) -> TextPositions:
@@ -137,6 +137,7 @@ def position_text(
         text: a text, or the tokens of one as they are, special ones in front included.
         patterns: keep the attention patterns as well.
         most: tokens at most; the context in any case.
+        hooks: edits, active while the model runs.
         attention_mask: the real tokens of a padded row; the padding is left out.
         prepend_bos: whether a text gets the beginning-of-sequence token; None is TransformerLens' default.
 
@@ -144,17 +145,34 @@ def position_text(
         PositionsError: an empty text, several texts, a model without a tokenizer, no such tokens, padding without a
             mask, or a first character that alone is too long.
     """
+    if getattr(model, "tokenizer", None) is None:
+        raise PositionsError("the model has no tokenizer; expected one, to tell what its tokens are.")
     room = min(model.cfg.n_ctx, index_of(most, "most", "at least one token", least=1))
-    tokens, given = _one_text(model, text, attention_mask, prepend_bos)
-    units, sizes, spans = _units(model, tokens, given)
-    # Cut between units, so that no character is drawn that the model has not read whole.
+    prompts = prompts_of(model, text, attention_mask, prepend_bos, whole=True)
+    if len(prompts) != 1:
+        raise PositionsError(f"{len(prompts)} texts were given; expected one text, or its token ids [pos].")
+    tokens = prompts[0]
+    (given,) = [text] if isinstance(text, str | Tensor) else text
+    units, sizes, spans = _units(model, tokens, given if isinstance(given, str) else None)
     kept = sum(stop <= room for _, stop in spans)
     if not kept:
         raise PositionsError(f"the first character takes more than {room} tokens; expected a text that begins in them.")
     limit = f"the model's context is {room:,} tokens" if room == model.cfg.n_ctx else f"they are {room:,} tokens"
     tokens = tokens[: spans[kept - 1][1]] if kept < len(units) else tokens
 
-    increments, positions, attention = _recorded(model, tokens, patterns)
+    wanted = ["increments", "positions", *(["pattern"] if patterns else [])]
+    sites = {site: [name for _, name in hook_names(model, None, SITES[site][0])] for site in wanted}
+    names = [name for of_site in sites.values() for name in of_site if name in model.hook_dict]
+    # Edits come before the looking on, which is added last.
+    with torch.no_grad(), model.hooks(fwd_hooks=hooks or []):
+        _, cache = model.run_with_cache(tokens[None], names_filter=names, return_type=None)
+    increments, positions = (
+        torch.stack([cache[name][0] for name in sites[site]]).detach().cpu().double()
+        for site in ("increments", "positions")
+    )
+    if increments.ndim == 2:
+        increments, positions = increments[..., None], positions[..., None]
+    seen = patterns and all(name in cache for name in sites["pattern"])
     return TextPositions(
         name=model.name,
         config=model.position_config,
@@ -167,49 +185,71 @@ def position_text(
         last=[stop - 1 for _, stop in spans[:kept]],
         increments=increments,
         positions=positions,
-        patterns=attention,
+        patterns=torch.stack([cache[name][0].float().cpu() for name in sites["pattern"]]) if seen else None,
         whole=sum(sizes),
         limit=limit if kept < len(units) else "",
+        edits=describe(hooks or []),
     )
 
 
-def _one_text(
-    model: HookedPositionTransformer, text: TextOrTokens, attention_mask: Mask, prepend_bos: bool | None
-) -> tuple[Int[Tensor, " pos"], str | None]:
-    """The tokens of the one text that was given, and the text itself where it was given as one."""
-    if getattr(model, "tokenizer", None) is None:
-        raise PositionsError("the model has no tokenizer; expected one, to tell what its tokens are.")
-    prompts = prompts_of(model, text, attention_mask, prepend_bos, whole=True)
-    if len(prompts) != 1:
-        raise PositionsError(f"{len(prompts)} texts were given; expected one text, or its token ids [pos].")
-    (given,) = [text] if isinstance(text, str | Tensor) else text
-    return prompts[0], given if isinstance(given, str) else None
+def before_and_after(
+    model: HookedPositionTransformer, text: TextOrTokens, hooks: Hooks | None, **how: Any
+) -> tuple[TextPositions, TextPositions | None]:
+    """A text as the model places it, and as it does with edits, where there are some.
+
+    Args:
+        model, text: as for `position_text`.
+        hooks: the edits; None or an empty list: there are none.
+        how: further arguments of `position_text`.
+    """
+    if hooks is not None and not isinstance(hooks, list):
+        raise PositionsError(f"hooks is a {type(hooks).__name__}; expected a list, as `ablate` and others return it.")
+    return position_text(model, text, **how), position_text(model, text, hooks=hooks, **how) if hooks else None
 
 
-def _recorded(
-    model: HookedPositionTransformer, tokens: Int[Tensor, " pos"], patterns: bool
-) -> tuple[
-    Float64[Tensor, "layer pos head"],
-    Float64[Tensor, "layer pos head"],
-    Float[Tensor, "layer query_head pos pos"] | None,
-]:
-    """Increments, positions, and the attention patterns where they are wanted and every layer shows them."""
-    wanted = ["increments", "positions", *(["pattern"] if patterns else [])]
-    hooks = {site: [name for _, name in hook_names(model, None, SITES[site][0])] for site in wanted}
-    names = [name for of_site in hooks.values() for name in of_site if name in model.hook_dict]
-    with torch.no_grad():
-        _, cache = model.run_with_cache(tokens[None], names_filter=names, return_type=None)
+def rows_to_show(
+    model: HookedPositionTransformer,
+    layers: LayerIndices,
+    before: TextPositions,
+    after: TextPositions | None,
+    what: str,
+) -> list[tuple[int, str, bool]]:
+    """The rows of a picture: the entry of the layer, the row's name, and whether it is that after the edits.
 
-    increments, positions = (
-        torch.stack([cache[name][0] for name in hooks[site]]).detach().cpu().double()
-        for site in ("increments", "positions")
-    )
-    # One increment for all heads has no axis of heads: an axis of one is what all that draws expects.
-    if increments.ndim == 2:
-        increments, positions = increments[..., None], positions[..., None]
-    if not patterns or not all(name in cache for name in hooks["pattern"]):
-        return increments, positions, None
-    return increments, positions, torch.stack([cache[name][0].float().cpu() for name in hooks["pattern"]])
+    A layer that the edits change has two rows, one below the other. The others keep theirs, as one where they are
+    alike.
+
+    Args:
+        model, layers: as for `layers_to_show`.
+        before, after: the text without and with edits.
+        what: "increments" or "positions", whose change counts.
+    """
+    values: Tensor = getattr(before, what)
+    if after is None:
+        return [(entry, name, False) for entry, name in layers_to_show(model, layers, values).items()]
+    edited: Tensor = getattr(after, what)
+    shown = layers_to_show(model, layers, torch.cat([values, edited], dim=-1))
+    changed = [entry for entry in shown if not torch.equal(values[entry], edited[entry])]
+    rows, same = [], [entry for entry in shown if entry not in changed]
+    alike = len(same) > 1 and all(torch.equal(values[entry], values[same[0]]) for entry in same)
+    for entry, name in shown.items():
+        if entry in changed:
+            rows += [(entry, name, False), (entry, f"{name}, edited", True)]
+        elif not alike:
+            rows.append((entry, name, False))
+        elif entry == same[0]:
+            rows.append((entry, "other layers" if changed else "all layers", False))
+    return rows
+
+
+def edits_in_words(after: TextPositions | None, rows: list[tuple[int, str, bool]] | None = None) -> list[str]:
+    """What a caption says of the edits."""
+    if after is None:
+        return []
+    said = [f"Edits: {after.edits}."]
+    if rows is not None and not any(edited for _, _, edited in rows):
+        said.append("They change nothing that is drawn here.")
+    return said
 
 
 def layers_to_show(
@@ -232,8 +272,6 @@ def layers_to_show(
             known = f"0 to {len(numbers) - 1}" if numbers == list(range(len(numbers))) else ", ".join(map(str, numbers))
             raise PositionsError(f"layer {layer} was asked for; expected one of the layers {known}.")
     chosen = sorted({numbers.index(layer) for layer in wanted})
-
-    # Static, and shared without edits: every layer would be the same row.
     source = model.position_config.source
     if source != "per_layer" and all(torch.equal(values[entry], values[chosen[0]]) for entry in chosen):
         return {chosen[0]: "static" if source == "static" else "all layers"}
@@ -250,14 +288,9 @@ def _units(
         own = len(tokenizer(text, add_special_tokens=False)["input_ids"])
     else:
         given, special = tokens.tolist(), set(tokenizer.all_special_ids)
-
-        # Special tokens at the beginning are no part of the text; some may stand alone.
         own = len(given) - next((i for i, token in enumerate(given) if token not in special), len(given) - 1)
         ids = given[len(given) - own :]
         text = str(tokenizer.decode(ids))
-
-        # Tokens that a model sampled need not be those that the tokenizer makes of their text: then each is shown by
-        # itself.
         if tokenizer(text, add_special_tokens=False)["input_ids"] != ids:
             named = byte_characters(ids) if is_byte_tokenizer(tokenizer) else [(tokenizer.decode([i]), 1) for i in ids]
             stops = list(accumulate((size for _, size in named), initial=len(tokens) - own))
@@ -265,8 +298,6 @@ def _units(
         of_character = character_spans(tokenizer, text)
     before = len(tokens) - own
     starts = [min(start, own - 1) for start, _ in of_character]
-
-    # A unit begins with each character whose first token is another one than that of the character before.
     heads = [i for i, start in enumerate(starts) if i == 0 or start != starts[i - 1]]
     pieces = list(pairwise([*heads, len(text)]))
     spans = [(before + starts[i], before + max(of_character[j - 1][1], starts[i] + 1)) for i, j in pieces]
