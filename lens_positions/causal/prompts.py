@@ -126,8 +126,7 @@ def over_prompts(
         template: a text with {names} of columns, by whose spans tokens are aligned; see `prompt_tables`.
         count_from: count tokens from the "start" (0, 1, ...) or the "end" (-1, -2, ...) of a prompt or of each span.
         tokens_a_batch: for memory's sake; results do not depend on it. `seed` is that of the resampling.
-        attention_mask, prepend_bos: as for `gap_sweep`.
-        arguments: passed on to the measurement.
+        attention_mask, prepend_bos: as for `gap_sweep`. `arguments` are passed on to the measurement.
 
     Raises:
         PositionsError: an empty table, a column or span that is missing, pairs that do not align, no metric, or what

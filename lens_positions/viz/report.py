@@ -74,13 +74,11 @@ def report(
         corpus: held-out text for the kinds of token, the loss and the ablations: a name, a file or a folder. None is
             "bilingual" where the packages with its text are installed.
         characters: at most so much of it, taken evenly from the held-out documents.
-        seed: of the resampling and the shuffles.
-        command: how to make it again, as it stands in the report.
+        seed: of the resampling and the shuffles. `command` is how to make it again, as it stands in the report.
         prepend_bos: whether every text gets the beginning-of-sequence token; None is TransformerLens' default.
         hooks: edits, without and with which texts are drawn and the loss is measured; all else is the model's own.
 
-    Returns:
-        What was cut or left out, a sentence each. Interrupted, it writes what is done, and raises KeyboardInterrupt.
+    Returns what was cut or left out, a sentence each. Interrupted, it writes what is done and raises KeyboardInterrupt.
 
     Raises:
         PositionsError: an empty text, a path that cannot be written, a corpus that was named and is not there, or
