@@ -1,4 +1,4 @@
-"""Question 1: word boundaries in the residual stream, and in the increments that are computed from it, by training step.
+"""Question 1: word boundaries in the residual stream, and in the increments computed from it, by training step.
 
 A logistic regression reads the residual stream that enters a layer at the first byte of a Chinese character, and says
 whether a word begins there, as people segmented the text. It is fitted on two thirds of the lines and scored on the
@@ -102,9 +102,9 @@ def boundary_probes(models: dict[int, Path], text: BoundaryText) -> pd.DataFrame
         text: what the gaps are taken from.
 
     Returns:
-        A row for each `step`, `measure` and `layer` (both NaN for branching entropy, which has no model): `auc` with its
-        95% interval `low` to `high`, `within` (the area within a first byte) with `within_low` to `within_high`, `n`
-        gaps, of which `boundaries`, in so many `lines`.
+        A row for each `step`, `measure` and `layer` (both NaN for branching entropy, which has no model): `auc` with
+        its 95% interval `low` to `high`, `within` (the area within a first byte) with `within_low` to `within_high`,
+        `n` gaps, of which `boundaries`, in so many `lines`.
     """
     tables = []
     for step, folder in models.items():
@@ -228,8 +228,8 @@ def area_within(
     """The area under the ROC curve over pairs of one stratum, and its 95% interval over owners.
 
     The area is the share of pairs (one true, one false, of the same stratum) in which the true one has the larger
-    value, ties counted half. The interval is normal, its variance that of the owners' influence on the area (Obuchowski,
-    "Nonparametric analysis of clustered ROC curve data", 1997; NaN for one owner).
+    value, ties counted half. The interval is normal, its variance that of the owners' influence on the area
+    (Obuchowski, "Nonparametric analysis of clustered ROC curve data", 1997; NaN for one owner).
 
     >>> values, labels = np.array([1.0, 2.0, 9.0, 8.0]), np.array([False, True, True, False])
     >>> area_within(values, labels, np.array([0, 0, 1, 1]), np.array([0, 0, 1, 1]))[0]

@@ -1,8 +1,8 @@
 """Question 3: what a longer or shorter gap does before a true word beginning, and before a matched false one.
 
-Both begin with the same first byte, stand in the same line, and cost the unedited model about the same: the loss of the
-first byte and that of the two after it differ by less than half a nat together. Each gap is edited alone, in all layers.
-The first byte is predicted before the gap and cannot change; what can is
+Both begin with the same first byte, stand in the same line, and cost the unedited model about the same: the loss of
+the first byte and that of the two after it differ by less than half a nat together. Each gap is edited alone, in all
+layers. The first byte is predicted before the gap and cannot change; what can is
 
     character   the loss of the two bytes left of the character after the gap, in nats
     later       the loss of the six bytes after that character, in nats
