@@ -87,11 +87,11 @@ def known(tables: Tables, suite: str, variant: str = "per_layer") -> list[dict[s
         if len(steps) > 1:
             change = far.loc[measure, steps[-1]] - far.loc[measure, steps[0]]
             rows.append(common | {"quantity": f"{name}, last step minus first", **over(change)})
-    shares = far.loc["increment"] / far.loc["probe"]
-    rows += [
-        common | {"quantity": "increment's share of what the probe knows", "step": step, **over(shares.loc[step])}
-        for step in steps
-    ]
+    for quantity, values in (
+        ("increment's share of what the probe knows", far.loc["increment"] / far.loc["probe"]),
+        ("increment: farther than with labels shuffled", far.loc["increment"] - far.loc["increment, labels shuffled"]),
+    ):
+        rows += [common | {"quantity": quantity, "step": step, **over(values.loc[step])} for step in steps]
     return rows
 
 

@@ -104,8 +104,8 @@ def matched_gaps(gaps: Gaps, own: np.ndarray, losses: Float64[np.ndarray, " next
     return chosen
 
 
-def _surprisal(losses: np.ndarray, token: int) -> Float64[np.ndarray, "2"]:
-    """The loss of the first byte of a character, and of the two after it."""
+def _surprisal(losses: Float64[np.ndarray, " next"], token: int | np.integer) -> Float64[np.ndarray, "2"]:
+    """The loss of the first byte of a character, at this token, and of the two after it."""
     return np.array([losses[token - 1], losses[token : token + 2].sum()])
 
 
@@ -118,10 +118,10 @@ def _line_effects(
 ) -> list[dict[str, float]]:
     """Both edits at all gaps of a line's pairs, a row each in one batch, beside the same rows without an edit."""
     places = np.array([gaps.token[gap] for pair in pairs for gap in pair])
-    rows = tokens[: places.max() + 3 + LATER].expand((1 + len(BY)) * len(places), -1)
+    prompt = tokens[: places.max() + 3 + LATER]
     at = torch.from_numpy(np.tile(places, 1 + len(BY)))
     by = torch.tensor((0.0, *BY)).repeat_interleave(len(places))
-    outcomes = edited_outcomes(model, rows, at, by).reshape(1 + len(BY), len(pairs), 2, len(OUTCOMES))
+    outcomes = edited_outcomes(model, prompt, at, by).reshape(1 + len(BY), len(pairs), 2, len(OUTCOMES))
     effects = (outcomes[1:] - outcomes[0]).mean(1)  # by, true or false, outcome
     surprisal = np.array([_surprisal(losses, place).sum() for place in places]).reshape(-1, 2).mean(0)
     found = []
@@ -136,33 +136,36 @@ def _line_effects(
 
 def edited_outcomes(
     model: HookedPositionTransformer,
-    rows: Int[Tensor, "row pos"],
-    at: Int[Tensor, " row"],
-    by: Float[Tensor, " row"],
-) -> Float64[np.ndarray, "row outcome"]:
-    """The outcomes of each row with the gap before its token `at` longer by `by`, in all layers and heads."""
+    tokens: Int[Tensor, " pos"],
+    at: Int[Tensor, " case"],
+    by: Float[Tensor, " case"],
+) -> Float64[np.ndarray, "case outcome"]:
+    """The outcomes of a prompt with the gap before token `at` longer by `by`, in all layers and heads, case by case."""
     patterns = attention_names(model, None, "pattern")
+    edited = torch.nonzero(by)[:, 0]
+    row = torch.where(by == 0, 0, (by != 0).cumsum(0))  # cases without an edit share row 0
+    token = at[edited] - 1 + edited_token(model, 1)  # the token whose increment is that gap
     shares: list[Tensor] = []
-    tokens = at - 1 + edited_token(model, 1)  # the token whose increment is that gap
 
     def lengthen(values: Tensor, hook: HookPoint) -> Tensor:
         longer = values.clone()
-        own = by if values.ndim == 2 else by[:, None]
-        longer[torch.arange(len(values)), tokens] += own.to(values)
+        own = by[edited] if values.ndim == 2 else by[edited, None]
+        longer[1 + torch.arange(len(edited)), token] += own.to(values)
         return longer
 
     def note(pattern: Tensor, hook: HookPoint) -> None:
+        queries = at[:, None] + torch.arange(3)
+        of_cases = pattern.detach().mean(1)[row[:, None], queries]  # case, byte of the character, key
         before = torch.arange(pattern.shape[-1]) < at[:, None]
-        to_before = (pattern.detach() * before[:, None, None]).sum(-1).mean(1)  # row, query
-        shares.append(to_before.gather(1, at[:, None] + torch.arange(3)).mean(1))
+        shares.append((of_cases * before[:, None]).sum(-1).mean(1))
 
     hooks: list[Any] = [(name, lengthen) for _, name in hook_names(model, None, HOOK.format("increments"))]
     hooks += [(name, note) for name in patterns.values()]
-    losses = _losses(model, rows, hooks)
+    losses = _losses(model, tokens.expand(1 + len(edited), -1), hooks)[row.numpy()]
     starts = at.numpy()[:, None]
-    of_rows = partial(np.take_along_axis, losses, axis=1)
-    character = of_rows(starts + np.arange(2)).sum(1)  # the loss of token t is entry t - 1
-    later = of_rows(starts + 2 + np.arange(LATER)).sum(1)
+    of_cases = partial(np.take_along_axis, losses, axis=1)
+    character = of_cases(starts + np.arange(2)).sum(1)  # the loss of token t is entry t - 1
+    later = of_cases(starts + 2 + np.arange(LATER)).sum(1)
     return np.stack([character, later, torch.stack(shares).mean(0).double().numpy()], axis=1)
 
 
