@@ -170,8 +170,8 @@ class Replay:
         streams: Any = streams_of(self.model).layers
         memory = memory_of(cache)
         surplus = {} if memory is None else memory.surplus
-        for (index, call), values in surplus.items():
-            surplus[index, call] = values.repeat_interleave(max(present[streams[index].layer], 1), dim=0)
+        for key, values in surplus.items():
+            surplus[key] = values.repeat_interleave(max(present[streams[key[0]].layer], 1), dim=0)
         return cache
 
     def _logits(self, tokens: Tensor, cache: Any) -> Tensor:
