@@ -9,13 +9,14 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 import lens_positions as lp
-from experiments.options import QUESTION_TABLES, VARIANTS
+from experiments.options import GATHERED, QUESTION_TABLES, VARIANTS, QuestionsConfig
 from experiments.questions import MEASUREMENTS, models_of
 from experiments.questions.answers import answers, causes, known, parts, permuted_slopes, reaches
+from experiments.questions.page import write_page
 from experiments.questions.probes import BranchingEntropy, area_within, gap_states, lead_bytes, probe_areas
 from experiments.questions.verdicts import how_far_heads_look, known_but_unused, what_for, what_gaps_cause
 from experiments.questions.word_gaps import CALIPER, edited_outcomes, gap_effects, matched_gaps
-from experiments.tables import RunName, Tables
+from experiments.tables import RunName, Tables, read_tables
 from lens_positions import PositionsError
 from lens_positions.analysis.word_boundaries import Gaps, gaps_of
 from lens_positions.measure.intervals import auc_interval, resamples
@@ -27,6 +28,9 @@ WORDS = [
     ["人民", "日报", "今天", "报道", "中国", "经济"],
     ["他们", "在", "学校", "学习", "中国", "历史"],
 ]
+
+
+ROOT = Path(__file__).parents[2]
 
 
 def frame(rows):
@@ -357,3 +361,14 @@ def test_the_models_of_a_run_are_those_it_kept_and_the_last(tmp_path):
 def test_no_results_are_refused(tmp_path):
     with pytest.raises(PositionsError, match="nothing of the suite long"):
         answers(Tables(tmp_path), "long")
+
+
+@pytest.mark.slow
+def test_the_page_and_its_table_are_those_of_the_tables(tmp_path):
+    options = QuestionsConfig(results=tmp_path, output=tmp_path / "page.md")
+    write_page(answers(read_tables(ROOT / GATHERED), "long"), options)
+    assert (tmp_path / "page.md").read_text("utf-8") == (ROOT / "docs" / "findings-questions.md").read_text("utf-8")
+    assert (tmp_path / "answers.csv").read_bytes() == (ROOT / GATHERED / "answers.csv").read_bytes()
+    for name in ("questions_probes.png", "questions_parts.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
+        assert (ROOT / "docs" / name).is_file()
