@@ -122,7 +122,7 @@ def parts(tables: Tables, suite: str) -> list[dict[str, Any]]:
 
 
 def _nats(scores: pd.DataFrame, length: int, sources: Sequence[str]) -> pd.DataFrame:
-    of_length = scores.loc[length]
+    of_length: Any = scores.loc[length]
     return of_length[of_length["source"].isin(sources)]
 
 

@@ -106,7 +106,7 @@ def boundary_probes(models: dict[int, Path], text: BoundaryText) -> pd.DataFrame
         its 95% interval `low` to `high`, `within` (the area within a first byte) with `within_low` to `within_high`,
         `n` gaps, of which `boundaries`, in so many `lines`.
     """
-    tables = []
+    tables: list[pd.DataFrame] = []
     for step, folder in models.items():
         model = HookedPositionTransformer.from_pretrained(str(folder))
         gaps = gaps_of(model, text.lines, text.words)

@@ -121,7 +121,7 @@ def _by_layer(rows: pd.DataFrame, step: float) -> pd.DataFrame:
 
 def what_for(rows: pd.DataFrame) -> Answer:
     """Question 2."""
-    whole = rows[rows["quantity"] == "all of it"].set_index(["language", "length"])
+    whole: Any = rows[rows["quantity"] == "all of it"].set_index(["language", "length"])
     at_length = rows[(rows["length"] == LENGTH) & rows["quantity"].isin(PARTS[:-1]) & (rows["language"] != "both")]
     sides = [side(row) for _, row in at_length.iterrows()]
     told = [
@@ -230,7 +230,7 @@ def _causes_table(rows: pd.DataFrame) -> pd.DataFrame:
 def how_far_heads_look(rows: pd.DataFrame) -> Answer:
     """Question 4."""
     slopes = rows[(rows["quantity"] == "slope of log look-back on log step") & rows["layer"].isna()]
-    whole = slopes[slopes["unit"] == "layers of seeds"].set_index("variant")
+    whole: Any = slopes[slopes["unit"] == "layers of seeds"].set_index("variant")
     fixed = whole.loc["head_steps"]
     if side(fixed, documents=False) == "below" and fixed["p"] < 0.05:
         verdict = {"above": "it falls, but less than 1/c", "below": "it falls more than 1/c"}.get(
