@@ -79,7 +79,9 @@ def known(tables: Tables, suite: str, variant: str = "per_layer") -> list[dict[s
             own = over(of["within"].to_numpy())
         rows.append(common | {"quantity": f"{measure}, within a first byte", "step": step, "layer": layer} | own)
     deep = whole[whole["layer"] > 0]
-    far = (deep["within"] - 0.5).abs().groupby([deep["measure"], deep["step"], deep["seed"]]).max().unstack("seed")
+    away = (deep["within"] - 0.5).groupby([deep["measure"], deep["step"], deep["seed"]])
+    signed = away.agg(lambda of_layers: of_layers.loc[of_layers.abs().idxmax()]).unstack("seed")
+    far = signed.abs()
     steps = sorted(whole["step"].dropna().unique())
     for measure in far.index.unique("measure"):
         name = f"{measure}: farthest from 0.5"
@@ -89,6 +91,7 @@ def known(tables: Tables, suite: str, variant: str = "per_layer") -> list[dict[s
             rows.append(common | {"quantity": f"{name}, last step minus first", **over(change)})
     for quantity, values in (
         ("increment's share of what the probe knows", far.loc["increment"] / far.loc["probe"]),
+        ("increment: farthest from 0.5, signed", signed.loc["increment"]),
         ("increment: farther than with labels shuffled", far.loc["increment"] - far.loc["increment, labels shuffled"]),
     ):
         rows += [common | {"quantity": quantity, "step": step, **over(values.loc[step])} for step in steps]

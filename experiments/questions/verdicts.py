@@ -61,6 +61,10 @@ def known_but_unused(rows: pd.DataFrame, bytes_a_step: int) -> Answer:
     )
     beyond = rows[rows["quantity"] == "increment: farther than with labels shuffled"].set_index("step").sort_index()
     last, first = share.index[-1], share.index[0]
+    signed = rows[rows["quantity"] == "increment: farthest from 0.5, signed"].set_index("step").loc[last]
+    shared = "seeds agree in its direction"
+    if side(signed, documents=False) == "undecided":
+        shared = "seeds differ in whether it is longer or shorter before words"
     use = side(share.loc[last], 0.5, documents=False)
     verdict = {"below": "known, mostly unused", "above": "known and used"}.get(use, "undecided")
     entered = [step for step in beyond.index if side(beyond.loc[step], documents=False) == "above"]
@@ -71,7 +75,7 @@ def known_but_unused(rows: pd.DataFrame, bytes_a_step: int) -> Answer:
         f"After {_size(last, bytes_a_step)} the best probe of the residual stream reaches an area of "
         f"{0.5 + probe.loc[last, 'estimate']:.3f} within a first byte, the farthest increment is "
         f"{_estimate(increment.loc[last])} away from 0.5 ({when}): {_estimate(share.loc[last], 2)} of the probe's "
-        f"distance, against {_estimate(share.loc[first], 2)} after {_size(first, bytes_a_step)}."
+        f"distance, against {_estimate(share.loc[first], 2)} after {_size(first, bytes_a_step)}; {shared}."
     )
     return Answer(
         1,
@@ -90,6 +94,7 @@ def _by_step(rows: pd.DataFrame, bytes_a_step: int) -> pd.DataFrame:
     quantities = {
         "probe: farthest from 0.5": "probe",
         "increment: farthest from 0.5": "increment",
+        "increment: farthest from 0.5, signed": "increment, signed (+: longer before words)",
         "increment, labels shuffled: farthest from 0.5": "increment, labels shuffled",
         "probe, labels shuffled: farthest from 0.5": "probe, labels shuffled",
         "increment: farther than with labels shuffled": "increment less shuffled, by seed",

@@ -154,6 +154,14 @@ def test_boundaries_in_increments_get_their_verdict(last, verdict):
     assert never == (verdict == "undecided")
     if not never:
         assert "first told from shuffled labels at 102M bytes" in answer.sentence
+        assert "seeds agree in its direction" in answer.sentence
+
+
+def test_increments_that_tell_boundaries_in_opposite_ways_are_said_to_differ():
+    tables = [probes({384: 0.001, 6250: distance}) for distance in (0.05, -0.05, 0.052)]
+    answer = known_but_unused(frame(known(of_seeds("probes", {"per_layer": tables}), "long")), 16_384)
+    assert "seeds differ" in answer.sentence
+    assert "the farthest increment is 0.051" in answer.sentence
 
 
 # Question 2
