@@ -30,7 +30,7 @@ from ..measure import measure_left
 from ..options import STAGED, GatherConfig, QuestionsConfig
 from ..suite import is_finished, print_progress, read_results, weights_of
 from ..tables import read_tables
-from .answers import answers
+from .answers import find_answers
 from .page import write_page
 from .probes import BoundaryText, BranchingEntropy, boundary_probes
 from .word_gaps import gap_effects
@@ -113,7 +113,7 @@ def questions(options: QuestionsConfig) -> Path:
         _measure(runs / described.parent.name, described.parent, text, options.tables or tuple(MEASUREMENTS))
     if results.is_dir():
         gather(GatherConfig(results.parent, options.results))
-    found = answers(read_tables(options.results), options.suite)
+    found = find_answers(read_tables(options.results), options.suite)
     return write_page(found, options)
 
 

@@ -46,7 +46,7 @@ COLUMNS = ["question", "quantity", "variant", "minus", "step", "layer", "languag
 COLUMNS += ["estimate", "low", "high", "half_width", "documents", "documents_low", "documents_high", "p", "q"]
 
 
-def answers(tables: Tables, suite: str) -> pd.DataFrame:
+def find_answers(tables: Tables, suite: str) -> pd.DataFrame:
     """All answers that the tables of a suite hold, a row each, with the columns of COLUMNS.
 
     Raises:
@@ -80,7 +80,7 @@ def known(tables: Tables, suite: str, variant: str = "per_layer") -> list[dict[s
         rows.append(common | {"quantity": f"{measure}, within a first byte", "step": step, "layer": layer} | own)
     deep = whole[whole["layer"] > 0]
     away = (deep["within"] - 0.5).groupby([deep["measure"], deep["step"], deep["seed"]])
-    signed = away.agg(lambda of_layers: of_layers.loc[of_layers.abs().idxmax()]).unstack("seed")
+    signed = away.agg(lambda of_layers: of_layers.iloc[int(np.argmax(of_layers.abs()))]).unstack("seed")
     far = signed.abs()
     steps = sorted(whole["step"].dropna().unique())
     for measure in far.index.unique("measure"):

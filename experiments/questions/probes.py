@@ -91,7 +91,7 @@ class BranchingEntropy:
 
 def _entropy(counts: Counter[str]) -> float:
     shares = np.array(list(counts.values())) / counts.total()
-    return float(-(shares * np.log(shares)).sum())
+    return float((shares * np.log(1 / shares)).sum())
 
 
 def boundary_probes(models: dict[int, Path], text: BoundaryText) -> pd.DataFrame:

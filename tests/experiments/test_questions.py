@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 import lens_positions as lp
 from experiments.options import GATHERED, QUESTION_TABLES, VARIANTS, QuestionsConfig
 from experiments.questions import MEASUREMENTS, models_of
-from experiments.questions.answers import answers, causes, known, parts, permuted_slopes, reaches
+from experiments.questions.answers import causes, find_answers, known, parts, permuted_slopes, reaches
 from experiments.questions.page import write_page
 from experiments.questions.probes import BranchingEntropy, area_within, gap_states, lead_bytes, probe_areas
 from experiments.questions.verdicts import how_far_heads_look, known_but_unused, what_for, what_gaps_cause
@@ -368,13 +368,13 @@ def test_the_models_of_a_run_are_those_it_kept_and_the_last(tmp_path):
 
 def test_no_results_are_refused(tmp_path):
     with pytest.raises(PositionsError, match="nothing of the suite long"):
-        answers(Tables(tmp_path), "long")
+        find_answers(Tables(tmp_path), "long")
 
 
 @pytest.mark.slow
 def test_the_page_and_its_table_are_those_of_the_tables(tmp_path):
     options = QuestionsConfig(results=tmp_path, output=tmp_path / "page.md")
-    write_page(answers(read_tables(ROOT / GATHERED), "long"), options)
+    write_page(find_answers(read_tables(ROOT / GATHERED), "long"), options)
     assert (tmp_path / "page.md").read_text("utf-8") == (ROOT / "docs" / "findings-questions.md").read_text("utf-8")
     assert (tmp_path / "answers.csv").read_bytes() == (ROOT / GATHERED / "answers.csv").read_bytes()
     for name in ("questions_probes.png", "questions_parts.png"):
