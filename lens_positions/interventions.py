@@ -114,6 +114,7 @@ def ablate(
     tensor([[1.0000, 1.0000, 1.0000, 1.0000, 1.0000, 1.0000, 1.0000, 1.0000],
             [0.7000, 0.8000, 0.5000, 0.4000, 0.8000, 0.5000, 0.7000, 0.5000]])
     """
+    # Arguments are checked first, so that a wrong one is named before the null result is.
     hooks = ablation_hooks(model, to, layers, positions, heads, site=site, seed=seed, head_kind=head_kind)
     if is_static(model) and (to == 1 or (site == "increments" and isinstance(to, str))):
         has, held = "every increment of this model is 1.0", "freeze(cache)"
@@ -145,8 +146,10 @@ def ablation_hooks(
     hook, heads = _of_heads(model, site, heads, head_kind)
     for layer, name in hook_names(model, layers, hook):
         if to == "mean":
+            # One object a layer, as it keeps the mean of the prompt for the tokens that are generated.
             hooks.append((name, _hook_function(_Mean(site), positions, heads)))
         elif to == "shuffle":
+            # Another order for each layer: with one for all, layers would agree on wrong distances.
             hooks.append((name, _hook_function(partial(_shuffle, site, 1000 * seed + layer), positions, heads)))
         else:
             hooks.append((name, _hook_function(partial(_constant, site, to), positions, heads)))
@@ -205,6 +208,8 @@ def add_gap(
     by = finite_number(by, "by", "a finite number of positions")
     if by == 0:
         raise PositionsError("by is 0, which changes nothing; expected another (a run without hooks is the baseline).")
+
+    # A position belongs to its token; an increment to the gap before or after it, by the model's convention.
     token = edited_token(model, before) if site == "increments" else before
     hook, heads = _of_heads(model, site, heads, head_kind)
     edit = _hook_function(partial(_lengthen, by, before), token, heads)
@@ -287,6 +292,8 @@ def patch(
         )
     hooks: Hooks = []
     found, heads = _cached_values(cache, site, layers, heads, head_kind)
+
+    # Whether all that is put in is the 1.0 that a static model has everywhere.
     plain = site == "increments" and is_static(cache.model)
     for name, values in found:
         if there is not None and max(there, default=0) >= values.shape[1]:
@@ -359,6 +366,8 @@ def _cached_values(
     found: dict[int, list[str]] = {}
     for name in cache:
         if name.endswith(suffix):
+            # "blocks.3.attn.hook_increments": the number is third from the end. A looped model has several of one
+            # number.
             found.setdefault(int(name.split(".")[-3]), []).append(name)
     wanted = list(found) if layers is None else indices_of(layers, "a layer")
     missing = [layer for layer in wanted if layer not in found]
@@ -369,6 +378,8 @@ def _cached_values(
             "names_filter lets it through."
         )
     values = [(name, cache[name].detach()) for layer in dict.fromkeys(wanted) for name in found[layer]]
+
+    # A cache from which the batch axis was taken is one row.
     values = [(name, value if cache.has_batch_dim else value[None]) for name, value in values]
     hook, heads = _of_heads(cast(Any, cache.model), site, heads, kind)
     if hook != _hook_at(site):
@@ -433,6 +444,7 @@ def indices_of(given: Any, what: str) -> list[int]:
     Raises:
         PositionsError: none, or something that is no whole number from 0.
     """
+    # A string and a tensor of one number are iterable, and mean one index.
     several = isinstance(given, Iterable) and not (isinstance(given, str | Tensor) and getattr(given, "ndim", 0) == 0)
     indices = [
         index_of(i, None, f"whole numbers from 0, each the index of {what}") for i in (given if several else [given])
@@ -451,6 +463,7 @@ def index_of(given: Any, name: str | None, expected: str, least: int = 0, most: 
     try:
         index = operator.index(given)
     except TypeError:
+        # What is no whole number is refused like one that is too small.
         index = least - 1
     if index < least or isinstance(given, bool) or (most is not None and index > most):
         raise PositionsError(f"{name or 'an index'} is {given!r}; expected {expected}.")
@@ -496,10 +509,13 @@ def _edit_values(
     hook: Any,
 ) -> Float[Tensor, "batch pos *head"]:
     tokens: HookedTokens = hook.ctx["tokens"]
+
+    # The edit is made everywhere, and taken where it was asked for: it need not know of tokens and heads.
     chosen = _chosen_tokens(positions, tokens, *values.shape[:2]).to(values.device)
     edited = edit(values, chosen, tokens)
     where = _in_shape_of(chosen, values)
     if heads is not None:
+        # A mask [head] beside [batch pos head] broadcasts over tokens.
         of_heads = torch.zeros(values.shape[2], dtype=torch.bool, device=values.device)
         of_heads[heads] = True
         where = where & of_heads
@@ -521,11 +537,15 @@ def _chosen_tokens(
             )
         if len(mask) not in (1, batch):
             raise PositionsError(f"the mask of tokens has {len(mask)} rows; expected one, or {batch} as the input.")
+
+        # A mask of the prompt says nothing of tokens that are generated: they are not chosen.
         mask = mask[:, tokens.past : tokens.past + length].to(real.device)
         return real & torch.nn.functional.pad(mask, (0, length - mask.shape[1]))
     if tokens.past == 0 and max(positions) >= length:
         raise PositionsError(f"there is no token {max(positions)}; expected tokens from 0 to {length - 1}.")
     chosen = torch.zeros(1, length, dtype=torch.bool, device=real.device)
+
+    # With a cache the tokens of this pass begin at `past`; indices before it were edited in their own pass.
     chosen[:, [i - tokens.past for i in positions if 0 <= i - tokens.past < length]] = True
     return real & chosen
 
@@ -538,6 +558,8 @@ def _in_shape_of(mask: Tensor, values: Tensor) -> Tensor:
 def _constant(site: str, number: float, values: Tensor, _chosen: Tensor, tokens: HookedTokens) -> Tensor:
     if site == "increments":
         return torch.full_like(values, number)
+
+    # Position ids and not a count: padding in front has none of its own.
     return _in_shape_of(number * tokens.ids.to(values), values)
 
 
@@ -549,6 +571,7 @@ class _Mean:
         self.of_prompt: tuple[Tensor, ...] | None = None
 
     def __call__(self, values: Tensor, chosen: Tensor, tokens: HookedTokens) -> Tensor:
+        # A new prompt, or a batch of another size, starts anew.
         if tokens.past == 0 or self.of_prompt is None or len(self.of_prompt[0]) != len(values):
             counted = chosen & tokens.between()
             of_prompt = _mean(values, counted) if self.site == "increments" else _line(values, tokens)
@@ -561,6 +584,7 @@ class _Mean:
 
 def _mean(values: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
     """The mean of each row, and no step; the first value where nothing is counted."""
+    # A sum with weights, as rows have different numbers of real tokens.
     weights = _in_shape_of(counted, values).to(torch.promote_types(values.dtype, torch.float32))
     total = weights.sum(1, keepdim=True)
     mean = (weights * values).sum(1, keepdim=True) / total.clamp(min=1)
@@ -570,13 +594,18 @@ def _mean(values: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
 def _line(values: Tensor, tokens: HookedTokens) -> tuple[Tensor, Tensor]:
     """Start and step of the ruler from the first to the last real token of each row."""
     real, ids = _in_shape_of(tokens.real(), values), _in_shape_of(tokens.ids.to(values), values)
+
+    # argmax of 0s and 1s is the first 1; the last real token is the one with the largest id.
     first, last = real.to(torch.uint8).argmax(1, keepdim=True), ids.where(real, -1).argmax(1, keepdim=True)
     (p_0, p_1), (i_0, i_1) = ((x.gather(1, first), x.gather(1, last)) for x in (values, ids))
+
+    # A row of one real token has no step; its ruler is a point.
     step = (p_1 - p_0) / (i_1 - i_0).clamp(min=1)
     return p_0 - step * i_0, step
 
 
 def _shuffle(site: str, seed: int, values: Tensor, chosen: Tensor, tokens: HookedTokens) -> Tensor:
+    # On the CPU, where the generator is: a seed gives the same order on every device.
     counted = (chosen & tokens.between() if site == "increments" else chosen).expand(values.shape[:2]).cpu()
     generator = torch.Generator().manual_seed(seed)
     order = torch.arange(values.shape[1]).repeat(len(counted), 1)
@@ -619,8 +648,12 @@ def _put_recorded(
             f"the recorded input has {recorded.shape[1]} tokens and this one {length}; expected equally many, or "
             "patch(..., source=, target=) with a map of tokens."
         )
+
+    # Without a map every recorded token goes to its own index.
     there = source if source is not None else list(range(recorded.shape[1]))
     here = target if target is not None else there
+
+    # Tokens of earlier passes were served then; those that come later are served when they come.
     pairs = [(s, t - past) for s, t in zip(there, here, strict=True) if 0 <= t - past < length]
     result = values.clone()
     if pairs:

@@ -1,5 +1,6 @@
 """The layers of the package: imports go one way, and the idea stays in two short files."""
 
+import ast
 import doctest
 import subprocess
 import sys
@@ -36,6 +37,17 @@ def test_imports_go_one_way():
 def test_the_idea_is_two_short_files():
     lines = [(CORE / name).read_text().count("\n") for name in ("increments.py", "positions.py")]
     assert sum(lines) <= 350
+
+
+def test_no_function_is_over_60_lines():
+    """The signature and the docstring count as well: a function is what a reader takes in at once."""
+    long = [
+        f"{file.relative_to(ROOT)}: {node.name} has {node.end_lineno - node.lineno + 1} lines"
+        for file in (ROOT / "lens_positions").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno >= 60
+    ]
+    assert long == []
 
 
 def test_the_worked_example_holds():

@@ -52,6 +52,8 @@ def losses(model: HookedPositionTransformer, texts: str | Sequence[str], prepend
         with torch.no_grad():
             of_tokens = token_losses(model(rows), rows[:, 1:]).double().cpu()
         owners = [number for number, _, _ in batch]
+
+        # Unbuffered, as a document may have several windows in a batch.
         np.add.at(nats, owners, of_tokens.sum(1).numpy())
         np.add.at(tokens, owners, of_tokens.shape[1])
     return Losses(nats, tokens, np.array([len(text.encode()) for text in texts]))
@@ -90,6 +92,7 @@ def compare_losses(
     draws = resamples(len(texts), seed)
 
     def mean_of(nats: Float64[np.ndarray, " document"], name: str) -> dict[str, float]:
+        # Bytes of the text itself, which models with different tokenizers have in common.
         size = found[0].bytes
         low, high = interval_of(bootstrap_means(nats[:, None], size, draws)) if len(texts) > 1 else ([np.nan], [np.nan])
         names = (name, f"{name}_low", f"{name}_high") if name == "difference" else (name, "low", "high")
@@ -100,6 +103,7 @@ def compare_losses(
         counts = {"documents": len(texts), "bytes": int(of_model.bytes.sum()), "tokens": int(of_model.tokens.sum())}
         rows.append({"model": model.name, **counts, **mean_of(of_model.nats, "loss")})
         if of_model is not found[0]:
+            # Paired by document: what makes a document hard for both cancels.
             rows[-1] |= mean_of(of_model.nats - found[0].nats, "difference")
     return pd.DataFrame(rows)
 

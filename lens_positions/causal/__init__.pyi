@@ -1,5 +1,8 @@
 from .ablation import Ablations, ablation_table, token_means
 from .attribution import attribution
+from .map_folder import GapMap
+from .map_run import gap_map
+from .map_tables import map_summary
 from .mediation import mediation
 from .metrics import log_probability, logit_difference, loss
 from .paths import path_sweep
@@ -7,12 +10,15 @@ from .sweeps import gap_sweep, patch_sweep
 
 __all__ = [
     "Ablations",
+    "GapMap",
     "ablation_table",
     "attribution",
+    "gap_map",
     "gap_sweep",
     "log_probability",
     "logit_difference",
     "loss",
+    "map_summary",
     "mediation",
     "patch_sweep",
     "path_sweep",

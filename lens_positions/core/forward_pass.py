@@ -107,6 +107,7 @@ class ForwardPass:
 
         The inputs of a checkpointed layer are all that reaches its second run, so they must bring the pass along.
         """
+        # An attribute on the tensor: nothing else that a checkpointed layer keeps is ours.
         tensor._position_pass = self, call  # type: ignore[attr-defined]
 
     def finish(self) -> None:

@@ -103,6 +103,8 @@ def run_hook(
 
     # PyTorch counts the changes in place of a tensor, except in inference mode.
     version = None if given.is_inference() else given._version
+
+    # A hook function has one way to learn more than the activation: the `ctx` of its hook point.
     hook.ctx["tokens"] = tokens
     try:
         returned = hook(given)
@@ -113,6 +115,7 @@ def run_hook(
         asked = watched or bool(hook.bwd_hooks) or not activation.requires_grad
         return given if given.requires_grad and asked else activation
 
+    # An edit of another shape would broadcast in the sum, and give numbers that mean nothing.
     if not isinstance(returned, Tensor) or returned.shape != activation.shape:
         shape = tuple(returned.shape) if isinstance(returned, Tensor) else type(returned).__name__
         raise PositionsError(
@@ -125,4 +128,5 @@ def run_hook(
 
 def has_hooks(hook: HookPoint) -> bool:
     """Whether a hook point has hook functions."""
+    # PyTorch's own records: TransformerLens lists only the hooks that were added through it.
     return bool(hook._forward_hooks or hook._backward_hooks)

@@ -32,6 +32,7 @@ class PositionMemory:
 
     def __reduce__(self) -> Any:
         """Pickle and copy by the class that the cache had: the mixed one has no name to import."""
+        # The order of the drawing in `with_memory`: the mixed class, the memory, and what the cache was.
         _mixed, _memory, cache_class = type(self).__mro__[:3]
         return _unpickled, (cache_class, self.__dict__)
 
@@ -49,6 +50,7 @@ class PositionMemory:
         Layers of a shared source have one tensor, not equal ones. Tensors compare by value, so they are told apart by
         `id`, which is safe while `surplus` holds them.
         """
+        # One change for each tensor, however many layers hold it.
         changed = {id(values): change(values) for values in self.surplus.values()}
         self.surplus = {key: changed[id(values)] for key, values in self.surplus.items()}
 
@@ -74,6 +76,7 @@ class PositionMemory:
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Drop the last tokens."""
+        # A cache may be told a length to keep or, with a minus, one to drop: it knows what is left.
         super().crop(*args, **kwargs)  # type: ignore[misc]
         length = int(self.get_seq_length())  # type: ignore[attr-defined]
         self._each_surplus(lambda values: values[:, :length])
@@ -109,6 +112,7 @@ def _class_with_memory(cache_class: type) -> type:
 
 
 def _unpickled(cache_class: type, state: dict[str, Any]) -> Any:
+    # Not through `__init__`, which would make an empty cache.
     kv_cache: Any = object.__new__(_class_with_memory(cache_class))
     kv_cache.__dict__.update(state)
     return kv_cache

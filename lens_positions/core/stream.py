@@ -143,6 +143,8 @@ class PositionStream(nn.Module):
         shares = from_source is forward_pass.increments and increments is from_source and not forward_pass.checkpointed
         candidates = forward_pass.shared_positions if shares else []
         found = [known for known in candidates if known.are_of(increments, surplus, call)]
+
+        # All layers with one source sum the same increments: the sum is made once, and so are cos and sin.
         if found:
             shared = found[0]
         else:
@@ -287,7 +289,7 @@ def wide_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _visible(forward_pass: ForwardPass, call: RotaryCall, gap: str, increments: Tensor) -> Visible:
-    """Return which tokens see which, found out once a pass."""
+    """Return which tokens see which: computed once a pass, and shared by its layers."""
     ids = call.position_ids
 
     # Of a model on several devices, once for each device.

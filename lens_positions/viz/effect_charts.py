@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
+from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -60,8 +61,9 @@ def effect_map(
             "[layer, pos] to match."
         )
     tokens = [token if len(token) <= LABEL_LENGTH else token[: LABEL_LENGTH - 1] + "…" for token in tokens]
-    fonts = style.fonts_for("".join(tokens))
     values = effects.detach().cpu().numpy()
+
+    # White is no effect: the scale reaches as far below zero as above.
     most = float(np.nanmax(np.abs(np.nan_to_num(values)))) or 1.0
     with style.context():
         wide, high = max(0.22 * len(tokens), 3.0), max(0.16 * len(layers), 0.9)
@@ -69,19 +71,27 @@ def effect_map(
         figure, axes = style.frame_figure((wide, high), title, unit, caption, (0.75, 1.05, 0.75, below))
         image = axes.imshow(values, cmap=DIVERGING, vmin=-most, vmax=most, aspect="auto", origin="lower")
         axes.set_ylabel("layer")
+
+        # Some ten labels, however many layers.
         step = max(1, round(len(layers) / 10))
         axes.set_yticks(range(0, len(layers), step), [str(layers[i]) for i in range(0, len(layers), step)])
-        axes.set_xticks(range(len(tokens)))
-        labels = [style.draw_text(token or " ", fonts) for token in tokens]
-        axes.set_xticklabels([text for text, _ in labels], rotation=90, parse_math=False)
-        for label, (_, font) in zip(axes.get_xticklabels(), labels, strict=True):
-            label.set_fontproperties(font)
-            label.set_fontsize(8)
+        _label_tokens(axes, tokens)
         axes.tick_params(length=0)
         style.colour_bar(figure, axes, image)
     if path is not None:
         style.save(figure, path)
     return figure
+
+
+def _label_tokens(axes: Axes, tokens: Sequence[str]) -> None:
+    """The tokens under the columns of a map, each in a font that can draw it."""
+    fonts = style.fonts_for("".join(tokens))
+    labels = [style.draw_text(token or " ", fonts) for token in tokens]
+    axes.set_xticks(range(len(tokens)))
+    axes.set_xticklabels([text for text, _ in labels], rotation=90, parse_math=False)
+    for label, (_, font) in zip(axes.get_xticklabels(), labels, strict=True):
+        label.set_fontproperties(font)
+        label.set_fontsize(8)
 
 
 def head_map(
@@ -160,7 +170,11 @@ def ablation_bars(
         figure, axes = style.frame_figure((wide, high), title, "", caption, (0.9, 0.3, 0.75, 0.45))
         for i, kind in enumerate(kinds):
             rows = loss[loss["to"] == kind].set_index("layer").loc[groups]
+
+            # The bars of a group stand side by side, around its mark.
             places = np.arange(len(groups)) + (i - (len(kinds) - 1) / 2) * 0.8 / len(kinds)
+
+            # matplotlib wants the lengths of error bars, down and up from the value.
             errors = np.abs(rows[["low", "high"]].to_numpy().T - rows["change"].to_numpy())
             axes.bar(
                 places, rows["change"], 0.76 / len(kinds), yerr=None if np.isnan(errors).any() else errors,

@@ -114,8 +114,14 @@ def spacing_view(
     """
     text_positions = position_text(model, text, attention_mask=attention_mask, prepend_bos=prepend_bos)
     shown = layers_to_show(model, layers, text_positions.positions)
+
+    # The page divides by the mean itself where the reader asks for it.
     rows = rows_of(text_positions, shown, "common")
+
+    # Not where some row's mean is near zero, by which it would be divided.
     relative = all(row.mean_increment > LEAST_MEAN for row in rows)
+
+    # A browser becomes slow with thousands of elements: fewer units where there are more rows.
     n = _drawable_units(text_positions, len(rows))
     ranges = list(zip(text_positions.first[:n], text_positions.last[:n], strict=True))
     increments = [text_positions.increments[layer].mean(-1).tolist() for layer in shown]
@@ -218,9 +224,10 @@ def attention_view(
         model, text, patterns=True, most=most, attention_mask=attention_mask, prepend_bos=prepend_bos
     )
     patterns = text_positions.attention()
-    spread = text_positions.increments.std(dim=(1, 2), correction=0) / text_positions.increments.abs().mean(
-        dim=(1, 2)
-    ).clamp_min(1e-9)
+
+    # The layer whose increments vary most beside their mean is shown first.
+    increments = text_positions.increments
+    spread = increments.std(dim=(1, 2), correction=0) / increments.abs().mean(dim=(1, 2)).clamp_min(1e-9)
     source = text_positions.config.source
     said = [
         *text_positions.convention(heads="each head has its own"),
@@ -235,7 +242,7 @@ def attention_view(
         "rows": [
             {
                 "name": f"layer {number}",
-                "increments": _short(text_positions.increments[entry].T.tolist()),
+                "increments": _short(increments[entry].T.tolist()),
                 "positions": _short(text_positions.positions[entry].T.tolist()),
             }
             for entry, number in enumerate(text_positions.layers)
@@ -253,6 +260,7 @@ def attention_view(
 
 def page_of(views: Sequence[View], title: str) -> str:
     """A page with some views, which needs no network."""
+    # circuitsvis is most of a page, and is left out where none of its views is there.
     drawn_by = scripts(circuits=any(view.kind != "spacing" for view in views))
     return (
         '<!doctype html><html lang="en" data-theme="light"><head><meta charset="utf-8">'
@@ -291,11 +299,13 @@ def _drawable_units(text_positions: TextPositions, rows: int) -> int:
 
 def _short(values: Any) -> Any:
     """Numbers with as many digits as a page needs, in lists of any depth."""
+    # Seven digits are those of float32.
     return [_short(value) for value in values] if isinstance(values, list) else float(f"{values:.7g}")
 
 
 def _pack_patterns(patterns: Float[Tensor, "head pos pos"]) -> str:
     """The lower triangles of some heads as whole numbers from 0 to 65535, in base 64: a fifth of their JSON."""
+    # Attention is causal: the upper triangle is zeros.
     rows, columns = torch.tril_indices(*patterns.shape[1:]).unbind()
     whole = (patterns[:, rows, columns].clamp(0, 1) * 65535).round().numpy().astype("<u2")
     return base64.b64encode(np.ascontiguousarray(whole).tobytes()).decode("ascii")
@@ -309,5 +319,6 @@ def _web(name: str) -> str:
 @cache
 def _circuitsvis() -> str:
     """circuitsvis' own script, as the package ships it, without the address of its source map."""
+    # A script inside a page ends at the first "</script", also in a string.
     script = resources.files("circuitsvis").joinpath("dist", "cdn", "iife.js").read_text("utf-8")
     return script.split("//# sourceMappingURL=")[0].replace("</script", "<\\/script")

@@ -46,6 +46,9 @@ SNIPPET = 80
 
 Piece = dict[str, Any]
 
+Part = tuple[str, Callable[[], Iterator[Piece]]]
+"""The title of a part, and what computes it."""
+
 
 def report(
     model: HookedPositionTransformer,
@@ -90,7 +93,8 @@ def report(
         raise PositionsError("a text is empty; expected at least one character.")
     held_out, of_corpus = _held_out(corpus, characters)
 
-    planned: list[tuple[str, Callable[[], Iterator[Piece]]]] = [
+    # Each part is computed when it is its turn, so that an interruption keeps those before it.
+    planned: list[Part] = [
         ("The model" if compare is None else "The models", lambda: _facts(models)),
         ("Characters at their positions", lambda: _spacing(models, texts, prepend_bos)),
         ("Tokens tinted by increment", lambda: _tints(models, texts, prepend_bos)),
@@ -100,33 +104,48 @@ def report(
         ("What the increments are needed for", lambda: _ablations(models, held_out, of_corpus, seed, prepend_bos)),
         ("How to make this report again", lambda: _again(models, of_corpus, seed, command)),
     ]
+    parts, interrupted = _finished_parts(planned)
+    write_page(_page(models, parts, [title for title, _ in planned[len(parts) :]]), path)
+    if interrupted is not None:
+        raise type(interrupted)(str(path)) from interrupted
+    left_out = _cut_views(parts)
+    return left_out if held_out else [*left_out, of_corpus]
+
+
+def _cut_views(parts: list[dict[str, Any]]) -> list[str]:
+    """What views leave out of their texts, a sentence each."""
+    views = [piece for part in parts for piece in part["pieces"] if piece["kind"] == "view" and piece["view"].cut]
+    return [f"{piece['title']}: {piece['view'].title}: {piece['view'].cut}" for piece in views]
+
+
+def _finished_parts(planned: list[Part]) -> tuple[list[dict[str, Any]], KeyboardInterrupt | None]:
+    """The parts, or those before an interruption, and the interruption."""
     parts: list[dict[str, Any]] = []
-    interrupted: KeyboardInterrupt | None = None
     for title, pieces in announce_parts(planned, "report"):
         try:
             parts.append({"title": title, "id": title.lower().replace(" ", "-"), "pieces": list(pieces())})
         except KeyboardInterrupt as interruption:
-            interrupted = interruption
-            break
+            return parts, interruption
+    return parts, None
+
+
+def _page(models: list[HookedPositionTransformer], parts: list[dict[str, Any]], missing: list[str]) -> str:
+    """The page with everything in it; `missing` are the titles of parts that were not reached."""
+    names = " and ".join(model.name for model in models)
     loader = Environment(loader=PackageLoader("lens_positions.viz", "web"), autoescape=True)
-    page = loader.get_template("report.html").render(
-        title=f"does {model.name} think its" if compare is None else f"do {model.name} and {compare.name} think their",
+    return loader.get_template("report.html").render(
+        title=f"does {names} think its" if len(models) == 1 else f"do {names} think their",
         styles=_own_text(styles()),
         scripts=_own_text(scripts()),
         parts=parts,
-        missing=[title for title, _ in planned[len(parts) :]],
+        missing=missing,
         version=__version__,
     )
-    write_page(page, path)
-    if interrupted is not None:
-        raise type(interrupted)(str(path)) from interrupted
-    views = [piece for part in parts for piece in part["pieces"] if piece["kind"] == "view" and piece["view"].cut]
-    left_out = [f"{piece['title']}: {piece['view'].title}: {piece['view'].cut}" for piece in views]
-    return left_out if held_out else [*left_out, of_corpus]
 
 
 def _facts(models: list[HookedPositionTransformer]) -> Iterator[Piece]:
     """What each model is."""
+    # Models may differ in which facts they have; rows are all of them, in order.
     columns = [_facts_of(model) for model in models]
     names = list(dict.fromkeys(name for column in columns for name in column))
     yield _table(["", *(model.name for model in models)], [[n, *(c.get(n, "") for c in columns)] for n in names])
@@ -168,6 +187,7 @@ def _training_facts(folder: Path) -> dict[str, str]:
     if not (folder / "positions.json").is_file():
         return {}
     try:
+        # Written beside the model by the run; anything else may stand there too.
         config = json.loads((folder.parent / "training.json").read_text("utf-8"))["config"]
         last = json.loads((folder.parent / "log.jsonl").read_text("utf-8").strip().splitlines()[-1])
         return {
@@ -181,6 +201,7 @@ def _training_facts(folder: Path) -> dict[str, str]:
 def _spacing(models: list[HookedPositionTransformer], texts: list[str], bos: bool | None) -> Iterator[Piece]:
     yield _text("Each character stands as far from the last as the model puts it, one row a layer.")
     for text in texts:
+        # Headings are short: the whole text stands once, above its views.
         if len(text) > SNIPPET:
             yield {"kind": "quote", "text": text}
         for model in models:
@@ -267,6 +288,8 @@ def _ablations(
             yield _note(f"Every increment of {model.name} is 1: ablating them does nothing.")
             continue
         loss = causal.ablation_table(model, texts, seed=seed, prepend_bos=bos).loss
+
+        # The baseline is the same in every row.
         base = loss.iloc[0]
         caption = (
             f"{model.name}; {base['n']:,} tokens, {of}; {base['baseline']:.4f} nats per token without ablation. "
@@ -296,6 +319,7 @@ def _held_out(corpus: str | None, characters: int) -> tuple[list[str], str]:
     try:
         texts = corpora.heldout_excerpts("bilingual" if corpus is None else corpus, characters)
     except PositionsError as error:
+        # A corpus that was asked for by name is needed; the default one is shown where it can be had.
         if corpus is not None or characters < 1:
             raise
         return [], f"Left out, as there is no held-out text: {error}"
@@ -316,12 +340,14 @@ def _table(columns: list[str], rows: Sequence[Sequence[Any]], summary: str = "",
 
 
 def _view(view: View, text: str, model: HookedPositionTransformer, models: list[HookedPositionTransformer]) -> Piece:
+    # A heading is short; the whole text stands above its views.
     snippet = text if len(text) <= SNIPPET else text[:SNIPPET] + "…"
     title = "".join(c if c == " " and not snippet.isspace() else visible_character(c) for c in snippet)
     return {"kind": "view", "view": view, "title": title if len(models) == 1 else f"{title} · {model.name}"}
 
 
 def _figure(figure: Figure, alt: str) -> Piece:
+    # Inside the page as data, so that the file is all there is.
     source = f"data:image/svg+xml;base64,{base64.b64encode(style.render_figure(figure, 'svg')).decode('ascii')}"
     return {"kind": "figure", "source": source, "alt": alt, "width": round(figure.get_figwidth() * 96)}
 

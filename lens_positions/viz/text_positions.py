@@ -12,6 +12,7 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
@@ -74,6 +75,7 @@ class TextPositions:
 
     def mean_increment(self, entry: int) -> float:
         """The mean step between the tokens of the text at an entry of `layers`; of one token alone, its increment."""
+        # Without special tokens in front, whose increments may be of another size.
         steps = self.positions[entry, self.first[0] :].mean(-1).diff()
         return float(steps.mean() if len(steps) else self.increments[entry, self.first[0]].mean())
 
@@ -93,8 +95,10 @@ class TextPositions:
         """
         if len(self.tokens) < 2:
             raise PositionsError(f"text 0 has {len(self.tokens)} tokens; expected at least two.")
+
+        # The increment that lies between no two tokens of this text does not count.
         index = np.arange(len(self.tokens))[self.config.effective]
-        increments = self.increments.permute(0, 2, 1).numpy()[..., index]
+        increments = rearrange(self.increments.numpy(), "layer pos head -> layer head pos")[..., index]
         return CorpusIncrements([self.tokens], np.zeros_like(index), index, self.layers, increments)
 
     def attention(self) -> Float[Tensor, "layer query_head pos pos"]:
@@ -140,33 +144,17 @@ def position_text(
         PositionsError: an empty text, several texts, a model without a tokenizer, no such tokens, padding without a
             mask, or a first character that alone is too long.
     """
-    if getattr(model, "tokenizer", None) is None:
-        raise PositionsError("the model has no tokenizer; expected one, to tell what its tokens are.")
     room = min(model.cfg.n_ctx, index_of(most, "most", "at least one token", least=1))
-    prompts = prompts_of(model, text, attention_mask, prepend_bos, whole=True)
-    if len(prompts) != 1:
-        raise PositionsError(f"{len(prompts)} texts were given; expected one text, or its token ids [pos].")
-    tokens = prompts[0]
-    (given,) = [text] if isinstance(text, str | Tensor) else text
-    units, sizes, spans = _units(model, tokens, given if isinstance(given, str) else None)
+    tokens, given = _one_text(model, text, attention_mask, prepend_bos)
+    units, sizes, spans = _units(model, tokens, given)
+    # Cut between units, so that no character is drawn that the model has not read whole.
     kept = sum(stop <= room for _, stop in spans)
     if not kept:
         raise PositionsError(f"the first character takes more than {room} tokens; expected a text that begins in them.")
     limit = f"the model's context is {room:,} tokens" if room == model.cfg.n_ctx else f"they are {room:,} tokens"
     tokens = tokens[: spans[kept - 1][1]] if kept < len(units) else tokens
 
-    wanted = ["increments", "positions", *(["pattern"] if patterns else [])]
-    hooks = {site: [name for _, name in hook_names(model, None, SITES[site][0])] for site in wanted}
-    names = [name for of_site in hooks.values() for name in of_site if name in model.hook_dict]
-    with torch.no_grad():
-        _, cache = model.run_with_cache(tokens[None], names_filter=names, return_type=None)
-    increments, positions = (
-        torch.stack([cache[name][0] for name in hooks[site]]).detach().cpu().double()
-        for site in ("increments", "positions")
-    )
-    if increments.ndim == 2:
-        increments, positions = increments[..., None], positions[..., None]
-    seen = patterns and all(name in cache for name in hooks["pattern"])
+    increments, positions, attention = _recorded(model, tokens, patterns)
     return TextPositions(
         name=model.name,
         config=model.position_config,
@@ -179,10 +167,49 @@ def position_text(
         last=[stop - 1 for _, stop in spans[:kept]],
         increments=increments,
         positions=positions,
-        patterns=torch.stack([cache[name][0].float().cpu() for name in hooks["pattern"]]) if seen else None,
+        patterns=attention,
         whole=sum(sizes),
         limit=limit if kept < len(units) else "",
     )
+
+
+def _one_text(
+    model: HookedPositionTransformer, text: TextOrTokens, attention_mask: Mask, prepend_bos: bool | None
+) -> tuple[Int[Tensor, " pos"], str | None]:
+    """The tokens of the one text that was given, and the text itself where it was given as one."""
+    if getattr(model, "tokenizer", None) is None:
+        raise PositionsError("the model has no tokenizer; expected one, to tell what its tokens are.")
+    prompts = prompts_of(model, text, attention_mask, prepend_bos, whole=True)
+    if len(prompts) != 1:
+        raise PositionsError(f"{len(prompts)} texts were given; expected one text, or its token ids [pos].")
+    (given,) = [text] if isinstance(text, str | Tensor) else text
+    return prompts[0], given if isinstance(given, str) else None
+
+
+def _recorded(
+    model: HookedPositionTransformer, tokens: Int[Tensor, " pos"], patterns: bool
+) -> tuple[
+    Float64[Tensor, "layer pos head"],
+    Float64[Tensor, "layer pos head"],
+    Float[Tensor, "layer query_head pos pos"] | None,
+]:
+    """Increments, positions, and the attention patterns where they are wanted and every layer shows them."""
+    wanted = ["increments", "positions", *(["pattern"] if patterns else [])]
+    hooks = {site: [name for _, name in hook_names(model, None, SITES[site][0])] for site in wanted}
+    names = [name for of_site in hooks.values() for name in of_site if name in model.hook_dict]
+    with torch.no_grad():
+        _, cache = model.run_with_cache(tokens[None], names_filter=names, return_type=None)
+
+    increments, positions = (
+        torch.stack([cache[name][0] for name in hooks[site]]).detach().cpu().double()
+        for site in ("increments", "positions")
+    )
+    # One increment for all heads has no axis of heads: an axis of one is what all that draws expects.
+    if increments.ndim == 2:
+        increments, positions = increments[..., None], positions[..., None]
+    if not patterns or not all(name in cache for name in hooks["pattern"]):
+        return increments, positions, None
+    return increments, positions, torch.stack([cache[name][0].float().cpu() for name in hooks["pattern"]])
 
 
 def layers_to_show(
@@ -205,6 +232,8 @@ def layers_to_show(
             known = f"0 to {len(numbers) - 1}" if numbers == list(range(len(numbers))) else ", ".join(map(str, numbers))
             raise PositionsError(f"layer {layer} was asked for; expected one of the layers {known}.")
     chosen = sorted({numbers.index(layer) for layer in wanted})
+
+    # Static, and shared without edits: every layer would be the same row.
     source = model.position_config.source
     if source != "per_layer" and all(torch.equal(values[entry], values[chosen[0]]) for entry in chosen):
         return {chosen[0]: "static" if source == "static" else "all layers"}
@@ -221,9 +250,14 @@ def _units(
         own = len(tokenizer(text, add_special_tokens=False)["input_ids"])
     else:
         given, special = tokens.tolist(), set(tokenizer.all_special_ids)
+
+        # Special tokens at the beginning are no part of the text; some may stand alone.
         own = len(given) - next((i for i, token in enumerate(given) if token not in special), len(given) - 1)
         ids = given[len(given) - own :]
         text = str(tokenizer.decode(ids))
+
+        # Tokens that a model sampled need not be those that the tokenizer makes of their text: then each is shown by
+        # itself.
         if tokenizer(text, add_special_tokens=False)["input_ids"] != ids:
             named = byte_characters(ids) if is_byte_tokenizer(tokenizer) else [(tokenizer.decode([i]), 1) for i in ids]
             stops = list(accumulate((size for _, size in named), initial=len(tokens) - own))
@@ -231,6 +265,8 @@ def _units(
         of_character = character_spans(tokenizer, text)
     before = len(tokens) - own
     starts = [min(start, own - 1) for start, _ in of_character]
+
+    # A unit begins with each character whose first token is another one than that of the character before.
     heads = [i for i, start in enumerate(starts) if i == 0 or start != starts[i - 1]]
     pieces = list(pairwise([*heads, len(text)]))
     spans = [(before + starts[i], before + max(of_character[j - 1][1], starts[i] + 1)) for i, j in pieces]
