@@ -130,8 +130,12 @@ def _nats(scores: pd.DataFrame, length: int, sources: Sequence[str]) -> pd.DataF
 
 
 def causes(tables: Tables, suite: str) -> list[dict[str, Any]]:
-    """Question 3: the effect of an edited gap at true minus at matched false word beginnings, and at both."""
+    """Question 3: the effect of an edited gap at true minus at matched false word beginnings, and at both.
+
+    Last, by how much `per_layer` exceeds `static` in the first of these.
+    """
     rows: list[dict[str, Any]] = []
+    by_variant: dict[str, pd.DataFrame] = {}
     for variant in ("per_layer", "static"):
         by_seed = tables.seeds("gap_effects", suite, variant)
         if not by_seed:
@@ -141,14 +145,18 @@ def causes(tables: Tables, suite: str) -> list[dict[str, Any]]:
         for by, outcome in itertools.product(sorted(whole["by"].unique(), reverse=True), OUTCOMES):
             of = whole[whole["by"] == by]
             true, false = of[f"{outcome}_true"], of[f"{outcome}_false"]
-            for name, values in (
-                (f"{outcome}: true minus false", true - false),
-                (f"{outcome}: both", (true + false) / 2),
-            ):
-                row = {"quantity": name, "by": by, **over(values.groupby(of["seed"]).mean())}
+            for name, values in (("true minus false", true - false), ("both", (true + false) / 2)):
+                row = {"quantity": f"{outcome}: {name}", "by": by, **over(values.groupby(of["seed"]).mean())}
                 of_lines = values.groupby(of["line"]).mean().to_numpy()
                 low, high = t_interval(of_lines)
                 rows.append(common | row | {"documents": len(of_lines), "documents_low": low, "documents_high": high})
+        difference = whole["character_true"] - whole["character_false"]
+        by_variant[variant] = difference.groupby([whole["by"], whole["seed"]]).mean().unstack("seed")
+    if len(by_variant) == 2:
+        learned = (by_variant["per_layer"] - by_variant["static"]).dropna(axis=1)
+        common = {"question": 3, "variant": "per_layer", "minus": "static", "unit": "seeds"}
+        quantity = "character: true minus false"
+        rows += [common | {"quantity": quantity, "by": by, **over(learned.loc[by])} for by in learned.index[::-1]]
     return with_q(rows, only="true minus false")
 
 

@@ -46,7 +46,7 @@ def answers_page(answers: pd.DataFrame, options: QuestionsConfig) -> str:
     return page("questions.md.jinja", suite=options.suite, preset=preset, size=size, answers=found)
 
 
-PROBES = "Areas of probes and of increments by bytes of training, a line a layer"
+PROBES = "How far probes and increments lie from chance, by bytes of training"
 LOSSES = "Differences in held-out loss between retrained variants, English and Chinese"
 
 
@@ -55,30 +55,19 @@ def _with_figure(answer: Answer, path: Path, shows: str) -> Answer:
 
 
 def _draw_probes(rows: pd.DataFrame, bytes_a_step: int, folder: Path) -> Path:
-    """Areas within a first byte by bytes of training, a line for each layer above 0."""
+    """How far the farthest layer's area lies from chance, by bytes of training."""
     path = folder / "questions_probes.png"
     measures = ("probe", "increment", "increment, labels shuffled")
-    tables = [
-        rows[(rows["quantity"] == f"{measure}, within a first byte") & (rows["layer"] > 0)].assign(measure=measure)
-        for measure in measures
-    ]
-    table = pd.concat(tables).rename(columns={"layer": "run", "estimate": "value"})
+    tables = [rows[rows["quantity"] == f"{measure}: farthest from 0.5"].assign(measure=measure) for measure in measures]
+    table = pd.concat(tables).rename(columns={"estimate": "value"})
     table["at"] = table["step"] * bytes_a_step / 1e6
     caption = (
-        "per_layer, three seeds; a line for each of layers 1 to 5; held-out lines of the People's Daily, segmented by "
-        "people. Intervals over seeds, Student's t."
+        "per_layer, three seeds, the farthest of layers 1 to 5; area between gaps with the same first byte; held-out "
+        "lines of the People's Daily, segmented by people. Intervals over seeds, Student's t."
     )
-    lines_chart(
-        table,
-        "Word boundaries: known, and in the increments",
-        "area within a first byte; 0.5 is chance",
-        "million bytes of training",
-        [round(float(size), 1) for size in np.unique(table["at"])],
-        0.5,
-        caption,
-        path,
-        octaves=True,
-    )
+    ticks = [round(float(size), 1) for size in np.unique(table["at"])]
+    across, unit = "million bytes of training", "distance of the area under the ROC curve from 0.5"
+    lines_chart(table, "Word boundaries", unit, across, ticks, 0.0, caption, path, octaves=True)
     return path
 
 
@@ -93,5 +82,6 @@ def _draw_parts(rows: pd.DataFrame, folder: Path) -> Path:
         "fifth. Intervals over seeds, Student's t. Below 0 is a gain."
     )
     table = table.reset_index(drop=True)
-    differences_chart(table, "What an increment is for", "nats per byte, held-out", caption, path)
+    table[["difference", "low", "high"]] *= 1000
+    differences_chart(table, "What an increment is for", "thousandths of a nat per byte, held-out", caption, path)
     return path

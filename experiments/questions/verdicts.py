@@ -68,8 +68,8 @@ def known_but_unused(rows: pd.DataFrame, bytes_a_step: int) -> Answer:
     use = side(share.loc[last], 0.5, documents=False)
     verdict = {"below": "known, mostly unused", "above": "known and used"}.get(use, "undecided")
     entered = [step for step in beyond.index if side(beyond.loc[step], documents=False) == "above"]
-    when = (
-        f"first told from shuffled labels at {_size(entered[0], bytes_a_step)}" if entered else "never told from them"
+    when = "told from shuffled labels " + (
+        f"at {', '.join(_size(step, bytes_a_step) for step in entered)}" if entered else "at no step"
     )
     sentence = (
         f"After {_size(last, bytes_a_step)} the best probe of the residual stream reaches an area of "
@@ -186,7 +186,8 @@ def _losses_table(rows: pd.DataFrame, length: float) -> pd.DataFrame:
 
 def what_gaps_cause(rows: pd.DataFrame) -> Answer:
     """Question 3."""
-    differences = rows[rows["quantity"] == "character: true minus false"]
+    of_character = rows[rows["quantity"] == "character: true minus false"]
+    differences, learned = of_character[of_character["minus"].isna()], of_character[of_character["minus"].notna()]
     sides = {(row["variant"], row["by"]): side(row) for _, row in differences.iterrows()}
     of_learned = {found for (variant, _), found in sides.items() if variant == "per_layer"}
     verdict = {frozenset({"below"}): "less than other gaps", frozenset({"above"}): "more than other gaps"}.get(
@@ -195,6 +196,10 @@ def what_gaps_cause(rows: pd.DataFrame) -> Answer:
     said = [
         f"{row['by']:+g} in `{row['variant']}` {_loss(row, 3)} ({sides[row['variant'], row['by']]})"
         for _, row in differences.iterrows()
+    ]
+    said += [
+        f"{row['by']:+g} in `per_layer` minus `static` {_loss(row, 3)} ({side(row, documents=False)})"
+        for _, row in learned.iterrows()
     ]
     both = rows[rows["quantity"] == "character: both"]
     moved = ", ".join(f"{row['by']:+g} in `{row['variant']}` {_loss(row, 3)}" for _, row in both.iterrows())
@@ -217,12 +222,12 @@ def _causes_table(rows: pd.DataFrame) -> pd.DataFrame:
     cells = [
         [
             str(row["quantity"]),
-            str(row["variant"]),
+            str(row["variant"]) + ("" if pd.isna(row["minus"]) else f" - {row['minus']}"),
             f"{row['by']:+g}",
             f"{row['n']:.0f}",
             f"{row['estimate']:+.4f}",
             _interval(row["low"], row["high"]),
-            f"{row['documents']:.0f}",
+            "" if pd.isna(row["documents"]) else f"{row['documents']:.0f}",
             _interval(row["documents_low"], row["documents_high"]),
             "" if pd.isna(row["q"]) else f"{row['q']:.3f}",
         ]

@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 import lens_positions as lp
 from experiments.options import GATHERED, QUESTION_TABLES, VARIANTS, QuestionsConfig
 from experiments.questions import MEASUREMENTS, models_of
-from experiments.questions.answers import causes, find_answers, known, parts, permuted_slopes, reaches
+from experiments.questions.answers import COLUMNS, causes, find_answers, known, parts, permuted_slopes, reaches
 from experiments.questions.page import write_page
 from experiments.questions.probes import BranchingEntropy, area_within, gap_states, lead_bytes, probe_areas
 from experiments.questions.verdicts import how_far_heads_look, known_but_unused, what_for, what_gaps_cause
@@ -150,10 +150,10 @@ def test_boundaries_in_increments_get_their_verdict(last, verdict):
     tables = [probes({384: 0.005 + seed / 1000, 6250: distance}) for seed, distance in enumerate(last)]
     answer = known_but_unused(frame(known(of_seeds("probes", {"per_layer": tables}), "long")), 16_384)
     assert answer.verdict == verdict
-    never = "never told" in answer.sentence
+    never = "told from shuffled labels at no step" in answer.sentence
     assert never == (verdict == "undecided")
     if not never:
-        assert "first told from shuffled labels at 102M bytes" in answer.sentence
+        assert "told from shuffled labels at 102M bytes" in answer.sentence
         assert "seeds agree in its direction" in answer.sentence
 
 
@@ -302,7 +302,9 @@ def effects(difference):
 def test_planted_effects_of_gaps_get_their_verdict(differences, verdict):
     none = [effects(noise) for noise in (0.001, -0.001, 0.0)]
     tables = of_seeds("gap_effects", {"per_layer": [effects(d) for d in differences], "static": none})
-    rows = frame(causes(tables, "long"))
+    rows = pd.DataFrame(causes(tables, "long"), columns=COLUMNS)
+    learned = rows[rows["minus"] == "static"]
+    assert learned["estimate"].tolist() == pytest.approx([np.mean(differences)] * 2, abs=0.02)
     found = rows[(rows["quantity"] == "character: true minus false") & (rows["variant"] == "static")]
     assert ((found["low"] < 0.01) & (found["high"] > -0.01)).all()
     assert what_gaps_cause(rows).verdict == verdict
