@@ -120,6 +120,7 @@ class RunResults(TypedDict, total=False):
     evaluation: Evaluation
     tokens_per_second: int | None
     sha256: dict[str, Sha256]
+    sha256_float32: dict[str, Sha256]  # of the weights as they were trained, where half precision is kept
     versions: dict[str, str]
     git: Commit | None
     device: str
