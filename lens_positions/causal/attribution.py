@@ -28,6 +28,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from ..core.model_state import evaluating
+from ..core.own_thread import in_this_thread
 from ..errors import PositionsError
 from ..interventions import Hooks, ablation_hooks, hook_names, streams_of
 from ..measure.metrics import Metric, measured, of_prompts
@@ -113,7 +114,7 @@ def _gradient(
         if step is not None and step.outer is around:  # not a pass that another hook function runs in this one
             found[str(hook.name)].append(increments if increments.requires_grad else increments.requires_grad_())
 
-    with model.hooks(fwd_hooks=[(name, note) for name in names]), in_pieces(model):
+    with model.hooks(fwd_hooks=[(name, in_this_thread(note)) for name in names]), in_pieces(model):
         logits = model(prompt, return_type="logits", use_cache=False)
         every = [increments for calls in found.values() for increments in calls]
         gradients = iter(torch.autograd.grad(_differentiable(metric, logits)[0], every, materialize_grads=True))
@@ -221,13 +222,13 @@ def _differentiable(metric: Metric, logits: Tensor) -> Tensor:
 
 
 def _setting(values: Tensor) -> Callable[..., Tensor]:
-    return lambda _given, hook: values
+    return in_this_thread(lambda _given, hook: values)
 
 
 def _increments(
     model: TransformerBridge, prompt: Int[Tensor, "1 pos"], names: list[str], hooks: Hooks
 ) -> Float[Tensor, "layer pos *head"]:
     """The increments at every layer after some hooks."""
-    with model.hooks(fwd_hooks=hooks):
+    with model.hooks(fwd_hooks=[(name, in_this_thread(function)) for name, function in hooks]):
         _, cache = model.run_with_cache(prompt, names_filter=names, return_type=None)
     return torch.stack([cache[name][0] for name in names])

@@ -7,6 +7,8 @@ key-value cache, with what the streams remember of them in it.
 
 Whether that holds in a model is tried, not assumed: the middle of the prompt is run again without any edit, and where
 it does not give the baseline's logits back, every run is one of the whole prompt (with a warning).
+
+Several threads may run parts of one model at once: what a run puts into the model acts in its own thread alone.
 """
 
 import copy
@@ -25,7 +27,7 @@ from transformers import DynamicCache
 
 from ..core.kv_cache import memory_of
 from ..core.model_state import evaluating
-from ..core.transformer_lens_internals import returning
+from ..core.own_thread import in_this_thread, returning
 from ..interventions import Hooks, streams_of
 
 
@@ -100,17 +102,17 @@ class Replay:
         with evaluating(self.model), torch.no_grad():
             if self.exact:
                 return self._resumed(hooks, joining, self.start(token))
-            with self.model.hooks(fwd_hooks=hooks):
+            with self.model.hooks(fwd_hooks=_own(hooks)):
                 return self._logits(self.tokens.repeat(sum(joining.values()), 1), None)
 
     def _baseline(self, hooks: Hooks) -> Tensor:
         self._inputs, self._outputs = [], []
         handles = []
         for block in self._blocks:
-            handles.append(block.register_forward_pre_hook(self._keep_input, with_kwargs=True))
-            handles.append(block.register_forward_hook(self._keep_output))
+            handles.append(block.register_forward_pre_hook(in_this_thread(self._keep_input), with_kwargs=True))
+            handles.append(block.register_forward_hook(in_this_thread(self._keep_output)))
         try:
-            with evaluating(self.model), torch.no_grad(), self.model.hooks(fwd_hooks=hooks):
+            with evaluating(self.model), torch.no_grad(), self.model.hooks(fwd_hooks=_own(hooks)):
                 return self._logits(self.tokens, self._cache)
         finally:
             for handle in handles:
@@ -138,12 +140,14 @@ class Replay:
         first = min(joining)
         handles = [
             self._blocks[layer].register_forward_pre_hook(
-                partial(self._join, layer, copies, token, layer == first), with_kwargs=True, prepend=True
+                in_this_thread(partial(self._join, layer, copies, token, layer == first)),
+                with_kwargs=True,
+                prepend=True,
             )
             for layer, copies in joining.items()
         ]
         try:
-            with returning(self._blocks[:first], self._outputs), self.model.hooks(fwd_hooks=hooks):
+            with returning(self._blocks[:first], self._outputs), self.model.hooks(fwd_hooks=_own(hooks)):
                 return self._logits(self.tokens[:, token:], self._prefix(token, present) if token else None)
         finally:
             for handle in handles:
@@ -184,3 +188,7 @@ class Replay:
 
     def _keep_output(self, _block: Any, _args: Any, output: Any) -> None:
         self._outputs.append(output)
+
+
+def _own(hooks: Hooks) -> Hooks:
+    return [(name, in_this_thread(function)) for name, function in hooks]
