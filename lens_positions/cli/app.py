@@ -41,7 +41,7 @@ TRAINING = {
 STUDY = {"experiments": "The study of the repository: suites of runs, measurements of them, findings."}
 
 GROUPS = {
-    "Look at increments": ("show", "moved", "report"),
+    "Look at increments": ("show", "explore", "moved", "report"),
     "Ask what they cause": ("gaps", "patch", "ablate"),
     "Measure them on held-out text": ("kinds", "boundaries", "names", "heads", "saturation", "specialisation"),
     "Ask how a model uses RoPE itself": ("frequencies", "absolute", "dispersion"),

@@ -6,6 +6,7 @@ from .output import MissingFontError
 from .report import report
 from .rope_charts import absolute_chart, entropy_chart, norms_map
 from .spacing import spacing
+from .widget import explore
 
 __all__ = [
     "MissingFontError",
@@ -18,6 +19,7 @@ __all__ = [
     "differences_chart",
     "effect_map",
     "entropy_chart",
+    "explore",
     "frequency_map",
     "kinds_chart",
     "lines_chart",
