@@ -117,7 +117,7 @@ def application(models: Models, token: str, hosts: Sequence[str]) -> Any:
             return wrong or refused(404, "There is no such file.")
         return Response(pages.file(name), media_type=pages.FILES[name], headers=HEADERS)
 
-    def asking(answer: Callable[[Any, Callable[[], bool]], Any]) -> Callable[[Request], Any]:
+    def asking(answer: Callable[[Explorer, Any, Callable[[], bool]], Any]) -> Callable[[Request], Any]:
         async def ask(request: Request) -> Response:
             wrong = check(request, request.headers.get("x-explorer-token"))
             if wrong is not None:
@@ -137,19 +137,23 @@ def application(models: Models, token: str, hosts: Sequence[str]) -> Any:
             except (ValueError, RecursionError):
                 return refused(400, "The question is no JSON; expected an object.")
             try:
-                found = await run_in_threadpool(answer, state, lambda: models.outdated(tab, number))
+                explorer = await run_in_threadpool(models.of, state)
             except PositionsError as error:
                 return refused(400, str(error))
+            try:
+                found = await run_in_threadpool(answer, explorer, state, lambda: models.outdated(tab, number))
+            except PositionsError as error:
+                found = {"error": str(error)}  # an answer: the model cannot do what was asked
             if isinstance(found, str):
                 return Response(found, media_type="text/html", headers=HEADERS)
             return JSONResponse(found, headers=HEADERS)
 
         return ask
 
-    ask = {
-        "run": lambda state, outdated: models.of(state).run(state, outdated),
-        "slopes": lambda state, outdated: models.of(state).slopes(state, outdated),
-        "page": lambda state, _outdated: models.of(state).page(state),
+    ask: dict[str, Callable[[Explorer, Any, Callable[[], bool]], Any]] = {
+        "run": Explorer.run,
+        "slopes": Explorer.slopes,
+        "page": lambda explorer, state, _outdated: explorer.page(state),
     }
     routes = [Route("/", show), Route("/{name}", file)]
     routes += [Route(f"/api/{name}", asking(answer), methods=["POST"]) for name, answer in ask.items()]

@@ -21,7 +21,7 @@ export function svg(tag, attributes = {}, ...children) {
 
 // A menu in its label: options are [value, text] pairs.
 export function menu(label, options, value, changed) {
-  const select = html("select", { change: () => changed(select.value) });
+  const select = html("select", { "aria-label": label, change: () => changed(select.value) });
   for (const [key, text] of options) select.append(html("option", { value: key }, text));
   select.value = value;
   return html("label", { class: "lp-field" }, html("span", {}, label), select);

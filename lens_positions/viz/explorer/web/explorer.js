@@ -30,9 +30,10 @@ class App {
     this.slopes = null;
     this.past = [];
     this.future = [];
-    this.running = false;
-    this.waiting = false;
-    this.serial = 0;
+    this.running = false; // a question is on its way
+    this.asking = false; // one whose answer is waited for
+    this.waiting = false; // another is to follow
+    this.typed = null; // something was typed and not read yet
   }
 
   begin() {
@@ -40,8 +41,9 @@ class App {
     this.strip = strip(this);
     this.panels = [prediction(this), edits(this), heads(this), attention(this)];
     this.compose();
+    this.tellBusy();
     const first = this.options.still ?? this.options.first;
-    if (first) this.take_answer(first, this.state);
+    if (first) this.answered(first);
     if (!first) this.request();
   }
 
@@ -179,6 +181,8 @@ class App {
 
   // Another text: edits of gaps belong to the one before.
   read(text) {
+    this.typed = null;
+    this.tellBusy();
     if (!text || text === this.state.text) return;
     const kept = this.state.edits.filter((edit) => edit.kind === "ablate");
     const dropped = this.state.edits.length - kept.length;
@@ -200,9 +204,11 @@ class App {
     if (this.still) return;
     if (this.running) {
       this.waiting = true;
+      this.tellBusy();
       return;
     }
-    this.running = true;
+    this.running = this.asking = true;
+    this.tellBusy();
     clearTimeout(this.idle);
     const asked = this.state;
     const pulled = this.pulled ?? 0;
@@ -211,18 +217,23 @@ class App {
       const answer = await this.ask.run({ ...state, known: this.text?.key ?? "" });
       if (!answer.stale) {
         this.rulers.answered(pulled);
-        this.take_answer(answer, asked);
+        this.answered(answer);
       }
     } catch (error) {
       this.say(error.message, true);
     }
-    this.running = false;
+    this.next();
+    if (!this.running && this.text) this.idle = setTimeout(() => this.requestSlopes(), IDLE);
+  }
+
+  // After an answer: what was asked meanwhile.
+  next() {
+    this.running = this.asking = false;
     if (this.waiting) {
       this.waiting = false;
       this.request();
-    } else if (this.text) {
-      this.idle = setTimeout(() => this.requestSlopes(), IDLE);
     }
+    this.tellBusy();
   }
 
   async requestSlopes() {
@@ -238,14 +249,10 @@ class App {
     } catch (error) {
       this.say(error.message, true);
     }
-    this.running = false;
-    if (this.waiting) {
-      this.waiting = false;
-      this.request();
-    }
+    this.next();
   }
 
-  take_answer(answer, asked) {
+  answered(answer) {
     const fresh = answer.text !== undefined;
     if (fresh) {
       this.text = { ...answer.text, key: answer.key };
@@ -264,9 +271,7 @@ class App {
     }
     this.say(this.notice ?? "", false);
     this.notice = null;
-    this.root.dataset.answers = ++this.serial;
     this.draw();
-    if (asked === this.state || same(asked.edits, this.state.edits)) this.root.dataset.settled = this.serial;
   }
 
   withCircuits(then) {
@@ -306,6 +311,7 @@ class App {
       input: () => {
         clearTimeout(this.typed);
         this.typed = setTimeout(() => this.read(this.fields.text.value), TYPED);
+        this.tellBusy();
       },
     });
     this.fields.text.value = this.state.text ?? "";
@@ -353,12 +359,13 @@ class App {
 
   // What can be done with the gap in hand, and with whole layers.
   composeTools() {
-    if (this.still) return;
     const { layers } = this.text;
     const { state } = this;
+    if (this.still || same(this.tools.layers, layers)) return;
+    this.tools.layers = layers;
     const button = (label, does) => html("button", { type: "button", class: "lp-small", click: does }, label);
     const number = (label, attributes) => {
-      const input = html("input", { type: "number", step: "0.1", ...attributes });
+      const input = html("input", { type: "number", step: "0.1", "aria-label": label, ...attributes });
       return [html("label", { class: "lp-field" }, html("span", {}, label), input), input];
     };
     const token = () => this.state.gap.token;
@@ -367,7 +374,7 @@ class App {
     const range = (name) => menu(name, names, state[name], (value) => this.look({ [name]: Number(value) }));
     if (!layers.includes(state.from)) this.state = { ...this.state, from: layers[0], to: layers[layers.length - 1] };
     const ends = html("span", { class: "lp-row-of" }, range("from"), range("to"));
-    const scope = menu("in", [["layer", "its layer"], ["range", "a range of layers"], ["all", "all layers"]], state.scope, (value) => this.look({ scope: value }));
+    const scope = menu("acts in", [["layer", "its layer"], ["range", "a range of layers"], ["all", "all layers"]], state.scope, (value) => this.look({ scope: value }));
     const other = html("input", { type: "text", dir: "auto", "aria-label": "Another text", placeholder: "another text" });
     const [sourceField, source] = number("its token", { min: "1", step: "1", value: "1" });
     const ablation = menu("Every gap becomes", [["1", "1"], ["mean", "the layer's mean"], ["shuffle", "another's (shuffled)"]], "1", () => {});
@@ -416,6 +423,11 @@ class App {
     ends.hidden = this.state.scope !== "range";
     undo.disabled = !this.past.length;
     redo.disabled = !this.future.length;
+  }
+
+  // Whether something is to come that the model was or will be asked for; slopes come when they come.
+  tellBusy() {
+    this.root.setAttribute("aria-busy", Boolean(this.asking || this.waiting || this.typed));
   }
 
   say(sentence, wrong) {

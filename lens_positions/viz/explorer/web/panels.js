@@ -2,6 +2,7 @@
 
 import { circuits, html, marks, menu, percent, short, signed, svg, unpack, widthOf, written } from "./dom.js";
 
+const RIGHT_TO_LEFT = /[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]/;
 const SHOWN_ARC = 0.01; // attention below this is not drawn
 const HIGHEST = 92; // pixels
 const SHOWN_SLOPE = 0.25; // of the steepest: slopes below this have no mark
@@ -13,7 +14,6 @@ export function strip(app) {
   const list = html("div", {
     class: "lp-strip",
     role: "group",
-    dir: "auto",
     "aria-label": "Tokens. Arrow keys choose the one whose prediction is shown.",
     keydown: onKey,
   });
@@ -21,6 +21,7 @@ export function strip(app) {
   let tokens = [];
 
   function build() {
+    list.dir = RIGHT_TO_LEFT.test(/\p{L}/u.exec(app.text.text)?.[0] ?? "") ? "rtl" : "ltr";
     tokens = app.text.labels.map((label, i) => {
       const bars = [html("i", { class: "lp-bar-was" }), html("i", { class: "lp-bar-is" })];
       const slope = html("span", { class: "lp-slope", "aria-hidden": "true" });
@@ -66,7 +67,7 @@ export function strip(app) {
 
   function onKey(event) {
     const forth = app.rightToLeft ? -1 : 1;
-    const here = app.looked();
+    const here = app.state.token ?? app.looked();
     const last = tokens.length - 1;
     const to = { ArrowRight: here + forth, ArrowLeft: here - forth, Home: 0, End: last }[event.key];
     if (to === undefined || app.still) return;

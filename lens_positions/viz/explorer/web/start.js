@@ -15,9 +15,9 @@ async function post(path, state) {
   }).catch(() => {
     throw new Error("The explorer does not answer: it was stopped. Start it again and reload this page.");
   });
-  if (path === "api/page" && answer.ok) return answer.text();
+  if (answer.headers.get("Content-Type")?.startsWith("text/html")) return answer.text();
   const found = await answer.json().catch(() => ({ error: `The explorer answered with status ${answer.status}.` }));
-  if (!answer.ok) throw new Error(found.error);
+  if (found.error) throw new Error(found.error);
   return found;
 }
 
