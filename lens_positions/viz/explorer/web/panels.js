@@ -239,7 +239,8 @@ export function attention(app) {
     const now = seen.after ?? seen.before;
     const every = [...seen.before.positions, ...now.positions];
     const low = Math.min(...every);
-    const perUnit = (width - 44) / (Math.max(...every) - low || 1);
+    const right = Math.max(22, widthOf(labels[n - 1], size) / 2 + 6);
+    const perUnit = (width - 22 - right) / (Math.max(...every) - low || 1);
     const x = (at) => 22 + (at - low) * perUnit;
     let reach = 24; // as high as the farthest arc needs
     for (const { row, positions } of [seen.before, now])

@@ -56,6 +56,7 @@ export function rulers(app) {
     const left = rows[0].name.offsetWidth;
     const room = Math.max(scroller.clientWidth - left, 200);
     const width = Math.max(room, Math.min(needed, 60_000));
+    const right = Math.max(PAD, widthOf(labels[labels.length - 1], TYPE) / 2 + 6);
     const spans = rows.map(({ entry }) => {
       const all = [after().positions[entry], before().positions[entry]];
       let [low, high] = [0, 1e-9];
@@ -68,7 +69,7 @@ export function rulers(app) {
     });
     const most = Math.max(...spans.map(({ low, high }) => high - low));
     return spans.map(({ low, high }) => {
-      const perUnit = (width - 2 * PAD) / (app.state.scale === "one" ? most : high - low);
+      const perUnit = (width - PAD - right) / (app.state.scale === "one" ? most : high - low);
       return { low, high, perUnit, width };
     });
   }
