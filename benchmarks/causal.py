@@ -27,7 +27,7 @@ from scipy import stats
 import lens_positions as lp
 from lens_positions import causal, corpora
 from lens_positions.causal.sweeps import SITES
-from lens_positions.progress import tracked
+from lens_positions.progress import track_progress
 
 PROMPT = (
     "When John and Mary went to the store in the old town, John gave a bottle of milk and a loaf of warm bread to the "
@@ -89,7 +89,7 @@ def sweeps(model: lp.HookedPositionTransformer, options: Options) -> dict[str, A
             seconds += (time.perf_counter() - began) / 4
             began = time.perf_counter()
             with torch.no_grad():
-                for layer, t in tracked(part.tolist(), f"loop of {name}"):
+                for layer, t in track_progress(part.tolist(), f"loop of {name}"):
                     values.append(float(metric(model.run_with_hooks(tokens, fwd_hooks=edits(layer, t)))[0]))
             loop += time.perf_counter() - began
         loop *= all_ / len(cells)
@@ -147,7 +147,7 @@ def attributions(model: lp.HookedPositionTransformer, options: Options) -> dict[
     prompts = [t[: options.tokens + 1] for t in long if len(t) > options.tokens]
     chosen = np.random.default_rng(options.seed).permutation(len(prompts))[: options.prompts]
     rows, gradients, exacts, integrals = [], [], [], []
-    for i in tracked(chosen.tolist(), "prompts"):
+    for i in track_progress(chosen.tolist(), "prompts"):
         tokens, metric = prompts[i][None, :-1], causal.log_probability(int(prompts[i][-1]))
         gradient = causal.attribution(model, tokens, metric)
         half, small = (causal.gap_sweep(model, tokens, metric, by=by) for by in (0.5, 0.05))

@@ -26,13 +26,13 @@ from torch import Tensor
 from tyro.conf import Positional
 
 from lens_positions import HookedPositionTransformer, PositionsError, corpora
-from lens_positions.analysis.farthest_tokens import vocabulary, what_moved
+from lens_positions.analysis.extremes import extreme_tokens, vocabulary_increments
 from lens_positions.analysis.token_kinds import increments_by_category
 from lens_positions.checkpoint import load_pretrained
-from lens_positions.measure.corpus_reader import read
-from lens_positions.training.config import GraftConfig, updated
+from lens_positions.measure.corpus_reader import read_corpus
+from lens_positions.training.config import GraftConfig, update_config
 from lens_positions.training.data import heldout_documents, heldout_windows, tokenize_corpus
-from lens_positions.training.graft import compare, paired
+from lens_positions.training.graft import compare, document_difference
 from lens_positions.training.loop import token_nats
 
 CHARACTERS = 60_000
@@ -68,7 +68,7 @@ def measure(run: Path, cache: Path) -> dict[str, Any]:
     """One graft: its comparison, its controls, its increments by kind and what moved."""
     found = compare(run)
     saved = json.loads((run / "graft" / "training.json").read_text("utf-8"))["config"]
-    config = updated(GraftConfig(), saved, str(run))
+    config = update_config(GraftConfig(), saved, str(run))
     model, tokenizer = load_pretrained(run / "graft" / "model")
     corpus = tokenize_corpus(
         config.corpus, cache, text_column=config.text_column, max_bytes=config.max_bytes, tokenizer=tokenizer
@@ -90,25 +90,25 @@ def measure(run: Path, cache: Path) -> dict[str, Any]:
     bridge = HookedPositionTransformer.from_transformers(model, tokenizer)
     console.print(f"{run.name}: what moved")
     texts = corpora.heldout_excerpts(config.corpus, CHARACTERS)
-    reading = read(bridge, texts)
-    kinds = increments_by_category(bridge, reading)
+    heldout = read_corpus(bridge, texts)
+    kinds = increments_by_category(bridge, heldout)
     described = {
         "config": saved,
         **found,
-        "graft_minus_baseline": paired(losses["graft"], losses["baseline"]),
-        "mean_minus_graft": paired(losses["mean"], losses["graft"]),
-        "mean_minus_baseline": paired(losses["mean"], losses["baseline"]),
-        "shuffled_minus_graft": paired(losses["shuffled"], losses["graft"]),
-        "shuffled_minus_baseline": paired(losses["shuffled"], losses["baseline"]),
+        "graft_minus_baseline": document_difference(losses["graft"], losses["baseline"]),
+        "mean_minus_graft": document_difference(losses["mean"], losses["graft"]),
+        "mean_minus_baseline": document_difference(losses["mean"], losses["baseline"]),
+        "shuffled_minus_graft": document_difference(losses["shuffled"], losses["graft"]),
+        "shuffled_minus_baseline": document_difference(losses["shuffled"], losses["baseline"]),
         "adapter_bytes": sum(f.stat().st_size for f in (run / "graft" / "model").iterdir()),
-        "read_tokens": len(reading.index),
+        "read_tokens": len(heldout.index),
         "read_documents": len(texts),
         "by_kind": kinds.round(4).to_dict("records"),
-        "what_moved": what_moved(bridge, reading, top=6).round(4).to_dict("records"),
+        "what_moved": extreme_tokens(bridge, heldout, top=6).round(4).to_dict("records"),
     }
     if config.positions.source == "shared":
-        described["vocabulary"] = what_moved(bridge, top=12).round(4).to_dict("records")
-        described["vocabulary_size"] = len(vocabulary(bridge))
+        described["vocabulary"] = extreme_tokens(bridge, top=12).round(4).to_dict("records")
+        described["vocabulary_size"] = len(vocabulary_increments(bridge))
     for name in ("graft_minus_baseline", "mean_minus_graft", "shuffled_minus_graft"):
         difference = described[name]
         print(f"{run.name} {name}: {difference}")

@@ -16,7 +16,7 @@ import tyro
 
 from lens_positions import HookedPositionTransformer, PositionsError, corpora
 from lens_positions.analysis.token_kinds import increments_by_category
-from lens_positions.training.config import TrainConfig, updated
+from lens_positions.training.config import TrainConfig, update_config
 
 AT_MOST_MINUTES = 5.0
 AT_MOST_NATS = 1.75
@@ -41,7 +41,7 @@ def main(options: Options) -> None:
     if not (options.run / "model").is_dir():
         raise PositionsError(f"{options.run} has no finished model; expected the folder of a run: make demo makes one.")
     saved = json.loads((options.run / "training.json").read_text("utf-8"))
-    config = updated(TrainConfig(), saved["config"], str(options.run / "training.json"))
+    config = update_config(TrainConfig(), saved["config"], str(options.run / "training.json"))
     log = [json.loads(line) for line in (options.run / "log.jsonl").read_text("utf-8").splitlines()]
     speed = [record["tokens_per_second"] for record in log if "tokens_per_second" in record][-1]
     evaluation = [record for record in log if "heldout_nats_per_byte" in record][-1]

@@ -35,7 +35,7 @@ import lens_positions as lp
 from lens_positions import causal
 from lens_positions.measure.intervals import t_interval
 from lens_positions.measure.metrics import AtToken
-from lens_positions.progress import tracked
+from lens_positions.progress import track_progress
 from lens_positions.viz import style
 from lens_positions.viz.effect_charts import DIVERGING
 
@@ -72,7 +72,7 @@ def main(options: Options) -> None:
     effects: dict[str, list[torch.Tensor]] = {"repeated": [], "not repeated": []}
     logits: dict[str, list[float]] = {"repeated": [], "not repeated": []}
     right = []
-    for _ in tracked(range(options.prompts), "prompts"):
+    for _ in track_progress(range(options.prompts), "prompts"):
         drawn = words[random.permutation(len(words))[: LIST + AGAIN]]
         listed, others = drawn[:LIST], drawn[LIST:]
         for kind, second in (("repeated", listed[:AGAIN]), ("not repeated", others)):

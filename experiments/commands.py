@@ -12,16 +12,16 @@ from lens_positions.exits import exit_status
 from lens_positions.training.config import preset_names
 
 from .options import (
-    MEASURED,
-    OF_ROPE,
+    ROPE_TABLES,
     ROPE_VARIANTS,
+    RUN_TABLES,
     SHIPPED,
     VARIANTS,
     GatherConfig,
-    MachineryConfig,
     MaximumConfig,
     MeasureConfig,
     ResultsConfig,
+    RopeConfig,
     ShipConfig,
     SuiteConfig,
 )
@@ -83,7 +83,7 @@ def suite_command(argv: list[str]) -> int:
 
 def measure_command(argv: list[str]) -> int:
     """Measure what is left of a suite's runs."""
-    description = MEASURE % ", ".join(MEASURED)
+    description = MEASURE % ", ".join(RUN_TABLES)
     config = tyro.cli(MeasureConfig, prog="lens-positions experiments measure", description=description, args=argv)
 
     from .measure import measure
@@ -117,12 +117,12 @@ def results_command(argv: list[str]) -> int:
 
 def rope_command(argv: list[str]) -> int:
     """Measure how models use RoPE itself."""
-    description = f"Frequencies, absolute position and dispersion: {', '.join(OF_ROPE)}. What is measured is left."
-    config = tyro.cli(MachineryConfig, prog="lens-positions experiments rope", description=description, args=argv)
+    description = f"Frequencies, absolute position and dispersion: {', '.join(ROPE_TABLES)}. What is measured is left."
+    config = tyro.cli(RopeConfig, prog="lens-positions experiments rope", description=description, args=argv)
 
-    from .rope_measures import machinery
+    from .rope_measures import measure_rope
 
-    print(f"measured: {', '.join(machinery(config))}")
+    print(f"measured: {', '.join(measure_rope(config))}")
     return 0
 
 
@@ -139,13 +139,13 @@ def maximum_command(argv: list[str]) -> int:
 
 def ship_command(argv: list[str]) -> int:
     """Ship three runs of a suite."""
-    asked = tyro.cli(
+    options = tyro.cli(
         ShipConfig, prog="lens-positions experiments ship", description=SHIP % ", ".join(SHIPPED), args=argv
     )
 
     from .ship import ship
 
-    for name, table in ship(asked).items():
+    for name, table in ship(options).items():
         length, loss = table[["length", "loss"]].iloc[0]
-        print(f"{name}: {loss:.4f} nats per byte at {length:.0f} tokens; the model is in {asked.output / name}")
+        print(f"{name}: {loss:.4f} nats per byte at {length:.0f} tokens; the model is in {options.output / name}")
     return 0

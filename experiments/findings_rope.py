@@ -1,6 +1,6 @@
 """How RoPE itself is used: what was reported, what was found, and the verdict, from the results alone.
 
-As `findings.py`, for the three results about the machinery that increments act on. The rules were written when the
+As `findings.py`, for the three results about how RoPE itself is used. The rules were written when the
 tools had been tried on SmolLM2-135M and its norms and heads had been measured, but not read; those of absolute
 position, of sinks, of p-RoPE and of dispersion were made stricter once, before the files that they judge were read.
 
@@ -28,7 +28,7 @@ from lens_positions.viz.rope_charts import absolute_chart, entropy_chart, norms_
 from .findings import Block, Finding, Suite, Verdict, ends_of
 from .markdown import grid
 from .maximum import MOST, accuracy_table
-from .options import OF_ROPE, SHIPPED
+from .options import ROPE_TABLES, SHIPPED
 from .rope_measures import SMOLLM2
 from .tables import Tables, run_of_model
 
@@ -54,7 +54,7 @@ FEWEST = 16
 
 
 @dataclass(frozen=True)
-class Machinery:
+class RopeResults:
     """What `lens-positions experiments rope` and `maximum` measured, and the suite whose runs they measured."""
 
     results: Tables
@@ -77,7 +77,7 @@ class Machinery:
         suite = (self.suite.name, variant)
         found = {
             run.seed: str(run)
-            for name in OF_ROPE
+            for name in ROPE_TABLES
             for run in self.results.measurements.get(name, {})
             if run[:2] == suite and run.seed is not None
         }
@@ -86,7 +86,7 @@ class Machinery:
     def measured(self) -> dict[str, dict[str, Measured]]:
         """What was measured of each model, on which weights and by which code, by its name."""
         own = {
-            str(run): {table: entry for table, entry in of.items() if table in OF_ROPE}
+            str(run): {table: entry for table, entry in of.items() if table in ROPE_TABLES}
             for run, of in self.results.measured.items()
         }
         return {model: own[model] for model in sorted(own) if own[model]}
@@ -97,12 +97,12 @@ class Machinery:
         return pd.concat([table.assign(seed=run.seed) for run, table in tables.items()] or [pd.DataFrame()])
 
 
-def named(model: str) -> str:
+def display_name(model: str) -> str:
     """The name of a model in the text."""
     return "SmolLM2-135M" if model == SMOLLM2 else model
 
 
-def low_frequencies(of: Machinery) -> Finding:
+def low_frequencies(of: RopeResults) -> Finding:
     """Queries and keys are larger at low frequencies."""
     norms = of.table(SMOLLM2, "norms")
     rule = (
@@ -138,21 +138,21 @@ def low_frequencies(of: Machinery) -> Finding:
     elif max(shares) < 0.5:
         verdict = "not reproduced"
     n = norms.iloc[0]
-    what = f"{named(SMOLLM2)}, {n['n']:,} tokens of {n['documents']} held-out documents"
+    what = f"{display_name(SMOLLM2)}, {n['n']:,} tokens of {n['documents']} held-out documents"
     columns = ["side", "layers", "highest quarter", "second", "third", "lowest quarter"]
     columns += ["lowest above highest", "lowest largest"]
     blocks: list[Block] = [grid(columns, rows), f"{what}; mean 2-norm of a chunk, over tokens, heads and frequencies."]
     sentence = (
-        f"In {named(SMOLLM2)} the lowest quarter is larger than the highest in {shares[0]:.0%} of the layers for "
-        f"queries and {shares[1]:.0%} for keys, and the largest of the four in {mosts[0]:.0%} and {mosts[1]:.0%}. The "
-        f"single largest norm is most often at a wavelength of {peaks[0]} for queries and {peaks[1]} for keys, the "
+        f"In {display_name(SMOLLM2)} the lowest quarter is larger than the highest in {shares[0]:.0%} of the layers "
+        f"for queries and {shares[1]:.0%} for keys, and the largest of the four in {mosts[0]:.0%} and {mosts[1]:.0%}. "
+        f"The single largest norm is most often at a wavelength of {peaks[0]} for queries and {peaks[1]} for keys, the "
         f"longest being {longest:,.0f}."
     )
     figure = ("norms", "Mean 2-norm of queries and keys by layer and rotary frequency", partial(norms_map, norms, what))
     return Finding(title, reported, verdict, sentence, rule, blocks, of.files(["norms"], SMOLLM2), figure)
 
 
-def heads_by_position(of: Machinery) -> Finding:
+def heads_by_position(of: RopeResults) -> Finding:
     """A few heads attend by position, with the highest frequencies."""
     norms, heads = of.table(SMOLLM2, "norms"), of.table(SMOLLM2, "positional")
     rule = (
@@ -168,7 +168,7 @@ def heads_by_position(of: Machinery) -> Finding:
     found = heads[heads["positional"]]
     files, n = of.files(["norms", "positional"], SMOLLM2), heads.iloc[0]
     if found.empty:
-        sentence = f"None of {named(SMOLLM2)}'s {len(heads)} heads does."
+        sentence = f"None of {display_name(SMOLLM2)}'s {len(heads)} heads does."
         return Finding(title, reported, "not reproduced", sentence, rule, [], files)
     rows = []
     for row in found.sort_values("shuffled", ascending=False).head(12).to_dict("records"):
@@ -195,13 +195,13 @@ def heads_by_position(of: Machinery) -> Finding:
     counts = found["offset"].value_counts().sort_index()
     offsets = ", ".join(f"{count} at {offset}" for offset, count in counts.items())
     sentence = (
-        f"{len(found)} of {named(SMOLLM2)}'s {len(heads)} heads are positional ({offsets} tokens back). The highest "
-        f"quarter of the frequencies makes {each}."
+        f"{len(found)} of {display_name(SMOLLM2)}'s {len(heads)} heads are positional ({offsets} tokens back). The "
+        f"highest quarter of the frequencies makes {each}."
     )
     return Finding(title, reported, verdict, sentence, rule, blocks, files)
 
 
-def truncated_frequencies(of: Machinery) -> Finding:
+def truncated_frequencies(of: RopeResults) -> Finding:
     """What a trained model loses without its lowest, or its highest, frequencies."""
     tables = of.tables("truncated", SMOLLM2, "bilingual-rope")
     title = "A trained model without a part of its frequencies"
@@ -217,15 +217,17 @@ def truncated_frequencies(of: Machinery) -> Finding:
                 with_interval(by.loc[(kept, drop)], "difference", "+.3f") if (kept, drop) in by.index else ""
                 for drop in ("lowest", "highest")
             ]
-            rows.append([named(model), f"{kept:.0%}" if kept else "none", *cells])
+            rows.append([display_name(model), f"{kept:.0%}" if kept else "none", *cells])
         n = table.iloc[0]
-        texts.append(f"{named(model)} {n['n']:,} tokens of {n['documents']} documents, windows of {n['length']} tokens")
+        texts.append(
+            f"{display_name(model)} {n['n']:,} tokens of {n['documents']} documents, windows of {n['length']} tokens"
+        )
     norms, turns = of.table(SMOLLM2, "norms"), ""
     if norms is not None:
-        angle = _turned_by_lowest(norms, int(tables[SMOLLM2].iloc[0]["length"]))
+        angle = _lowest_quarter_degrees(norms, int(tables[SMOLLM2].iloc[0]["length"]))
         turns = (
-            f" Within such a window the lowest quarter of {named(SMOLLM2)}'s frequencies turns by {angle:.0f} degrees "
-            "at most: that nothing is lost without it says nothing of long contexts."
+            f" Within such a window the lowest quarter of {display_name(SMOLLM2)}'s frequencies turns by {angle:.0f} "
+            "degrees at most: that nothing is lost without it says nothing of long contexts."
         )
     blocks: list[Block] = [
         grid(["model", "kept", "without the lowest", "without the highest"], rows),
@@ -236,19 +238,20 @@ def truncated_frequencies(of: Machinery) -> Finding:
     low, high = (with_interval(by.loc[(largest, drop)], "difference", "+.3f") for drop in ("lowest", "highest"))
     none = with_interval(by.loc[(0.0, "lowest")], "difference", "+.2f")
     sentence = (
-        f"With {largest:.0%} of its frequencies {named(SMOLLM2)}'s loss changes by {low} nats per token without the "
-        f"lowest (which hardly turn in such windows) and by {high} without the highest; with none of them by {none}."
+        f"With {largest:.0%} of its frequencies {display_name(SMOLLM2)}'s loss changes by {low} nats per token without "
+        f"the lowest (which hardly turn in such windows) and by {high} without the highest; with none of them by "
+        f"{none}."
     )
     files = of.files(["truncated"], *tables) + of.files(["norms"], SMOLLM2)
     return Finding(title, reported, "new", sentence, rule, blocks, files)
 
 
-def _turned_by_lowest(norms: pd.DataFrame, tokens: int) -> float:
+def _lowest_quarter_degrees(norms: pd.DataFrame, tokens: int) -> float:
     """How many degrees the lowest quarter of the frequencies turns at most in so many tokens."""
     return math.degrees(tokens * norms.loc[frequency_quarters(norms) == 3, "frequency"].max())
 
 
-def p_rope(of: Machinery) -> Finding:
+def p_rope(of: RopeResults) -> Finding:
     """Models trained with a fraction of the frequencies."""
     suite = of.suite
     title = "p-RoPE: training with the highest fraction of the frequencies alone"
@@ -286,7 +289,7 @@ def p_rope(of: Machinery) -> Finding:
     if static := of.tables("norms", *of.runs("static").values()):
         model, norms = next(iter(static.items()))
         context = int(suite.losses["length"].min())
-        angle = _turned_by_lowest(norms, context)
+        angle = _lowest_quarter_degrees(norms, context)
         turns = f" In a context of {context} the quarter that 0.75 drops turns by {angle:.0f} degrees at most."
         files += of.files(["norms"], model)
     columns = ["fraction", "seeds", "1 context", "difference to RoPE", "over seeds", "over documents"]
@@ -295,11 +298,11 @@ def p_rope(of: Machinery) -> Finding:
         "Nats per byte, the same bytes at every length; differences to RoPE at the same seeds, at more contexts with "
         f"their interval over seeds.{turns}",
     ]
-    verdict, each = _judged({name: (found[name], sign) for name, (*_, sign) in pairs.items()})
+    verdict, each = _verdict({name: (found[name], sign) for name, (*_, sign) in pairs.items()})
     return Finding(title, reported, verdict, f"In nats per byte, over seeds: {each}.", rule, blocks, files)
 
 
-def _judged(statements: dict[str, tuple[Any, int]]) -> tuple[Verdict, str]:
+def _verdict(statements: dict[str, tuple[Any, int]]) -> tuple[Verdict, str]:
     """The verdict over differences that should be above 0 (sign 1) or below (-1), what they are, and how many hold."""
     holds, contradicted, parts = [], [], []
     for name, (row, sign) in statements.items():
@@ -315,7 +318,7 @@ def _judged(statements: dict[str, tuple[Any, int]]) -> tuple[Verdict, str]:
     return verdict, f"{'; '.join(parts)}. {sum(holds)} of {len(holds)} statements hold"
 
 
-def absolute_position(of: Machinery) -> Finding:
+def absolute_position(of: RopeResults) -> Finding:
     """The two sources of absolute position, in three architectures and in a pretrained model."""
     title = "Absolute position comes through the residual stream and through the mask, by architecture"
     reported = "NTK scaling suppresses the residual part, sliding windows let it grow with depth, RoPE lies between."
@@ -344,15 +347,15 @@ def absolute_position(of: Machinery) -> Finding:
         "model. The larger base is what NTK scaling by 8 makes of 10,000, trained with from the start. With a window, "
         f"a layer whose keys do not reach back to the start has no residual part; none is below {ROUNDING:g}."
     )
-    verdict, parts = _judged_architectures({seed: {v: tables[v][seed] for v in ARCHITECTURES} for seed in seeds})
+    verdict, parts = _verdict_on_architectures({seed: {v: tables[v][seed] for v in ARCHITECTURES} for seed in seeds})
     files = of.files(["absolute"], SMOLLM2)
     caption = (
-        f"{named(SMOLLM2)}; {n} beginnings of held-out texts, repeated; means over heads. "
+        f"{display_name(SMOLLM2)}; {n} beginnings of held-out texts, repeated; means over heads. "
         "Log attention = score (residual) - log Z (mask). Early, late: first and last quarter of the repeats. "
         "Intervals: 95%, of resampled texts."
     )
     figure = ("absolute", "The two parts of absolute position by layer", partial(absolute_chart, smollm2, caption))
-    blocks: list[Block] = [_parts_by_layer(shown | {named(SMOLLM2): smollm2}), note]
+    blocks: list[Block] = [_parts_by_layer(shown | {display_name(SMOLLM2): smollm2}), note]
     return Finding(title, reported, verdict, f"At early queries, {'; '.join(parts)}.", rule, blocks, files, figure)
 
 
@@ -375,7 +378,7 @@ def _parts_by_layer(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     return grid([*columns, "share of residual, early"], rows)
 
 
-def _judged_architectures(seeds: dict[int, dict[str, pd.DataFrame]]) -> tuple[Verdict, list[str]]:
+def _verdict_on_architectures(seeds: dict[int, dict[str, pd.DataFrame]]) -> tuple[Verdict, list[str]]:
     """The verdict over the architectures of every seed, and what each seed says."""
     lower, grows, parts = [], [], []
     for seed, tables in seeds.items():
@@ -417,7 +420,7 @@ def _growth(over: Any) -> tuple[float, bool]:
     return last["residual"] / first["residual"], bool(last["residual_low"] > first["residual_high"])
 
 
-def first_embedding(of: Machinery) -> Finding:
+def first_embedding(of: RopeResults) -> Finding:
     """What goes with the embedding at position 0."""
     title = "Replacing the first embedding takes away a part of the residual part"
     reported = "replacing that of BOS before the forward pass took 40% away, at early queries."
@@ -427,9 +430,9 @@ def first_embedding(of: Machinery) -> Finding:
         "so; different otherwise."
     )
     runs = {f"{name}, seed {s}": m for v, name in ARCHITECTURES.items() for s, m in of.runs(v).items()}
-    models = {named(SMOLLM2): SMOLLM2, "bilingual-rope": "bilingual-rope"} | runs
+    models = {display_name(SMOLLM2): SMOLLM2, "bilingual-rope": "bilingual-rope"} | runs
     tables = {name: t for name, model in models.items() if (t := of.table(model, "drops")) is not None}
-    if named(SMOLLM2) not in tables:
+    if display_name(SMOLLM2) not in tables:
         return Finding(title, reported, *_not_measured("drops"), rule)
     rows = []
     drops: Any = {}
@@ -438,14 +441,14 @@ def first_embedding(of: Machinery) -> Finding:
         for queries in ("early", "late"):
             rows.append([name, queries, *_drops(by.xs(queries, level="queries"))])
         drops[name] = by
-    own = drops[named(SMOLLM2)].xs("early", level="queries")
+    own = drops[display_name(SMOLLM2)].xs("early", level="queries")
     verdict: Verdict = "different"
     if (own["low"] > HALF_OF_REPORTED).all():
         verdict = "reproduced"
     elif not (own["low"] > 0).any():
         verdict = "not reproduced"
     n = own["documents"].iloc[0]
-    layered: Any = tables[named(SMOLLM2)]
+    layered: Any = tables[display_name(SMOLLM2)]
     layered = layered[(layered["layer"].astype(str) != "all") & (layered["queries"] == "early")]
     by_layer = [
         [str(layer), *_drops(own_rows.set_index("replacement"))]
@@ -456,11 +459,11 @@ def first_embedding(of: Machinery) -> Finding:
         f"Share of the residual part (mean over layers and heads) that goes; below 0 there is more of it. {n} repeated "
         "beginnings, which intervals resample. Early are a quarter of the repeats, from the third on, so not the very "
         "first queries; and on repeated content a query's place and the number of copies before it are one, so that "
-        f"heads that look for copies vary too. Layer by layer, at early queries of {named(SMOLLM2)}:",
+        f"heads that look for copies vary too. Layer by layer, at early queries of {display_name(SMOLLM2)}:",
         grid(["layer", *REPLACEMENTS.values()], by_layer),
     ]
     each = ", ".join(f"{name} {with_interval(own.loc[how], 'drop', '+.0%')}" for how, name in REPLACEMENTS.items())
-    sentence = f"Of {named(SMOLLM2)}'s residual part at early queries these take away: {each} (n = {n})."
+    sentence = f"Of {display_name(SMOLLM2)}'s residual part at early queries these take away: {each} (n = {n})."
     files = of.files(["drops"], *(models[name] for name in tables))
     return Finding(title, reported, verdict, sentence, rule, blocks, files)
 
@@ -471,7 +474,7 @@ def _drops(by: Any) -> list[str]:
     return ["nothing to lose" if pd.isna(row["drop"]) else with_interval(row, "drop", "+.0%") for row in rows]
 
 
-def sinks_carry_a_fingerprint(of: Machinery) -> Finding:
+def sinks_carry_a_fingerprint(of: RopeResults) -> Finding:
     """Heads attend to position 0, whose states say which token is there."""
     title = "The states at the sink say which token is at position 0"
     reported = "sinks carry a fingerprint of it: the same for every input where it is BOS, else varying with the token."
@@ -486,7 +489,7 @@ def sinks_carry_a_fingerprint(of: Machinery) -> Finding:
         return Finding(title, reported, *_not_measured("sinks and fingerprints"), rule)
     rows = []
     verdict: Verdict = "not reproduced"
-    sentence = f"With the texts' own first tokens {named(SMOLLM2)} has no such head."
+    sentence = f"With the texts' own first tokens {display_name(SMOLLM2)} has no such head."
     for model in [model for model in sinks if model in prints]:
         cells = []
         for first in ("common", "own"):
@@ -498,15 +501,15 @@ def sinks_carry_a_fingerprint(of: Machinery) -> Finding:
         alike = own.groupby("state")["first_token"].mean()
         own = own[own["state"] == "v"]
         cells += [f"{alike[state]:.3f}" for state in ("resid_pre", "k", "v")] + [f"{own['later'].mean():.3f}"]
-        rows.append([named(model), *cells])
+        rows.append([display_name(model), *cells])
         if model == SMOLLM2 and len(found):
             varied = own["first_token_high"] < ALIKE
             verdict = "reproduced" if varied.mean() > 0.5 else "different"
             sentence = (
-                f"With the texts' own first tokens {len(found)} of {named(model)}'s {len(heads)} heads are sinks; the "
-                f"values at position 0 have a mean cosine of {alike['v']:.3f} between texts in the {len(own)} layers "
-                f"that have them, below {ALIKE} in {varied.sum()}; keys {alike['k']:.3f}, the residual stream "
-                f"{alike['resid_pre']:.3f}."
+                f"With the texts' own first tokens {len(found)} of {display_name(model)}'s {len(heads)} heads are "
+                f"sinks; the values at position 0 have a mean cosine of {alike['v']:.3f} between texts in the "
+                f"{len(own)} layers that have them, below {ALIKE} in {varied.sum()}; keys {alike['k']:.3f}, the "
+                f"residual stream {alike['resid_pre']:.3f}."
             )
     n = prints[SMOLLM2].iloc[-1]
     columns = ["model", "sinks, common first token", "own first token", "cosine at position 0, residual stream"]
@@ -522,7 +525,7 @@ def sinks_carry_a_fingerprint(of: Machinery) -> Finding:
     return Finding(title, reported, verdict, sentence, rule, blocks, of.files(["sinks", "fingerprints"], *models))
 
 
-def maximum_task(of: Machinery) -> Finding:
+def maximum_task(of: RopeResults) -> Finding:
     """Attention that was sharp in training disperses, and a temperature helps."""
     title = "A head that is sharp on few items disperses on many; an adaptive temperature makes it better"
     reported = "so in the task of finding the largest of n items, trained at up to 16, without further training."
@@ -591,7 +594,7 @@ def _accuracy_chart(table: pd.DataFrame, caption: str) -> Callable[[Path], objec
     return partial(lines_chart, drawn, title, "accuracy", "items", sizes, None, caption, octaves=True)
 
 
-def heads_disperse(of: Machinery) -> Finding:
+def heads_disperse(of: RopeResults) -> Finding:
     """Heads of a language model that are sharp on few items, on more."""
     title = "Sharp heads of a language model disperse with the number of items"
     reported = "heads that are sharp in training disperse: with bounded scores every weight falls like 1/n."
@@ -617,15 +620,15 @@ def heads_disperse(of: Machinery) -> Finding:
     elif not own["share"] >= 0.5:
         verdict = "not reproduced"
     sentence = (
-        f"{own['share']:.0%} of the {own['sharp']:.0f} sharp heads (of {own['heads']:.0f}) of {named(SMOLLM2)} have a "
-        f"larger entropy at {own['to']:.0f} items than at {FEWEST}. It grows by {own['slope']:.2f} of what even "
+        f"{own['share']:.0%} of the {own['sharp']:.0f} sharp heads (of {own['heads']:.0f}) of {display_name(SMOLLM2)} "
+        f"have a larger entropy at {own['to']:.0f} items than at {FEWEST}. It grows by {own['slope']:.2f} of what even "
         f"attention's does in the median sharp head (quartiles {own['low']:.2f} to {own['high']:.2f}), by "
         f"{own['others']:.2f} in the others; the largest weight of the median sharp head falls like n to the power "
         f"{own['falls']:.2f}."
     )
     caption = (
-        f"{named(SMOLLM2)}; {n['documents']} documents of held-out English; means over heads, 95% intervals over "
-        "documents."
+        f"{display_name(SMOLLM2)}; {n['documents']} documents of held-out English; means over heads, 95% intervals "
+        "over documents."
     )
     figure = ("dispersion", "Entropy of attention by number of items", partial(entropy_chart, tables[SMOLLM2], caption))
     return Finding(title, reported, verdict, sentence, rule, blocks, of.files(["dispersion"], *tables), figure)
@@ -645,7 +648,7 @@ def _entropies(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
         sharp = _sharp(few)
         for items, own in heads.groupby("items"):
             means = [own["entropy"].mean(), own["log_items"].mean(), own["entropy"][sharp].mean()]
-            rows.append([named(model), str(items), *(f"{mean:.2f}" for mean in [*means, own["largest"].mean()])])
+            rows.append([display_name(model), str(items), *(f"{mean:.2f}" for mean in [*means, own["largest"].mean()])])
     columns = ["model", "items", "entropy, mean over layers and heads", "even attention", "of sharp heads"]
     return grid([*columns, "largest weight"], rows)
 
@@ -677,7 +680,7 @@ def _dispersal(table: pd.DataFrame) -> dict[str, float]:
     return {name: float(value) for name, value in found.items()}
 
 
-def temperature_on_text(of: Machinery) -> Finding:
+def temperature_on_text(of: RopeResults) -> Finding:
     """The loss of language models with every score at an adaptive temperature."""
     title = "An adaptive temperature on a language model that was trained without"
     reported = "no figure that is compared here."
@@ -690,7 +693,7 @@ def temperature_on_text(of: Machinery) -> Finding:
         for row in table.to_dict("records"):
             effect = "hurts" if row["low"] > 0 else "helps" if row["high"] < 0 else ""
             cells = [str(row["length"]), f"{row['n']:,}", f"{row['loss']:.4f}", f"{row['changed']:.4f}"]
-            rows.append([named(model), *cells, with_interval(row, "difference", "+.4f"), effect])
+            rows.append([display_name(model), *cells, with_interval(row, "difference", "+.4f"), effect])
     own = tables[SMOLLM2]
     blocks: list[Block] = [
         grid(["model", "tokens", "n", "loss", "with the temperature", "difference", ""], rows),
@@ -698,16 +701,18 @@ def temperature_on_text(of: Machinery) -> Finding:
         f"{own['documents'].iloc[0]} documents, which intervals resample.",
     ]
     each = ", ".join(f"{with_interval(row, 'difference', '+.4f')} at {row['length']}" for row in own.to_dict("records"))
-    sentence = f"In windows of several lengths {named(SMOLLM2)}'s loss changes by {each} tokens, in nats per token."
+    sentence = (
+        f"In windows of several lengths {display_name(SMOLLM2)}'s loss changes by {each} tokens, in nats per token."
+    )
     return Finding(title, reported, "new", sentence, rule, blocks, of.files(["temperature"], *tables))
 
 
-def _standard(of: Machinery, model: str) -> bool:
+def _standard(of: RopeResults, model: str) -> bool:
     """Whether every increment of a model is 1."""
     return SHIPPED.get(model) == "static" or model in of.runs("static").values()
 
 
-def _query_norms(of: Machinery, model: str) -> pd.DataFrame | None:
+def _query_norms(of: RopeResults, model: str) -> pd.DataFrame | None:
     """The squares of the mean norms of the queries, of what turns."""
     norms = of.table(model, "norms")
     if norms is None:
@@ -716,7 +721,7 @@ def _query_norms(of: Machinery, model: str) -> pd.DataFrame | None:
     return own.assign(square=own["norm"] ** 2)
 
 
-def _share_of_norm(quarter: int, of: Machinery, model: str) -> float | None:
+def _share_of_norm(quarter: int, of: RopeResults, model: str) -> float | None:
     """How much of the squares of the queries' mean norms a quarter of the frequencies has."""
     own = _query_norms(of, model)
     return (
@@ -726,7 +731,7 @@ def _share_of_norm(quarter: int, of: Machinery, model: str) -> float | None:
     )
 
 
-def _steps(of: Machinery, model: str) -> Any:
+def _steps(of: RopeResults, model: str) -> Any:
     """The mean increment of each layer, or of all; None where it was not measured."""
     if _standard(of, model):
         return 1.0
@@ -737,7 +742,7 @@ def _steps(of: Machinery, model: str) -> Any:
     return sums["total"] / sums["n"]
 
 
-def _turning(of: Machinery, model: str, per_token: bool = True, layer: int | None = None) -> float | None:
+def _log_frequency(of: RopeResults, model: str, per_token: bool = True, layer: int | None = None) -> float | None:
     """The log10 of the frequencies, in the mean over a layer's squared query norms, and over layers.
 
     Per position, or per token: a mean increment of c turns every frequency c times as fast.
@@ -750,18 +755,18 @@ def _turning(of: Machinery, model: str, per_token: bool = True, layer: int | Non
     return float(logs.mean() if layer is None else logs[layer])
 
 
-def _positional(of: Machinery, model: str) -> float | None:
+def _positional(of: RopeResults, model: str) -> float | None:
     heads = of.table(model, "positional")
     return None if heads is None else float(heads["positional"].mean())
 
 
-def _part(name: str, part: str, quarter: int, of: Machinery, model: str) -> float | None:
+def _part(name: str, part: str, quarter: int, of: RopeResults, model: str) -> float | None:
     name = "absolute" if name == "held" and _standard(of, model) else name  # its positions are held as they are
     table = of.table(model, name)
     return None if table is None else float(_by_layer(table).loc[("all", quarter), part])
 
 
-def _dropped(of: Machinery, model: str) -> float | None:
+def _first_embedding_drop(of: RopeResults, model: str) -> float | None:
     drops = of.table(model, "drops")
     if drops is None:
         return None
@@ -769,12 +774,12 @@ def _dropped(of: Machinery, model: str) -> float | None:
     return float(own["drop"].mean())
 
 
-def _sink(of: Machinery, model: str) -> float | None:
+def _sink(of: RopeResults, model: str) -> float | None:
     sinks = of.table(model, "sinks")
     return None if sinks is None else float(sinks.loc[sinks["first"] == "common", "share"].mean())
 
 
-def _spread(of: Machinery, model: str) -> float | None:
+def _spread(of: RopeResults, model: str) -> float | None:
     """By how much the mean entropy grows with the number of items, over what even attention's does."""
     table = of.table(model, "dispersion")
     if table is None:
@@ -785,11 +790,11 @@ def _spread(of: Machinery, model: str) -> float | None:
     return float(grown["entropy"] / grown["log_items"])
 
 
-QUANTITIES: dict[str, tuple[Callable[[Machinery, str], float | None], str, str]] = {
+QUANTITIES: dict[str, tuple[Callable[[RopeResults, str], float | None], str, str]] = {
     "squared query norms, share of the highest quarter": (partial(_share_of_norm, 0), "norms", ".1%"),
     "squared query norms, share of the lowest quarter": (partial(_share_of_norm, 3), "norms", ".1%"),
-    "mean log10 frequency of the queries, per position": (partial(_turning, per_token=False), "norms", ".3f"),
-    "mean log10 frequency of the queries, per token": (_turning, "increments", ".3f"),
+    "mean log10 frequency of the queries, per position": (partial(_log_frequency, per_token=False), "norms", ".3f"),
+    "mean log10 frequency of the queries, per token": (_log_frequency, "increments", ".3f"),
     "positional heads, share of all": (_positional, "positional", ".1%"),
     "residual part, early queries": (partial(_part, "absolute", "residual", 0), "absolute", ".4f"),
     "residual part, late queries": (partial(_part, "absolute", "residual", LATE), "absolute", ".4f"),
@@ -797,14 +802,14 @@ QUANTITIES: dict[str, tuple[Callable[[Machinery, str], float | None], str, str]]
     "residual part, late, positions on a ruler": (partial(_part, "held", "residual", LATE), "held", ".4f"),
     "mask part, early queries": (partial(_part, "absolute", "mask", 0), "absolute", ".4f"),
     "mask part, late queries": (partial(_part, "absolute", "mask", LATE), "absolute", ".4f"),
-    "residual part that goes with the first embedding, early": (_dropped, "drops", ".0%"),
+    "residual part that goes with the first embedding, early": (_first_embedding_drop, "drops", ".0%"),
     "attention to position 0, mean over heads": (_sink, "sinks", ".1%"),
     "entropy's growth over that of even attention": (_spread, "dispersion", ".2f"),
 }
 """What is compared between sources: how it is read from the files, from which, and how it is written."""
 
 
-def together(of: Machinery) -> Finding:
+def compare_sources(of: RopeResults) -> Finding:
     """Do learned increments change which frequencies are used, how absolute position leaks, how heads disperse?"""
     title = "What learned increments change about all this"
     reported = "nothing."
@@ -812,7 +817,7 @@ def together(of: Machinery) -> Finding:
     paired = {variant: sorted(set(runs[variant]) & set(runs["static"])) for variant in ("shared", "per_layer")}
     if any(of.table(model, "norms") is None for model in SHIPPED) or min(map(len, paired.values())) < 2:
         return Finding(title, reported, *_not_measured("norms, absolute and dispersion, at two seeds,"), "")
-    compared = Compared(of, runs, paired)
+    compared = SourceDifferences(of, runs, paired)
     rows = []
     for name, (read, _, form) in QUANTITIES.items():
         cells = ["" if value is None else f"{value:{form}}" for value in (read(of, model) for model in SHIPPED)]
@@ -843,7 +848,7 @@ def together(of: Machinery) -> Finding:
 
 
 @dataclass
-class Compared:
+class SourceDifferences:
     """The differences to RoPE of runs with learned increments, at the same seeds.
 
     Args:
@@ -854,13 +859,13 @@ class Compared:
         count: how many intervals there were.
     """
 
-    of: Machinery
+    of: RopeResults
     runs: dict[str, dict[int, str]]
     paired: dict[str, list[int]]
     changed: list[str] = field(default_factory=list)
     count: int = 0
 
-    def cells(self, read: Callable[[Machinery, str], float | None], name: str, form: str) -> list[str]:
+    def cells(self, read: Callable[[RopeResults, str], float | None], name: str, form: str) -> list[str]:
         """The difference of each source; those that an interval tells from 0 are noted."""
         cells = []
         for variant, seeds in self.paired.items():
@@ -879,7 +884,7 @@ class Compared:
         return cells
 
 
-def _frequencies_by_layer(compared: Compared) -> list[Block]:
+def _frequencies_by_layer(compared: SourceDifferences) -> list[Block]:
     """The frequencies of each layer, and its mean increment, where RoPE's norms were measured."""
     of = compared.of
     static = of.tables("norms", *compared.runs["static"].values())
@@ -887,7 +892,7 @@ def _frequencies_by_layer(compared: Compared) -> list[Block]:
         return []
     rows = []
     for layer in sorted({layer for norms in static.values() for layer in norms["layer"]}):
-        read = partial(_turning, layer=layer)
+        read = partial(_log_frequency, layer=layer)
         own = np.mean([read(of, model) for model in static])
         steps = [
             [found[layer] for seed in seeds if (found := _steps(of, compared.runs[variant][seed])) is not None]
@@ -900,7 +905,7 @@ def _frequencies_by_layer(compared: Compared) -> list[Block]:
     return [said, grid(columns, rows)]
 
 
-ROPE_FINDINGS: tuple[Callable[[Machinery], Finding], ...] = (
+ROPE_FINDINGS: tuple[Callable[[RopeResults], Finding], ...] = (
     low_frequencies,
     heads_by_position,
     truncated_frequencies,
@@ -911,7 +916,7 @@ ROPE_FINDINGS: tuple[Callable[[Machinery], Finding], ...] = (
     maximum_task,
     heads_disperse,
     temperature_on_text,
-    together,
+    compare_sources,
 )
 
 

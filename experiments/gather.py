@@ -4,7 +4,7 @@
 interruption loses one file at most:
 
     runs/results/tiny/per_layer-0/...        of a run of a suite: run.json, heldout.csv and the measurements
-    runs/results/machinery/tiny-static-0/... of a model, how it uses RoPE itself
+    runs/results/rope/tiny-static-0/...      of a model, how it uses RoPE itself
     runs/results/maximum/seed-0.csv, .json   the maximum-retrieval task
 
 Values are taken over letter by letter. What was gathered before stays, but for rows of the same table and run; and
@@ -31,12 +31,13 @@ from .tables import KEYS, MAXIMUM, MEASURED, RUNS, RunName, Tables, run_of_model
 MAXIMUM_TASK = ("maximum", "retriever")
 """Suite and variant of the runs of the maximum-retrieval task."""
 
-MACHINERY = "machinery"
+ROPE = ("rope", "machinery")
+"""The folder of measurements of RoPE itself, and its name in the version before."""
 """The folder of models that `rope` measured."""
 
 
 @dataclass(frozen=True)
-class Gathered:
+class TidyTables:
     """Rows by file and run: the text of tables, or what the lines of a .jsonl file say."""
 
     tables: dict[str, dict[RunName, pd.DataFrame]] = field(default_factory=dict)
@@ -56,25 +57,25 @@ class Gathered:
         return tables | {name: _jsonl(by_run) for name, by_run in self.lines.items() if by_run}
 
 
-def gather(asked: GatherConfig) -> list[str]:
+def gather(options: GatherConfig) -> list[str]:
     """Gather what is in the folder of files into the tidy tables, and return the names of those that changed.
 
     Raises:
         PositionsError: there is nothing to gather, or a damaged file.
     """
-    new = Gathered()
-    for folder in sorted(path for path in asked.files.glob("*") if path.is_dir()):
+    new = TidyTables()
+    for folder in sorted(path for path in options.files.glob("*") if path.is_dir()):
         _add_folder(new, folder)
     if not new.tables and not new.lines:
         raise PositionsError(
-            f"{asked.files} has no results; expected what lens-positions experiments suite, measure, rope or maximum "
+            f"{options.files} has no results; expected what lens-positions experiments suite, measure, rope or maximum "
             "wrote."
         )
-    asked.results.mkdir(parents=True, exist_ok=True)
-    asked.files.mkdir(parents=True, exist_ok=True)
-    with FileLock(asked.files / "gather.lock"):  # what another process gathers meanwhile would be lost
-        old = read_gathered(asked.results)
-        return _write(_merged(old, new).files(), {*old.tables, *old.lines}, asked.results)
+    options.results.mkdir(parents=True, exist_ok=True)
+    options.files.mkdir(parents=True, exist_ok=True)
+    with FileLock(options.files / "gather.lock"):  # what another process gathers meanwhile would be lost
+        old = read_gathered(options.results)
+        return _write(_merge(old, new).files(), {*old.tables, *old.lines}, options.results)
 
 
 def _write(files: dict[str, bytes], before: set[str], folder: Path) -> list[str]:
@@ -93,25 +94,25 @@ def _write(files: dict[str, bytes], before: set[str], folder: Path) -> list[str]
 
 def suite_tables(folder: Path) -> Tables:
     """The files of one suite, as the tables that they will be."""
-    found = Gathered()
+    found = TidyTables()
     _add_folder(found, folder)
     return tables_of(found.files(), folder)
 
 
-def _add_folder(found: Gathered, folder: Path) -> None:
+def _add_folder(found: TidyTables, folder: Path) -> None:
     """Take over the files of a suite, of `rope`, or of `maximum`, as the name of their folder says."""
     if folder.name == MAXIMUM_TASK[0]:
         _add_maximum(found, folder)
         return
     for own in sorted(path for path in folder.glob("*") if path.is_dir()):
         variant, _, seed = own.name.rpartition("-")
-        if folder.name == MACHINERY:
+        if folder.name in ROPE:
             _add_run(found, own, run_of_model(own.name))
         elif seed.isdecimal() and variant in (*VARIANTS, *ROPE_VARIANTS):  # and no folder of something else
             _add_run(found, own, RunName(folder.name, variant, int(seed)))
 
 
-def _add_run(found: Gathered, folder: Path, run: RunName) -> None:
+def _add_run(found: TidyTables, folder: Path, run: RunName) -> None:
     for name, *needed in (("run.json", "sha256"), ("diverged.json",)):
         if (folder / name).is_file():
             found.add_line(RUNS, run, dict(read_json(folder / name, RunResults, *needed)))
@@ -132,7 +133,7 @@ def read_measured(path: Path) -> dict[str, Measured]:
     return found
 
 
-def _add_maximum(found: Gathered, folder: Path) -> None:
+def _add_maximum(found: TidyTables, folder: Path) -> None:
     for path in sorted(folder.glob("seed-*.json")):
         run = RunName(*MAXIMUM_TASK, int(path.stem.removeprefix("seed-")))
         found.add_line(MAXIMUM, run, dict(read_json(path, MaximumResults)))
@@ -140,9 +141,9 @@ def _add_maximum(found: Gathered, folder: Path) -> None:
         found.tables.setdefault("maximum.csv", {})[run] = table.drop(columns="seed", errors="ignore")
 
 
-def read_gathered(folder: Path) -> Gathered:
+def read_gathered(folder: Path) -> TidyTables:
     """The tidy tables of a folder, as text."""
-    found = Gathered()
+    found = TidyTables()
     for path in sorted(folder.glob("*.csv")):
         whole: Any = _text_of(path.read_bytes(), path)
         if missing := [key for key in KEYS if key not in whole]:
@@ -167,7 +168,7 @@ def _text_of(content: bytes, path: Path) -> pd.DataFrame:
         raise PositionsError(f"{path} is damaged ({error}); expected a table.") from error
 
 
-def _merged(old: Gathered, new: Gathered) -> Gathered:
+def _merge(old: TidyTables, new: TidyTables) -> TidyTables:
     """The old rows, but where there are new ones of the same table and run, or new weights."""
     gone = _with_other_weights(old, new)
     refused = {
@@ -185,10 +186,10 @@ def _merged(old: Gathered, new: Gathered) -> Gathered:
     }
     for name, by_key in new.lines.items():
         lines[name] = lines.get(name, {}) | by_key
-    return Gathered(tables, lines)
+    return TidyTables(tables, lines)
 
 
-def _with_other_weights(old: Gathered, new: Gathered) -> set[RunName]:
+def _with_other_weights(old: TidyTables, new: TidyTables) -> set[RunName]:
     """The runs that were trained anew, whether or not they have diverged."""
     before = old.lines.get(RUNS, {})
     trained = {key: described for key, described in new.lines.get(RUNS, {}).items() if key in before}

@@ -2,7 +2,7 @@
 
 An item is a number between 0 and 1 and a class; one head of attention looks for the item with the largest number, and a
 small network names its class. It is trained on 5 to 16 items and tested on up to thousands, with the attention that it
-learned and with `lens_positions.analysis.dispersion.sharpened`, on the same items.
+learned and with `lens_positions.analysis.dispersion.sharpen_scores`, on the same items.
 
     runs/results/maximum/seed-0.csv    accuracy, entropy and largest weight by number of items, with and without
     runs/results/maximum/seed-0.json   configuration, seconds, loss
@@ -24,17 +24,17 @@ from rich.text import Text
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lens_positions.analysis.dispersion import attention_entropy, sharpened
+from lens_positions.analysis.dispersion import attention_entropy, sharpen_scores
 from lens_positions.errors import PositionsError
 from lens_positions.measure.intervals import t_interval
-from lens_positions.progress import tracked
+from lens_positions.progress import track_progress
 from lens_positions.terminal import print_grid, print_line, with_interval
 from lens_positions.training.config import check_number, check_whole
 from lens_positions.training.data import write_whole
 from lens_positions.training.schema import MaximumResults, read_json
 
 from .options import MaximumConfig
-from .suite import say
+from .suite import print_progress
 
 FEWEST, MOST = 5, 16
 """Items in training."""
@@ -58,7 +58,7 @@ class Retriever(nn.Module):
         """Logits of the classes, and the weights that items got."""
         states = self.item(items)
         scores = torch.einsum("bd,bnd->bn", self.q(self.query(query)), self.k(states)) / math.sqrt(states.shape[-1])
-        weights = (sharpened(scores) if sharp else scores).softmax(-1)
+        weights = (sharpen_scores(scores) if sharp else scores).softmax(-1)
         return self.named(torch.einsum("bn,bnd->bd", weights, self.v(states))), weights
 
 
@@ -73,89 +73,89 @@ def draw(
     return features, torch.rand(sets, 1, generator=generator), answers
 
 
-def train_retriever(asked: MaximumConfig, seed: int) -> tuple[Retriever, float]:
+def train_retriever(options: MaximumConfig, seed: int) -> tuple[Retriever, float]:
     """A retriever trained on few items, and its loss over the last hundred steps."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Retriever(asked.classes, asked.width)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=asked.learning_rate, fused=True)
+        model = Retriever(options.classes, options.width)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, fused=True)
     last: list[float] = []
-    for step in tracked(range(asked.steps), f"seed {seed}: training"):
+    for step in track_progress(range(options.steps), f"seed {seed}: training"):
         size = int(torch.randint(FEWEST, MOST + 1, (), generator=generator))
-        items, query, answers = draw(asked.batch_size, size, asked.classes, generator)
+        items, query, answers = draw(options.batch_size, size, options.classes, generator)
         loss = functional.cross_entropy(model(items, query)[0], answers)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step >= asked.steps - 100:
+        if step >= options.steps - 100:
             last.append(float(loss.detach()))
     return model.eval(), sum(last) / max(1, len(last))
 
 
 @torch.no_grad()
-def scored(model: Retriever, asked: MaximumConfig, seed: int) -> pd.DataFrame:
+def score_retriever(model: Retriever, options: MaximumConfig, seed: int) -> pd.DataFrame:
     """A row for each number of items and `temperature` ("learned", "adaptive"): accuracy, entropy, largest weight."""
     rows = []
-    for size in tracked(asked.sizes, f"seed {seed}: testing"):
+    for size in track_progress(options.sizes, f"seed {seed}: testing"):
         generator = torch.Generator().manual_seed(1_000_000 + 1000 * seed + size)
         sums = torch.zeros(2, 3, dtype=torch.float64)
         at_once = max(1, 2**18 // size)
-        for start in range(0, asked.tested, at_once):
-            sets = min(at_once, asked.tested - start)
-            items, query, answers = draw(sets, size, asked.classes, generator)
+        for start in range(0, options.tested, at_once):
+            sets = min(at_once, options.tested - start)
+            items, query, answers = draw(sets, size, options.classes, generator)
             for sharp in (False, True):
                 logits, weights = model(items, query, sharp)
                 right = (logits.argmax(-1) == answers).double()
                 found = torch.stack([right, attention_entropy(weights).double(), weights.amax(-1).double()], dim=-1)
                 sums[int(sharp)] += found.sum(0)
-        for temperature, mean in zip(("learned", "adaptive"), (sums / asked.tested).tolist(), strict=True):
-            row = {"seed": seed, "items": size, "temperature": temperature, "n": asked.tested}
+        for temperature, mean in zip(("learned", "adaptive"), (sums / options.tested).tolist(), strict=True):
+            row = {"seed": seed, "items": size, "temperature": temperature, "n": options.tested}
             rows.append(row | dict(zip(("accuracy", "entropy", "largest"), mean, strict=True)))
     return pd.DataFrame(rows)
 
 
-def maximum(asked: MaximumConfig) -> pd.DataFrame:
+def maximum(options: MaximumConfig) -> pd.DataFrame:
     """Train and test what is not done yet; returns what `accuracy_table` makes of the files.
 
     Raises:
         PositionsError: no seeds or sizes, a number out of range, or damaged files.
     """
-    if len(set(asked.seeds)) < len(asked.seeds) or len(set(asked.sizes)) < len(asked.sizes):
+    if len(set(options.seeds)) < len(options.seeds) or len(set(options.sizes)) < len(options.sizes):
         raise PositionsError("a seed or a size was given twice; expected distinct ones.")
-    check_number("learning_rate", asked.learning_rate)
-    numbers = (asked.steps, asked.batch_size, asked.width, asked.tested, *asked.sizes)
-    if not asked.seeds or not asked.sizes or min(*numbers, asked.classes - 1) < 1 or min(asked.seeds) < 0:
+    check_number("learning_rate", options.learning_rate)
+    numbers = (options.steps, options.batch_size, options.width, options.tested, *options.sizes)
+    if not options.seeds or not options.sizes or min(*numbers, options.classes - 1) < 1 or min(options.seeds) < 0:
         raise PositionsError("a number of the task is too small; expected seeds from 0, 2 classes and all else from 1.")
-    for number in (*numbers, asked.classes, *asked.seeds):
+    for number in (*numbers, options.classes, *options.seeds):
         check_whole("a number of the task", number, 0)
-    asked.results.mkdir(parents=True, exist_ok=True)
-    for seed in asked.seeds:
-        described, table = asked.results / f"seed-{seed}.json", asked.results / f"seed-{seed}.csv"
-        config = {name: value for name, value in asdict(asked).items() if name not in ("seeds", "results")}
+    options.results.mkdir(parents=True, exist_ok=True)
+    for seed in options.seeds:
+        described, table = options.results / f"seed-{seed}.json", options.results / f"seed-{seed}.csv"
+        config = {name: value for name, value in asdict(options).items() if name not in ("seeds", "results")}
         config = json.loads(json.dumps(config))
         if described.is_file() and table.is_file() and read_json(described, MaximumResults)["config"] == config:
-            say(f"seed {seed}: done before")
+            print_progress(f"seed {seed}: done before")
             continue
         if described.is_file():
             raise PositionsError(f"{described} is of another configuration; expected another --results, or none there.")
         began = time.monotonic()
-        model, loss = train_retriever(asked, seed)
-        csv = scored(model, asked, seed).to_csv(index=False, float_format="%.6g").encode()
+        model, loss = train_retriever(options, seed)
+        csv = score_retriever(model, options, seed).to_csv(index=False, float_format="%.6g").encode()
         described.unlink(missing_ok=True)
         write_whole(table, lambda file, csv=csv: file.write(csv))  # type: ignore[misc]
-        text = {"command": _command(asked, seed), "config": config, "loss": round(loss, 6)}
+        text = {"command": _command(options, seed), "config": config, "loss": round(loss, 6)}
         text |= {"seconds": math.ceil(time.monotonic() - began)}
         written = (json.dumps(text, indent=2) + "\n").encode()
         write_whole(described, lambda file, written=written: file.write(written))  # type: ignore[misc]
-    return accuracy_table(pd.concat([pd.read_csv(asked.results / f"seed-{seed}.csv") for seed in asked.seeds]))
+    return accuracy_table(pd.concat([pd.read_csv(options.results / f"seed-{seed}.csv") for seed in options.seeds]))
 
 
-def _command(asked: MaximumConfig, seed: int) -> str:
+def _command(options: MaximumConfig, seed: int) -> str:
     """What trains and tests this seed again."""
     words = ["lens-positions", "experiments", "maximum", "--seeds", str(seed)]
-    for field in fields(asked):
-        value = getattr(asked, field.name)
+    for field in fields(options):
+        value = getattr(options, field.name)
         if field.name not in ("seeds", "results") and value != field.default:
             words += [f"--{field.name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
     return shlex.join(words)

@@ -34,13 +34,13 @@ from lens_positions.analysis.token_kinds import increments_by_category
 from lens_positions.analysis.two_word_names import NAMES, entity_grouping, matched_pairs
 from lens_positions.analysis.word_boundaries import Association, gap_areas, gap_increments, gaps_of, mutual_information
 from lens_positions.errors import PositionsError
-from lens_positions.measure.corpus_reader import Reading, read
+from lens_positions.measure.corpus_reader import CorpusIncrements, read_corpus
 from lens_positions.model import HookedPositionTransformer
 from lens_positions.training.data import write_whole
 
 from .gather import read_measured
 from .options import STAGED, MeasureConfig
-from .suite import commit, finished, read_results, say, weights_of
+from .suite import commit, is_finished, print_progress, read_results, weights_of
 
 CHARACTERS = 60_000
 ABLATED_CHARACTERS = 10_000
@@ -52,7 +52,7 @@ class Text:
     @cached_property
     def segmented(self) -> list[list[str]]:
         """The words of held-out lines of the People's Daily, as people segmented them."""
-        return corpora.segmented_heldout()
+        return corpora.heldout_segmentation()
 
     @cached_property
     def by_jieba(self) -> list[list[str]]:
@@ -101,14 +101,14 @@ class Subject:
         self.model, self.text = model, text
 
     @cached_property
-    def prose(self) -> Reading:
+    def prose(self) -> CorpusIncrements:
         """The increments of English and Chinese."""
-        return read(self.model, self.text.prose)
+        return read_corpus(self.model, self.text.prose)
 
     @cached_property
-    def code(self) -> Reading:
+    def code(self) -> CorpusIncrements:
         """The increments of Python."""
-        return read(self.model, self.text.code)
+        return read_corpus(self.model, self.text.code)
 
     @cached_property
     def heads(self) -> pd.DataFrame:
@@ -160,7 +160,7 @@ MEASUREMENTS: dict[str, tuple[Callable[[Subject], pd.DataFrame], str]] = {
 """Each measurement, and the command that prints it (or the first half of it, where two texts are measured)."""
 
 
-def measure(asked: MeasureConfig) -> list[str]:
+def measure(options: MeasureConfig) -> list[str]:
     """Measure what is not measured yet, and return the names of the runs that are measured and whose weights are here.
 
     A file is written when its measurement is done, so that an interruption loses one measurement at most. A run whose
@@ -169,14 +169,14 @@ def measure(asked: MeasureConfig) -> list[str]:
     Raises:
         PositionsError: no scored run with increments of its own, or an unknown one, or an unknown measurement.
     """
-    if wrong := set(asked.tables) - set(MEASUREMENTS):
+    if wrong := set(options.tables) - set(MEASUREMENTS):
         raise PositionsError(f"there is no measurement {min(wrong)!r}; expected some of {', '.join(MEASUREMENTS)}.")
-    runs = asked.output or Path("runs/suite") / asked.preset
-    results = asked.results or STAGED / asked.preset
+    runs = options.output or Path("runs/suite") / options.preset
+    results = options.results or STAGED / options.preset
     scored = [path.parent for path in sorted(results.glob("*/run.json"))]
-    if unknown := set(asked.only) - {folder.name for folder in scored}:
+    if unknown := set(options.only) - {folder.name for folder in scored}:
         raise PositionsError(f"{results} has no scored run {min(unknown)!r}; expected one that the suite has finished.")
-    chosen = [folder for folder in scored if not asked.only or folder.name in asked.only]
+    chosen = [folder for folder in scored if not options.only or folder.name in options.only]
     chosen = [folder for folder in chosen if read_results(folder / "run.json", "variant")["variant"] != "static"]
     if not chosen:
         raise PositionsError(
@@ -184,11 +184,11 @@ def measure(asked: MeasureConfig) -> list[str]:
             "lens-positions experiments suite before."
         )
     text, measured = Text(), []
-    names = [name for name in MEASUREMENTS if name in asked.tables or not asked.tables]
+    names = [name for name in MEASUREMENTS if name in options.tables or not options.tables]
     for number, folder in enumerate(chosen, 1):
         run = runs / folder.name
-        if not finished(run):
-            say(f"{folder.name}: its weights are not in {run}; what was measured stays")
+        if not is_finished(run):
+            print_progress(f"{folder.name}: its weights are not in {run}; what was measured stays")
             continue
         _measure(run, folder, text, names, f"{folder.name} ({number} of {len(chosen)})")
         measured.append(folder.name)
@@ -245,4 +245,4 @@ def measure_left(
         done[name] = entry | {"seconds": math.ceil(seconds), "git": commit()}
         written = (json.dumps(done, indent=2) + "\n").encode()
         write_whole(described, lambda file, written=written: file.write(written))  # type: ignore[misc]
-        say(f"{title}: {name}, {seconds:.0f} s")
+        print_progress(f"{title}: {name}, {seconds:.0f} s")

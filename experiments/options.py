@@ -47,7 +47,7 @@ et al.), a base as NTK scaling by 8 makes it of 10,000 in heads of 32 (10,000 * 
 SHIPPED = {"bilingual-rope": "static", "bilingual-shared": "shared", "bilingual-per-layer": "per_layer"}
 """What is shipped: the name in the package, and the variant of the suite."""
 
-MEASURED = (
+RUN_TABLES = (
     "boundaries",
     "kinds",
     "kinds_code",
@@ -61,7 +61,7 @@ MEASURED = (
 )
 """What `measure` measures of a run."""
 
-OF_ROPE = (
+ROPE_TABLES = (
     "increments",
     "norms",
     "positional",
@@ -74,7 +74,7 @@ OF_ROPE = (
     "dispersion",
     "temperature",
 )
-"""What `machinery` measures of a model."""
+"""What `measure_rope` measures of a model."""
 
 
 STAGED = Path("runs/results")
@@ -133,7 +133,7 @@ class MeasureConfig:
 
 
 @dataclass(frozen=True)
-class MachineryConfig:
+class RopeConfig:
     """What is measured.
 
     Args:
@@ -145,7 +145,7 @@ class MachineryConfig:
 
     models: tuple[str, ...] = ()
     runs: Path = Path("runs/suite/tiny")
-    results: Path = STAGED / "machinery"
+    results: Path = STAGED / "rope"
     tables: tuple[str, ...] = ()
 
 
@@ -181,7 +181,7 @@ class GatherConfig:
     """What is gathered from where.
 
     Args:
-        files: what suites and measurements left: a folder for each suite, and the folders machinery and maximum.
+        files: what suites and measurements left: a folder for each suite, and the folders rope and maximum.
         results: the folder of the tidy tables.
     """
 

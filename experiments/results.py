@@ -34,10 +34,10 @@ from .findings import (
     what_increments_cause,
     word_boundaries,
 )
-from .findings_rope import ROPE_FINDINGS, Machinery
+from .findings_rope import ROPE_FINDINGS, RopeResults
 from .markdown import grid, page
 from .options import ROPE_VARIANTS, VARIANTS, ResultsConfig
-from .suite import say
+from .suite import print_progress
 from .tables import MEASURED, RUNS, read_tables
 
 DRAWN = "bilingual-per-layer"
@@ -61,50 +61,49 @@ class Figure:
     shows: str
 
 
-def write_results(asked: ResultsConfig) -> Path:
+def write_results(options: ResultsConfig) -> Path:
     """Write RESULTS.md and its figures.
 
     Raises:
         PositionsError: there are no results.
     """
-    results = read_tables(asked.results)
-    if not any(run.suite == asked.preset and "step" not in of for run, of in results.runs.items()):
+    results = read_tables(options.results)
+    if not any(run.suite == options.preset and "step" not in of for run, of in results.runs.items()):
         raise PositionsError(
-            f"{asked.results} has no results of runs of {asked.preset}; expected lens-positions experiments suite, and "
-            "gather, before."
+            f"{options.results} has no results of runs of {options.preset}; expected lens-positions experiments suite, "
+            "and gather, before."
         )
-    if not asked.output.parent.is_dir() or not asked.figures.is_dir():
+    if not options.output.parent.is_dir() or not options.figures.is_dir():
         raise PositionsError(
-            f"{asked.output} or {asked.figures} cannot be written; expected existing folders for both."
+            f"{options.output} or {options.figures} cannot be written; expected existing folders for both."
         )
     try:
-        suite, beside = Suite(results, asked.preset), Suite(results, asked.beside)
-        text = _page(suite, beside, Machinery(results, suite), asked)
+        suite, beside = Suite(results, options.preset), Suite(results, options.beside)
+        text = _page(suite, beside, RopeResults(results, suite), options)
     except (KeyError, IndexError) as error:
         raise PositionsError(
-            f"a file in {asked.results} lacks {error}; expected what suite, measure, machinery and maximum wrote."
+            f"a file in {options.results} lacks {error}; expected what suite, measure, rope and maximum wrote."
         ) from error
     except (TypeError, ValueError) as error:  # a table with text where a number belongs, or the other way round
         if isinstance(error, PositionsError):
             raise
         raise PositionsError(
-            f"a file in {asked.results} is damaged ({error}); expected what suite, measure, machinery and maximum "
-            "wrote."
+            f"a file in {options.results} is damaged ({error}); expected what suite, measure, rope and maximum wrote."
         ) from error
-    write_whole(asked.output, lambda file: file.write(text.encode()))
-    return asked.output
+    write_whole(options.output, lambda file: file.write(text.encode()))
+    return options.output
 
 
-def _page(suite: Suite, beside: Suite, machinery: Machinery, asked: ResultsConfig) -> str:
+def _page(suite: Suite, beside: Suite, rope_results: RopeResults, options: ResultsConfig) -> str:
     """The text of RESULTS.md; its figures are drawn."""
     setting = _setting(suite)  # this and the traces first, so that no figure is drawn where a description is damaged
-    traces = _traces([suite, beside], machinery, asked)
-    findings, rope = [find(suite) for find in FINDINGS], [find(machinery) for find in ROPE_FINDINGS]
+    traces = _traces([suite, beside], rope_results, options)
+    findings, rope = [find(suite) for find in FINDINGS], [find(rope_results) for find in ROPE_FINDINGS]
     if all(finding.verdict == "not measured" for finding in rope):
         rope = []
-    figures = [*_draw_sentences(asked), *_draw_losses(suite, asked), *_draw_boundaries(suite, asked)]
-    drawn = _drawn([*findings, *rope], asked)
-    told = _beside(beside, asked) if beside.runs("static") else None
+    figures = [*_draw_sentences(options), *_draw_losses(suite, options), *_draw_boundaries(suite, options)]
+    drawn = _draw_figures([*findings, *rope], options)
+    told = _beside(beside, options) if beside.runs("static") else None
     values = {"setting": setting, "findings": findings, "figures": figures, "drawn": drawn, "beside": told}
     return page("results.md.jinja", **values, rope=rope, **traces)
 
@@ -122,19 +121,19 @@ def _setting(suite: Suite) -> str:
     )
 
 
-def _drawn(findings: Iterable[Finding], asked: ResultsConfig) -> dict[str, Figure]:
+def _draw_figures(findings: Iterable[Finding], options: ResultsConfig) -> dict[str, Figure]:
     """The figures of findings, by their titles."""
     drawn = {}
     for finding in findings:
         if finding.figure is not None:
             name, shows, draw = finding.figure
-            path = asked.figures / f"results_{name}.png"
+            path = options.figures / f"results_{name}.png"
             draw(path)
             drawn[finding.title] = Figure(path, shows)
     return drawn
 
 
-def _beside(suite: Suite, asked: ResultsConfig) -> dict[str, Any]:
+def _beside(suite: Suite, options: ResultsConfig) -> dict[str, Any]:
     """The findings of another suite, those that it has, in short."""
     findings = {find: find(suite) for find in FINDINGS if find is not grafts}
     note = findings[loss_neutral].blocks[-1]
@@ -144,18 +143,18 @@ def _beside(suite: Suite, asked: ResultsConfig) -> dict[str, Any]:
         "losses": [losses(suite, only_run=True), note],
         "findings": list(findings.values()),
         "detailed": [findings[find] for find in DETAILED],
-        "figures": _draw_boundaries(suite, asked),
+        "figures": _draw_boundaries(suite, options),
     }
 
 
-def _traces(suites: list[Suite], machinery: Machinery, asked: ResultsConfig) -> dict[str, Any]:
+def _traces(suites: list[Suite], rope_results: RopeResults, options: ResultsConfig) -> dict[str, Any]:
     """What was run, on which weights, by which code, and the commands."""
     return {
-        "runs_file": (asked.results / RUNS).as_posix(),
-        "measured_file": (asked.results / MEASURED).as_posix(),
+        "runs_file": (options.results / RUNS).as_posix(),
+        "measured_file": (options.results / MEASURED).as_posix(),
         "runs": _runs(suites),
-        "measured": _measured(machinery),
-        "commands": _commands(suites, machinery),
+        "measured": _measured_models(rope_results),
+        "commands": _commands(suites, rope_results),
     }
 
 
@@ -171,7 +170,7 @@ def _runs(suites: list[Suite]) -> pd.DataFrame:
     return grid(["run", "command", "parameters", "weights (sha256)", "commit", "torch", "device"], rows)
 
 
-def _commands(suites: list[Suite], machinery: Machinery) -> list[str]:
+def _commands(suites: list[Suite], rope_results: RopeResults) -> list[str]:
     """What makes all this again, in order."""
     commands = []
     for suite in suites:
@@ -181,16 +180,16 @@ def _commands(suites: list[Suite], machinery: Machinery) -> list[str]:
         if suite.runs("static"):
             commands.append(f"measure --preset {suite.name}")
     commands += ["gather", "ship"]
-    of_rope = ["rope"] if machinery.measured() else []
-    of_maximum = ["maximum"] if not machinery.tests().empty else []
+    of_rope = ["rope"] if rope_results.measured() else []
+    of_maximum = ["maximum"] if not rope_results.tests().empty else []
     again = ["gather"] if of_rope or of_maximum else []
     return [*commands, *of_rope, *of_maximum, *again, "results"]
 
 
-def _measured(machinery: Machinery) -> pd.DataFrame | None:
+def _measured_models(rope_results: RopeResults) -> pd.DataFrame | None:
     """The weights behind the tables of RoPE itself, and the code that measured them; None without any."""
     rows = []
-    for model, done in machinery.measured().items():
+    for model, done in rope_results.measured().items():
         weights = {sha256[:12] for entry in done.values() for sha256 in entry["sha256"].values()}
         commits = {_commit(entry["git"]) for entry in done.values()}
         rows.append([f"`{model}`", ", ".join(sorted(weights)), ", ".join(sorted(commits))])
@@ -210,25 +209,25 @@ def _run_together(suite: Suite) -> dict[tuple[int, ...], list[str]]:
     return together
 
 
-def _draw_sentences(asked: ResultsConfig) -> list[Figure]:
+def _draw_sentences(options: ResultsConfig) -> list[Figure]:
     """The sentences as the shipped model places them; figures stay as they are where there is no font for one."""
     if DRAWN not in shipped_names():
         return []
     figures = []
     model = HookedPositionTransformer.from_pretrained(DRAWN)
     for language, sentence in SENTENCES.items():
-        path = asked.figures / f"results_{language}.png"
+        path = options.figures / f"results_{language}.png"
         try:
             spacing(model, sentence, path=path)
         except MissingFontError as error:
-            say(f"{path} was not drawn: {error}")
+            print_progress(f"{path} was not drawn: {error}")
         title = language.capitalize()
         shows = f"{title}: characters of a sentence at their learned positions, one row a layer, in {DRAWN}"
         figures.append(Figure(path, shows))
     return figures
 
 
-def _draw_losses(suite: Suite, asked: ResultsConfig) -> list[Figure]:
+def _draw_losses(suite: Suite, options: ResultsConfig) -> list[Figure]:
     """The losses beside static's, where some are paired with it."""
     rows = []
     for variant in list(VARIANTS)[1:]:
@@ -250,12 +249,12 @@ def _draw_losses(suite: Suite, asked: ResultsConfig) -> list[Figure]:
         f"Preset {suite.name}; {static['bytes']:,.0f} held-out bytes of {static['documents']:,.0f} documents, "
         "English and Chinese; in brackets the number of seeds. Intervals: 95%."
     )
-    path = asked.figures / f"results_losses_{suite.name}.png"
+    path = options.figures / f"results_losses_{suite.name}.png"
     differences_chart(pd.DataFrame(rows), "Loss of each source minus static RoPE", "nats per byte", caption, path)
     return [Figure(path, "Loss of each source minus that of static RoPE")]
 
 
-def _draw_boundaries(suite: Suite, asked: ResultsConfig) -> list[Figure]:
+def _draw_boundaries(suite: Suite, options: ResultsConfig) -> list[Figure]:
     """The areas under the ROC curve by layer, where they were measured."""
     tables = []
     for variant in ("per_layer", "shared"):
@@ -271,6 +270,6 @@ def _draw_boundaries(suite: Suite, asked: ResultsConfig) -> list[Figure]:
         "held-out lines of the People's Daily, segmented by people; a line each seed. Mutual information: of the two "
         "characters, from the training text. Intervals: 95% of resamples of lines."
     )
-    path = asked.figures / f"results_boundaries_{suite.name}.png"
+    path = options.figures / f"results_boundaries_{suite.name}.png"
     auc_chart(found, "Increments at Chinese word boundaries", caption, path)
     return [Figure(path, "Area under the ROC curve of increments at Chinese word boundaries, by layer")]

@@ -1,17 +1,17 @@
 """How models use RoPE itself: frequencies, absolute position and dispersion, kept as small files;
 `gather` makes tidy tables of them.
 
-    machinery/smollm2-135m-instruct/norms.csv       norms of queries and keys by frequency, layer and head
-    machinery/smollm2-135m-instruct/positional.csv  heads that attend to a fixed offset
-    machinery/smollm2-135m-instruct/truncated.csv   the loss without the lowest, or the highest, frequencies
-    machinery/smollm2-135m-instruct/absolute.csv    the two parts of absolute position
-    machinery/bilingual-shared/increments.csv       increments by layer and kind of token
-    machinery/bilingual-shared/held.csv             the same with positions on a ruler of equal steps
-    machinery/smollm2-135m-instruct/drops.csv       what goes with the first token's embedding
-    machinery/smollm2-135m-instruct/sinks.csv       attention to position 0
-    machinery/smollm2-135m-instruct/fingerprints.csv  how alike its states are
-    machinery/smollm2-135m-instruct/dispersion.csv  entropy by number of items
-    machinery/smollm2-135m-instruct/temperature.csv the loss with an adaptive temperature, by length
+    rope/smollm2-135m-instruct/norms.csv       norms of queries and keys by frequency, layer and head
+    rope/smollm2-135m-instruct/positional.csv  heads that attend to a fixed offset
+    rope/smollm2-135m-instruct/truncated.csv   the loss without the lowest, or the highest, frequencies
+    rope/smollm2-135m-instruct/absolute.csv    the two parts of absolute position
+    rope/bilingual-shared/increments.csv       increments by layer and kind of token
+    rope/bilingual-shared/held.csv             the same with positions on a ruler of equal steps
+    rope/smollm2-135m-instruct/drops.csv       what goes with the first token's embedding
+    rope/smollm2-135m-instruct/sinks.csv       attention to position 0
+    rope/smollm2-135m-instruct/fingerprints.csv  how alike its states are
+    rope/smollm2-135m-instruct/dispersion.csv  entropy by number of items
+    rope/smollm2-135m-instruct/temperature.csv the loss with an adaptive temperature, by length
 
 Models are the shipped ones, SmolLM2-135M, and finished runs of a suite: RoPE, its variants, and learned increments,
 whose seeds say what a difference between shipped models is worth. All text is held out, and English.
@@ -40,8 +40,8 @@ from lens_positions.measure.corpus_reader import WINDOW
 from lens_positions.model import HookedPositionTransformer
 
 from .measure import measure_left
-from .options import ROPE_VARIANTS, MachineryConfig
-from .suite import finished
+from .options import ROPE_VARIANTS, RopeConfig
+from .suite import is_finished
 
 SMOLLM2 = "smollm2-135m-instruct"
 CHARACTERS = 60_000
@@ -67,7 +67,7 @@ def _pieces() -> list[str]:
     return corpora.heldout_pieces("english", PIECES)
 
 
-def _truncated(model: HookedPositionTransformer) -> pd.DataFrame:
+def _losses_truncated(model: HookedPositionTransformer) -> pd.DataFrame:
     """The loss at one length with a part of the frequencies."""
     length = (min(model.cfg.n_ctx, WINDOW),)
     tables = [
@@ -86,7 +86,7 @@ def _increments(model: HookedPositionTransformer) -> pd.DataFrame:
     return increments_by_category(model, _texts())
 
 
-def _held(model: HookedPositionTransformer) -> pd.DataFrame:
+def _absolute_with_even_positions(model: HookedPositionTransformer) -> pd.DataFrame:
     """Absolute position on a ruler of each text's own mean step, so that the rotation can leak nothing."""
     if model.position_config.source == "static":
         raise PositionsError("the positions of this model are held as they are; expected learned increments.")
@@ -102,9 +102,9 @@ MEASUREMENTS: dict[str, Callable[[HookedPositionTransformer], pd.DataFrame]] = {
     "increments": _increments,
     "norms": lambda model: frequency_norms(model, _texts()),
     "positional": lambda model: positional_heads(model, _texts()),
-    "truncated": _truncated,
+    "truncated": _losses_truncated,
     "absolute": lambda model: absolute_variation(model, _pieces()),
-    "held": _held,
+    "held": _absolute_with_even_positions,
     "drops": lambda model: replacement_effects(model, _pieces()),
     "sinks": lambda model: attention_sinks(model, _pieces()),
     "fingerprints": lambda model: fingerprints(model, _pieces()),
@@ -113,7 +113,7 @@ MEASUREMENTS: dict[str, Callable[[HookedPositionTransformer], pd.DataFrame]] = {
 }
 
 
-def machinery(asked: MachineryConfig) -> list[str]:
+def measure_rope(options: RopeConfig) -> list[str]:
     """Measure what is not measured yet, and return the names of the folders.
 
     A table is written when it is done, so that an interruption loses one at most.
@@ -121,21 +121,21 @@ def machinery(asked: MachineryConfig) -> list[str]:
     Raises:
         PositionsError: an unknown measurement, or a model that cannot be loaded.
     """
-    if wrong := set(asked.tables) - set(MEASUREMENTS):
+    if wrong := set(options.tables) - set(MEASUREMENTS):
         raise PositionsError(f"there is no measurement {min(wrong)!r}; expected some of {', '.join(MEASUREMENTS)}.")
-    if asked.runs != MachineryConfig.runs and not asked.runs.is_dir():
-        raise PositionsError(f"there is no folder {asked.runs}; expected one with runs of a suite.")
-    runs = [] if asked.models else _finished_runs(asked.runs)
+    if options.runs != RopeConfig.runs and not options.runs.is_dir():
+        raise PositionsError(f"there is no folder {options.runs}; expected one with runs of a suite.")
+    runs = [] if options.models else _finished_runs(options.runs)
     found = []
-    for number, given in enumerate([*(asked.models or (*shipped_names(), SMOLLM2)), *runs], 1):
+    for number, given in enumerate([*(options.models or (*shipped_names(), SMOLLM2)), *runs], 1):
         usual = OF_RUNS if given in runs else MEASUREMENTS
-        names = [name for name in MEASUREMENTS if name in (asked.tables or usual)]
+        names = [name for name in MEASUREMENTS if name in (options.tables or usual)]
         path = Path(given)
         name = "-".join(path.parts[-3:-1]) if path.name == "model" else path.name  # tiny-static-0
         model = HookedPositionTransformer.from_pretrained(given)
         command = f"lens-positions experiments rope --models {given} --tables"
         tables = {table: (partial(MEASUREMENTS[table], model), f"{command} {table}") for table in names}
-        folder = asked.results / name
+        folder = options.results / name
         folder.mkdir(parents=True, exist_ok=True)
         measure_left(tables, folder, {"model": fingerprint(model.original_model)}, f"{name} ({number})")
         found.append(name)
@@ -148,5 +148,5 @@ def _finished_runs(runs: Path) -> list[str]:
         str(run / "model")
         for variant in COMPARED
         for run in sorted(runs.glob(f"{variant}-[0-9]*"))
-        if run.is_dir() and finished(run)
+        if run.is_dir() and is_finished(run)
     ]

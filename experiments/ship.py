@@ -25,15 +25,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lens_positions.checkpoint import load_pretrained
-from lens_positions.checkpoint_files import replaced_folder, seal
+from lens_positions.checkpoint_files import replacement_folder, seal
 from lens_positions.errors import PositionsError
 from lens_positions.training.checkpoints import refuse_other
-from lens_positions.training.config import TrainConfig, updated
+from lens_positions.training.config import TrainConfig, update_config
 from lens_positions.training.data import TokenizedCorpus, heldout_sources, tokenize_corpus
 
 from .markdown import grid, page
 from .options import SHIPPED, ShipConfig
-from .suite import evaluate_lengths, finished, paired_difference, read_scores, scores_by_seed, weights_of
+from .suite import evaluate_lengths, is_finished, paired_difference, read_scores, scores_by_seed, weights_of
 from .tables import RunName, Tables, read_tables
 
 ROPE = "bilingual-rope"
@@ -59,7 +59,7 @@ INCREMENTS = {
 }
 
 
-def ship(asked: ShipConfig) -> dict[str, pd.DataFrame]:
+def ship(options: ShipConfig) -> dict[str, pd.DataFrame]:
     """Write every model of SHIPPED, score what was written, and return what `score_table` finds of each.
 
     Raises:
@@ -67,64 +67,64 @@ def ship(asked: ShipConfig) -> dict[str, pd.DataFrame]:
             their text is not the bilingual corpus as it is here, or there are other files in the way. Nothing is
             written then.
     """
-    results = read_tables(asked.results)
-    described = {name: _scored_run(asked, results, variant) for name, variant in SHIPPED.items()}
-    _refuse_different(asked, described)
+    results = read_tables(options.results)
+    described = {name: _scored_run(options, results, variant) for name, variant in SHIPPED.items()}
+    _refuse_different(options, described)
     for name in SHIPPED:
-        _refuse_other_files(asked.output / name)
-    config = updated(TrainConfig(), described[ROPE]["config"], str(_run(asked, "static")))
+        _refuse_other_files(options.output / name)
+    config = update_config(TrainConfig(), described[ROPE]["config"], str(_run(options, "static")))
     corpus = tokenize_corpus(
-        config.corpus, asked.cache, text_column=config.text_column, max_bytes=config.max_bytes, tokenizer=None
+        config.corpus, options.cache, text_column=config.text_column, max_bytes=config.max_bytes, tokenizer=None
     )
-    refuse_other(_run(asked, "static"), {"corpus_fingerprint": corpus.fingerprint})
+    refuse_other(_run(options, "static"), {"corpus_fingerprint": corpus.fingerprint})
     sources = np.array(heldout_sources(config, corpus))
     tables = {}
     with ExitStack() as whole:
-        staged = {name: whole.enter_context(replaced_folder(asked.output / name)) for name in SHIPPED}
+        staged = {name: whole.enter_context(replacement_folder(options.output / name)) for name in SHIPPED}
         for name, variant in SHIPPED.items():
             folder = staged[name]
-            _write_rounded(_run(asked, variant) / "model", folder)
+            _write_rounded(_run(options, variant) / "model", folder)
             _write_scores(folder, name, corpus, config.model.n_ctx, sources)
             (folder / "run.json").write_text(json.dumps(described[name], indent=2) + "\n", "utf-8")
-            exact = scores_by_seed(results, asked.preset, variant)[asked.seed]
-            tables[name] = score_table(folder, exact, staged[ROPE], _run(asked, variant).name)
-            command = ["lens-positions", "experiments", "ship", *_options(asked)]
+            exact = scores_by_seed(results, options.preset, variant)[options.seed]
+            tables[name] = score_table(folder, exact, staged[ROPE], _run(options, variant).name)
+            command = ["lens-positions", "experiments", "ship", *_options(options)]
             (folder / "CARD.md").write_text(card(name, described[name], tables[name], shlex.join(command)), "utf-8")
     return tables
 
 
-def _run(asked: ShipConfig, variant: str) -> Path:
-    runs = asked.runs or Path("runs/suite") / asked.preset
-    return runs / f"{variant}-{asked.seed}"
+def _run(options: ShipConfig, variant: str) -> Path:
+    runs = options.runs or Path("runs/suite") / options.preset
+    return runs / f"{variant}-{options.seed}"
 
 
-def _options(asked: ShipConfig) -> list[str]:
-    given = {field.name: str(getattr(asked, field.name)) for field in fields(asked)}
-    return [word for f in fields(asked) if given[f.name] != str(f.default) for word in (f"--{f.name}", given[f.name])]
+def _options(options: ShipConfig) -> list[str]:
+    given = {field.name: str(getattr(options, field.name)) for field in fields(options)}
+    return [word for f in fields(options) if given[f.name] != str(f.default) for word in (f"--{f.name}", given[f.name])]
 
 
-def _scored_run(asked: ShipConfig, results: Tables, variant: str) -> dict[str, Any]:
+def _scored_run(options: ShipConfig, results: Tables, variant: str) -> dict[str, Any]:
     """What is known of a finished run, whose scores are those of its weights."""
-    run = _run(asked, variant)
+    run = _run(options, variant)
     if not (run / "training.json").is_file():
         raise PositionsError(f"there is no run {run}; expected one that lens-positions experiments suite trained.")
-    if not finished(run):
+    if not is_finished(run):
         raise PositionsError(
             f"the run {run} is not finished; expected lens-positions experiments suite to have ended it."
         )
-    name = RunName(asked.preset, variant, asked.seed)
+    name = RunName(options.preset, variant, options.seed)
     described = dict(results.runs.get(name, {}))
     if described.get("sha256") != weights_of(run) or results.table("heldout", name) is None:
         raise PositionsError(
-            f"{asked.results} has no scores of the weights in {run}; expected those that lens-positions experiments "
+            f"{options.results} has no scores of the weights in {run}; expected those that lens-positions experiments "
             "suite writes, gathered."
         )
     if missing := [field for field in CARD_FIELDS if field not in described]:
-        raise PositionsError(f"{asked.results} has no {missing[0]} of {name}; expected what the suite wrote.")
+        raise PositionsError(f"{options.results} has no {missing[0]} of {name}; expected what the suite wrote.")
     return described
 
 
-def _refuse_different(asked: ShipConfig, described: dict[str, dict[str, Any]]) -> None:
+def _refuse_different(options: ShipConfig, described: dict[str, dict[str, Any]]) -> None:
     """Refuse runs that differ in more than where increments come from, and text that the names do not say."""
 
     def in_common(run: dict[str, Any]) -> dict[str, Any]:
@@ -139,12 +139,12 @@ def _refuse_different(asked: ShipConfig, described: dict[str, dict[str, Any]]) -
         for field, value in first.items():
             if other.get(field) != value:
                 raise PositionsError(
-                    f"{_run(asked, variant)} was trained with {field} {other.get(field)} and {_run(asked, 'static')} "
-                    f"with {value}; expected runs that differ in their increments alone."
+                    f"{_run(options, variant)} was trained with {field} {other.get(field)} and "
+                    f"{_run(options, 'static')} with {value}; expected runs that differ in their increments alone."
                 )
     if first["corpus"] != "bilingual":
         raise PositionsError(
-            f"{_run(asked, 'static')} was trained on {first['corpus']}; expected bilingual, as the names "
+            f"{_run(options, 'static')} was trained on {first['corpus']}; expected bilingual, as the names "
             f"{', '.join(SHIPPED)} say."
         )
 
@@ -217,7 +217,7 @@ def card(name: str, described: dict[str, Any], table: pd.DataFrame, command: str
         table: what `score_table` finds.
         command: what ships it.
     """
-    config = updated(TrainConfig(), described["config"], "run.json")
+    config = update_config(TrainConfig(), described["config"], "run.json")
     positions = config.model.positions
     bound = f"between 0 and {positions.max_increment:g} positions"
     spans = {"sigmoid": f"{bound} (sigmoid)", "softplus": "positive (softplus)", "none": "of either sign"}

@@ -34,13 +34,13 @@ from rich.console import Console
 from rich.text import Text
 
 from lens_positions import __version__
-from lens_positions.checkpoint import load_pretrained, replaced_folder
+from lens_positions.checkpoint import load_pretrained, replacement_folder
 from lens_positions.checkpoint_files import sha256_of_file
 from lens_positions.errors import PositionsError
-from lens_positions.measure.intervals import drawn_means, interval_of, resamples, t_interval
-from lens_positions.progress import tracked
+from lens_positions.measure.intervals import bootstrap_means, interval_of, resamples, t_interval
+from lens_positions.progress import track_progress
 from lens_positions.terminal import print_grid, print_line
-from lens_positions.training.checkpoints import logged, read_description, refuse_other
+from lens_positions.training.checkpoints import read_description, read_evaluations, refuse_other
 from lens_positions.training.config import TrainConfig, changes, load_preset, to_json
 from lens_positions.training.data import (
     TokenizedCorpus,
@@ -79,7 +79,7 @@ class SuiteRun:
     command: str
 
 
-def suite(asked: SuiteConfig) -> pd.DataFrame:
+def suite(options: SuiteConfig) -> pd.DataFrame:
     """Train and score what is left to do, print the comparison of what is finished, and return it.
 
     Runs that another process holds are left to it. A run that diverged is recorded, and not tried again.
@@ -95,13 +95,13 @@ def suite(asked: SuiteConfig) -> pd.DataFrame:
     state: Any = PartialState(cpu=not torch.accelerator.is_available())
     if state.num_processes > 1:
         raise PositionsError(f"the suite was started in {state.num_processes} joint processes; expected one.")
-    runs = planned(asked)
+    runs = plan_runs(options)
     results = runs[0].results.parent
-    _refuse_other_results(results, _common(asked, load_preset(asked.preset)))
+    _refuse_other_results(results, _common(options, load_preset(options.preset)))
 
     @cache
     def corpus() -> TokenizedCorpus:
-        return _corpus(runs[0].config, asked.cache)
+        return _corpus(runs[0].config, options.cache)
 
     left = list(enumerate(runs, 1))
     while left:
@@ -115,44 +115,46 @@ def suite(asked: SuiteConfig) -> pd.DataFrame:
         print_losses(table)
     if left:
         names = ", ".join(run.folder.name for _, run in left)
-        say(f"not finished: {names}; another process has them, or a run that they need did not end")
+        print_progress(f"not finished: {names}; another process has them, or a run that they need did not end")
     return table
 
 
-def planned(asked: SuiteConfig) -> list[SuiteRun]:
+def plan_runs(options: SuiteConfig) -> list[SuiteRun]:
     """The runs of a suite: all variants of the first seed, then those of the next.
 
     Raises:
         PositionsError: as `suite`.
     """
-    preset = load_preset(asked.preset)
+    preset = load_preset(options.preset)
     known = [*VARIANTS, *ROPE_VARIANTS]
-    if unknown := [name for name in asked.variants if name not in known]:
+    if unknown := [name for name in options.variants if name not in known]:
         raise PositionsError(f"there is no variant {unknown[0]!r}; expected some of {', '.join(known)}.")
-    if not asked.variants or not asked.seeds or len(set(asked.seeds)) < len(asked.seeds):
-        given = f"variants {' '.join(asked.variants) or 'none'} and seeds {' '.join(map(str, asked.seeds)) or 'none'}"
+    if not options.variants or not options.seeds or len(set(options.seeds)) < len(options.seeds):
+        given = (
+            f"variants {' '.join(options.variants) or 'none'} and seeds {' '.join(map(str, options.seeds)) or 'none'}"
+        )
         raise PositionsError(f"the suite got {given}; expected at least one of each, and distinct seeds.")
-    output = asked.output or Path("runs/suite") / asked.preset
-    results = asked.results or STAGED / asked.preset
-    common = _common(asked, preset)
+    output = options.output or Path("runs/suite") / options.preset
+    results = options.results or STAGED / options.preset
+    common = _common(options, preset)
     runs = []
-    for seed in asked.seeds:
+    for seed in options.seeds:
         shared = output / f"shared-{seed}"
-        for variant in (name for name in known if name in asked.variants):
+        for variant in (name for name in known if name in options.variants):
             folder = output / f"{variant}-{seed}"
             frozen = variant in FROM_SHARED
-            if frozen and not ("shared" in asked.variants or finished(shared) or finished(folder)):
+            if frozen and not ("shared" in options.variants or is_finished(shared) or is_finished(folder)):
                 raise PositionsError(
                     f"{variant} at seed {seed} needs {shared}, which is not finished; expected the variant shared as "
                     "well."
                 )
-            config = replace(_of_variant(common, variant), seed=seed, **_frozen(variant, shared, common))
-            command = command_of(config, asked.preset, preset, folder)
+            config = replace(_of_variant(common, variant), seed=seed, **_fixed_increments(variant, shared, common))
+            command = command_of(config, options.preset, preset, folder)
             runs.append(SuiteRun(variant, seed, config, folder, results / folder.name, command))
     return runs
 
 
-def _frozen(variant: str, shared: Path, common: TrainConfig) -> dict[str, Any]:
+def _fixed_increments(variant: str, shared: Path, common: TrainConfig) -> dict[str, Any]:
     """The fixed increments of a variant, where it has some."""
     if variant in FROM_SHARED:
         return {"frozen_from": shared / "model", "frozen_as": FROM_SHARED[variant]}
@@ -162,10 +164,10 @@ def _frozen(variant: str, shared: Path, common: TrainConfig) -> dict[str, Any]:
     return {}
 
 
-def _common(asked: SuiteConfig, preset: TrainConfig) -> TrainConfig:
+def _common(options: SuiteConfig, preset: TrainConfig) -> TrainConfig:
     """What all runs have in common."""
-    steps = preset.steps if asked.steps is None else asked.steps
-    corpus = preset.corpus if asked.corpus is None else asked.corpus
+    steps = preset.steps if options.steps is None else options.steps
+    corpus = preset.corpus if options.corpus is None else options.corpus
     # A preset's milestones that fewer steps do not reach are left out.
     keep_at = tuple(step for step in preset.keep_at or () if step <= steps) or None
     return replace(
@@ -173,8 +175,8 @@ def _common(asked: SuiteConfig, preset: TrainConfig) -> TrainConfig:
         steps=steps,
         corpus=corpus,
         keep_at=keep_at,
-        compile=preset.compile or asked.compile,
-        precision=asked.precision or preset.precision,
+        compile=preset.compile or options.compile,
+        precision=options.precision or preset.precision,
     )
 
 
@@ -192,7 +194,7 @@ def command_of(config: TrainConfig, name: str, preset: TrainConfig, folder: Path
     return shlex.join(words)
 
 
-def finished(run: Path) -> bool:
+def is_finished(run: Path) -> bool:
     """Whether a run was trained to its end: heldout.csv is written last."""
     return (run / "heldout.csv").is_file()
 
@@ -246,21 +248,23 @@ def _finish(run: SuiteRun, which: str, corpus: Callable[[], TokenizedCorpus]) ->
 def _finish_locked(run: SuiteRun, title: str, corpus: Callable[[], TokenizedCorpus]) -> bool:
     if (run.results / "diverged.json").is_file():
         return True
-    if finished(run.folder):
+    if is_finished(run.folder):
         refuse_other(run.folder, {"config": to_json(run.config)})
         if _is_scored(run):
             return True
-        say(f"{title}: trained before, to be scored")
-    elif run.config.frozen_from is not None and not finished(run.config.frozen_from.parent):
+        print_progress(f"{title}: trained before, to be scored")
+    elif run.config.frozen_from is not None and not is_finished(run.config.frozen_from.parent):
         return False
     else:
-        say(title)
+        print_progress(title)
         try:
             _train(run, corpus())
         except DivergedError as error:
             described = {"step": error.step, "command": run.command, "config": to_json(run.config)}
             _write_results(run, {"diverged.json": json.dumps(described, indent=2) + "\n"})
-            say(f"{title}: diverged at step {error.step}; without {run.results / 'diverged.json'} it is tried again")
+            print_progress(
+                f"{title}: diverged at step {error.step}; without {run.results / 'diverged.json'} it is tried again"
+            )
             return True
     refuse_other(run.folder, {"corpus_fingerprint": corpus().fingerprint})
     score(run, corpus())
@@ -294,7 +298,7 @@ def score(run: SuiteRun, corpus: TokenizedCorpus) -> None:
     Versions, commit and machine are those of this measurement; the speed is the training's.
     """
     model = load_pretrained(run.folder / "model")[0].to(PartialState().device)
-    evaluations, speeds = logged(run.folder)
+    evaluations, speeds = read_evaluations(run.folder)
     nats = evaluate_lengths(model, corpus, run.config.model.n_ctx, name=run.folder.name)
     nats.insert(1, "source", np.array(heldout_sources(run.config, corpus))[nats["document"]])
     described = {
@@ -324,7 +328,7 @@ def score(run: SuiteRun, corpus: TokenizedCorpus) -> None:
 
 
 def _write_results(run: SuiteRun, files: dict[str, str]) -> None:
-    with replaced_folder(run.results) as folder:
+    with replacement_folder(run.results) as folder:
         for name, text in files.items():
             (folder / name).write_text(text, "utf-8")
 
@@ -372,7 +376,7 @@ def evaluate_lengths(
         batches = pieces.split(max(1, BATCH_TOKENS // length))
         nats = [
             token_nats(model, batch.to(model.device)).double().cpu()
-            for batch in tracked(batches, f"{name}: loss at {length} tokens")
+            for batch in track_progress(batches, f"{name}: loss at {length} tokens")
         ]
         columns = {"document": documents, "bytes": counted.int(), "nats": torch.cat(nats).flatten()}
         table = pd.DataFrame({column: values.numpy() for column, values in columns.items()})
@@ -490,7 +494,7 @@ def paired_difference(nats: Float64[np.ndarray, "document seed"], size: np.ndarr
     if nats.shape[1] > 1:
         found["seeds_low"], found["seeds_high"] = over_seeds(by_seed)
     if len(size) > 1:
-        low, high = interval_of(drawn_means(nats.mean(1, keepdims=True), size, resamples(len(size), seed=0)))
+        low, high = interval_of(bootstrap_means(nats.mean(1, keepdims=True), size, resamples(len(size), seed=0)))
         found["documents_low"], found["documents_high"] = float(low[0]), float(high[0])
     return found
 
@@ -523,14 +527,14 @@ def print_losses(table: pd.DataFrame) -> None:
     cells = []
     for row in table.to_dict("records"):
         seeds = "" if row["seeds"] != row["seeds"] else str(row["seeds"])
-        over = _between(row["seeds_low"], row["seeds_high"])
+        over = _interval_text(row["seeds_low"], row["seeds_high"])
         cells.append(
             [
                 str(row["n_seeds"]),
                 "diverged" if math.isnan(row["loss"]) else f"{row['loss']:.4f}",
                 "" if math.isnan(row["difference"]) else f"{row['difference']:+.4f}",
                 over or ("one seed" if len(seeds.split()) == 1 else ""),
-                _between(row["documents_low"], row["documents_high"]),
+                _interval_text(row["documents_low"], row["documents_high"]),
             ]
         )
     names = [f"{variant} {length:.0f}" for variant, length in zip(table["variant"], table["length"], strict=True)]
@@ -542,10 +546,10 @@ def print_losses(table: pd.DataFrame) -> None:
             print_line(console, f"{variant} diverged: {text}")
 
 
-def _between(low: float, high: float) -> str:
+def _interval_text(low: float, high: float) -> str:
     return "" if math.isnan(low) else f"{low:+.4f} to {high:+.4f}"
 
 
-def say(text: str) -> None:
+def print_progress(text: str) -> None:
     """A line of progress on standard error."""
     Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from lens_positions.errors import PositionsError
-from lens_positions.training.schema import MaximumResults, Measured, RunResults, parsed
+from lens_positions.training.schema import MaximumResults, Measured, RunResults, parse_json
 
 from .options import ROPE_VARIANTS, VARIANTS
 
@@ -138,11 +138,11 @@ def _lines(files: Mapping[str, bytes], name: str, folder: Path, schema: Any) -> 
     found = []
     for number, line in enumerate(files.get(name, b"").splitlines(), 1):
         where = f"{folder / name}, line {number},"
-        values = parsed(line, dict[str, Any], where)
+        values = parse_json(line, dict[str, Any], where)
         if missing := [key for key in KEYS if key not in values]:
             raise PositionsError(f"{where} is damaged (it has no {missing[0]}); expected what gather wrote.")
         run, table = RunName(*(values.pop(key) for key in KEYS)), values.pop("table", "")
-        found.append((run, table, parsed(to_line(values), schema, where)))
+        found.append((run, table, parse_json(to_line(values), schema, where)))
     return found
 
 

@@ -7,4 +7,9 @@ transformers, `folder` an empty folder and `corpus` a folder of text files; `tor
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+from . import former_names
+
+_lazy, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__ = former_names.getattr_with_former_names(__name__, _lazy)
+
+former_names.install()

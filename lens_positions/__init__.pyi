@@ -5,15 +5,19 @@ from .config import PositionConfig, PositionModelConfig
 from .core.attach import attach_positions
 from .core.position_streams import PositionStreams
 from .errors import PositionsError
-from .interventions import ablate, add_gap, freeze, patch, scale
+from .interventions import Edit, Hooks, LayerIndices, TokenSelection, ablate, add_gap, freeze, patch, scale
 from .model import HookedPositionTransformer
 
 __all__ = [
+    "Edit",
     "HookedPositionTransformer",
+    "Hooks",
+    "LayerIndices",
     "PositionConfig",
     "PositionModelConfig",
     "PositionStreams",
     "PositionsError",
+    "TokenSelection",
     "__version__",
     "ablate",
     "add_gap",

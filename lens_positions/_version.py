@@ -1,3 +1,6 @@
-"""The version of this package, known without its being installed; `pyproject.toml` reads it from here."""
+"""The version of this package, known without its being installed; `pyproject.toml` reads it from here.
 
-__version__ = "0.1.0"
+Between releases it is the coming one with `.dev0` behind it; see docs/release.md.
+"""
+
+__version__ = "0.2.0.dev0"

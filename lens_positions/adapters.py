@@ -163,7 +163,7 @@ def refuse_out_of_step(model: Any, streams: Any) -> None:
         raise PositionsError(f"peft wrapped the embeddings, which the shared source reads; {first}.")
 
 
-def described_adapters(model: Any) -> dict[str, Any] | None:
+def describe_adapters(model: Any) -> dict[str, Any] | None:
     """Names of a model's adapters, which are active and whether they are enabled; None where it has none.
 
     Raises:

@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 from .adapters import (
     DESCRIPTION,
     base_digests,
-    described_adapters,
+    describe_adapters,
     merge_adapters,
     own_weights,
     peft_layers,
@@ -45,12 +45,13 @@ from .checkpoint_files import (
     read_positions,
     read_tensors,
     refuse_changed,
-    replaced_folder,
+    replacement_folder,
     seal,
 )
-from .core.attach import attach_positions, unbridged
+from .core.attach import attach_positions
 from .core.increments import FrozenIncrements, PositionConfig
 from .core.model_state import restored_on_failure
+from .core.model_wrappers import base_model
 from .core.position_streams import PositionStreams, refuse_attached
 from .core.transformer_lens_internals import has_processed_weights
 from .errors import PositionsError
@@ -76,7 +77,7 @@ def shipped_names() -> list[str]:
     return sorted(config.parent.name for config in CHECKPOINTS.glob("[!.]*/config.json"))
 
 
-def located(name_or_path: str | Path) -> str | Path:
+def checkpoint_path(name_or_path: str | Path) -> str | Path:
     """The folder of a shipped model, given its name where no file or folder here is called so; else what was given.
 
     Raises:
@@ -115,7 +116,7 @@ def load_pretrained(
     Raises:
         PositionsError: as `HookedPositionTransformer.from_pretrained`.
     """
-    folder = Path(located(name_or_path))
+    folder = Path(checkpoint_path(name_or_path))
     saved = read_positions(folder)
     if saved is not None and positions is not None:
         raise PositionsError(f"{name_or_path} has position streams of its own; expected no positions argument with it.")
@@ -139,8 +140,8 @@ def load_pretrained(
 
 def load_base(name_or_path: str | Path, *, tokenizer: Any = None, **kwargs: Any) -> tuple[Any, Any]:
     """A transformers model as it is, without streams, and its tokenizer; arguments and errors as `load_pretrained`."""
-    where, options, hint = _found(name_or_path)
-    folder = Path(located(name_or_path))
+    where, options, hint = _hub_source(name_or_path)
+    folder = Path(checkpoint_path(name_or_path))
     saved = read_positions(folder)
     # transformers draws its bar for a GGUF file whatever it is told.
     with _quiet(), contextlib.redirect_stderr(io.StringIO()) if options else contextlib.nullcontext():
@@ -172,9 +173,9 @@ def load_base(name_or_path: str | Path, *, tokenizer: Any = None, **kwargs: Any)
     return model, tokenizer
 
 
-def _found(name_or_path: str | Path) -> tuple[str | Path, dict[str, str], str]:
+def _hub_source(name_or_path: str | Path) -> tuple[str | Path, dict[str, str], str]:
     """Where transformers finds a model, what else it must be told, and a hint for a person where it does not."""
-    where = located(name_or_path)
+    where = checkpoint_path(name_or_path)
     options: dict[str, str] = {}
     hint = ""
     package, file, hub = PACKAGED.get(str(name_or_path).lower(), (None, "", ""))
@@ -282,7 +283,7 @@ def fingerprint(model: Any) -> str:
     The weights are rounded to bf16 first, so that a base is the same one in float32 and in bf16. Seconds for
     billions of weights.
     """
-    return base_digests(unbridged(model))[0]
+    return base_digests(base_model(model))[0]
 
 
 def save_adapter(model: Any, path: str | Path, *, base: str | Path) -> None:
@@ -309,7 +310,7 @@ def save_adapter(model: Any, path: str | Path, *, base: str | Path) -> None:
         raise PositionsError(
             "the weights were folded by enable_compatibility_mode(); expected the model as it was loaded."
         )
-    model = unbridged(model)
+    model = base_model(model)
     path = Path(path)
     if is_taken(path):
         saved = read_positions(path)
@@ -318,13 +319,13 @@ def save_adapter(model: Any, path: str | Path, *, base: str | Path) -> None:
     if getattr(model, "position_streams", None) is None:
         raise PositionsError("the model has no position streams; expected attach_positions(model, ...) first.")
     state = _streams_to_save(model)
-    described = described_adapters(model)
+    described = describe_adapters(model)
     name = str(Path(base).resolve() if os.path.exists(base) else base)
     dtype = str(model.dtype).removeprefix("torch.")
     rounded, exact = base_digests(model)
     _refuse_other_weights(model, exact, name, dtype)
     known: dict[str, Any] = {"base": {"name": name, "sha256": rounded, "dtype": dtype}, "base_exact": exact}
-    with _quiet(), replaced_folder(path) as folder:
+    with _quiet(), replacement_folder(path) as folder:
         if described is not None:
             write_adapters(model, folder, name, described)
             known["adapters"] = described
@@ -333,7 +334,7 @@ def save_adapter(model: Any, path: str | Path, *, base: str | Path) -> None:
 
 def _refuse_other_weights(model: Any, exact: str, base: str, dtype: str) -> None:
     """Refuse a model whose own weights are not those of the folder that its adapter is to stand on."""
-    folder = Path(located(base))
+    folder = Path(checkpoint_path(base))
     if not (folder / "config.json").is_file() or getattr(model, "hf_quantizer", None) is not None:
         return
     stamp = tuple((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.glob("*")) if f.is_file())
@@ -376,7 +377,7 @@ def load_adapter(model: Any, path: str | Path, *, merge: bool = False) -> Positi
     saved = read_positions(path)
     if saved is None or saved.base is None:
         raise PositionsError(f"there is no adapter at {path}; expected a folder that save_adapter wrote.")
-    base = unbridged(model)
+    base = base_model(model)
     refuse_attached(base)
     there = next(iter(peft_layers(base)), None)
     if there is not None:
@@ -446,14 +447,14 @@ def save_pretrained(model: Any, tokenizer: Any, path: str | Path) -> None:
         PositionsError: the folder cannot be written, the model has adapters of peft, or it computes with weights that
             are not its own to save.
     """
-    path, model = Path(path), unbridged(model)
+    path, model = Path(path), base_model(model)
     if peft_layers(model):
         raise PositionsError("the model has LoRA weights that are not merged; expected save_adapter for them.")
     if is_taken(path) and not ((path / "config.json").is_file() and is_replaceable(path)):
         raise PositionsError(f"{path} holds other files; expected a saved model to replace, or a new folder.")
     state = _streams_to_save(model)
     plain = own_weights(model)
-    with _quiet(), replaced_folder(path) as folder, torch.random.fork_rng(devices=[]):
+    with _quiet(), replacement_folder(path) as folder, torch.random.fork_rng(devices=[]):
         skeleton = type(model)(model.config)
         skeleton.generation_config = model.generation_config
         skeleton.to(model.dtype).load_state_dict({n: plain[n] for n in skeleton.state_dict()})

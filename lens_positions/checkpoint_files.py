@@ -288,7 +288,7 @@ def is_replaceable(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def replaced_folder(path: Path) -> Iterator[Path]:
+def replacement_folder(path: Path) -> Iterator[Path]:
     """A new folder to write in, which takes the place of `path` at the end; until then `path` stays as it is.
 
     Raises:

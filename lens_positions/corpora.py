@@ -154,7 +154,7 @@ def is_hub_dataset(name_or_path: str) -> bool:
     return bool(_HUB_NAME.fullmatch(name_or_path)) and not looks_like_a_file and not os.path.exists(name_or_path)
 
 
-def segmented_heldout() -> list[list[str]]:
+def heldout_segmentation() -> list[list[str]]:
     """The words of each held-out line of the People's Daily, as people segmented them.
 
     The lines come in the order of the held-out documents with source "peoples_daily", and the words of a
@@ -180,11 +180,9 @@ def _every_twentieth(documents: list[Document]) -> tuple[list[Document], list[Do
 
 
 def _splits(parts: list[tuple[list[Document], list[Document]]]) -> DatasetDict:
-    heldout = _mixed([part_heldout for _, part_heldout in parts])
+    heldout = _mix([part_heldout for _, part_heldout in parts])
     heldout_texts = {text for text, _ in heldout}
-    train = [
-        document for document in _mixed([part_train for part_train, _ in parts]) if document[0] not in heldout_texts
-    ]
+    train = [document for document in _mix([part_train for part_train, _ in parts]) if document[0] not in heldout_texts]
     if not train:
         raise PositionsError(
             "every document of the corpus repeats a held-out one: expected at least 2 different documents"
@@ -197,7 +195,7 @@ def _splits(parts: list[tuple[list[Document], list[Document]]]) -> DatasetDict:
     )
 
 
-def _mixed(parts: list[list[Document]]) -> list[Document]:
+def _mix(parts: list[list[Document]]) -> list[Document]:
     """All documents in one stream, each part spread evenly over it by length."""
     placed = []
     for documents in parts:

@@ -15,6 +15,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 from .errors import PositionsError
@@ -27,36 +28,52 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM: an interrupt by another name, so that whatever tidies up after one does so after the other."""
 
 
+@dataclass
+class Outcome:
+    """The exit status of a command, as it is known so far."""
+
+    status: int = 0
+
+
 def exit_status(program: str, command: Callable[[], int]) -> int:
-    """Run a command to its end, whatever that is, and return its exit status.
+    """Run a command to its end, as `command_outcome`, and return its exit status."""
+    with command_outcome(program) as outcome:
+        outcome.status = command()
+    return outcome.status
+
+
+@contextmanager
+def command_outcome(program: str) -> Iterator[Outcome]:
+    """Run what is inside to its end, whatever that is, and keep its exit status in what is given.
+
+    A KeyboardInterrupt that is raised inside may carry a sentence.
 
     Args:
         program: what the sentence on standard error begins with.
-        command: what is run; a KeyboardInterrupt that it raises may carry a sentence.
     """
+    outcome = Outcome()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # whatever the locale can write, text of every script is printed
             stream.reconfigure(errors="backslashreplace")
     try:
         with _termination(), warnings.catch_warnings():
             warnings.showwarning = lambda message, *where, **more: complain(program, str(message))
-            status = command()
+            yield outcome
             _flush()
-        return status
     except BrokenPipeError:
         _drop_output()
-        return 1
+        outcome.status = 1
     except KeyboardInterrupt as interruption:
         if interruption.args:
             complain(program, str(interruption))
-        return 143 if isinstance(interruption, Terminated) else 130
+        outcome.status = 143 if isinstance(interruption, Terminated) else 130
     except (PositionsError, OSError, MemoryError, RuntimeError) as error:
         sentence = _sentence(error)
         if sentence is None:
             raise
         _drop_output()
         complain(program, sentence)
-        return 2
+        outcome.status = 2
 
 
 def complain(program: str, sentence: str) -> None:

@@ -45,8 +45,8 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 
-from .core.attach import unbridged
 from .core.hook_points import HookedTokens
+from .core.model_wrappers import base_model
 from .core.position_streams import PositionStreams
 from .errors import PositionsError
 
@@ -54,19 +54,32 @@ HOOK = "attn.hook_{}"
 """The name of increments and positions within their block."""
 
 Hooks = list[tuple[str, Callable[..., Any]]]
-Some = int | Sequence[int] | None
-Tokens = int | Sequence[int] | Bool[Tensor, "*#batch pos"] | None
+"""(hook name, hook function) pairs, as `run_with_hooks` takes them."""
+
+LayerIndices = int | Sequence[int] | None
+"""The model's own numbers of layers; None is every layer with a stream."""
+
+HeadIndices = int | Sequence[int] | None
+"""Heads from 0; None is all of them."""
+
+TokenIndices = int | Sequence[int] | None
+"""Tokens from 0; None is all of them."""
+
+TokenSelection = TokenIndices | Bool[Tensor, "*#batch pos"]
+"""The same, or a boolean mask [pos] or [batch pos]."""
+
 Site = Literal["increments", "positions"]
-Change = Callable[[Float[Tensor, "batch pos *head"], Bool[Tensor, "#batch pos"], HookedTokens], Tensor]
+
+Edit = Callable[[Float[Tensor, "batch pos *head"], Bool[Tensor, "#batch pos"], HookedTokens], Tensor]
 """From values, the chosen tokens and what is known of them to other values, of which the chosen are used."""
 
 
 def ablate(
     model: TransformerBridge,
     to: float | Literal["mean", "shuffle"] = 1.0,
-    layers: Some = None,
-    positions: Tokens = None,
-    heads: Some = None,
+    layers: LayerIndices = None,
+    positions: TokenSelection = None,
+    heads: HeadIndices = None,
     *,
     site: Site = "increments",
     seed: int = 0,
@@ -111,34 +124,34 @@ def ablate(
 def ablation_hooks(
     model: TransformerBridge,
     to: float | Literal["mean", "shuffle"] = 1.0,
-    layers: Some = None,
-    positions: Tokens = None,
-    heads: Some = None,
+    layers: LayerIndices = None,
+    positions: TokenSelection = None,
+    heads: HeadIndices = None,
     *,
     site: Site = "increments",
     seed: int = 0,
 ) -> Hooks:
     """What `ablate` gives, on a static model too: for tables, where a row of zeros is a control."""
     if not (isinstance(to, str) and to in ("mean", "shuffle")):
-        to = finite(to, "to", 'a finite number, "mean" or "shuffle"')
+        to = finite_number(to, "to", 'a finite number, "mean" or "shuffle"')
     seed = index_of(seed, "seed", "a whole number from 0")
     hooks: Hooks = []
     for layer, name in hook_names(model, layers, _hook_at(site)):
         if to == "mean":
-            hooks.append((name, _at(_Mean(site), positions, heads)))
+            hooks.append((name, _hook_function(_Mean(site), positions, heads)))
         elif to == "shuffle":
-            hooks.append((name, _at(partial(_shuffled, site, 1000 * seed + layer), positions, heads)))
+            hooks.append((name, _hook_function(partial(_shuffle, site, 1000 * seed + layer), positions, heads)))
         else:
-            hooks.append((name, _at(partial(_constant, site, to), positions, heads)))
-    return _checked_heads(model, heads, hooks)
+            hooks.append((name, _hook_function(partial(_constant, site, to), positions, heads)))
+    return _hooks_with_heads(model, heads, hooks)
 
 
 def scale(
     model: TransformerBridge,
     factor: float,
-    layers: Some = None,
-    positions: Tokens = None,
-    heads: Some = None,
+    layers: LayerIndices = None,
+    positions: TokenSelection = None,
+    heads: HeadIndices = None,
     *,
     site: Site = "increments",
 ) -> Hooks:
@@ -149,21 +162,21 @@ def scale(
     ...     torch.equal(model.increments("The cat")[0], 2 * increments)
     True
     """
-    factor = finite(factor, "factor")
+    factor = finite_number(factor, "factor")
     if factor == 1:
         raise PositionsError(
             "factor is 1, which changes nothing; expected another (a run without hooks is the baseline)."
         )
-    change = _at(partial(_scaled, factor), positions, heads)
-    return _checked_heads(model, heads, [(name, change) for _, name in hook_names(model, layers, _hook_at(site))])
+    edit = _hook_function(partial(_multiply, factor), positions, heads)
+    return _hooks_with_heads(model, heads, [(name, edit) for _, name in hook_names(model, layers, _hook_at(site))])
 
 
 def add_gap(
     model: TransformerBridge,
     before: int,
     by: float = 1.0,
-    layers: Some = None,
-    heads: Some = None,
+    layers: LayerIndices = None,
+    heads: HeadIndices = None,
     *,
     site: Site = "increments",
 ) -> Hooks:
@@ -179,19 +192,19 @@ def add_gap(
     tensor([[0., 0., 0., 0., 0., 2., 2., 2.]])
     """
     before = index_of(before, "before", "the index of a token after the first, from 1", least=1)
-    by = finite(by, "by", "a finite number of positions")
+    by = finite_number(by, "by", "a finite number of positions")
     if by == 0:
         raise PositionsError("by is 0, which changes nothing; expected another (a run without hooks is the baseline).")
     token = edited_token(model, before) if site == "increments" else before
-    change = _at(partial(_lengthened, by, before), token, heads)
-    return _checked_heads(model, heads, [(name, change) for _, name in hook_names(model, layers, _hook_at(site))])
+    edit = _hook_function(partial(_lengthen, by, before), token, heads)
+    return _hooks_with_heads(model, heads, [(name, edit) for _, name in hook_names(model, layers, _hook_at(site))])
 
 
 def freeze(
     cache: ActivationCache,
-    layers: Some = None,
-    positions: Tokens = None,
-    heads: Some = None,
+    layers: LayerIndices = None,
+    positions: TokenSelection = None,
+    heads: HeadIndices = None,
     *,
     site: Site = "increments",
 ) -> Hooks:
@@ -215,17 +228,17 @@ def freeze(
     True
     """
     return [
-        (name, _at(partial(_recorded, values, None, None), positions, heads))
-        for name, values in _cached(cache, site, layers, heads)
+        (name, _hook_function(partial(_put_recorded, values, None, None), positions, heads))
+        for name, values in _cached_values(cache, site, layers, heads)
     ]
 
 
 def patch(
     cache: ActivationCache,
-    layers: Some = None,
-    source: Some = None,
-    target: Some = None,
-    heads: Some = None,
+    layers: LayerIndices = None,
+    source: TokenIndices = None,
+    target: TokenIndices = None,
+    heads: HeadIndices = None,
     *,
     site: Site = "increments",
 ) -> Hooks:
@@ -260,7 +273,7 @@ def patch(
             "each target once."
         )
     hooks: Hooks = []
-    found = _cached(cache, site, layers, heads)
+    found = _cached_values(cache, site, layers, heads)
     plain = site == "increments" and is_static(cache.model)
     for name, values in found:
         if there is not None and max(there, default=0) >= values.shape[1]:
@@ -268,7 +281,7 @@ def patch(
                 f"source has token {max(there)}; expected tokens below {values.shape[1]}, the length of the recorded "
                 "input."
             )
-        hooks.append((name, _at(partial(_recorded, values, there, here), here, heads)))
+        hooks.append((name, _hook_function(partial(_put_recorded, values, there, here), here, heads)))
         plain = plain and bool((values if there is None else values[:, there]).eq(1).all())
     if plain:
         raise PositionsError(
@@ -290,7 +303,7 @@ def streams_of(model: Any) -> PositionStreams:
             f"the model is a {type(model).__name__}; expected a HookedPositionTransformer, or a TransformerBridge with "
             "position streams (hook points are a bridge's)."
         )
-    streams = getattr(unbridged(model), "position_streams", None)
+    streams = getattr(base_model(model), "position_streams", None)
     if streams is None:
         raise PositionsError("the bridge has no position streams; expected attach_positions(bridge) first.")
     return streams
@@ -298,7 +311,7 @@ def streams_of(model: Any) -> PositionStreams:
 
 def is_static(model: Any) -> bool:
     """Whether a model is a bridge whose streams give increments of 1.0 to every token."""
-    streams = getattr(unbridged(model), "position_streams", None) if isinstance(model, TransformerBridge) else None
+    streams = getattr(base_model(model), "position_streams", None) if isinstance(model, TransformerBridge) else None
     return isinstance(streams, PositionStreams) and streams.config.source == "static"
 
 
@@ -307,7 +320,7 @@ def edited_token(model: TransformerBridge, before: int) -> int:
     return before if streams_of(model).config.gap == "before" else before - 1
 
 
-def hook_names(model: TransformerBridge, layers: Some, hook: str) -> list[tuple[int, str]]:
+def hook_names(model: TransformerBridge, layers: LayerIndices, hook: str) -> list[tuple[int, str]]:
     """The number of each of some layers and its hook of a name within the block, in the model's order.
 
     Raises:
@@ -323,8 +336,8 @@ def hook_names(model: TransformerBridge, layers: Some, hook: str) -> list[tuple[
     return [(layer, block + hook) for layer, block in blocks if layer in wanted]
 
 
-def _cached(
-    cache: ActivationCache, site: str, layers: Some, heads: Some
+def _cached_values(
+    cache: ActivationCache, site: str, layers: LayerIndices, heads: HeadIndices
 ) -> list[tuple[str, Float[Tensor, "batch pos *head"]]]:
     suffix = "." + _hook_at(site)
     if not isinstance(cache, ActivationCache):
@@ -356,7 +369,7 @@ def _hook_at(site: str) -> str:
     return HOOK.format(site)
 
 
-def _checked_heads(model: TransformerBridge, heads: Some, hooks: Hooks) -> Hooks:
+def _hooks_with_heads(model: TransformerBridge, heads: HeadIndices, hooks: Hooks) -> Hooks:
     if heads is not None:
         streams = streams_of(model)
         if not streams.config.per_head:
@@ -369,7 +382,7 @@ def _checked_heads(model: TransformerBridge, heads: Some, hooks: Hooks) -> Hooks
     return hooks
 
 
-def _check_heads(heads: int | Sequence[int], count: int) -> None:
+def _check_heads(heads: HeadIndices, count: int) -> None:
     wrong = [head for head in indices_of(heads, "a head") if head >= count]
     if wrong:
         raise PositionsError(f"there is no head {wrong[0]}; expected heads from 0 to {count - 1}.")
@@ -405,7 +418,7 @@ def index_of(given: Any, name: str | None, expected: str, least: int = 0, most: 
     return index
 
 
-def finite(given: Any, name: str, expected: str = "a finite number") -> float:
+def finite_number(given: Any, name: str, expected: str = "a finite number") -> float:
     """A number as Python's own.
 
     Raises:
@@ -423,8 +436,8 @@ def _short(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def _at(change: Change, positions: Tokens, heads: Some) -> Callable[..., Any]:
-    """A hook function that makes a change at some tokens and heads."""
+def _hook_function(edit: Edit, positions: TokenSelection, heads: HeadIndices) -> Callable[..., Any]:
+    """A hook function that makes an edit at some tokens and heads."""
     if isinstance(positions, Tensor):
         if positions.dtype != torch.bool or positions.ndim not in (1, 2):
             raise PositionsError(
@@ -433,28 +446,28 @@ def _at(change: Change, positions: Tokens, heads: Some) -> Callable[..., Any]:
             )
     elif positions is not None:
         positions = indices_of(positions, "a token")
-    return partial(_edit, change, positions, None if heads is None else indices_of(heads, "a head"))
+    return partial(_edit_values, edit, positions, None if heads is None else indices_of(heads, "a head"))
 
 
-def _edit(
-    change: Change,
+def _edit_values(
+    edit: Edit,
     positions: list[int] | Bool[Tensor, "*#batch pos"] | None,
     heads: list[int] | None,
     values: Float[Tensor, "batch pos *head"],
     hook: Any,
 ) -> Float[Tensor, "batch pos *head"]:
     tokens: HookedTokens = hook.ctx["tokens"]
-    chosen = _chosen(positions, tokens, *values.shape[:2]).to(values.device)
-    changed = change(values, chosen, tokens)
-    where = _like(chosen, values)
+    chosen = _chosen_tokens(positions, tokens, *values.shape[:2]).to(values.device)
+    edited = edit(values, chosen, tokens)
+    where = _in_shape_of(chosen, values)
     if heads is not None:
         of_heads = torch.zeros(values.shape[2], dtype=torch.bool, device=values.device)
         of_heads[heads] = True
         where = where & of_heads
-    return torch.where(where, changed, values)
+    return torch.where(where, edited, values)
 
 
-def _chosen(
+def _chosen_tokens(
     positions: list[int] | Bool[Tensor, "*#batch pos"] | None, tokens: HookedTokens, batch: int, length: int
 ) -> Bool[Tensor, "#batch pos"]:
     """Which real tokens of this pass are meant."""
@@ -478,7 +491,7 @@ def _chosen(
     return real & chosen
 
 
-def _like(mask: Tensor, values: Tensor) -> Tensor:
+def _in_shape_of(mask: Tensor, values: Tensor) -> Tensor:
     """A mask or numbers [batch pos] in the shape of values, which may have heads."""
     return (mask if values.ndim == 2 else mask[..., None]).expand(values.shape)
 
@@ -486,7 +499,7 @@ def _like(mask: Tensor, values: Tensor) -> Tensor:
 def _constant(site: str, number: float, values: Tensor, _chosen: Tensor, tokens: HookedTokens) -> Tensor:
     if site == "increments":
         return torch.full_like(values, number)
-    return _like(number * tokens.ids.to(values), values)
+    return _in_shape_of(number * tokens.ids.to(values), values)
 
 
 class _Mean:
@@ -504,12 +517,12 @@ class _Mean:
             start, step = of_prompt
         else:
             start, step = self.of_prompt
-        return (start + step * _like(tokens.ids.to(values), values)).to(values.dtype)
+        return (start + step * _in_shape_of(tokens.ids.to(values), values)).to(values.dtype)
 
 
 def _mean(values: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
     """The mean of each row, and no step; the first value where nothing is counted."""
-    weights = _like(counted, values).to(torch.promote_types(values.dtype, torch.float32))
+    weights = _in_shape_of(counted, values).to(torch.promote_types(values.dtype, torch.float32))
     total = weights.sum(1, keepdim=True)
     mean = (weights * values).sum(1, keepdim=True) / total.clamp(min=1)
     return torch.where(total > 0, mean, values[:, :1]), torch.zeros_like(mean)
@@ -517,14 +530,14 @@ def _mean(values: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
 
 def _line(values: Tensor, tokens: HookedTokens) -> tuple[Tensor, Tensor]:
     """Start and step of the ruler from the first to the last real token of each row."""
-    real, ids = _like(tokens.real(), values), _like(tokens.ids.to(values), values)
+    real, ids = _in_shape_of(tokens.real(), values), _in_shape_of(tokens.ids.to(values), values)
     first, last = real.to(torch.uint8).argmax(1, keepdim=True), ids.where(real, -1).argmax(1, keepdim=True)
     (p_0, p_1), (i_0, i_1) = ((x.gather(1, first), x.gather(1, last)) for x in (values, ids))
     step = (p_1 - p_0) / (i_1 - i_0).clamp(min=1)
     return p_0 - step * i_0, step
 
 
-def _shuffled(site: str, seed: int, values: Tensor, chosen: Tensor, tokens: HookedTokens) -> Tensor:
+def _shuffle(site: str, seed: int, values: Tensor, chosen: Tensor, tokens: HookedTokens) -> Tensor:
     counted = (chosen & tokens.between() if site == "increments" else chosen).expand(values.shape[:2]).cpu()
     generator = torch.Generator().manual_seed(seed)
     order = torch.arange(values.shape[1]).repeat(len(counted), 1)
@@ -534,20 +547,20 @@ def _shuffled(site: str, seed: int, values: Tensor, chosen: Tensor, tokens: Hook
         if len(span):
             draw = torch.rand(int(span[-1] - span[0]) + 1, generator=generator)
             order[row, places] = places[draw[places - span[0]].argsort()]
-    return values.gather(1, _like(order.to(values.device), values))
+    return values.gather(1, _in_shape_of(order.to(values.device), values))
 
 
-def _scaled(factor: float, values: Tensor, _chosen: Tensor, _tokens: HookedTokens) -> Tensor:
+def _multiply(factor: float, values: Tensor, _chosen: Tensor, _tokens: HookedTokens) -> Tensor:
     return factor * values
 
 
-def _lengthened(by: float, before: int, values: Tensor, _chosen: Tensor, tokens: HookedTokens) -> Tensor:
+def _lengthen(by: float, before: int, values: Tensor, _chosen: Tensor, tokens: HookedTokens) -> Tensor:
     if tokens.past == 0 and before >= values.shape[1]:
         raise PositionsError(f"there is no token {before}; expected tokens from 1 to {values.shape[1] - 1}.")
     return values + by
 
 
-def _recorded(
+def _put_recorded(
     recorded: Tensor,
     source: list[int] | None,
     target: list[int] | None,

@@ -79,7 +79,7 @@ def build(
 
     seen = {line for text in heldout for line in _lines(text)}
     for source in recipe:
-        documents = read(folder, source)
+        documents = read_documents(folder, source)
         is_whole = checksum(documents) == source.sha256
         if not is_whole:
             report(f"{source.name}: downloading {source.url}")
@@ -94,7 +94,7 @@ def build(
         report(f"{source.name}: {len(documents):,} documents, {size / 1e6:.1f} MB, {source.licence}")
 
 
-def read(folder: Path, source: Source) -> list[str]:
+def read_documents(folder: Path, source: Source) -> list[str]:
     """The documents of a source that lie in the folder, none if it was not built."""
     paths = sorted((folder / source.language).glob(f"{source.name}-*.txt"))
     return [path.read_bytes().decode(errors="replace") for path in paths]  # what is damaged, the checksum tells
@@ -121,7 +121,7 @@ def parts(folder: Path) -> list[list[tuple[str, str]]]:
     """
     found = []
     for source in sources():
-        documents = read(folder, source)
+        documents = read_documents(folder, source)
         if checksum(documents) != source.sha256:
             raise PositionsError(
                 f"{folder} does not hold the documents of {source.name} that the recipe names: expected what "

@@ -19,15 +19,15 @@ from transformers import AutoTokenizer, LlamaForCausalLM, MistralConfig, Mistral
 
 from .checkpoint import load_pretrained, save_pretrained, streams_state
 from .config import PositionConfig, PositionModelConfig
-from .core.attach import attach_positions, unbridged
+from .core.attach import attach_positions
 from .core.model_state import restored_on_failure
-from .core.model_wrappers import unwrapped
+from .core.model_wrappers import base_model, unwrap_model
 from .core.position_streams import PositionStreams
 from .core.stream import PositionStream
 from .core.transformer_lens_internals import build_bridge_config_from_hf, configure_tokenizer, has_processed_weights
 from .errors import PositionsError
 from .model_calls import HookedCalls
-from .text import Mask, TextOrTokens, begins_with_bos, by_length, fitting, padded, prepends_bos, prompts_of
+from .text import Mask, TextOrTokens, begins_with_bos, by_length, fit_context, pad_prompts, prepends_bos, prompts_of
 from .tokenizer import byte_labels, byte_tokenizer, is_byte_tokenizer
 
 
@@ -88,8 +88,8 @@ class HookedPositionTransformer(HookedCalls):
         Raises:
             PositionsError: as `attach_positions`, or TransformerLens has no adapter for the architecture.
         """
-        model = unwrapped(model)
-        model = model if isinstance(model, TransformerBridge) else unbridged(model)
+        model = unwrap_model(model)
+        model = model if isinstance(model, TransformerBridge) else base_model(model)
         with restored_on_failure(model):
             if getattr(model, "position_streams", None) is None:
                 attach_positions(model, positions, table=table)
@@ -113,7 +113,7 @@ class HookedPositionTransformer(HookedCalls):
         adapter.cfg.device = str(model.device)
         adapter.prepare_model(model)
         if tokenizer is not None:
-            tokenizer = _configured(tokenizer, adapter.cfg)
+            tokenizer = _configure_tokenizer(tokenizer, adapter.cfg)
         bridge = cls(model, adapter, tokenizer)
         attach_positions(bridge, config, table=table).load_state_dict(state)
         bridge.name = name
@@ -277,8 +277,8 @@ class HookedPositionTransformer(HookedCalls):
             tokens = read(input, prepend_bos=prepend_bos, padding_side=padding_side, **how)
         else:
             rows = [read(text, prepend_bos=prepends_bos(self, text, prepend_bos), **how)[0] for text in texts]
-            tokens, _ = padded(self.tokenizer, rows, padding_side)
-        return tokens if truncate is not None else fitting(self, tokens)
+            tokens, _ = pad_prompts(self.tokenizer, rows, padding_side)
+        return tokens if truncate is not None else fit_context(self, tokens)
 
     def to_str_tokens(self, input: Any, *args: Any, **kwargs: Any) -> Any:
         """Tokens as text, as in TransformerLens; bytes inside a longer character read as "中₁", "中₂", "中₃"."""
@@ -288,7 +288,7 @@ class HookedPositionTransformer(HookedCalls):
         return byte_labels(tokens.flatten().tolist())
 
 
-def _configured(tokenizer: Any, cfg: Any) -> Any:
+def _configure_tokenizer(tokenizer: Any, cfg: Any) -> Any:
     """The tokenizer as TransformerLens sets it up: of one that adds no BOS it loads another by its name.
 
     One that was made in memory has no name, and is loaded from a folder for the time.

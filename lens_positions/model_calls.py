@@ -38,7 +38,7 @@ from transformers.utils import TransformersKwargs
 from .core.own_thread import OwnHookPoint, in_this_thread
 from .core.transformer_lens_internals import OwnHandles, build_alias_to_canonical_map, hook_registry, runs_before_blocks
 from .errors import PositionsError
-from .text import padded, prompts_of
+from .text import pad_prompts, prompts_of
 
 HookPairs = Iterable[tuple[Any, Any]] | None
 """(hook name or filter of hook names, hook function) pairs, as TransformerLens takes them."""
@@ -247,7 +247,7 @@ class HookedCalls(OwnHandles, TransformerBridge):
         if _several_texts(input) and self._pads_as_texts_alone(generates):
             prompts = prompts_of(self, input, prepend_bos=kwargs.pop("prepend_bos", None), whole=generates)
             side = kwargs.pop("padding_side", None)
-            input, real = padded(self.tokenizer, prompts, "left" if generates else side)
+            input, real = pad_prompts(self.tokenizer, prompts, "left" if generates else side)
             _hand_on(method, real.bool(), kwargs)
             if generates and kwargs.get("return_type", "input") == "input":
                 kwargs["return_type"] = "str"  # as for texts

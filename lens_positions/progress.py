@@ -10,7 +10,7 @@ from rich.progress import track
 Item = TypeVar("Item")
 
 
-def tracked(items: Sequence[Item], what: str, *, quick: bool = False) -> Iterator[Item]:
+def track_progress(items: Sequence[Item], what: str, *, quick: bool = False) -> Iterator[Item]:
     """The items one by one, with a bar that is gone at the end.
 
     Args:
@@ -22,7 +22,7 @@ def tracked(items: Sequence[Item], what: str, *, quick: bool = False) -> Iterato
     return iter(track(items, what, console=console, transient=True, disable=quick or not console.is_terminal))
 
 
-def announced(parts: Sequence[Item], what: str) -> Iterator[Item]:
+def announce_parts(parts: Sequence[Item], what: str) -> Iterator[Item]:
     """The parts of long work one by one, each with a line when it is done: what, how far, how long it took."""
     console = Console(stderr=True, highlight=False)
     for number, part in enumerate(parts, start=1):

@@ -17,8 +17,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from .core.attach import unbridged
 from .core.devices import device_of
+from .core.model_wrappers import base_model
 from .errors import PositionsError, check_text
 
 TextOrTokens = str | Sequence[str] | Int[Tensor, "*_batch _pos"] | Sequence[Int[Tensor, "*_one _pos"]]
@@ -62,8 +62,8 @@ def prompts_of(
                 f"attention_mask was given with a {type(given).__name__}; expected a tensor of tokens [batch, pos] "
                 "beside it, as texts and lists have no padding."
             )
-        prompts = _listed(model, [given] if isinstance(given, str) else given, prepend_bos, whole)
-    base = unbridged(model)
+        prompts = _list_texts(model, [given] if isinstance(given, str) else given, prepend_bos, whole)
+    base = base_model(model)
     device = device_of(base.get_input_embeddings(), base)
     return [prompt.to(device) for prompt in prompts]
 
@@ -92,7 +92,7 @@ def by_length(prompts: Sequence[Int[Tensor, " _pos"]]) -> list[tuple[list[int], 
     return [(numbers, torch.stack([prompts[number] for number in numbers])) for numbers in groups]
 
 
-def padded(
+def pad_prompts(
     tokenizer: Any, prompts: Sequence[Int[Tensor, " _pos"]], padding_side: str | None = None
 ) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"]]:
     """Prompts as one tensor, padded on the tokenizer's side or another, and the mask of their real tokens."""
@@ -116,7 +116,9 @@ def prepends_bos(model: TransformerBridge, text: str, prepend_bos: bool | None =
     return bool(wanted) and not begins_with_bos(model.tokenizer, text)
 
 
-def _listed(model: TransformerBridge, given: Any, prepend_bos: bool | None, whole: bool) -> list[Int[Tensor, " _pos"]]:
+def _list_texts(
+    model: TransformerBridge, given: Any, prepend_bos: bool | None, whole: bool
+) -> list[Int[Tensor, " _pos"]]:
     if not isinstance(given, Sequence):
         raise PositionsError(
             f"tokens are a {type(given).__name__}; expected text, a tensor of token ids [pos] or [batch, pos], or a "
@@ -144,10 +146,10 @@ def _text_tokens(model: TransformerBridge, text: str, prepend_bos: bool | None, 
     tokens = model.to_tokens(text, prepend_bos=prepends_bos(model, text, prepend_bos), truncate=False)[0]
     if not len(tokens):
         raise PositionsError(f"the text {text!r:.40} has no tokens; expected at least one.")
-    return tokens if whole else fitting(model, tokens[None])[0]
+    return tokens if whole else fit_context(model, tokens[None])[0]
 
 
-def fitting(model: TransformerBridge, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
+def fit_context(model: TransformerBridge, tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
     """The tokens of texts, where they fit the context.
 
     Raises:
@@ -172,7 +174,7 @@ def _rows(given: Tensor) -> Int[Tensor, "batch pos"]:
 
 
 def _check_ids(model: TransformerBridge, rows: Int[Tensor, "batch pos"]) -> None:
-    size = unbridged(model).get_input_embeddings().weight.shape[0]
+    size = base_model(model).get_input_embeddings().weight.shape[0]
     if rows.min() < 0 or rows.max() >= size:
         raise PositionsError(f"tokens go from {rows.min()} to {rows.max()}; expected ids from 0 to {size - 1}.")
 

@@ -19,7 +19,7 @@ import transformers
 from accelerate import cpu_offload, disk_offload, dispatch_model
 
 import lens_positions as lp
-from lens_positions.progress import tracked
+from lens_positions.progress import track_progress
 
 SIZES: dict[str, Any] = {
     "vocab_size": 61,
@@ -148,7 +148,7 @@ def table() -> pd.DataFrame:
     cells = [(f, p, s, False) for f in FAMILIES for p in PLACEMENTS for s in SOURCES]
     cells += [(f, p, s, True) for f in FAMILIES for p in LATER for s in SOURCES]
     rows = []
-    for family, placement, source, first in tracked(cells, "placing"):
+    for family, placement, source, first in track_progress(cells, "placing"):
         shown = f"{placement}, streams first" if first else placement
         found = difference(family, placement, source, attach_first=first)
         rows.append({"family": family, "placement": shown, "source": source, "difference": found})

@@ -69,7 +69,7 @@ def test_peoples_daily_documents_are_bare_text(chinese):
 
 def test_segmented_lines_spell_the_heldout_documents(chinese):
     kept = chinese["heldout"].filter(lambda row: row["source"] == "peoples_daily")["text"]
-    lines = corpora.segmented_heldout()
+    lines = corpora.heldout_segmentation()
     assert ["".join(words) for words in lines] == list(kept)
     assert sum(map(len, lines)) > 40_000
 

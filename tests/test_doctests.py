@@ -17,7 +17,7 @@ PUBLIC = {
     f"{prefix}{name}": getattr(package, name)
     for prefix, package in (("", lp), ("analysis.", analysis), ("causal.", causal), ("viz.", viz))
     for name in package.__all__
-    if callable(getattr(package, name))
+    if inspect.isclass(getattr(package, name)) or inspect.isroutine(getattr(package, name))
 }
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 TEXTS = [

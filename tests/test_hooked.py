@@ -667,7 +667,7 @@ def test_layers_go_by_their_number_in_the_model():
 
     from lens_positions.analysis.token_kinds import increments_by_category
     from lens_positions.tokenizer import byte_tokenizer
-    from lens_positions.viz.drawn_text import layers_to_show
+    from lens_positions.viz.text_positions import layers_to_show
 
     sizes = {"vocab_size": 257, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
     ids = {"bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256}

@@ -6,7 +6,7 @@ import pytest
 
 from lens_positions import corpora, large_corpus
 from lens_positions.errors import PositionsError
-from lens_positions.large_corpus import Source, build, checksum, read
+from lens_positions.large_corpus import Source, build, checksum, read_documents
 from lens_positions.training.commands import main
 
 TEI = """<?xml version="1.0"?>
@@ -70,7 +70,7 @@ def source(tmp_path):
 def test_xml_keeps_the_blocks_of_the_text_and_drops_a_repeated_document(source, tmp_path):
     part = source([BOOK, OTHER], **BOOKS)
     build(tmp_path / "corpus", [], [part])
-    assert read(tmp_path / "corpus", part) == [BOOK, OTHER]
+    assert read_documents(tmp_path / "corpus", part) == [BOOK, OTHER]
     assert sorted(path.name for path in (tmp_path / "corpus/english").iterdir()) == ["part-0000.txt", "part-0001.txt"]
     assert not (tmp_path / "corpus/.downloads/part/novel").exists()
 
@@ -78,21 +78,21 @@ def test_xml_keeps_the_blocks_of_the_text_and_drops_a_repeated_document(source, 
 def test_a_document_whose_lines_are_held_out_is_left_out(source, tmp_path):
     part = source([OTHER], **BOOKS)
     build(tmp_path, ["A long line goes on.\nmore"], [part])
-    assert read(tmp_path, part) == [OTHER]
+    assert read_documents(tmp_path, part) == [OTHER]
 
 
 def test_files_of_a_folder_are_joined_by_their_numbers(source, tmp_path):
     novel = "第一回\n话说&\n第三回\n第十一回"
     part = source([novel], language="chinese", document="folder", format="html", files=["novel/*.html"])
     build(tmp_path, [], [part])
-    assert read(tmp_path, part) == [novel]
+    assert read_documents(tmp_path, part) == [novel]
 
 
 def test_markdown_keeps_the_text_of_the_files_that_hold_the_pattern(source, tmp_path):
     patterns = {"contains": "via: *https", "strip": r"(?m)^\[#\].*$", "until": "(?m)^via: "}
     part = source(["标题\n\n第一段，见这里。"], format="markdown", files=["posts/*.md"], **patterns)
     build(tmp_path, [], [part])
-    assert len(read(tmp_path, part)) == 1
+    assert len(read_documents(tmp_path, part)) == 1
 
 
 def test_what_is_whole_is_not_downloaded_again_and_what_is_damaged_is(source, tmp_path):
@@ -103,14 +103,14 @@ def test_what_is_whole_is_not_downloaded_again_and_what_is_damaged_is(source, tm
 
     (tmp_path / "english/part-0001.txt").write_bytes(b"damaged \xff")
     build(tmp_path, [], [part])
-    assert read(tmp_path, part) == [BOOK, OTHER]
+    assert read_documents(tmp_path, part) == [BOOK, OTHER]
 
 
 def test_a_wrong_checksum_a_missing_commit_and_a_missing_repository_are_refused_in_a_sentence(source, tmp_path):
     part = source([BOOK], **BOOKS)
     with pytest.raises(PositionsError, match=r"documents of part have the checksum \w{64}: expected \w{64}"):
         build(tmp_path / "a", [], [part])
-    assert read(tmp_path / "a", part) == []
+    assert read_documents(tmp_path / "a", part) == []
 
     absent = part.model_copy(update={"commit": "0" * 40})
     with pytest.raises(PositionsError, match=r"part could not be downloaded: expected commit 0{40} at file:"):

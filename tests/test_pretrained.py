@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import lens_positions as lp
 from lens_positions import PositionsError
-from lens_positions.checkpoint import fingerprint, load_base, load_pretrained, replaced_folder, save_pretrained
+from lens_positions.checkpoint import fingerprint, load_base, load_pretrained, replacement_folder, save_pretrained
 from lens_positions.tokenizer import byte_tokenizer
 
 TOKENS = torch.randint(0, 257, (2, 11), generator=torch.Generator().manual_seed(6))
@@ -309,7 +309,7 @@ def test_the_description_names_the_base(grafted, base, tmp_path):
 
 def test_a_replaced_folder_is_as_readable_as_any_and_comes_back_if_the_last_step_fails(tmp_path, monkeypatch):
     path = tmp_path / "model"
-    with replaced_folder(path) as folder:
+    with replacement_folder(path) as folder:
         (folder / "a").write_text("first")
     (tmp_path / "other").mkdir()
     assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
@@ -323,7 +323,7 @@ def test_a_replaced_folder_is_as_readable_as_any_and_comes_back_if_the_last_step
 
     rename = os.replace
     monkeypatch.setattr(os, "replace", failing)
-    with pytest.raises(PositionsError, match="no room"), replaced_folder(path) as folder:
+    with pytest.raises(PositionsError, match="no room"), replacement_folder(path) as folder:
         (folder / "a").write_text("second")
     assert len(moves) == 3
     assert (path / "a").read_text() == "first"

@@ -12,10 +12,10 @@ from conftest import SMOLLM2
 
 from experiments.options import (
     GatherConfig,
-    MachineryConfig,
     MaximumConfig,
     MeasureConfig,
     ResultsConfig,
+    RopeConfig,
     ShipConfig,
     SuiteConfig,
 )
@@ -109,7 +109,7 @@ OPTIONS = {
     "experiments gather": GatherConfig,
     "experiments results": ResultsConfig,
     "experiments ship": ShipConfig,
-    "experiments rope": MachineryConfig,
+    "experiments rope": RopeConfig,
     "experiments maximum": MaximumConfig,
     "pack": PackConfig,
     "corpus": CorpusConfig,

@@ -14,11 +14,11 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 import lens_positions as lp
 from lens_positions import analysis, causal, cli, viz
-from lens_positions.analysis.absolute_position import repeated
+from lens_positions.analysis.absolute_position import repeat_block
 from lens_positions.analysis.losses import losses
 from lens_positions.text import by_length, one_prompt, prompts_of
-from lens_positions.text import padded as batch_of
-from lens_positions.viz.drawn_text import place
+from lens_positions.text import pad_prompts as batch_of
+from lens_positions.viz.text_positions import position_text
 
 TEXTS = ["the cat that sat then went away", "a dog, it ran and then it was gone.", "so it goes on and on"]
 CLEAN, CORRUPTED = ["The cat sat on the ma", "Hi the"], ["The dog ran in the ma", "Ho thx"]
@@ -61,7 +61,7 @@ DOCUMENTS = {
     "increments_by_category": analysis.increments_by_category,
     "saturation": analysis.saturation,
     "specialisation": analysis.specialisation,
-    "what_moved": analysis.what_moved,
+    "extreme_tokens": analysis.extreme_tokens,
     "head_profile": analysis.head_profile,
     "attention_dispersion": analysis.attention_dispersion,
     "loss_by_length": lambda m, t, **how: analysis.loss_by_length(m, t, lp.scale(m, 2.0), (5, 10), **how),
@@ -76,7 +76,7 @@ BEGINNINGS = {  # they read the beginnings of texts, which no end of document cl
     "absolute_variation": lambda m, t, **how: analysis.absolute_variation(m, t, block=4, **how),
     "replacement_effects": lambda m, t, **how: analysis.replacement_effects(m, t, ["zeros"], block=4, **how),
     "fingerprints": analysis.fingerprints,
-    "repeated": lambda m, t, **how: repeated(m, t, block=4, **how),
+    "repeated": lambda m, t, **how: repeat_block(m, t, block=4, **how),
 }
 MEASUREMENTS = DOCUMENTS | BEGINNINGS
 PROMPTS = {
@@ -87,7 +87,7 @@ PROMPTS = {
     "attribution": lambda m, t, **how: causal.attribution(m, t, causal.loss(), **how),
     "integrated attribution": lambda m, t, **how: causal.attribution(m, t, causal.loss(), "integrated", **how),
     "frequency_contributions": lambda m, t, **how: analysis.frequency_contributions(m, t, 1, **how).terms,
-    "place": lambda m, t, **how: place(m, t, **how).positions,
+    "place": lambda m, t, **how: position_text(m, t, **how).positions,
     "spacing": lambda m, t, **how: torch.tensor([len(viz.spacing(m, t, **how).axes[0].texts)]),
     "spacing_view": lambda m, t, **how: torch.tensor(viz.spacing_view(m, t, **how).data["rows"][1]["first"]),
     "tokens_view": lambda m, t, **how: torch.tensor(viz.tokens_view(m, t, **how).data["rows"][1]["relative"]),
@@ -173,7 +173,15 @@ def test_the_default_of_prepend_bos_is_that_of_the_model(monkeypatch):
 
 def test_every_public_function_that_takes_text_hears_prepend_bos_and_masks():
     taking = {"tokens", "text", "texts", "corpus", "clean"}
-    texts_alone = {"boundary_auc", "compared", "entity_grouping", "report", "mutual_information", "effect_map", "loss"}
+    texts_alone = {
+        "boundary_auc",
+        "compare_losses",
+        "entity_grouping",
+        "report",
+        "mutual_information",
+        "effect_map",
+        "loss",
+    }
     found = 0
     for module in (causal, analysis, viz):
         for name in module.__all__:
@@ -192,10 +200,10 @@ def test_every_public_function_that_takes_text_hears_prepend_bos_and_masks():
 
 def test_what_reads_texts_alone_takes_one_and_hears_prepend_bos():
     model = small_model()
-    assert_alike(analysis.compared([model], TEXTS[0]), analysis.compared([model], TEXTS[:1]))
+    assert_alike(analysis.compare_losses([model], TEXTS[0]), analysis.compare_losses([model], TEXTS[:1]))
     assert losses(model, TEXTS, False).tokens.tolist() == [len(text) for text in TEXTS]
     assert losses(model, TEXTS).tokens.tolist() == [len(text) + 1 for text in TEXTS]
-    with_it, without = (analysis.compared([model], TEXTS, prepend_bos=bos) for bos in (True, False))
+    with_it, without = (analysis.compare_losses([model], TEXTS, prepend_bos=bos) for bos in (True, False))
     assert abs(float(with_it["loss"].iloc[0] - without["loss"].iloc[0])) > 1e-4
 
     line, words = "天气很好我们去看", ["天气", "很", "好", "我们", "去看"]
@@ -323,10 +331,10 @@ def test_masks_that_do_not_fit_are_refused_in_one_sentence():
     ):
         with pytest.raises(lp.PositionsError, match=says):
             prompts_of(model, given, mask)
-    with pytest.raises(lp.PositionsError, match="attention_mask or prepend_bos was given with a reading"):
-        analysis.saturation(model, analysis.read(model, TEXTS), prepend_bos=False)
+    with pytest.raises(lp.PositionsError, match="attention_mask or prepend_bos was given with a corpus that was read"):
+        analysis.saturation(model, analysis.read_corpus(model, TEXTS), prepend_bos=False)
     with pytest.raises(lp.PositionsError, match="without texts"):
-        analysis.what_moved(small_model("shared"), prepend_bos=False)
+        analysis.extreme_tokens(small_model("shared"), prepend_bos=False)
     bare = lp.HookedPositionTransformer.from_transformers(LlamaForCausalLM(tiny(16)))
     with pytest.raises(lp.PositionsError, match="no tokenizer; expected tokens instead of text"):
         causal.gap_sweep(bare, "abc", causal.loss())
@@ -586,7 +594,7 @@ def test_a_chat_of_smollm2_keeps_its_own_beginning(smollm2_tokenizer):
     assert model.to_tokens("Hi")[0].tolist() == [begin, *tokenizer("Hi")["input_ids"]]
     assert model.to_tokens([chat, "Hi"])[1, :2].tolist() == [begin, *tokenizer("Hi")["input_ids"]]
     assert model.to_str_tokens(chat)[0] == "<|im_start|>"
-    assert place(model, chat).labels[0] == place(model, "Hi").labels[0] == "<|im_start|>"
+    assert position_text(model, chat).labels[0] == position_text(model, "Hi").labels[0] == "<|im_start|>"
 
 
 def test_bytes_that_spell_the_end_of_document_are_no_bos():
@@ -650,5 +658,5 @@ def test_the_flags_are_heard_on_the_command_line(folder, tmp_path, capsys, monke
 
     assert cli.main(["show", folder, "ab", "--bos", "--no-bos"]) == 2
     assert "--bos and --no-bos were given; expected one of them" in capsys.readouterr().err
-    assert cli.main(["moved", folder, "--no-bos"]) == 2
+    assert cli.main(["extremes", folder, "--no-bos"]) == 2
     assert "without --corpus" in capsys.readouterr().err

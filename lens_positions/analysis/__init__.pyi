@@ -1,6 +1,7 @@
 from .absolute_position import absolute_variation, attention_sinks, fingerprints, replace_first, replacement_effects
+from .corpus_reader import read_corpus
 from .dispersion import adaptive_temperature, attention_dispersion, loss_by_length
-from .farthest_tokens import what_moved
+from .extremes import extreme_tokens
 from .frequencies import (
     aligned_key,
     frequency_contributions,
@@ -13,8 +14,7 @@ from .frequencies import (
     truncate_frequencies,
 )
 from .heads import head_correlations, head_profile
-from .losses import compared
-from .reading import read
+from .losses import compare_losses
 from .rotary_layout import rotary_layout
 from .specialisation import below_zero, saturation, specialisation
 from .token_kinds import increments_by_category
@@ -29,8 +29,9 @@ __all__ = [
     "attention_sinks",
     "below_zero",
     "boundary_auc",
-    "compared",
+    "compare_losses",
     "entity_grouping",
+    "extreme_tokens",
     "fingerprints",
     "frequency_contributions",
     "frequency_norms",
@@ -44,7 +45,7 @@ __all__ = [
     "matched_pairs",
     "mutual_information",
     "positional_heads",
-    "read",
+    "read_corpus",
     "replace_first",
     "replacement_effects",
     "rotary_layout",
@@ -52,5 +53,4 @@ __all__ = [
     "scores_by_distance",
     "specialisation",
     "truncate_frequencies",
-    "what_moved",
 ]

@@ -34,14 +34,14 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from ..config import BLOCK
-from ..core.attach import unbridged
+from ..core.model_wrappers import base_model
 from ..errors import PositionsError
-from ..interventions import HOOK, Hooks, Some, hook_names, index_of
-from ..measure.attention import EARLIEST, attention_names, keep_states, run, softmax_checks
+from ..interventions import HOOK, Hooks, LayerIndices, hook_names, index_of
+from ..measure.attention import EARLIEST, attention_names, keep_states, run_for_hooks, softmax_checks
 from ..measure.corpus_reader import WINDOW, Texts, rows_of, windows
 from ..measure.intervals import Tally, interval_of, resamples
 from ..model import HookedPositionTransformer
-from ..progress import tracked
+from ..progress import track_progress
 from ..text import Mask, prompts_of
 
 OFFSETS = 8
@@ -69,7 +69,7 @@ Replacement = Literal["token", "mean", "zeros", "noise"]
 REPLACEMENTS: tuple[Replacement, ...] = get_args(Replacement)
 
 
-def repeated(
+def repeat_block(
     model: HookedPositionTransformer,
     texts: Texts,
     block: int = BLOCK,
@@ -120,7 +120,7 @@ def first_token(model: HookedPositionTransformer, prepend_bos: bool | None = Non
 def absolute_variation(
     model: HookedPositionTransformer,
     texts: Texts,
-    layers: Some = None,
+    layers: LayerIndices = None,
     hooks: Hooks | None = None,
     block: int = BLOCK,
     offsets: int | None = None,
@@ -137,7 +137,7 @@ def absolute_variation(
         texts: the source of repeated content, a document each.
         layers: the model's own layer numbers; None is all that rotate.
         hooks: interventions to measure under, such as those of `replace_first`.
-        block, length, attention_mask, prepend_bos: as for `repeated`.
+        block, length, attention_mask, prepend_bos: as for `repeat_block`.
         offsets: distances that are looked at, from 0; None is 8, or a block where that is shorter.
         seed: of the bootstrap.
 
@@ -150,7 +150,7 @@ def absolute_variation(
         `share` is the residual part over the sum of both, likewise, and NaN where there is neither.
 
     Raises:
-        PositionsError: as `repeated`; no attention scores, or patterns that are not their softmax.
+        PositionsError: as `repeat_block`; no attention scores, or patterns that are not their softmax.
 
     >>> table = lp.analysis.absolute_variation(model, texts, layers=0)
     >>> whole = table[(table["layer"] == 0) & (table["head"] == "all")]
@@ -161,7 +161,7 @@ def absolute_variation(
     6        2          3                 True
     7        3          3                 True
     """
-    rows = repeated(model, texts, block, length, attention_mask=attention_mask, prepend_bos=prepend_bos)
+    rows = repeat_block(model, texts, block, length, attention_mask=attention_mask, prepend_bos=prepend_bos)
     found = _variances(rows, model, layers, hooks, block, offsets)
     draws = resamples(len(rows), seed)
     size = _repeats_a_quarter(rows, block)
@@ -192,7 +192,7 @@ def replacement_effects(
     model: HookedPositionTransformer,
     texts: Texts,
     replacements: Sequence[Replacement] = REPLACEMENTS,
-    layers: Some = None,
+    layers: LayerIndices = None,
     hooks: Hooks | None = None,
     block: int = BLOCK,
     offsets: int | None = None,
@@ -224,7 +224,7 @@ def replacement_effects(
     """
     if not replacements or isinstance(replacements, str):
         raise PositionsError(f"replacements is {replacements!r}; expected some of {', '.join(REPLACEMENTS)}.")
-    rows = repeated(model, texts, block, length, attention_mask=attention_mask, prepend_bos=prepend_bos)
+    rows = repeat_block(model, texts, block, length, attention_mask=attention_mask, prepend_bos=prepend_bos)
     own = _variances(rows, model, layers, hooks, block, offsets)
     draws = resamples(len(rows), seed)
     numbers: list[int | str] = ["all", *own]
@@ -295,7 +295,7 @@ def _shares(parts: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarra
 def _variances(
     rows: Int[Tensor, "text pos"],
     model: HookedPositionTransformer,
-    layers: Some,
+    layers: LayerIndices,
     hooks: Hooks | Callable[[int], Hooks] | None,
     block: int,
     offsets: int | None,
@@ -322,10 +322,10 @@ def _variances(
         found[layer].append(products.mean((3, 4, 5)).cpu().numpy())
 
     batches = rows.split(max(1, TOKENS_A_BATCH // rows.shape[1]))
-    for number, batch in enumerate(tracked(batches, "absolute position", quick=rows.numel() < 512)):
+    for number, batch in enumerate(track_progress(batches, "absolute position", quick=rows.numel() < 512)):
         listen = [(name, partial(collect, layer)) for layer, name in names.items()]
         active = hooks(number) if callable(hooks) else hooks or []
-        run(model, batch, [*active, *softmax_checks(names), *listen])
+        run_for_hooks(model, batch, [*active, *softmax_checks(names), *listen])
     return {layer: np.concatenate(parts) for layer, parts in found.items()}
 
 
@@ -356,14 +356,14 @@ def replace_first(model: TransformerBridge, how: Replacement, seed: int = 0) -> 
     name = "embed.hook_out"
     if name not in model.hook_dict:
         raise PositionsError(f"the model has no {name}; expected one whose embeddings TransformerLens shows.")
-    embedding = unbridged(model).get_input_embeddings()
+    embedding = base_model(model).get_input_embeddings()
     embedding = getattr(embedding, "original_component", embedding)  # without its hooks
     ids = torch.arange(embedding.weight.shape[0], device=embedding.weight.device)
-    return [(name, partial(_replaced, embedding, ids, how, seed))]
+    return [(name, partial(_replace_embedding, embedding, ids, how, seed))]
 
 
 @torch.no_grad()
-def _replaced(
+def _replace_embedding(
     embedding: Any,
     ids: Int[Tensor, " vocab"],
     how: Replacement,
@@ -393,7 +393,7 @@ def _replaced(
 def attention_sinks(
     model: HookedPositionTransformer,
     texts: Texts,
-    layers: Some = None,
+    layers: LayerIndices = None,
     hooks: Hooks | None = None,
     seed: int = 0,
     *,
@@ -409,7 +409,7 @@ def attention_sinks(
         `high`, where it lies in 95% of 1,000 resamples of documents (NaN for one).
 
     Raises:
-        PositionsError: attention without patterns, texts without a window of 18 tokens, and as `reading.read`.
+        PositionsError: attention without patterns, texts without a window of 18 tokens, and as `read_corpus`.
 
     >>> table = lp.analysis.attention_sinks(model, texts, layers=0)
     >>> bool((table["share"] < 0.02).all())  # this model has no sink at layer 0
@@ -430,7 +430,7 @@ def attention_sinks(
         in_front = common is not None and bool((rows[:, 0] == common).all())
         for first, tokens in ({"common": rows, "own": rows[:, 1:]} if in_front else {"own": rows}).items():
             listen: Hooks = [(name, partial(tally, first, layer, owners)) for layer, name in names.items()]
-            run(model, tokens, [*(hooks or []), *listen])
+            run_for_hooks(model, tokens, [*(hooks or []), *listen])
     draws = resamples(len(documents), seed)
     table = []
     for (first, layer), own in tallies.items():
@@ -444,7 +444,7 @@ def attention_sinks(
 def fingerprints(
     model: HookedPositionTransformer,
     texts: Texts,
-    layers: Some = None,
+    layers: LayerIndices = None,
     hooks: Hooks | None = None,
     seed: int = 0,
     *,
@@ -502,7 +502,7 @@ def fingerprints(
     for first, tokens, pairs in (("common", with_common, others), ("own", rows, apart)):
         seen: dict[tuple[int, str], Tensor] = {}
         listen: Hooks = [(name, partial(keep_states, seen, key)) for key, name in names.items()]
-        run(model, tokens, [*(hooks or []), *listen])
+        run_for_hooks(model, tokens, [*(hooks or []), *listen])
         for (layer, state), found in seen.items():
             row: dict[str, Any] = {"layer": layer, "state": state, "first": first, "n": int(pairs.sum()) // 2}
             for column, place in (("first_token", 0), ("later", EARLIEST)):

@@ -20,13 +20,13 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from ..errors import PositionsError
-from ..interventions import Hooks, Some, indices_of
-from ..measure.attention import attention_names, evaluated, hidden, run, visible
+from ..interventions import HeadIndices, Hooks, LayerIndices, indices_of
+from ..measure.attention import attention_names, hidden_keys, hooked_evaluation, run_for_hooks, visible_keys
 from ..measure.corpus_reader import Texts, rows_of, windows
-from ..measure.intervals import Tally, drawn_means, interval_of, resamples
+from ..measure.intervals import Tally, bootstrap_means, interval_of, resamples
 from ..measure.metrics import token_losses
 from ..model import HookedPositionTransformer
-from ..progress import tracked
+from ..progress import track_progress
 from ..text import Mask
 
 COEFFICIENTS = (-0.037, 0.481, -2.3, 4.917, -1.791)
@@ -36,7 +36,7 @@ DISPERSED = 0.5
 """Nats of entropy from which a row is made sharper."""
 
 
-def sharpened(scores: Float[Tensor, "*rows item"]) -> Float[Tensor, "*rows item"]:
+def sharpen_scores(scores: Float[Tensor, "*rows item"]) -> Float[Tensor, "*rows item"]:
     """Scores times an inverse temperature of at least 1, chosen by the entropy of their softmax.
 
     beta = max(polynomial(entropy), 1) where the entropy is above 0.5 nats, else 1 (Veličković et al., section 5).
@@ -46,11 +46,11 @@ def sharpened(scores: Float[Tensor, "*rows item"]) -> Float[Tensor, "*rows item"
     for coefficient in COEFFICIENTS:
         beta = beta * entropy + coefficient
     beta = beta.clamp(min=1).where(entropy > DISPERSED, 1.0)[..., None].to(scores)
-    return scores.where(hidden(scores), scores * beta)  # no factor should push a mask over the edge
+    return scores.where(hidden_keys(scores), scores * beta)  # no factor should push a mask over the edge
 
 
-def adaptive_temperature(model: TransformerBridge, layers: Some = None, heads: Some = None) -> Hooks:
-    """Sharper attention without training: every row of scores at the temperature of `sharpened`.
+def adaptive_temperature(model: TransformerBridge, layers: LayerIndices = None, heads: HeadIndices = None) -> Hooks:
+    """Sharper attention without training: every row of scores at the temperature of `sharpen_scores`.
 
     Args:
         model: a bridge with position streams.
@@ -71,16 +71,16 @@ def adaptive_temperature(model: TransformerBridge, layers: Some = None, heads: S
     names = attention_names(model, layers, "attn_scores")
     if chosen and max(chosen) >= model.cfg.n_heads:
         raise PositionsError(f"there is no head {max(chosen)}; expected heads from 0 to {model.cfg.n_heads - 1}.")
-    return [(name, partial(_sharpen, chosen)) for name in names.values()]
+    return [(name, partial(_sharpen_heads, chosen)) for name in names.values()]
 
 
-def _sharpen(
+def _sharpen_heads(
     heads: list[int] | None, scores: Float[Tensor, "batch head query key"], hook: HookPoint
 ) -> Float[Tensor, "batch head query key"]:
     if heads is None:
-        return sharpened(scores)
+        return sharpen_scores(scores)
     changed = scores.clone()
-    changed[:, heads] = sharpened(scores[:, heads])
+    changed[:, heads] = sharpen_scores(scores[:, heads])
     return changed
 
 
@@ -92,7 +92,7 @@ def attention_entropy(weights: Float[Tensor, "*rows item"]) -> Float[Tensor, "*r
 def attention_dispersion(
     model: HookedPositionTransformer,
     texts: Texts,
-    layers: Some = None,
+    layers: LayerIndices = None,
     hooks: Hooks | None = None,
     seed: int = 0,
     *,
@@ -107,7 +107,7 @@ def attention_dispersion(
         layers: the model's own layer numbers; None is all that rotate.
         hooks: interventions to measure under, such as `adaptive_temperature`.
         seed: of the bootstrap.
-        attention_mask, prepend_bos: as for `analysis.read`.
+        attention_mask, prepend_bos: as for `analysis.read_corpus`.
 
     Returns:
         One row for each `layer`, `head` ("all" is their mean) and octave of `items`: a query with n tokens up to it,
@@ -118,7 +118,7 @@ def attention_dispersion(
         (NaN for one).
 
     Raises:
-        PositionsError: attention without patterns, texts of two tokens alone, and as `reading.read`.
+        PositionsError: attention without patterns, texts of two tokens alone, and as `read_corpus`.
 
     >>> table = lp.analysis.attention_dispersion(model, texts, layers=0)
     >>> table.loc[table["head"] == "all", ["items", "log_items", "entropy"]].round(1)
@@ -143,7 +143,7 @@ def attention_dispersion(
     counted = {layer: name.replace("hook_pattern", "hook_attn_scores") for layer, name in names.items()}
 
     def count(layer: int, scores: Float[Tensor, "batch head query key"], hook: HookPoint) -> None:
-        seen[layer, scores.shape[2]] = visible(scores[0, 0].detach()).sum(-1)
+        seen[layer, scores.shape[2]] = visible_keys(scores[0, 0].detach()).sum(-1)
 
     def tally(layer: int, owners: list[int], pattern: Float[Tensor, "batch head query key"], hook: HookPoint) -> None:
         pattern = pattern.detach().float()
@@ -159,7 +159,7 @@ def attention_dispersion(
     for rows, owners in rows_of(documents, batches, "dispersion"):
         listen: Hooks = [(name, partial(count, layer)) for layer, name in counted.items() if name in model.hook_dict]
         listen += [(name, partial(tally, layer, owners)) for layer, name in names.items()]
-        run(model, rows, [*(hooks or []), *listen])
+        run_for_hooks(model, rows, [*(hooks or []), *listen])
     draws = resamples(len(documents), seed)
     table = []
     for layer in names:
@@ -195,7 +195,7 @@ def loss_by_length(
         hooks: the intervention, such as that of `adaptive_temperature`.
         lengths: tokens of a window; each divides the longest. Longer than the model's context is extrapolation.
         seed: of the bootstrap.
-        attention_mask, prepend_bos: as for `analysis.read`.
+        attention_mask, prepend_bos: as for `analysis.read_corpus`.
 
     Returns:
         One row for each `length`: `n` (predicted tokens, the same in number at every length but for the first of each
@@ -203,7 +203,7 @@ def loss_by_length(
         with minus without, with `low` to `high`, where it lies in 95% of 1,000 resamples of documents (NaN for one).
 
     Raises:
-        PositionsError: lengths that do not divide the longest, no document as long as that, and as `reading.read`.
+        PositionsError: lengths that do not divide the longest, no document as long as that, and as `read_corpus`.
 
     >>> hooks = lp.analysis.adaptive_temperature(model)
     >>> table = lp.analysis.loss_by_length(model, texts, hooks, lengths=[32, 128])
@@ -229,10 +229,10 @@ def loss_by_length(
             for number, tokens in enumerate(documents)
         ]
         parts = [(number, part) for number, rows in pieces for part in rows.split(max(1, 2048 // length))]
-        for number, rows in tracked(parts, f"loss at {length} tokens", quick=sum(map(len, documents)) < 2048):
+        for number, rows in track_progress(parts, f"loss at {length} tokens", quick=sum(map(len, documents)) < 2048):
             losses = []
             for active in ([], hooks):
-                with evaluated(model, active):
+                with hooked_evaluation(model, active):
                     losses.append(token_losses(model(rows), rows[:, 1:]))
             own.add([number] * len(rows), torch.stack(losses, dim=-1))
         assert own.sums is not None
@@ -240,7 +240,7 @@ def loss_by_length(
         difference = own.sums[:, 1] - own.sums[:, 0]
         low = high = math.nan
         if len(documents) > 1:
-            ends = interval_of(drawn_means(difference[:, None], own.counts, draws))
+            ends = interval_of(bootstrap_means(difference[:, None], own.counts, draws))
             low, high = (float(end[0]) for end in ends)
         row = {"length": length, "n": int(own.counts.sum()), "documents": len(documents), "loss": without}
         table.append(row | {"changed": with_it, "difference": with_it - without, "low": low, "high": high})

@@ -31,13 +31,21 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from ..errors import PositionsError
-from ..interventions import Hooks, Some, finite, hook_names, index_of
-from ..measure.attention import EARLIEST, attention_names, run, visible
+from ..interventions import Hooks, LayerIndices, finite_number, hook_names, index_of
+from ..measure.attention import EARLIEST, attention_names, run_for_hooks, visible_keys
 from ..measure.corpus_reader import Texts, rows_of, windows
-from ..measure.intervals import Tally, drawn_means, interval_of, resamples, shuffled_within
+from ..measure.intervals import Tally, bootstrap_means, interval_of, resamples, shuffle_within
 from ..model import HookedPositionTransformer
 from ..text import Mask, TextOrTokens, one_prompt
-from .rotary_layout import ROTATION, RotaryLayout, names_of, products_of, rotary_layout, score_factor, turning
+from .rotary_layout import (
+    ROTATION,
+    RotaryLayout,
+    names_of,
+    products_of,
+    rotary_layout,
+    rotation_frequencies,
+    score_factor,
+)
 
 SIDES = ("query", "key")
 
@@ -45,7 +53,7 @@ SIDES = ("query", "key")
 def frequency_norms(
     model: HookedPositionTransformer,
     texts: Texts,
-    layers: Some = None,
+    layers: LayerIndices = None,
     hooks: Hooks | None = None,
     seed: int = 0,
     *,
@@ -60,7 +68,7 @@ def frequency_norms(
         layers: the model's own layer numbers; None is all that rotate.
         hooks: interventions to measure under, such as those of `truncate_frequencies`.
         seed: of the bootstrap.
-        attention_mask, prepend_bos: as for `analysis.read`.
+        attention_mask, prepend_bos: as for `analysis.read_corpus`.
 
     Returns:
         One row for each `layer`, `side` ("query", "key"), `head` and chunk: its `index`, 0 for the highest frequency,
@@ -68,7 +76,7 @@ def frequency_norms(
         `norm` over tokens with `low` to `high`, where it lies in 95% of 1,000 resamples of documents (NaN for one).
 
     Raises:
-        PositionsError: as `rotary_layout` and `reading.read`.
+        PositionsError: as `rotary_layout` and `read_corpus`.
 
     >>> table = lp.analysis.frequency_norms(model, texts, layers=0)
     >>> table.groupby("side")["norm"].mean().round(1)
@@ -90,7 +98,7 @@ def frequency_norms(
         for layer, layout in layouts.items():
             for side in SIDES:
                 listen += _states_hooks(model, layer, layout, side, partial(tally, side, layer, owners))
-        run(model, rows, [*(hooks or []), *listen])
+        run_for_hooks(model, rows, [*(hooks or []), *listen])
     draws = resamples(len(documents), seed)
     table = []
     for layer, layout in layouts.items():
@@ -178,7 +186,7 @@ def _each_score(
         for side in SIDES:
             listen += _states_hooks(model, layer, layout, side, partial(seen.__setitem__, side))
         listen.append((scores[0], partial(_split, layer, layout, seen, use)))
-    run(model, rows, [*(hooks or []), *listen])
+    run_for_hooks(model, rows, [*(hooks or []), *listen])
 
 
 def _states_hooks(
@@ -190,7 +198,7 @@ def _states_hooks(
     rotation: list[Tensor] = []
 
     def turn(states: Tensor) -> None:
-        use(layout.turned(states.float(), rotation[-1]))
+        use(layout.rotate(states.float(), rotation[-1]))
 
     (first,), (second,) = names_of(model, layer, "rotation"), names_of(model, layer, side[0])
     return [(first, partial(_hand_over, rotation.append)), (second, partial(_hand_over, turn))]
@@ -216,13 +224,13 @@ def _split(
             "plain attention."
         )
     terms = (products_of(factor * query, key, layout.chunk(i)) for i in range(len(layout.all_frequencies)))
-    use(layer, terms, visible(scores))
+    use(layer, terms, visible_keys(scores))
 
 
 def frequency_shares(
     model: HookedPositionTransformer,
     texts: Texts,
-    layers: Some = None,
+    layers: LayerIndices = None,
     hooks: Hooks | None = None,
     seed: int = 0,
     *,
@@ -262,7 +270,7 @@ def frequency_shares(
         share = sums.sum(0) / sums.sum((0, 2))[:, None]
         low = high = np.full_like(share, math.nan)
         if np.count_nonzero(own.counts) > 1:
-            means = drawn_means(sums, own.counts, draws)
+            means = bootstrap_means(sums, own.counts, draws)
             low, high = interval_of(means / means.sum(2, keepdims=True))
         for head, of_head in enumerate(share):
             for index, value in enumerate(of_head):
@@ -288,7 +296,7 @@ def truncate_frequencies(
     model: TransformerBridge,
     keep: float,
     drop: Literal["lowest", "highest"] = "lowest",
-    layers: Some = None,
+    layers: LayerIndices = None,
 ) -> Hooks:
     """p-RoPE as an intervention: only a fraction of the rotary frequencies still turns queries and keys.
 
@@ -314,17 +322,17 @@ def truncate_frequencies(
     False
     """
     expected = "a fraction of the frequencies from 0 to 1"
-    if not 0 <= finite(keep, "keep", expected) <= 1:
+    if not 0 <= finite_number(keep, "keep", expected) <= 1:
         raise PositionsError(f"keep is {keep}; expected {expected}.")
     if drop not in ("lowest", "highest"):
         raise PositionsError(f'drop is {drop!r}; expected "lowest" or "highest".')
-    return [(name, partial(_truncated, keep, drop)) for _, name in hook_names(model, layers, ROTATION)]
+    return [(name, partial(_truncate_rotation, keep, drop)) for _, name in hook_names(model, layers, ROTATION)]
 
 
-def _truncated(
+def _truncate_rotation(
     keep: float, drop: str, rotation: Float[Tensor, "batch pos *head 2 d_rotary"], hook: HookPoint
 ) -> Float[Tensor, "batch pos *head 2 d_rotary"]:
-    own = turning(hook)
+    own = rotation_frequencies(hook)
     turns = own > 0
     distinct, counts = own[turns].unique(return_counts=True)
     if not len(distinct):
@@ -350,7 +358,7 @@ POSITIONAL = 0.5
 def positional_heads(
     model: HookedPositionTransformer,
     texts: Texts,
-    layers: Some = None,
+    layers: LayerIndices = None,
     hooks: Hooks | None = None,
     offsets: int = OFFSETS,
     seed: int = 0,
@@ -375,7 +383,7 @@ def positional_heads(
         half of the attention goes there in both.
 
     Raises:
-        PositionsError: attention without patterns, texts without a window of 17 tokens, and as `reading.read`.
+        PositionsError: attention without patterns, texts without a window of 17 tokens, and as `read_corpus`.
 
     >>> table = lp.analysis.positional_heads(model, texts, layers=0)
     >>> table[["head", "offset", "positional"]].head(2)  # to the token before, in shuffled text too
@@ -397,11 +405,11 @@ def positional_heads(
 
     for number, (rows, owners) in enumerate(rows_of(documents, batches, "heads")):
         rest = rows[:, 1:]
-        order = torch.from_numpy(shuffled_within(np.arange(rest.numel()) // rest.shape[1], seed + number))
+        order = torch.from_numpy(shuffle_within(np.arange(rest.numel()) // rest.shape[1], seed + number))
         exchanged = torch.cat([rows[:, :1], rest.flatten()[order.to(rest.device)].view_as(rest)], dim=1)
         for shuffled, tokens in ((False, rows), (True, exchanged)):
             listen: Hooks = [(name, partial(tally, layer, shuffled, owners)) for layer, name in patterns.items()]
-            run(model, tokens, [*(hooks or []), *listen])
+            run_for_hooks(model, tokens, [*(hooks or []), *listen])
     draws = resamples(len(documents), seed)
     table = []
     for layer in patterns:
@@ -455,7 +463,7 @@ def high_frequency_use(norms: pd.DataFrame, heads: pd.DataFrame, highest: float 
     0  query  2      22         0.5    0.3
     1    key  2      22         0.4    0.2
     """
-    if not 0 < finite(highest, "highest", "a fraction above 0") < 1:
+    if not 0 < finite_number(highest, "highest", "a fraction above 0") < 1:
         raise PositionsError(f"highest is {highest}; expected a fraction between 0 and 1.")
     if set(norms["layer"]) != set(heads["layer"]):
         raise PositionsError("norms and heads are of different layers; expected both of the same model and layers.")
@@ -489,7 +497,7 @@ def aligned_key(
     >>> lp.analysis.aligned_key(query, 3.0, frequencies).round(decimals=2)  # turned by 1.5 radians
     tensor([0.0700, 1.0000])
     """
-    return _turned(query, query.new_tensor(finite(distance, "distance")), frequencies)
+    return _rotate(query, query.new_tensor(finite_number(distance, "distance")), frequencies)
 
 
 def scores_by_distance(
@@ -506,11 +514,11 @@ def scores_by_distance(
     >>> lp.analysis.scores_by_distance(query, query, distances, torch.tensor([1.0])).round(decimals=2)  # cosines
     tensor([ 1.0000,  0.5400, -0.4200, -0.9900])
     """
-    turned = _turned(key[..., None, :], -distances.to(key), frequencies)
+    turned = _rotate(key[..., None, :], -distances.to(key), frequencies)
     return (query[..., None, :] * turned).sum(-1)
 
 
-def _turned(states: Tensor, distances: Tensor, frequencies: Tensor) -> Tensor:
+def _rotate(states: Tensor, distances: Tensor, frequencies: Tensor) -> Tensor:
     if states.shape[-1] != 2 * len(frequencies):
         raise PositionsError(
             f"there are {states.shape[-1]} components and {len(frequencies)} frequencies; expected two for each."

@@ -24,7 +24,7 @@ from ..errors import PositionsError
 from ..interventions import HOOK, hook_names
 from ..measure.attention import attention_names, keep_states
 from ..measure.corpus_reader import Texts, rows_of, windows
-from ..measure.intervals import Tally, resamples, shuffled_within
+from ..measure.intervals import Tally, resamples, shuffle_within
 from ..measure.metrics import look_back
 from ..model import HookedPositionTransformer
 from ..text import Mask
@@ -46,7 +46,7 @@ def head_profile(
         model: the model.
         texts: documents, as for `increments_by_category`.
         seed: of the bootstrap.
-        attention_mask, prepend_bos: as for `analysis.read`.
+        attention_mask, prepend_bos: as for `analysis.read_corpus`.
 
     Returns:
         One row for each `layer` and `head`: `n` (tokens), `documents`, `increment` (in positions; that of the layer
@@ -55,7 +55,7 @@ def head_profile(
         with `_low` and `_high`, where the mean lies in 95% of 1,000 resamples of documents, NaN for one.
 
     Raises:
-        PositionsError: attention without patterns, and as `reading.read`.
+        PositionsError: attention without patterns, and as `read_corpus`.
 
     >>> table = lp.analysis.head_profile(model, texts)
     >>> table.loc[table["layer"] == 0, ["head", "increment", "look_back"]].round(1)
@@ -136,12 +136,12 @@ def head_correlations(profile: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     for scope in ("heads", "within layers") if own else ("layers",):
         groups = layer if scope == "within layers" else np.zeros(len(layer), dtype=int)
         for measure, pair in (("pearson", values), ("spearman", ranks)):
-            row = {"scope": scope, "measure": measure, "n": len(layer), **_correlated(pair, groups, seed)}
+            row = {"scope": scope, "measure": measure, "n": len(layer), **_correlation_row(pair, groups, seed)}
             rows.append(row | ({"p": np.nan} if scope == "heads" else {}))
     return pd.DataFrame(rows)
 
 
-def _correlated(pair: Float64[np.ndarray, "2 sample"], groups: np.ndarray, seed: int) -> dict[str, float]:
+def _correlation_row(pair: Float64[np.ndarray, "2 sample"], groups: np.ndarray, seed: int) -> dict[str, float]:
     """Correlation of two rows less the means of their groups, its interval, and its p-value."""
     _, group = np.unique(groups, return_inverse=True)
     means = np.stack([np.bincount(group, row) / np.bincount(group) for row in pair])
@@ -155,7 +155,7 @@ def _correlated(pair: Float64[np.ndarray, "2 sample"], groups: np.ndarray, seed:
     freedom = len(x) - len(means[0]) - 2  # n - 3 for one group
     reach = NormalDist().inv_cdf(0.975) / np.sqrt(freedom) if freedom > 0 else np.inf
     centre = np.arctanh(np.clip(found, -1 + 1e-12, 1 - 1e-12))
-    by_chance = correlation(x[None], y[shuffled_within(group, seed, (PERMUTATIONS,))])
+    by_chance = correlation(x[None], y[shuffle_within(group, seed, (PERMUTATIONS,))])
     p = (1 + np.count_nonzero(np.abs(by_chance) >= abs(found) - 1e-12)) / (1 + PERMUTATIONS)
     return {"correlation": found, "low": float(np.tanh(centre - reach)), "high": float(np.tanh(centre + reach)), "p": p}
 

@@ -13,11 +13,12 @@ import torch
 from jaxtyping import Float64, Int64
 
 from ..errors import PositionsError
+from ..former_names import getattr_with_former_names
 from ..measure.corpus_reader import windows
-from ..measure.intervals import drawn_means, interval_of, resamples
+from ..measure.intervals import bootstrap_means, interval_of, resamples
 from ..measure.metrics import token_losses
 from ..model import HookedPositionTransformer
-from ..progress import tracked
+from ..progress import track_progress
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def losses(model: HookedPositionTransformer, texts: str | Sequence[str], prepend
         raise PositionsError("losses were asked for of something else than text; expected documents as strings.")
     documents, batches = windows(model, texts, None, prepend_bos)
     nats, tokens = np.zeros(len(documents)), np.zeros(len(documents), dtype=np.int64)
-    for batch in tracked(batches, f"loss of {model.name}", quick=sum(map(len, documents)) < 4096):
+    for batch in track_progress(batches, f"loss of {model.name}", quick=sum(map(len, documents)) < 4096):
         rows = torch.stack([documents[number][start:stop] for number, start, stop in batch])
         with torch.no_grad():
             of_tokens = token_losses(model(rows), rows[:, 1:]).double().cpu()
@@ -56,7 +57,7 @@ def losses(model: HookedPositionTransformer, texts: str | Sequence[str], prepend
     return Losses(nats, tokens, np.array([len(text.encode()) for text in texts]))
 
 
-def compared(
+def compare_losses(
     models: Sequence[HookedPositionTransformer],
     texts: str | Sequence[str],
     seed: int = 0,
@@ -69,7 +70,7 @@ def compared(
         models: one or more.
         texts: documents, as text, since bytes are counted.
         seed: of the resampling.
-        prepend_bos: as for `analysis.read`.
+        prepend_bos: as for `analysis.read_corpus`.
 
     Returns:
         A row for each model: `model`, `documents`, `bytes`, `tokens` (predicted), `loss` (nats per byte) with its
@@ -80,7 +81,7 @@ def compared(
     Raises:
         PositionsError: as `losses`.
 
-    >>> table = lp.analysis.compared([model, model], texts)  # a model with itself
+    >>> table = lp.analysis.compare_losses([model, model], texts)  # a model with itself
     >>> table["difference"].tolist()
     [nan, 0.0]
     """
@@ -90,7 +91,7 @@ def compared(
 
     def mean_of(nats: Float64[np.ndarray, " document"], name: str) -> dict[str, float]:
         size = found[0].bytes
-        low, high = interval_of(drawn_means(nats[:, None], size, draws)) if len(texts) > 1 else ([np.nan], [np.nan])
+        low, high = interval_of(bootstrap_means(nats[:, None], size, draws)) if len(texts) > 1 else ([np.nan], [np.nan])
         names = (name, f"{name}_low", f"{name}_high") if name == "difference" else (name, "low", "high")
         return dict(zip(names, (nats.sum() / size.sum(), float(low[0]), float(high[0])), strict=True))
 
@@ -101,3 +102,6 @@ def compared(
         if of_model is not found[0]:
             rows[-1] |= mean_of(of_model.nats - found[0].nats, "difference")
     return pd.DataFrame(rows)
+
+
+__getattr__ = getattr_with_former_names(__name__)

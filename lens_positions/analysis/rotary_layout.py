@@ -1,7 +1,7 @@
 """How the components of queries and keys make rotary chunks, found by trying: halves, neighbours and partial rotary.
 
 Where TransformerLens shows queries and keys before the rotation alone (GPT-NeoX, Phi-3, Falcon), scores tell the
-layout, and `RotaryLayout.turned` turns them.
+layout, and `RotaryLayout.rotate` turns them.
 """
 
 import math
@@ -15,11 +15,11 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-from ..core.attach import unbridged
 from ..core.hook_points import HookedTokens
+from ..core.model_wrappers import base_model
 from ..errors import PositionsError
-from ..interventions import HOOK, Hooks, Some, hook_names
-from ..measure.attention import keep_states, run, visible
+from ..interventions import HOOK, Hooks, LayerIndices, hook_names
+from ..measure.attention import keep_states, run_for_hooks, visible_keys
 
 ROTATION = HOOK.format("rotation")
 PROBED = 24
@@ -58,7 +58,7 @@ class RotaryLayout:
         rest = (2 * states[..., self.rest].square().mean(-1, keepdim=True)).sqrt()
         return torch.cat([norms, rest], dim=-1)
 
-    def turned(
+    def rotate(
         self, states: Float[Tensor, "batch pos head d_head"], rotation: Float[Tensor, "#batch pos 2 d_rotary"]
     ) -> Float[Tensor, "batch pos head d_head"]:
         """Queries or keys after a rotation."""
@@ -75,7 +75,7 @@ class RotaryLayout:
         return self.pairs[i] if i < len(self.pairs) else self.rest
 
 
-def rotary_layout(model: TransformerBridge, layers: Some = None) -> dict[int, RotaryLayout]:
+def rotary_layout(model: TransformerBridge, layers: LayerIndices = None) -> dict[int, RotaryLayout]:
     """How the components of queries and keys are paired, by layer, found by turning each frequency by its own angle.
 
     Raises:
@@ -91,19 +91,21 @@ def rotary_layout(model: TransformerBridge, layers: Some = None) -> dict[int, Ro
     rotations = dict(hook_names(model, layers, ROTATION))
     patterns = dict(hook_names(model, None, "attn.hook_pattern"))
     vocab, generator = cast(int, model.cfg.d_vocab), torch.Generator().manual_seed(0)
-    tokens = torch.randint(vocab, (1, min(PROBED, model.cfg.n_ctx)), generator=generator).to(unbridged(model).device)
+    tokens = torch.randint(vocab, (1, min(PROBED, model.cfg.n_ctx)), generator=generator).to(base_model(model).device)
     angles: dict[int, tuple[Tensor, Tensor]] = {}
     held: dict[str, Tensor] = {}
     runs = []
     for turned in (False, True):
         seen: dict[int, Tensor] = {}
-        hooks: Hooks = [(name, partial(_turn_by_known, angles, layer, turned)) for layer, name in rotations.items()]
+        hooks: Hooks = [
+            (name, partial(_rotate_by_known_angles, angles, layer, turned)) for layer, name in rotations.items()
+        ]
         # Patterns are held, so that every layer sees in both runs what it sees in the first.
-        hooks += [(name, partial(_hold, held)) for name in patterns.values() if name in model.hook_dict]
+        hooks += [(name, partial(_hold_pattern, held)) for name in patterns.values() if name in model.hook_dict]
         hooks += [
             (n, partial(keep_states, seen, layer)) for layer in rotations for n in names_of(model, layer, "rot_q")
         ]
-        run(model, tokens, hooks)
+        run_for_hooks(model, tokens, hooks)
         runs.append(seen)
     layouts = {}
     for layer in rotations:
@@ -114,7 +116,7 @@ def rotary_layout(model: TransformerBridge, layers: Some = None) -> dict[int, Ro
     return layouts
 
 
-def _turn_by_known(
+def _rotate_by_known_angles(
     angles: dict[int, tuple[Tensor, Tensor]],
     layer: int,
     turned: bool,
@@ -122,7 +124,7 @@ def _turn_by_known(
     hook: HookPoint,
 ) -> Float[Tensor, "batch pos *head 2 d_rotary"]:
     """No rotation, or each frequency by an angle of its own between 0 and pi."""
-    own = turning(hook)
+    own = rotation_frequencies(hook)
     distinct, which = own.unique(return_inverse=True)
     known = math.pi * torch.arange(1, len(distinct) + 1, device=own.device) / (len(distinct) + 1)
     angles[layer] = known.where(distinct > 0, 0.0), distinct
@@ -172,7 +174,7 @@ def _layout_of_scores(model: TransformerBridge, tokens: Int[Tensor, "1 pos"], la
     frequencies: list[Tensor] = []
     hooks: Hooks = [(name, partial(keep_states, seen, what)) for what, names in sites.items() for name in names]
     hooks += [(name, partial(_note_frequencies, frequencies)) for name in sites["rotation"]]
-    run(model, tokens, hooks)
+    run_for_hooks(model, tokens, hooks)
     if len(seen) == len(sites) and seen["q"].ndim == seen["k"].ndim == 4 and seen["rotation"].ndim == 4:
         own = frequencies[0]
         components = torch.tensor([i for i, w in enumerate(own) if w not in own[:i]])
@@ -184,7 +186,7 @@ def _layout_of_scores(model: TransformerBridge, tokens: Int[Tensor, "1 pos"], la
             layout = RotaryLayout(own[components][order].double(), pairs[order], rest, components[order])
             if 2 * n > seen["q"].shape[-1]:
                 break
-            query, key = (layout.turned(seen[side].float(), seen["rotation"]) for side in ("q", "k"))
+            query, key = (layout.rotate(seen[side].float(), seen["rotation"]) for side in ("q", "k"))
             if score_factor(query, key, seen["attn_scores"]) is not None:
                 return layout
     raise PositionsError(
@@ -194,10 +196,10 @@ def _layout_of_scores(model: TransformerBridge, tokens: Int[Tensor, "1 pos"], la
 
 
 def _note_frequencies(noted: list[Tensor], rotation: Tensor, hook: HookPoint) -> None:
-    noted.append(turning(hook).cpu())
+    noted.append(rotation_frequencies(hook).cpu())
 
 
-def turning(hook: HookPoint) -> Float[Tensor, " d_rotary"]:
+def rotation_frequencies(hook: HookPoint) -> Float[Tensor, " d_rotary"]:
     """How fast each component of cos and sin turns at a hooked rotation, whichever way."""
     tokens: HookedTokens = hook.ctx["tokens"]
     assert tokens.frequencies is not None
@@ -211,7 +213,7 @@ def score_factor(
 ) -> float | None:
     """The factor that makes products of queries and keys the scores, wherever a key is seen; None where none does."""
     products = products_of(query, key, torch.arange(query.shape[-1]))
-    seen = visible(scores)
+    seen = visible_keys(scores)
     ours, own = products[seen].double(), scores[seen].double()
     factor = (ours @ own) / (ours @ ours).clamp_min(1e-30)
     tolerance = max(TOLERANCE, 8 * torch.finfo(scores.dtype).eps)
@@ -230,5 +232,5 @@ def names_of(model: TransformerBridge, layer: int, what: str) -> list[str]:
     return [name for _, name in hook_names(model, layer, HOOK.format(what)) if name in model.hook_dict]
 
 
-def _hold(held: dict[str, Tensor], pattern: Tensor, hook: HookPoint) -> Tensor:
+def _hold_pattern(held: dict[str, Tensor], pattern: Tensor, hook: HookPoint) -> Tensor:
     return held.setdefault(cast(str, hook.name), pattern.detach())

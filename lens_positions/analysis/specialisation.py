@@ -11,11 +11,11 @@ from jaxtyping import Bool, Float64, Int64
 
 from ..config import Alphabet
 from ..errors import PositionsError
-from ..measure.corpus_reader import Reading, Texts, read
-from ..measure.intervals import drawn_means, interval_of, resamples, shuffled_within
+from ..measure.corpus_reader import CorpusIncrements, Texts, read_corpus
+from ..measure.intervals import bootstrap_means, interval_of, resamples, shuffle_within
 from ..model import HookedPositionTransformer
 from ..text import Mask
-from .token_kinds import by_document, increments_by_category, kinds_read
+from .token_kinds import corpus_kinds, document_sums, increments_by_category
 
 AT_CAP = 0.99
 """From this fraction of the cap on, an increment counts as at the cap."""
@@ -23,7 +23,7 @@ AT_CAP = 0.99
 
 def saturation(
     model: HookedPositionTransformer,
-    texts: Texts | Reading,
+    texts: Texts | CorpusIncrements,
     seed: int = 0,
     *,
     attention_mask: Mask = None,
@@ -35,14 +35,14 @@ def saturation(
         model: a model whose increments are bounded; heads are counted apart and pooled.
         texts: documents, as for `increments_by_category`.
         seed: of the bootstrap.
-        attention_mask, prepend_bos: as for `analysis.read`.
+        attention_mask, prepend_bos: as for `analysis.read_corpus`.
 
     Returns:
         One row a layer: `n` (increments), `documents`, `cap` (in positions), `share` of the increments at 0.99 of it or
         more, with `low` to `high`, where it lies in 95% of 1,000 resamples of documents (NaN for one), and `max`.
 
     Raises:
-        PositionsError: increments that have no cap, and as `reading.read`.
+        PositionsError: increments that have no cap, and as `read_corpus`.
 
     >>> table = lp.analysis.saturation(model, texts)
     >>> table[["layer", "cap", "share", "max"]].round(1)
@@ -57,15 +57,15 @@ def saturation(
     if (given := _other_activation(model, "sigmoid")) is not None:
         raise PositionsError(f"the model has {given}, which has no cap; expected learned increments with a sigmoid.")
     cap = model.position_config.max_increment
-    reading = read(model, texts, attention_mask, prepend_bos)
-    table = _shares(reading, reading.increments >= AT_CAP * cap, seed)
+    corpus = read_corpus(model, texts, attention_mask, prepend_bos)
+    table = _shares(corpus, corpus.increments >= AT_CAP * cap, seed)
     table.insert(3, "cap", cap)
-    return table.assign(max=reading.increments.max(axis=(1, 2)))
+    return table.assign(max=corpus.increments.max(axis=(1, 2)))
 
 
 def below_zero(
     model: HookedPositionTransformer,
-    texts: Texts | Reading,
+    texts: Texts | CorpusIncrements,
     seed: int = 0,
     *,
     attention_mask: Mask = None,
@@ -77,7 +77,7 @@ def below_zero(
         As `saturation`, with `min` in place of `cap` and `max`.
 
     Raises:
-        PositionsError: increments that are bounded below, and as `reading.read`.
+        PositionsError: increments that are bounded below, and as `read_corpus`.
 
     >>> signed = lp.PositionConfig(activation="none")
     >>> config = lp.PositionModelConfig(d_model=32, n_layers=2, n_heads=4, positions=signed)
@@ -89,8 +89,8 @@ def below_zero(
     """
     if (given := _other_activation(model, "none")) is not None:
         raise PositionsError(f'the model has {given}; expected learned increments with activation "none".')
-    reading = read(model, texts, attention_mask, prepend_bos)
-    return _shares(reading, reading.increments < 0, seed).assign(min=reading.increments.min(axis=(1, 2)))
+    corpus = read_corpus(model, texts, attention_mask, prepend_bos)
+    return _shares(corpus, corpus.increments < 0, seed).assign(min=corpus.increments.min(axis=(1, 2)))
 
 
 def _other_activation(model: HookedPositionTransformer, wanted: str) -> str | None:
@@ -101,20 +101,20 @@ def _other_activation(model: HookedPositionTransformer, wanted: str) -> str | No
     return None if config.activation == wanted else f"activation {config.activation!r}"
 
 
-def _shares(reading: Reading, chosen: Bool[np.ndarray, "layer head token"], seed: int) -> pd.DataFrame:
+def _shares(corpus: CorpusIncrements, chosen: Bool[np.ndarray, "layer head token"], seed: int) -> pd.DataFrame:
     """The share of increments chosen, by layer, with its interval over documents."""
-    documents = len(reading.documents)
-    sums, counts = by_document(chosen.mean(axis=1, keepdims=True), reading.document, documents)
+    documents = len(corpus.documents)
+    sums, counts = document_sums(chosen.mean(axis=1, keepdims=True), corpus.document, documents)
     low, high = np.full((2, len(chosen)), np.nan)
     if documents > 1:
-        low, high = interval_of(drawn_means(sums[..., 0], counts, resamples(documents, seed)))
-    columns = {"layer": reading.layers, "n": chosen[0].size, "documents": documents}
+        low, high = interval_of(bootstrap_means(sums[..., 0], counts, resamples(documents, seed)))
+    columns = {"layer": corpus.layers, "n": chosen[0].size, "documents": documents}
     return pd.DataFrame(columns | {"share": chosen.mean(axis=(1, 2)), "low": low, "high": high})
 
 
 def specialisation(
     model: HookedPositionTransformer,
-    texts: Texts | Reading,
+    texts: Texts | CorpusIncrements,
     alphabet: Alphabet = "prose",
     seed: int = 0,
     *,
@@ -128,7 +128,7 @@ def specialisation(
         texts: documents, as for `increments_by_category`.
         alphabet: the kinds of prose, or those of program text ("code", in models of bytes).
         seed: of the bootstrap and of the shuffle.
-        attention_mask, prepend_bos: as for `analysis.read`.
+        attention_mask, prepend_bos: as for `analysis.read_corpus`.
 
     Returns:
         One row a layer: `n` (tokens), `documents`, `explained` (eta squared: the variance between kinds as a share of
@@ -146,20 +146,20 @@ def specialisation(
        layer  explained  shuffled farthest nearest
     0      0        1.0       0.0    space  letter
     """
-    reading = read(model, texts, attention_mask, prepend_bos)
-    table = increments_by_category(model, reading, seed=seed, alphabet=alphabet)
-    names, kind = np.unique(kinds_read(model, reading, alphabet), return_inverse=True)
-    shuffled = kind[shuffled_within(reading.document, seed)]
-    documents = len(reading.documents)
+    corpus = read_corpus(model, texts, attention_mask, prepend_bos)
+    table = increments_by_category(model, corpus, seed=seed, alphabet=alphabet)
+    names, kind = np.unique(corpus_kinds(model, corpus, alphabet), return_inverse=True)
+    shuffled = kind[shuffle_within(corpus.document, seed)]
+    documents = len(corpus.documents)
     draws = resamples(documents, seed) if documents > 1 else np.empty((0, 1), dtype=np.int64)
     whole = np.ones((1, documents), dtype=np.int64)
     rows = []
-    for layer, values in zip(reading.layers, reading.increments.mean(axis=1), strict=True):
-        drawn = _explained(values, kind, len(names), reading.document, np.concatenate([whole, draws]))
+    for layer, values in zip(corpus.layers, corpus.increments.mean(axis=1), strict=True):
+        drawn = _eta_squared(values, kind, len(names), corpus.document, np.concatenate([whole, draws]))
         low, high = interval_of(drawn[1:, None]) if documents > 1 else np.full((2, 1), np.nan)
         row = {"layer": layer, "n": len(values), "documents": documents, "explained": drawn[0]}
         row |= {"low": low[0], "high": high[0]}
-        row["shuffled"] = _explained(values, shuffled, len(names), reading.document, whole)[0]
+        row["shuffled"] = _eta_squared(values, shuffled, len(names), corpus.document, whole)[0]
         of_layer = table[(table["layer"] == layer) & (table["low"].notna() | (documents == 1))]
         ranked = of_layer.sort_values("mean")
         for end, found in (("farthest", ranked.iloc[-1]), ("nearest", ranked.iloc[0])):
@@ -171,7 +171,7 @@ def specialisation(
     return pd.DataFrame(rows)
 
 
-def _explained(
+def _eta_squared(
     values: Float64[np.ndarray, " token"],
     kind: Int64[np.ndarray, " token"],
     n_kinds: int,

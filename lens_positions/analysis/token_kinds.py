@@ -4,7 +4,7 @@ A kind depends on what a token is, never on what a model does with it. Byte mode
 the bytes of a Chinese character recognised from the bytes around them; subword models by the text of each token.
 
 A document is the unit of sampling: tokens of one document are not independent, so intervals resample documents.
-What is read of them, and how, is said in `reading.py`.
+See `lens_positions.measure.corpus_reader` for which tokens count.
 """
 
 import string
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..config import Alphabet
 from ..errors import PositionsError
-from ..measure.corpus_reader import Reading, Texts, read
-from ..measure.intervals import drawn_means, interval_of, resamples
+from ..measure.corpus_reader import CorpusIncrements, Texts, read_corpus
+from ..measure.intervals import bootstrap_means, interval_of, resamples
 from ..model import HookedPositionTransformer
 from ..text import Mask
 from ..tokenizer import END_OF_DOCUMENT, is_byte_tokenizer
@@ -126,15 +126,17 @@ def kinds(model_or_tokenizer: Any, tokens: Int[Tensor, " pos"], alphabet: Alphab
     return [kind_of_id[i] for i in ids]
 
 
-def kinds_read(model: HookedPositionTransformer, reading: Reading, alphabet: Alphabet = "prose") -> np.ndarray:
-    """The kind of each token of a reading."""
-    kinds_of = [kinds(model, document, alphabet) for document in reading.documents]
-    return np.array([kinds_of[number][place] for number, place in zip(reading.document, reading.index, strict=True)])
+def corpus_kinds(
+    model: HookedPositionTransformer, corpus: CorpusIncrements, alphabet: Alphabet = "prose"
+) -> np.ndarray:
+    """The kind of each token of a corpus that was read."""
+    kinds_of = [kinds(model, document, alphabet) for document in corpus.documents]
+    return np.array([kinds_of[number][place] for number, place in zip(corpus.document, corpus.index, strict=True)])
 
 
 def increments_by_category(
     model: HookedPositionTransformer,
-    texts: Texts | Reading,
+    texts: Texts | CorpusIncrements,
     heads: Literal["mean", "all"] = "mean",
     seed: int = 0,
     alphabet: Alphabet = "prose",
@@ -148,13 +150,13 @@ def increments_by_category(
     Args:
         model: the model.
         texts: documents, as text or as tokens (a tensor, its rows, or a list of tensors). A byte model's texts are
-            closed with the end-of-document token, as in training; tokens are used as they are. Or what `reading.read`
+            closed with the end-of-document token, as in training; tokens are used as they are. Or what `read_corpus`
             made of them.
         heads: with increments per head, "mean" averages the heads of a token first, "all" gives each head its rows.
         seed: of the bootstrap.
         alphabet: the kinds, "prose", or "code" for the kinds of program text.
         only: the kinds that are asked for, each of which must occur; None is all that do.
-        attention_mask, prepend_bos: as for `analysis.read`.
+        attention_mask, prepend_bos: as for `analysis.read_corpus`.
 
     Returns:
         One row for each layer (and head, where all are asked for) and kind that occurs: `layer`, `head`, `kind`,
@@ -182,19 +184,19 @@ def increments_by_category(
     if heads == "all" and not model.position_config.per_head:
         raise PositionsError('heads is "all"; expected "mean", as the increments of this model are not per head.')
 
-    reading = read(model, texts, attention_mask, prepend_bos)
-    kind = kinds_read(model, reading, alphabet)
+    corpus = read_corpus(model, texts, attention_mask, prepend_bos)
+    kind = corpus_kinds(model, corpus, alphabet)
     order = kind_order(model, alphabet)
     for asked in only or ():
         if asked not in kind:
             occurring = ", ".join(name for name in order if name in kind)
             raise PositionsError(f"the texts have no token of the kind {asked!r}; expected some of {occurring}.")
-    value, documents = reading.increments, reading.documents
+    value, documents = corpus.increments, corpus.documents
     if heads == "mean":
         value = value.mean(axis=1, keepdims=True)
     draws = resamples(len(documents), seed)
-    sums, counts = by_document(value, reading.document, len(documents))
-    overall = drawn_means(sums, counts, draws)
+    sums, counts = document_sums(value, corpus.document, len(documents))
+    overall = bootstrap_means(sums, counts, draws)
     positive = np.nanpercentile(overall, 2.5, axis=0) > 0  # no ratio to a mean that may be nothing
     rows = []
     for name in order if only is None else dict.fromkeys(only):
@@ -202,8 +204,8 @@ def increments_by_category(
         if not of_kind.any():
             continue
         found = value[..., of_kind]
-        sums, counts = by_document(found, reading.document[of_kind], len(documents))
-        means = drawn_means(sums, counts, draws)
+        sums, counts = document_sums(found, corpus.document[of_kind], len(documents))
+        means = bootstrap_means(sums, counts, draws)
         several = np.count_nonzero(counts) > 1
         low, high = interval_of(means) if several else (np.full(found.shape[:2], np.nan),) * 2
         relative_low, relative_high = interval_of(means / np.where(positive, overall, 1)) if several else (low, high)
@@ -212,7 +214,7 @@ def increments_by_category(
             one = found[layer, head]
             rows.append(
                 {
-                    "layer": reading.layers[layer],
+                    "layer": corpus.layers[layer],
                     "head": head,
                     "kind": name,
                     "n": one.size,
@@ -231,7 +233,7 @@ def increments_by_category(
     return table if heads == "all" else table.drop(columns="head")
 
 
-def by_document(
+def document_sums(
     values: Float64[np.ndarray, "layer head token"], owners: Int64[np.ndarray, " token"], documents: int
 ) -> tuple[Float64[np.ndarray, "document layer head"], Int64[np.ndarray, " document"]]:
     """Sums and numbers of values by the document that they stand in."""

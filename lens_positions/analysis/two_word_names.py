@@ -22,7 +22,7 @@ from scipy.sparse.csgraph import connected_components
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
 from ..errors import PositionsError
-from ..measure.corpus_reader import read
+from ..measure.corpus_reader import read_corpus
 from ..measure.intervals import t_interval
 from ..model import HookedPositionTransformer
 from ..text import prompts_of
@@ -160,7 +160,7 @@ def entity_grouping(
             found in it for these names.
         names: two words each, with one space between them.
         carriers: sentences with {} for the name.
-        prepend_bos: as for `analysis.read`.
+        prepend_bos: as for `analysis.read_corpus`.
 
     Pairs that share a word share measurements (in a model of bytes all names that begin with "New" have the very same
     increment), so the unit of the test and of the interval is a family: all pairs that are linked by words in common.
@@ -219,8 +219,8 @@ def entity_grouping(
             ("ordinary pairs", ordinary, of_ordinary),
         ):
             both = {"real": real[i, chosen].mean(), "reversed": reversed_[i, chosen].mean()}
-            rows.append({"layer": layer, "group": group, **both, **_tested(of_pairs[chosen], _families(words))})
-        rows.append({"layer": layer, "group": "names - ordinary pairs", **_tested(beyond, _families(together))})
+            rows.append({"layer": layer, "group": group, **both, **_difference_row(of_pairs[chosen], _families(words))})
+        rows.append({"layer": layer, "group": "names - ordinary pairs", **_difference_row(beyond, _families(together))})
     table = pd.DataFrame(rows)
     table["q"] = table.groupby("group")["p"].transform(stats.false_discovery_control)
     columns = ["layer", "group", "n", "families", "real", "reversed", "difference", "low", "high", "smaller", "p", "q"]
@@ -293,10 +293,10 @@ def _inner_spaces(
         in_front = len(tokens) - spans[-1][1]
         places.append(spans[carrier.index("{}") + len(first)][0] + in_front)
         texts.append(text)
-    reading = read(model, texts, None, prepend_bos)
-    found = reading.at(np.arange(len(texts)), np.array(places)).mean(axis=1)
-    found = found.reshape(len(reading.layers), len(pairs), 2, len(carriers)).mean(axis=-1)
-    return reading.layers, found.round(ROUNDING)
+    corpus = read_corpus(model, texts, None, prepend_bos)
+    found = corpus.at(np.arange(len(texts)), np.array(places)).mean(axis=1)
+    found = found.reshape(len(corpus.layers), len(pairs), 2, len(carriers)).mean(axis=-1)
+    return corpus.layers, found.round(ROUNDING)
 
 
 def _families(pairs: Sequence[tuple[str, ...]]) -> np.ndarray:
@@ -309,7 +309,7 @@ def _families(pairs: Sequence[tuple[str, ...]]) -> np.ndarray:
     return np.array([of_word[words[pair[0]]] for pair in pairs])
 
 
-def _tested(of_pairs: np.ndarray, families: np.ndarray) -> dict[str, float]:
+def _difference_row(of_pairs: np.ndarray, families: np.ndarray) -> dict[str, float]:
     _, family = np.unique(families, return_inverse=True)
     differences = np.bincount(family, of_pairs) / np.bincount(family)
     low, high = t_interval(differences)

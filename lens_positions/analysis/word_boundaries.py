@@ -27,8 +27,8 @@ from torch import Tensor
 
 from ..corpora import jieba_words
 from ..errors import PositionsError
-from ..measure.corpus_reader import WINDOW, read
-from ..measure.intervals import auc_interval, resamples, shuffled_within
+from ..measure.corpus_reader import WINDOW, read_corpus
+from ..measure.intervals import auc_interval, resamples, shuffle_within
 from ..model import HookedPositionTransformer
 from ..text import prompts_of
 from ..tokenizer import character_spans
@@ -85,7 +85,7 @@ def boundary_auc(
         training: text that the model was trained on, for the mutual information of characters, or what
             `mutual_information` made of it.
         seed: of the shuffled labels and of the intervals.
-        prepend_bos: as for `analysis.read`.
+        prepend_bos: as for `analysis.read_corpus`.
 
     Returns:
         One row for each `measure` and `layer`: `auc`, the area under the ROC curve (the chance that a boundary has the
@@ -123,7 +123,7 @@ def gap_areas(
 ) -> pd.DataFrame:
     """What `boundary_auc` returns, from what `gaps_of` and `gap_increments` do."""
     draws = resamples(gaps.lines, seed)
-    shuffled = gaps.boundary[shuffled_within(gaps.line, seed)]
+    shuffled = gaps.boundary[shuffle_within(gaps.line, seed)]
     lines = len(np.unique(gaps.line))
     rows = []
 
@@ -147,10 +147,10 @@ def gap_areas(
 
 def gap_increments(model: HookedPositionTransformer, gaps: Gaps) -> tuple[list[int], Float64[np.ndarray, "layer gap"]]:
     """The model's own number of each layer, and the increment of each gap there, heads averaged."""
-    reading = read(model, gaps.tokens)
+    corpus = read_corpus(model, gaps.tokens)
     # With gap "before" a token's increment is the distance to the token before it; with "after", to the next one.
     token = gaps.token if model.position_config.gap == "before" else gaps.token - 1
-    return reading.layers, reading.at(gaps.piece, token).mean(axis=1)
+    return corpus.layers, corpus.at(gaps.piece, token).mean(axis=1)
 
 
 def gaps_of(

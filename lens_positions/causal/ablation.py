@@ -21,10 +21,10 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-from ..core.attach import unbridged
+from ..core.model_wrappers import base_model
 from ..errors import PositionsError
-from ..interventions import HOOK, Hooks, Some, ablation_hooks, finite, hook_names, index_of, streams_of
-from ..measure.corpus_reader import Reading, Texts, read, rows_of, windows
+from ..interventions import HOOK, Hooks, LayerIndices, ablation_hooks, finite_number, hook_names, index_of, streams_of
+from ..measure.corpus_reader import CorpusIncrements, Texts, read_corpus, rows_of, windows
 from ..measure.intervals import Tally, resamples
 from ..measure.metrics import look_back, token_losses
 from ..measure.partial_forward import Replay
@@ -64,7 +64,7 @@ class Ablations:
 def ablation_table(
     model: TransformerBridge,
     corpus: Texts,
-    layers: Some = None,
+    layers: LayerIndices = None,
     to: Sequence[To] = INTERVENTIONS,
     seed: int = 0,
     means: Float[Tensor, "layer vocab *head"] | None = None,
@@ -81,7 +81,7 @@ def ablation_table(
         to: the ablations; "mean" is best kept, for the reason above. Given `means`, "token" is always among them.
         seed: of the shuffle and the resampling.
         means: of other text, from `token_means`.
-        attention_mask, prepend_bos: as for `analysis.read`.
+        attention_mask, prepend_bos: as for `analysis.read_corpus`.
 
     Returns:
         Two tables, in nats per token and tokens; intervals are where 95% of 1,000 resamples of whole documents lie,
@@ -101,7 +101,9 @@ def ablation_table(
     numbers = list(names)
     if isinstance(to, str) or not isinstance(to, Sequence) or not to:
         raise PositionsError(f"to is {to!r}; expected a list of ablations, some of 1.0, 'mean' and 'shuffle'.")
-    to = list(dict.fromkeys(how if how in ("mean", "shuffle", "token") else finite(how, "to", ABLATION) for how in to))
+    to = list(
+        dict.fromkeys(how if how in ("mean", "shuffle", "token") else finite_number(how, "to", ABLATION) for how in to)
+    )
     if means is not None:
         to = list(dict.fromkeys([*to, "token"]))
         shape = (len(streams_of(model).layers), model.cfg.d_vocab)
@@ -119,8 +121,8 @@ def ablation_table(
     for number, (rows, owners) in enumerate(rows_of(documents, batches, "ablating")):
         targets = rows[:, 1:]
         own: dict[str, Tensor] = {}
-        record: Hooks = [(name, partial(_keep, own)) for name in patterns.values()]
-        replay = Replay(model, rows.to(unbridged(model).device), hooks=record, tokens_too=False)
+        record: Hooks = [(name, partial(_keep_pattern, own)) for name in patterns.values()]
+        replay = Replay(model, rows.to(base_model(model).device), hooks=record, tokens_too=False)
         nats, best = token_losses(replay.logits, targets), replay.logits[:, :-1].argmax(-1)
         base.add(owners, nats[..., None])
         for layer, how in ablated:
@@ -164,7 +166,7 @@ def ablation_table(
 
 def token_means(
     model: TransformerBridge,
-    corpus: Texts | Reading,
+    corpus: Texts | CorpusIncrements,
     *,
     attention_mask: Mask = None,
     prepend_bos: bool | None = None,
@@ -174,16 +176,16 @@ def token_means(
     A token that the corpus does not have gets the mean of the layer. Take other text than that which is measured.
 
     Raises:
-        PositionsError: as `reading.read`.
+        PositionsError: as `read_corpus`.
 
     >>> means = lp.causal.token_means(model, texts)  # layer, vocabulary
     >>> [round(float(means[0, ord(letter)]), 1) for letter in " a"]  # at layer 0, of the space and of an "a"
     [7.2, 1.1]
     """
     streams_of(model)
-    reading = read(cast(HookedPositionTransformer, model), corpus, attention_mask, prepend_bos)
-    of_token = torch.from_numpy(reading.ids())
-    values = torch.from_numpy(reading.increments)
+    corpus_increments = read_corpus(cast(HookedPositionTransformer, model), corpus, attention_mask, prepend_bos)
+    of_token = torch.from_numpy(corpus_increments.ids())
+    values = torch.from_numpy(corpus_increments.increments)
     shape = (*values.shape[:2], cast(Any, model.cfg.d_vocab))
     sums = torch.zeros(shape, dtype=values.dtype).index_add(2, of_token, values)
     counts = torch.bincount(of_token, minlength=shape[2])
@@ -197,23 +199,23 @@ def _set_to(
     """Hooks that give every token of some rows the mean increment of its id."""
     every = hook_names(model, None, HOOK.format("increments"))
     table = zip(every, means, strict=True)
-    return [(name, partial(_replaced, of_ids[rows.cpu()])) for (layer, name), of_ids in table if layer in layers]
+    return [(name, partial(_replace_rows, of_ids[rows.cpu()])) for (layer, name), of_ids in table if layer in layers]
 
 
-def _replaced(values: Tensor, increments: Tensor, hook: HookPoint) -> Tensor:
+def _replace_rows(values: Tensor, increments: Tensor, hook: HookPoint) -> Tensor:
     return values.to(increments)
 
 
-def _keep(kept: dict[str, Tensor], pattern: Tensor, hook: HookPoint) -> None:
+def _keep_pattern(kept: dict[str, Tensor], pattern: Tensor, hook: HookPoint) -> None:
     kept[cast(str, hook.name)] = pattern.detach()
 
 
 def _compare(own: dict[str, Tensor], compared: dict[str, Tensor], pattern: Tensor, hook: HookPoint) -> None:
     name = cast(str, hook.name)
-    compared[name] = _compared(own[name].float(), pattern.float())
+    compared[name] = _pattern_change(own[name].float(), pattern.float())
 
 
-def _compared(
+def _pattern_change(
     own: Float[Tensor, "batch head query key"], ablated: Float[Tensor, "batch head query key"]
 ) -> Float[Tensor, "batch next 3 head"]:
     """Total variation, look-back and its change of every query that has a choice: all but the first."""

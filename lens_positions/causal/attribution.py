@@ -27,11 +27,11 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-from ..core.model_state import evaluating
+from ..core.model_state import evaluation_mode
 from ..core.own_thread import in_this_thread
 from ..errors import PositionsError
 from ..interventions import Hooks, ablation_hooks, hook_names, streams_of
-from ..measure.metrics import Metric, measured, of_prompts
+from ..measure.metrics import Metric, metric_values, of_prompts
 from ..text import Mask, TextOrTokens, one_prompt
 from .pieces import in_pieces
 from .sweeps import SITES
@@ -87,12 +87,12 @@ def attribution(
     prompt = one_prompt(model, tokens, attention_mask, prepend_bos)
     metric = of_prompts(metric, prompt)
     names = [name for _, name in hook_names(model, None, SITES["increments"][0])]
-    with evaluating(model), torch.inference_mode(False), torch.enable_grad():
+    with evaluation_mode(model), torch.inference_mode(False), torch.enable_grad():
         prompt = prompt.clone()
         if method == "gradient":
             values = _gradient(model, prompt, metric, names)
         elif method == "integrated":
-            values = _integrated(model, prompt, metric, names, baseline)
+            values = _integrated_gradients(model, prompt, metric, names, baseline)
         else:
             raise PositionsError(f'method is {method!r}; expected "gradient" or "integrated".')
     if values.ndim == 3:
@@ -123,7 +123,7 @@ def _gradient(
     return torch.stack([torch.stack([next(gradients)[0] for _ in found[name]]).sum(0) for name in names]).cpu()
 
 
-def _integrated(
+def _integrated_gradients(
     model: TransformerBridge,
     prompt: Int[Tensor, "1 pos"],
     metric: Metric,
@@ -190,8 +190,8 @@ def _at_points(
     points: Float[Tensor, "row layer pos *head"],
 ) -> Float[Tensor, " row"]:
     """The metric with increments set at all layers, a row for each point."""
-    with model.hooks(fwd_hooks=_setting_all(names, points)):
-        return measured(metric, model(prompt.expand(len(points), -1), return_type="logits", use_cache=False))
+    with model.hooks(fwd_hooks=_hooks_that_set(names, points)):
+        return metric_values(metric, model(prompt.expand(len(points), -1), return_type="logits", use_cache=False))
 
 
 def _slopes(
@@ -204,24 +204,24 @@ def _slopes(
 ) -> Float[Tensor, "row layer pos *head"]:
     """The gradient of a weighted sum of the metric at some points."""
     points = points.requires_grad_()
-    with model.hooks(fwd_hooks=_setting_all(names, points)), in_pieces(model):
+    with model.hooks(fwd_hooks=_hooks_that_set(names, points)), in_pieces(model):
         logits = model(prompt.expand(len(points), -1), return_type="logits", use_cache=False)
         value = _differentiable(metric, logits)
         return torch.autograd.grad(value @ weights.to(value), points)[0]
 
 
-def _setting_all(names: list[str], points: Float[Tensor, "row layer pos *head"]) -> Hooks:
-    return [(name, _setting(points[:, i])) for i, name in enumerate(names)]
+def _hooks_that_set(names: list[str], points: Float[Tensor, "row layer pos *head"]) -> Hooks:
+    return [(name, _hook_that_sets(points[:, i])) for i, name in enumerate(names)]
 
 
 def _differentiable(metric: Metric, logits: Tensor) -> Tensor:
-    value = measured(metric, logits)
+    value = metric_values(metric, logits)
     if not value.requires_grad:
         raise PositionsError("the metric has no gradient; expected one that is differentiable by the logits.")
     return value
 
 
-def _setting(values: Tensor) -> Callable[..., Tensor]:
+def _hook_that_sets(values: Tensor) -> Callable[..., Tensor]:
     return in_this_thread(lambda _given, hook: values)
 
 

@@ -25,12 +25,12 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from ..core.model_state import evaluating
+from ..core.model_state import evaluation_mode
 from ..errors import PositionsError
-from ..interventions import Hooks, Some, freeze, hook_names
+from ..interventions import Hooks, LayerIndices, freeze, hook_names
 from ..measure.intervals import t_interval
-from ..measure.metrics import Metric, measured, of_prompts
-from ..progress import tracked
+from ..measure.metrics import Metric, metric_values, of_prompts
+from ..progress import track_progress
 from ..text import Mask, TextOrTokens, by_length, prompts_of
 from .sweeps import SITES
 
@@ -45,7 +45,7 @@ def mediation(
     clean: TextOrTokens,
     corrupted: TextOrTokens,
     metric: Metric,
-    layers: Some = None,
+    layers: LayerIndices = None,
     *,
     attention_mask: Mask | tuple[Mask, Mask] = None,
     prepend_bos: bool | None = None,
@@ -90,9 +90,9 @@ def mediation(
     _check_pairs(cleans, corrupteds)
 
     effects = np.empty((1 + len(numbers), len(PATHS), len(cleans)))
-    with evaluating(model), torch.no_grad():
+    with evaluation_mode(model), torch.no_grad():
         groups = by_length(cleans)
-        for pairs, rows in tracked(groups, "mediating", quick=len(groups) * len(numbers) < 4):
+        for pairs, rows in track_progress(groups, "mediating", quick=len(groups) * len(numbers) < 4):
             others = torch.stack([corrupteds[pair] for pair in pairs])
             measure = partial(_numbers, metric, pairs, len(cleans))
             effects[..., pairs] = _effects(model, rows, others, measure, names, numbers)
@@ -151,4 +151,4 @@ def _numbers(
         some, of_some = logits, tokens
         logits, tokens = some.new_full((n, *some.shape[1:]), torch.nan), of_some.new_zeros((n, of_some.shape[1]))
         logits[pairs], tokens[pairs] = some, of_some
-    return measured(of_prompts(metric, tokens), logits, pairs).double().cpu().numpy()
+    return metric_values(of_prompts(metric, tokens), logits, pairs).double().cpu().numpy()

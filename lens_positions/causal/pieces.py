@@ -43,7 +43,7 @@ def in_pieces(model: TransformerBridge) -> Iterator[None]:
         model: a bridge with position streams. Hook functions that are added inside the context run twice.
     """
     current = streams_of(model)._current
-    blocks = [block for block in cast(Any, getattr(model, "blocks", ())) if not _watched(block)]
+    blocks = [block for block in cast(Any, getattr(model, "blocks", ())) if not _has_foreign_hooks(block)]
     points = {id(m): m for block in blocks for m in block.modules() if isinstance(m, HookPoint)}
     restore: list[Callable[[], None]] = []
     try:
@@ -51,11 +51,11 @@ def in_pieces(model: TransformerBridge) -> Iterator[None]:
             for key, function in point._forward_hooks.items():
                 once = Once(function)
                 point._forward_hooks[key] = once
-                restore.append(_putting_back(point._forward_hooks, key, once, function))
+                restore.append(_undo_of(point._forward_hooks, key, once, function))
         for block in blocks:
             piece = Piece(block.forward, current)
             attributes = vars(block)  # past a bridge component's own __setattr__
-            restore.append(_putting_back(attributes, "forward", piece, attributes.get("forward")))
+            restore.append(_undo_of(attributes, "forward", piece, attributes.get("forward")))
             attributes["forward"] = piece
             restore.append(piece.end)
         yield
@@ -140,7 +140,7 @@ class Once:
 
     def __call__(self, module: nn.Module, *given: Any) -> Any:
         """What the function returns, or returned."""
-        tape: Tape | None = getattr(_running, "tape", None)
+        tape: Tape | None = getattr(_active_runs, "tape", None)
         if tape is None:
             return self._function(module, *given)
         output = given[-1]
@@ -157,21 +157,21 @@ class Once:
         return returned
 
 
-_running = threading.local()
+_active_runs = threading.local()
 
 
 @contextmanager
 def _hooks_of_block(tape: Tape | None) -> Iterator[None]:
     """The tape that hook functions of this thread are kept on; None runs them as they are."""
-    outer = getattr(_running, "tape", None)
-    _running.tape = tape
+    outer = getattr(_active_runs, "tape", None)
+    _active_runs.tape = tape
     try:
         yield
     finally:
-        _running.tape = outer
+        _active_runs.tape = outer
 
 
-def _watched(block: nn.Module) -> bool:
+def _has_foreign_hooks(block: nn.Module) -> bool:
     """Whether a module of a block has hooks that are neither a hook point's nor the library's own."""
     for module in block.modules():
         if isinstance(module, HookPoint):
@@ -187,7 +187,7 @@ def _where_from(hook: Any) -> str:
     return getattr(function, "__module__", None) or ""
 
 
-def _putting_back(places: dict[Any, Any], key: Any, ours: Any, own: Any) -> Callable[[], None]:
+def _undo_of(places: dict[Any, Any], key: Any, ours: Any, own: Any) -> Callable[[], None]:
     """Undo one replacement, unless something else stands there by now."""
 
     def put_back() -> None:

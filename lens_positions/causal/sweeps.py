@@ -24,12 +24,12 @@ from transformer_lens import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 
 from ..config import SweepSite
-from ..core.model_state import evaluating
+from ..core.model_state import evaluation_mode
 from ..errors import PositionsError
-from ..interventions import Hooks, Some, edited_token, finite, hook_names, index_of
-from ..measure.metrics import Metric, baseline_of, measured, of_prompts, place_of
+from ..interventions import Hooks, LayerIndices, edited_token, finite_number, hook_names, index_of
+from ..measure.metrics import Metric, baseline_of, metric_values, of_prompts, place_of
 from ..measure.partial_forward import Replay
-from ..progress import tracked
+from ..progress import track_progress
 from ..text import Mask, TextOrTokens, one_prompt
 
 SITES: dict[str, tuple[str, int]] = {
@@ -57,7 +57,7 @@ def gap_sweep(
     tokens: TextOrTokens,
     metric: Metric,
     by: float = 1.0,
-    layers: Some = None,
+    layers: LayerIndices = None,
     *,
     attention_mask: Mask = None,
     prepend_bos: bool | None = None,
@@ -86,12 +86,12 @@ def gap_sweep(
     tensor([ 0.0000,  0.0000,  0.0200,  0.0200,  0.0200,  0.1300,  0.0100, -0.1400,
             -0.0100, -0.1400, -0.2700, -0.5000,  0.0000])
     """
-    by = finite(by, "by", "a finite number of positions")
+    by = finite_number(by, "by", "a finite number of positions")
     if by == 0:
         raise PositionsError("by is 0.0; expected a number of positions other than 0.")
     prompt = one_prompt(model, tokens, attention_mask, prepend_bos)
     cells = {t: edited_token(model, t) for t in range(1, prompt.shape[1])}
-    effects = _sweep(model, prompt, metric, _known_hooks(model, "increments", layers), 1, cells, _longer(by))
+    effects = _sweep(model, prompt, metric, _known_hooks(model, "increments", layers), 1, cells, _lengthen(by))
     effects[:, 0] = 0.0
     return effects
 
@@ -102,7 +102,7 @@ def patch_sweep(
     tokens: TextOrTokens,
     metric: Metric,
     site: SweepSite = "increments",
-    layers: Some = None,
+    layers: LayerIndices = None,
     align: Mapping[int, int] | None = None,
     *,
     attention_mask: Mask = None,
@@ -139,7 +139,7 @@ def patch_sweep(
         raise PositionsError(f"site is {site!r}; expected one of {', '.join(SITES)}.")
     prompt = one_prompt(model, tokens, attention_mask, prepend_bos)
     names, axis = _known_hooks(model, site, layers), SITES[site][1]
-    recorded = _recorded(model, source, names, axis, prepend_bos)
+    recorded = _recorded_values(model, source, names, axis, prepend_bos)
     length, there = prompt.shape[1], recorded[0].shape[0]
     if align is None and there != length:
         raise PositionsError(
@@ -161,7 +161,7 @@ def patch_sweep(
                 f"0 to {there - 1} of the source."
             )
 
-    def put(layer: int, here: list[int], values: Tensor) -> Tensor:
+    def recorded_values(layer: int, here: list[int], values: Tensor) -> Tensor:
         new = recorded[layer][[pairs[t] for t in here]].to(values)
         if site == "pattern":
             new = new[..., : values.shape[-1]]
@@ -172,10 +172,10 @@ def patch_sweep(
             )
         return new
 
-    return _sweep(model, prompt, metric, names, axis, {t: t for t in sorted(pairs)}, put)
+    return _sweep(model, prompt, metric, names, axis, {t: t for t in sorted(pairs)}, recorded_values)
 
 
-Put = Callable[[int, list[int], Tensor], Tensor]
+TokenEdit = Callable[[int, list[int], Tensor], Tensor]
 """From a layer's place in the sweep, tokens [n] and their values [n ...] to other values."""
 
 
@@ -194,7 +194,7 @@ def _sweep(
     names: list[tuple[int, str]],
     axis: int,
     cells: dict[int, int],
-    put: Put,
+    edit: TokenEdit,
 ) -> Float[Tensor, "layer pos"]:
     """Run every edit; `cells` leads from the columns of the result to the tokens that are edited for them."""
     length = prompt.shape[1]
@@ -206,25 +206,25 @@ def _sweep(
     if cut:
         prompt = prompt[:, : last + 1]
     replay = Replay(model, prompt, last_only=cut, resume=not hooked)
-    read = partial(_as_read, length if cut else None, replay.logits)
+    read = partial(_whole_logits, length if cut else None, replay.logits)
     baseline = baseline_of(metric, read(replay.logits, 0))
     effects = torch.full((len(names), length), math.nan, dtype=torch.float64)
     effects[:, list(cells)] = 0.0
     column = {token: t for t, token in cells.items()}
     tokens = [token for token in column if token < prompt.shape[1]]
-    groups = _alone(names, tokens) if hooked else _groups(names, tokens, replay)
-    for group in tracked(groups, "sweeping", quick=len(groups) < 4):
+    groups = _one_token_groups(names, tokens) if hooked else _groups(names, tokens, replay)
+    for group in track_progress(groups, "sweeping", quick=len(groups) < 4):
         start = replay.start(group.tokens[0])
         size = len(group.tokens)
         hooks: Hooks = [
-            (names[layer][1], partial(_edit, put, layer, axis, size * i, group.tokens, start))
+            (names[layer][1], partial(_edit_rows, edit, layer, axis, size * i, group.tokens, start))
             for i, layer in enumerate(group.layers)
         ]
         joining: Counter[int] = Counter()
         for layer in group.layers:  # a looped model has several of one number
             joining[names[layer][0]] += size
         logits = replay.run(hooks, joining, group.tokens[0])
-        values = measured(metric, read(logits, start)).double().cpu() - baseline
+        values = metric_values(metric, read(logits, start)).double().cpu() - baseline
         columns = [column[token] for token in group.tokens]
         effects[group.layers.start : group.layers.stop, columns] = values.view(-1, size)
     return effects.to(replay.logits.dtype if replay.logits.dtype == torch.float64 else torch.float32)
@@ -244,22 +244,22 @@ def _groups(names: list[tuple[int, str]], tokens: list[int], replay: Replay) -> 
     return groups
 
 
-def _alone(names: list[tuple[int, str]], tokens: list[int]) -> list[_Group]:
+def _one_token_groups(names: list[tuple[int, str]], tokens: list[int]) -> list[_Group]:
     return [_Group(range(layer, layer + 1), [token]) for layer in range(len(names)) for token in tokens]
 
 
-def _edit(
-    put: Put, layer: int, axis: int, first_row: int, tokens: list[int], start: int, values: Tensor, hook: Any
+def _edit_rows(
+    edit: TokenEdit, layer: int, axis: int, first_row: int, tokens: list[int], start: int, values: Tensor, hook: Any
 ) -> Tensor:
     """Row `first_row + i` gets another value at token `tokens[i]`."""
     edited = values.clone()
     by_token = edited.movedim(axis, 1)
     rows, places = range(first_row, first_row + len(tokens)), [token - start for token in tokens]
-    by_token[list(rows), places] = put(layer, tokens, by_token[list(rows), places])
+    by_token[list(rows), places] = edit(layer, tokens, by_token[list(rows), places])
     return edited
 
 
-def _as_read(
+def _whole_logits(
     length: int | None, baseline: Tensor, logits: Float[Tensor, "rows rest vocab"], start: int
 ) -> Float[Tensor, "rows pos vocab"]:
     """Logits as a metric expects them: those before `start` are the baseline's.
@@ -271,11 +271,11 @@ def _as_read(
     return torch.cat([baseline[:, :start].expand(len(logits), -1, -1), logits], dim=1) if start else logits
 
 
-def _longer(by: float) -> Put:
+def _lengthen(by: float) -> TokenEdit:
     return lambda _layer, _tokens, values: values + by
 
 
-def _known_hooks(model: TransformerBridge, site: str, layers: Some) -> list[tuple[int, str]]:
+def _known_hooks(model: TransformerBridge, site: str, layers: LayerIndices) -> list[tuple[int, str]]:
     names = hook_names(model, layers, SITES[site][0])
     for _, name in names:
         if name not in model.hook_dict:
@@ -283,7 +283,7 @@ def _known_hooks(model: TransformerBridge, site: str, layers: Some) -> list[tupl
     return names
 
 
-def _recorded(
+def _recorded_values(
     model: TransformerBridge,
     source: ActivationCache | TextOrTokens,
     names: list[tuple[int, str]],
@@ -295,7 +295,7 @@ def _recorded(
         cache = source
     elif isinstance(source, Tensor | Sequence):
         prompt = one_prompt(model, source, prepend_bos=prepend_bos)
-        with evaluating(model), torch.no_grad():
+        with evaluation_mode(model), torch.no_grad():
             _, cache = model.run_with_cache(prompt, names_filter=[n for _, n in names], return_type=None)
     else:
         raise PositionsError(f"source is a {type(source).__name__}; expected text, token ids or a cache.")

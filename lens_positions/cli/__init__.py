@@ -6,7 +6,7 @@ Colour says again what the printed numbers say, and is left out for a pipe, a du
 
 from .app import app, main
 from .cause import ablate, gaps, patch
-from .look import explore, moved, report, show
+from .look import explore, extremes, report, show
 from .measure import boundaries, heads, kinds, names, saturation, specialisation
 from .rope import absolute, dispersion, frequencies
 
@@ -17,12 +17,12 @@ __all__ = [
     "boundaries",
     "dispersion",
     "explore",
+    "extremes",
     "frequencies",
     "gaps",
     "heads",
     "kinds",
     "main",
-    "moved",
     "names",
     "patch",
     "report",

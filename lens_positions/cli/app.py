@@ -19,9 +19,9 @@ import lens_positions as lp
 
 from .. import exits
 from ..errors import PositionsError
-from ..exits import exit_status
+from ..exits import command_outcome
 from ..terminal import print_line
-from ..viz import output as plain
+from ..viz import output as viz_output
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,7 +41,7 @@ TRAINING = {
 STUDY = {"experiments": "The study of the repository: suites of runs, measurements of them, findings."}
 
 GROUPS = {
-    "Look at increments": ("show", "explore", "moved", "report"),
+    "Look at increments": ("show", "explore", "extremes", "report"),
     "Ask what they cause": ("gaps", "patch", "ablate"),
     "Measure them on held-out text": ("kinds", "boundaries", "names", "heads", "saturation", "specialisation"),
     "Ask how a model uses RoPE itself": ("frequencies", "absolute", "dispersion"),
@@ -50,19 +50,26 @@ GROUPS = {
 }
 """The commands by what people do."""
 
+FORMER_NAMES = {"moved": "extremes"}
+"""Names that commands had in the version before, which work for this one."""
+
 app = tyro.extras.SubcommandApp()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments (None: the process's own) and return its exit status, as in `exits`."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in FORMER_NAMES:
+        name = FORMER_NAMES[words[0]]
+        complain(f"the command {words[0]} is called {name} now; expected {name}, as the old name goes with 0.3.0.")
+        words[0] = name
     if words and words[0] in TRAINING:
         from ..training.commands import main as training
 
         return training(words)
-    if words and words[0] == "experiments":
-        return exit_status(PROGRAM, lambda: _experiments(words[1:]))
-    return exit_status(PROGRAM, lambda: _run(words))
+    with command_outcome(PROGRAM) as outcome:
+        outcome.status = _experiments(words[1:]) if words[:1] == ["experiments"] else _run(words)
+    return outcome.status
 
 
 def _run(words: list[str]) -> int:
@@ -129,7 +136,7 @@ def check_outputs(csv: Path | None, figure: Path | None) -> None:
         wrong = f"{csv} is a folder" if csv.is_dir() else f"there is no folder {csv.parent} for {csv.name}"
         raise PositionsError(f"{wrong}; expected the name of a file in an existing folder.")
     if figure is not None:
-        plain.check_path(figure)
+        viz_output.check_path(figure)
 
 
 def check_learned(model: "lp.HookedPositionTransformer", so: str, expected: str) -> None:
@@ -144,11 +151,11 @@ def complain(sentence: str) -> None:
 
 
 @contextmanager
-def drawn(console: "Console", figure: Path) -> Iterator[None]:
+def announce_figure(console: "Console", figure: Path) -> Iterator[None]:
     """Say where the figure is that is drawn inside, or that there is none for want of a font."""
     try:
         yield
-    except plain.MissingFontError as error:
+    except viz_output.MissingFontError as error:
         complain(f"no figure was drawn: {error}")
     else:
         print_line(console, f"figure: {figure}")
@@ -156,4 +163,4 @@ def drawn(console: "Console", figure: Path) -> Iterator[None]:
 
 def write_table(table: "pd.DataFrame", csv: Path) -> None:
     """Write a table; what was there stays until the new one is whole."""
-    plain.write_whole(csv, table.to_csv(index=False).encode("utf-8", "backslashreplace"), "table")
+    viz_output.write_whole(csv, table.to_csv(index=False).encode("utf-8", "backslashreplace"), "table")

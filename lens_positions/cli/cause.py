@@ -11,8 +11,8 @@ import lens_positions as lp
 from ..config import SweepSite
 from ..errors import PositionsError, check_seed, check_text
 from ..terminal import effect_cell, print_grid, print_line
-from ..viz import output as plain
-from .app import BOS_OF_MODEL, Bos, app, check_learned, check_outputs, drawn, write_table
+from ..viz import output as viz_output
+from .app import BOS_OF_MODEL, Bos, announce_figure, app, check_learned, check_outputs, write_table
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -177,7 +177,7 @@ def ablate(
         print_line(console, f"loss: {csv}, attention: {beside}")
     if figure is not None:
         caption = f"{loaded.name}; {of_text}. Intervals: 95% of resamples of documents, seed {seed}."
-        with drawn(console, figure):
+        with announce_figure(console, figure):
             lp.viz.ablation_bars(found.loss, caption=caption, path=figure)
 
 
@@ -222,7 +222,7 @@ def _show_effects(
 
     console = Console(highlight=False)
     numbers = sorted(set(layers)) or model.position_layers
-    labels = [plain.legible(label) for label in model.to_str_tokens(tokens[0])]
+    labels = [viz_output.visible_text(label) for label in model.to_str_tokens(tokens[0])]
     print_line(console, what)
     print_line(console, f"change of the {unit}; orange raises it, blue lowers it\n")
     most = float(effects.nan_to_num().abs().max())
@@ -246,7 +246,7 @@ def _show_effects(
         print_line(console, f"effects: {csv}")
     if figure is not None:
         title = "Effect of each layer and token"
-        with drawn(console, figure):
+        with announce_figure(console, figure):
             lp.viz.effect_map(effects, numbers, labels, title, f"change of {unit}", what, figure)
 
 

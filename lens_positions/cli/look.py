@@ -1,4 +1,4 @@
-"""What increments are: `show`, `explore`, `moved` and `report`."""
+"""What increments are: `show`, `explore`, `extremes` and `report`."""
 
 import math
 import shlex
@@ -11,13 +11,12 @@ import lens_positions as lp
 
 from ..errors import PositionsError, check_seed, check_text
 from ..terminal import increment_cell, print_grid, print_line
-from ..viz import output as plain
-from .app import BOS_OF_MODEL, Bos, app, check_outputs, complain, drawn, write_table
+from ..viz import output as viz_output
+from .app import BOS_OF_MODEL, Bos, announce_figure, app, check_outputs, complain, write_table
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..viz.drawn_text import Placed
     from ..viz.spacing import Scale
 
 SHIPPED = ("bilingual-per-layer", "bilingual-shared", "bilingual-rope")
@@ -46,8 +45,8 @@ def show(
     prepend_bos = bos.prepend()
     explored = figure is not None and figure.suffix.lower() in (".html", ".htm")
     if figure is not None and explored:
-        plain.check_page(figure)
-    elif figure is not None and figure.suffix.lower() not in plain.KINDS:
+        viz_output.check_page(figure)
+    elif figure is not None and figure.suffix.lower() not in viz_output.KINDS:
         raise PositionsError(
             f"the figure's path is {figure}; expected a name that ends in .png, .svg or .pdf, or .html to explore."
         )
@@ -56,34 +55,34 @@ def show(
 
     from rich.console import Console
 
-    from ..viz.drawn_text import layers_to_show, place
+    from ..viz.text_positions import layers_to_show, position_text
 
     loaded = lp.HookedPositionTransformer.from_pretrained(model)
-    placed = place(loaded, text, most=loaded.cfg.n_ctx, prepend_bos=prepend_bos)
-    increments = placed.increments.mean(dim=-1)
+    text_positions = position_text(loaded, text, most=loaded.cfg.n_ctx, prepend_bos=prepend_bos)
+    increments = text_positions.increments.mean(dim=-1)
     rows = layers_to_show(loaded, layers or None, increments)
     # Entry 0 stands before the text; with gap "after", it is the last increment that moves no token of the text.
     used = loaded.position_config.effective
     moving = increments[:, used] if increments.shape[1] > 1 else increments
     means = {layer: float(moving[layer].mean()) for layer in rows}
     console = Console(highlight=False)
-    _print_tokens(console, loaded, placed, rows, means)
+    _print_tokens(console, loaded, text_positions, rows, means)
     if table:
-        _print_kinds(console, loaded, placed, rows, means)
-    if placed.cut():
-        complain(placed.cut().replace("drawn", "shown"))
+        _print_kinds(console, loaded, text_positions, rows, means)
+    if text_positions.cut():
+        complain(text_positions.cut().replace("drawn", "shown"))
     if figure is not None:
-        with drawn(console, figure):
+        with announce_figure(console, figure):
             if explored:
                 lp.viz.spacing_view(loaded, text, layers or None, prepend_bos=prepend_bos).save(figure)
             else:
-                divisible = all(placed.mean_increment(entry) > 0 for entry in rows)
+                divisible = all(text_positions.mean_increment(entry) > 0 for entry in rows)
                 scale: Scale = "relative" if divisible else "common"
                 lp.viz.spacing(loaded, text, layers or None, scale, figure, prepend_bos=prepend_bos)
 
 
 @app.command
-def moved(
+def extremes(
     model: Annotated[Positional[str], arg(metavar="MODEL")],
     corpus: str | None = None,
     characters: int = 60_000,
@@ -112,19 +111,19 @@ def moved(
     from rich.console import Console
     from rich.text import Text
 
-    from ..analysis.farthest_tokens import vocabulary
+    from ..analysis.extremes import vocabulary_increments
 
     loaded = lp.HookedPositionTransformer.from_pretrained(model)
     texts = None if corpus is None else lp.corpora.heldout_excerpts(corpus, characters)
-    reading = None if texts is None else lp.analysis.read(loaded, texts, prepend_bos=prepend_bos)
-    found = lp.analysis.what_moved(loaded, reading, top)
-    if texts is None or reading is None:
-        of_vocabulary = vocabulary(loaded)
+    corpus_increments = None if texts is None else lp.analysis.read_corpus(loaded, texts, prepend_bos=prepend_bos)
+    found = lp.analysis.extreme_tokens(loaded, corpus_increments, top)
+    if texts is None or corpus_increments is None:
+        of_vocabulary = vocabulary_increments(loaded)
         by_kind = of_vocabulary.groupby("kind", as_index=False).agg(n=("id", "size"), relative=("relative", "mean"))
         by_kind = by_kind.assign(layer=0, relative_low=math.nan, relative_high=math.nan)
         what, mean = f"{len(of_vocabulary):,} token ids, each once", of_vocabulary["increment"].mean()
     else:
-        by_kind = lp.analysis.increments_by_category(loaded, reading)
+        by_kind = lp.analysis.increments_by_category(loaded, corpus_increments)
         what = f"{sum(map(len, texts)):,} characters of {len(texts)} held-out documents of {corpus}"
         mean = math.nan
     shown = layers or tuple(dict.fromkeys(found["layer"]))
@@ -145,7 +144,7 @@ def moved(
             print_line(console, f"  {end}")
             for row in rows.to_dict("records"):
                 where = row["context"] if "context" in row else f"⟦{row['token']}⟧  {row['kind']}"
-                where = "".join(c if c == " " else plain.visible(c) for c in where).replace("⟦ ⟧", "⟦␣⟧")
+                where = "".join(c if c == " " else viz_output.visible_character(c) for c in where).replace("⟦ ⟧", "⟦␣⟧")
                 often = f"  n={row['n']}" if "n" in row else ""
                 print_line(console, f"    ×{row['relative']:.2f}  {row['increment']:.3f}{often}  {where}")
         for row in by_kind[by_kind["layer"] == layer].sort_values("relative").to_dict("records"):
@@ -186,7 +185,7 @@ def report(
     """
     for one in text:
         check_text(one)
-    plain.check_page(output)
+    viz_output.check_page(output)
     prepend_bos = bos.prepend()
     check_seed(seed)
 
@@ -259,7 +258,7 @@ def explore(
 def _print_tokens(
     console: "Console",
     model: "lp.HookedPositionTransformer",
-    placed: "Placed",
+    text_positions: "TextPositions",
     rows: dict[int, str],
     means: dict[int, float],
 ) -> None:
@@ -268,8 +267,8 @@ def _print_tokens(
     heads = ", mean of the heads" if config.per_head else ""
     print_line(console, f"{model.name}: {config.source} increments{heads}, the gap {config.gap} each token")
     print_line(console, "1.00 is one step of standard RoPE; blue: nearer than the layer's mean, orange: farther\n")
-    labels = [plain.legible(label) for label in placed.labels]
-    increments = placed.increments.mean(-1)
+    labels = [viz_output.visible_text(label) for label in text_positions.labels]
+    increments = text_positions.increments.mean(-1)
     cells = [[increment_cell(value, means[layer]) for value in increments[layer].tolist()] for layer in rows]
     print_grid(console, list(rows.values()), labels, cells)
 
@@ -277,14 +276,12 @@ def _print_tokens(
 def _print_kinds(
     console: "Console",
     model: "lp.HookedPositionTransformer",
-    placed: "Placed",
+    text_positions: "TextPositions",
     rows: dict[int, str],
     means: dict[int, float],
 ) -> None:
     """The mean and standard deviation of the increments by kind of token, a column a layer."""
-    import torch
-
-    table = lp.analysis.increments_by_category(model, placed.tokens, attention_mask=torch.ones_like(placed.tokens))
+    table = lp.analysis.increments_by_category(model, text_positions.corpus_increments())
     print_line(console, "by kind of token (how many): mean ± standard deviation\n")
     entry_of = {model.position_layers[entry]: entry for entry in rows}
     by_kind = table[table["layer"].isin(list(entry_of))].groupby("kind", sort=False)

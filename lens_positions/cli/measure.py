@@ -12,7 +12,7 @@ import lens_positions as lp
 from ..config import Alphabet
 from ..errors import PositionsError
 from ..terminal import print_grid, print_line, with_interval
-from .app import BOS_OF_MODEL, Bos, app, check_learned, check_outputs, complain, drawn, write_table
+from .app import BOS_OF_MODEL, Bos, announce_figure, app, check_learned, check_outputs, complain, write_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,15 +55,17 @@ def kinds(
     table = lp.analysis.increments_by_category(
         loaded, texts, seed=seed, alphabet=alphabet, only=only or None, prepend_bos=prepend_bos
     )
-    console = headed(f"{loaded.name}: increments by kind of token, {what}", f"mean (least to largest); {PER_TOKEN}")
+    console = print_heading(
+        f"{loaded.name}: increments by kind of token, {what}", f"mean (least to largest); {PER_TOKEN}"
+    )
     names = [f"{kind} ({n:,})" for kind, n in table.groupby("kind", sort=False)["n"].first().items()]
     _grid(console, table, "kind", "layer", lambda row: f"{row.mean:.2f} ({row.min:.2f} to {row.max:.2f})", names)
     print_line(console, Text("divided by the mean of the layer, with its interval", "bold"))
     _grid(console, table, "kind", "layer", lambda row: _with_interval(row, "relative", "relative_"), names)
-    written(console, table, csv)
+    write_if_asked(console, table, csv)
     if figure is not None:
         caption = f"{loaded.name}; {what}. Intervals: 95% of resamples of documents, seed {seed}."
-        with drawn(console, figure):
+        with announce_figure(console, figure):
             lp.viz.kinds_chart(table, caption, figure)
 
 
@@ -92,7 +94,7 @@ def boundaries(
     """
     check_outputs(csv, figure)
     prepend_bos = bos.prepend()
-    texts, segmented, of_what = _segmented(words, corpus)
+    texts, segmented, of_what = _word_segmentation(words, corpus)
     if lines is not None:
         if lines < 1:
             raise PositionsError(f"--lines is {lines}; expected at least 1.")
@@ -104,17 +106,17 @@ def boundaries(
     table = lp.analysis.boundary_auc(loaded, texts, segmented, counted, seed, prepend_bos=prepend_bos)
     first = table.iloc[0]
     what = f"{first['n']:,} gaps between Chinese characters in {first['lines']:,} lines, {of_what}"
-    console = headed(
+    console = print_heading(
         f"{loaded.name}: word boundaries, {first['boundaries']:,} of {what}",
         "area under the ROC curve, 0.5 is chance; 95% intervals resample lines",
     )
     layers = table.assign(layer=[f"layer {layer:.0f}" if layer == layer else "no layer" for layer in table["layer"]])
     _grid(console, layers, "layer", "measure", lambda row: _with_interval(row, "auc", ""))
-    written(console, table, csv)
+    write_if_asked(console, table, csv)
     if figure is not None:
         caption = f"{loaded.name}; {what}. Intervals: 95% of resamples of lines, seed {seed}."
         title = "Increments at Chinese word boundaries"
-        with drawn(console, figure):
+        with announce_figure(console, figure):
             lp.viz.auc_chart(table, title, caption, figure)
 
 
@@ -151,7 +153,7 @@ def names(
     table = lp.analysis.entity_grouping(
         loaded, lp.corpora.load(corpus)["train"]["text"], given, prepend_bos=prepend_bos
     )
-    console = headed(
+    console = print_heading(
         f"{loaded.name}: the increment at the space inside two words, real order minus reversed",
         "mean with a 95% interval, share nearer in the real order, Wilcoxon p (q over layers), over families of pairs "
         "that share words",
@@ -168,7 +170,7 @@ def names(
         print_line(console, Text(head, "bold"))
         for row in table[table["group"] == group].itertuples():
             print_line(console, f"  layer {row.layer}  {cell(row)}")
-    written(console, table, csv)
+    write_if_asked(console, table, csv)
 
 
 @app.command
@@ -189,7 +191,7 @@ def heads(
     loaded, texts, what = read_heldout(model, corpus, characters)
     check_learned(loaded, "there is nothing to compare", "a model with learned increments")
     table = lp.analysis.head_profile(loaded, texts, seed, prepend_bos=prepend_bos)
-    console = headed(f"{loaded.name}: heads, {what}", f"mean increment, and look-back in tokens; {PER_TOKEN}")
+    console = print_heading(f"{loaded.name}: heads, {what}", f"mean increment, and look-back in tokens; {PER_TOKEN}")
     named = table.assign(head=[f"{layer}.{head}" for layer, head in zip(table["layer"], table["head"], strict=True)])
     both = pd.concat(
         [
@@ -198,7 +200,7 @@ def heads(
         ]
     )
     _grid(console, both, "head", "what", lambda row: _with_interval(row, "value", ""))
-    written(console, table, csv)
+    write_if_asked(console, table, csv)
     try:
         correlations = lp.analysis.head_correlations(table, seed)
     except PositionsError as error:
@@ -225,16 +227,16 @@ def saturation(
     loaded, texts, what = read_heldout(model, corpus, characters)
     if loaded.position_config.learned and loaded.position_config.activation == "none":
         table = lp.analysis.below_zero(loaded, texts, seed, prepend_bos=prepend_bos)
-        console = headed(f"{loaded.name}: increments below zero, {what}", PER_TOKEN)
+        console = print_heading(f"{loaded.name}: increments below zero, {what}", PER_TOKEN)
         for row in table.itertuples():
             print_line(console, f"  layer {row.layer}  {_share(row, 'share')}  least {row.min:.2f}")
-        written(console, table, csv)
+        write_if_asked(console, table, csv)
         return
     table = lp.analysis.saturation(loaded, texts, seed, prepend_bos=prepend_bos)
-    console = headed(f"{loaded.name}: increments at the cap of {table['cap'].iloc[0]:g}, {what}", PER_TOKEN)
+    console = print_heading(f"{loaded.name}: increments at the cap of {table['cap'].iloc[0]:g}, {what}", PER_TOKEN)
     for row in table.itertuples():
         print_line(console, f"  layer {row.layer}  {_share(row, 'share')}  largest {row.max:.2f}")
-    written(console, table, csv)
+    write_if_asked(console, table, csv)
 
 
 @app.command
@@ -257,14 +259,14 @@ def specialisation(
     loaded, texts, what = read_heldout(model, corpus, characters)
     check_learned(loaded, "no kind stands out", "a model with learned increments")
     table = lp.analysis.specialisation(loaded, texts, alphabet, seed, prepend_bos=prepend_bos)
-    console = headed(
+    console = print_heading(
         f"{loaded.name}: what the kind of a token explains of its increment, {what}",
         f"share of the variance (with kinds shuffled in each document); × is to the mean of the layer; {PER_TOKEN}",
     )
     for row in table.itertuples():
         ends = (f"{end} {getattr(row, end)} ×{_with_interval(row, f'{end}_relative', f'{end}_')}" for end in ENDS)
         print_line(console, f"  layer {row.layer}  {_share(row, 'explained')} ({row.shuffled:.1%})  {', '.join(ends)}")
-    written(console, table, csv)
+    write_if_asked(console, table, csv)
 
 
 ENDS = ("farthest", "nearest")
@@ -277,12 +279,12 @@ def read_heldout(model: str, corpus: str, characters: int) -> "tuple[lp.HookedPo
     return loaded, texts, f"{sum(map(len, texts)):,} characters of {len(texts)} held-out documents of {corpus}"
 
 
-def _segmented(words: str, corpus: str | None) -> tuple[list[str], Any, str]:
+def _word_segmentation(words: str, corpus: str | None) -> tuple[list[str], Any, str]:
     """Lines, their words (or "jieba"), and how to name them."""
     if corpus is not None and words != "jieba":
         raise PositionsError(f"--corpus was given with --words {words}; expected it with --words jieba alone.")
     if words in ("human", "jieba") and corpus is None:
-        segmented = lp.corpora.segmented_heldout()
+        segmented = lp.corpora.heldout_segmentation()
         whose = "segmented by people" if words == "human" else "segmented by jieba"
         texts = ["".join(line) for line in segmented]
         return texts, segmented if words == "human" else "jieba", f"the held-out People's Daily {whose}"
@@ -301,7 +303,7 @@ def _segmented(words: str, corpus: str | None) -> tuple[list[str], Any, str]:
     return ["".join(line) for line in segmented], segmented, f"lines of {path}"
 
 
-def headed(first: str, second: str) -> "Console":
+def print_heading(first: str, second: str) -> "Console":
     """Print what is shown, and in what unit; where to print the rest."""
     from rich.console import Console
 
@@ -336,7 +338,7 @@ def _share(row: Any, column: str) -> str:
     return with_interval(row._asdict(), column, ".1%")
 
 
-def written(console: "Console", table: "pd.DataFrame", csv: Path | None) -> None:
+def write_if_asked(console: "Console", table: "pd.DataFrame", csv: Path | None) -> None:
     """Write a table where that is asked for, and say where."""
     if csv is not None:
         write_table(table, csv)

@@ -11,8 +11,8 @@ import lens_positions as lp
 from ..config import BLOCK
 from ..errors import PositionsError, check_seed
 from ..terminal import print_grid, print_line, with_interval
-from .app import BOS_OF_MODEL, Bos, app, check_outputs, drawn
-from .measure import Characters, Chart, Corpus, Model, Seed, headed, read_heldout, written
+from .app import BOS_OF_MODEL, Bos, announce_figure, app, check_outputs
+from .measure import Characters, Chart, Corpus, Model, Seed, print_heading, read_heldout, write_if_asked
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,7 +49,7 @@ def frequencies(
     loaded, texts, what = read_heldout(model, corpus, characters)
     norms = lp.analysis.frequency_norms(loaded, texts, seed=seed, prepend_bos=prepend_bos)
     heads = lp.analysis.positional_heads(loaded, texts, seed=seed, prepend_bos=prepend_bos)
-    console = headed(
+    console = print_heading(
         f"{loaded.name}: mean 2-norm of queries and keys by rotary frequency, {what}",
         "mean over tokens, heads and the frequencies of a quarter",
     )
@@ -81,10 +81,10 @@ def frequencies(
             )
     if not turns:
         print_line(console, "  no frequency turns in this model, so none is used more than another.")
-    _written(console, csv, norms.drop(columns="band"), heads=heads, use=use)
+    _write_tables(console, csv, norms.drop(columns="band"), heads=heads, use=use)
     if figure is not None:
         caption = f"{loaded.name}; {what}. Means over heads and tokens."
-        with drawn(console, figure):
+        with announce_figure(console, figure):
             lp.viz.norms_map(norms, caption, figure)
 
 
@@ -124,7 +124,7 @@ def absolute(
     sinks = found[found["first"] == found["first"].iloc[0]].groupby("layer")["share"]
     overall = table[(table["head"] == "all") & (table["layer"] != "all")]
     what = f"the beginnings of {len(given)} pieces of held-out {corpus}, repeated"
-    console = headed(
+    console = print_heading(
         f"{loaded.name}: variance of log attention over absolute positions, {what}",
         "nats squared, mean over heads, early and late quarter of the repeats; attention to position 0 (largest head); "
         "95% intervals resample pieces",
@@ -142,10 +142,10 @@ def absolute(
     for row in drops[drops["layer"] == "all"].to_dict("records"):
         drop = "nothing to lose" if math.isnan(row["drop"]) else with_interval(row, "drop", "+.0%")
         print_line(console, f"  {row['replacement']:6} {row['queries']:5}  {drop}")
-    _written(console, csv, table, drops=drops, sinks=found)
+    _write_tables(console, csv, table, drops=drops, sinks=found)
     if figure is not None:
         caption = f"{loaded.name}; {what}. Means over heads. log attention = score (residual) - log Z (mask)."
-        with drawn(console, figure):
+        with announce_figure(console, figure):
             lp.viz.absolute_chart(table, caption, figure)
 
 
@@ -170,7 +170,7 @@ def dispersion(
     hooks = lp.analysis.adaptive_temperature(loaded)
     table = lp.analysis.attention_dispersion(loaded, texts, seed=seed, prepend_bos=prepend_bos)
     losses = lp.analysis.loss_by_length(loaded, texts, hooks, lengths, seed, prepend_bos=prepend_bos)
-    console = headed(
+    console = print_heading(
         f"{loaded.name}: attention by the number of items, {what}",
         "entropy in nats, mean over heads, with 95% intervals; the entropy of even attention below",
     )
@@ -191,15 +191,15 @@ def dispersion(
             f"  {row['length']:,} tokens: {row['loss']:.4f}, with it {row['changed']:.4f}, {difference}, "
             f"n = {row['n']:,}",
         )
-    _written(console, csv, table, losses=losses)
+    _write_tables(console, csv, table, losses=losses)
     if figure is not None:
-        with drawn(console, figure):
+        with announce_figure(console, figure):
             lp.viz.entropy_chart(table, f"{loaded.name}; {what}. Means over heads.", figure)
 
 
-def _written(console: "Console", csv: Path | None, table: "pd.DataFrame", **others: "pd.DataFrame") -> None:
+def _write_tables(console: "Console", csv: Path | None, table: "pd.DataFrame", **others: "pd.DataFrame") -> None:
     """Write a table, and others beside it with their name behind its own."""
-    written(console, table, csv)
+    write_if_asked(console, table, csv)
     for name, other in others.items():
         if csv is not None and not other.empty:
-            written(console, other, csv.with_stem(f"{csv.stem}_{name}"))
+            write_if_asked(console, other, csv.with_stem(f"{csv.stem}_{name}"))

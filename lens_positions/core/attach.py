@@ -14,7 +14,6 @@ Where these modules are, and the few models that do it in another way, is in `fi
 heads are in `per_head.py`.
 """
 
-import sys
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, Literal, cast
@@ -28,7 +27,7 @@ from ..errors import PositionsError
 from .devices import device_of, floating_dtype
 from .find_attention import RotaryAttention, Site, links_to, parameters
 from .increments import PositionConfig, build_sources
-from .model_wrappers import unwrapped
+from .model_wrappers import base_model, unwrap_model
 from .per_head import hook_projections, projections_of, refuse_inexact_heads
 from .position_streams import PositionStreams, refuse_attached
 from .stream import PositionStream
@@ -78,9 +77,9 @@ def attach_positions(
         raise PositionsError(f'positions is {positions!r}; expected "static" or a PositionConfig.')
 
     # Everything is checked before anything of the model is changed.
-    model = unwrapped(model)
+    model = unwrap_model(model)
     bridge = model if isinstance(model, TransformerBridge) else None
-    base = unbridged(model)
+    base = base_model(model)
     refuse_attached(base)
     attention = RotaryAttention(base)
     streams = _build(config, base, attention, table)
@@ -213,7 +212,7 @@ def increment_table(model: Any) -> Float[Tensor, "vocab *head"]:
     Raises:
         PositionsError: its increments are no function of the token alone.
     """
-    base = unbridged(model)
+    base = base_model(model)
     streams: PositionStreams = base.position_streams
     if streams.shared_source is None:
         raise PositionsError(
@@ -224,33 +223,6 @@ def increment_table(model: Any) -> Float[Tensor, "vocab *head"]:
     ids = torch.arange(embedding.weight.shape[0], device=embedding.weight.device)[None]
     with torch.no_grad():
         return streams.shared_source(ids if streams.config.source == "frozen" else embedding(ids))[0]
-
-
-def unbridged(model: Any) -> Any:
-    """Return the transformers model inside a bridge or what peft wraps around it, or the model itself.
-
-    Raises:
-        PositionsError: peft puts tokens of its own in front, which only its wrapper does.
-    """
-    if isinstance(model, TransformerBridge):
-        return model.original_model
-
-    if "peft" not in sys.modules:  # what wraps no model need not be imported
-        return model
-    from peft import PeftMixedModel, PeftModel
-    from peft.tuners.tuners_utils import BaseTuner
-
-    if not isinstance(model, PeftModel | PeftMixedModel | BaseTuner):
-        return model
-
-    configs: dict[str, Any] = model.peft_config
-    for name, config in configs.items():
-        if config.is_prompt_learning or config.is_adaption_prompt:
-            raise PositionsError(
-                f"the adapter {name!r} of the model is {config.peft_type.value}, which puts tokens of its own in "
-                "front; expected one that adapts weights, such as LoRA."
-            )
-    return model.model if isinstance(model, BaseTuner) else unbridged(model.base_model)
 
 
 def _remove_module(owner: nn.Module, name: str) -> None:

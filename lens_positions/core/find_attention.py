@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..errors import PositionsError
 from .devices import device_of, refuse_absent_weights
-from .model_state import evaluating
+from .model_state import evaluation_mode
 from .rotation import RotaryCall, SinusoidTable
 from .transformer_lens_internals import is_wrapper
 
@@ -400,7 +400,7 @@ def _rotations_behind(base: Any, sites: list[Site]) -> dict[int, set[int]]:
                 site.wrapper.register_forward_hook(partial(_note_leaves, site, leaves, reached, i), with_kwargs=True),
             ]
         with (
-            evaluating(base),
+            evaluation_mode(base),
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.compiler.set_stance("force_eager"),

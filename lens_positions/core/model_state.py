@@ -8,7 +8,7 @@ from torch import nn
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Switch a model to eval mode, in which dropout is off, and each module back to its own mode at the end."""
     # Of a model that is in eval mode already nothing is written: threads may share it, and writing takes longer than
     # a small model's forward pass.
@@ -35,7 +35,7 @@ def restored_on_failure(*models: Any) -> Iterator[None]:
     roots = [model for model in models if isinstance(model, nn.Module)]
     modules = {id(module): module for root in roots for module in root.modules()}
     configs = [model.config for model in models if getattr(model, "config", None) is not None]
-    attributes = [(vars(owner), _noted(vars(owner))) for owner in (*modules.values(), *configs)]
+    attributes = [(vars(owner), _attribute_copies(vars(owner))) for owner in (*modules.values(), *configs)]
     learns = [(parameter, parameter.requires_grad) for root in roots for parameter in root.parameters()]
     try:
         yield
@@ -47,7 +47,7 @@ def restored_on_failure(*models: Any) -> Iterator[None]:
         raise
 
 
-def _noted(attributes: dict[str, Any]) -> dict[str, tuple[Any, dict[Any, Any] | None]]:
+def _attribute_copies(attributes: dict[str, Any]) -> dict[str, tuple[Any, dict[Any, Any] | None]]:
     """Each attribute, and a copy of what it holds where it is a dict."""
     return {name: (value, dict(value) if isinstance(value, dict) else None) for name, value in attributes.items()}
 

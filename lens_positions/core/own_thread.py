@@ -48,7 +48,7 @@ class OwnHookPoint:
 
 
 @contextmanager
-def returning(blocks: Iterable[nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
+def return_known_outputs(blocks: Iterable[nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
     """Replace what some blocks compute in this thread by outputs that are known, for the time being.
 
         block(x) -> nn.Module.__call__ -> hooks before -> forward -> hooks after
@@ -60,17 +60,17 @@ def returning(blocks: Iterable[nn.Module], outputs: Sequence[Any]) -> Iterator[N
     class. A bridge component has a `__setattr__` of its own and may have such an attribute already, so it is put into
     `__dict__` and what was there comes back with the last thread that leaves.
     """
-    entered: list[_Known] = []
+    every: list[KnownOutputs] = []
     try:
         for block, output in zip(blocks, outputs, strict=False):
-            entered.append(_Known.entered(block, output))
+            every.append(KnownOutputs.enter(block, output))
         yield
     finally:
-        for known in reversed(entered):
+        for known in reversed(every):
             known.leave()
 
 
-class _Known:
+class KnownOutputs:
     """A block's forward while some threads know what it would give."""
 
     def __init__(self, block: nn.Module) -> None:
@@ -80,11 +80,12 @@ class _Known:
         self._outputs: dict[int, list[Any]] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What this thread knows, or what the block computes."""
         known = self._outputs.get(threading.get_ident())
         return known[-1] if known else self._forward(*args, **kwargs)
 
     @classmethod
-    def entered(cls, block: nn.Module, output: Any) -> "_Known":
+    def enter(cls, block: nn.Module, output: Any) -> "KnownOutputs":
         """The exchanged forward of a block, that which other threads use already or a new one, with one more output."""
         with _FORWARDS:
             present = vars(block).get("forward")
@@ -94,6 +95,7 @@ class _Known:
             return known
 
     def leave(self) -> None:
+        """Forget the last output of this thread, and give the block its own forward back after the last of all."""
         with _FORWARDS:
             own = self._outputs[threading.get_ident()]
             own.pop()

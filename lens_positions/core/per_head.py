@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import PositionsError
 from .devices import device_of
-from .model_state import evaluating
+from .model_state import evaluation_mode
 from .positions import CosSin
 
 
@@ -123,7 +123,7 @@ def _rotates_halves(attention: Any, rotary: nn.Module, d_model: int, dtype: torc
     states = torch.randn(1, 8, d_model, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     hooks: list[Any] = []
     try:
-        with evaluating(attention), torch.no_grad():
+        with evaluation_mode(attention), torch.no_grad():
             # Large enough for scores of a few units, which turning makes a difference to.
             states *= 2 / (attention.q_proj(states).std() * attention.k_proj(states).std()).sqrt()
             cos, sin = rotary(states, 7 * torch.arange(8, device=device)[None])

@@ -21,8 +21,8 @@ from .hook_points import StreamHookPoint, run_hook
 from .increments import PositionConfig
 from .per_head import identity_like, refuse_split_inputs
 from .positions import CosSin
-from .rotation import RotaryCall, Rotation, moved_to, rotate, tensors_of
-from .stream import PositionStream, full_precision
+from .rotation import RotaryCall, Rotation, move_to_device, tensors_of
+from .stream import PositionStream, full_precision, rotate
 from .transformer_lens_internals import skips_embeddings
 
 
@@ -282,9 +282,9 @@ class PositionStreams(nn.Module):
         # Such a layer may run for the last tokens only.
         last = slice(-states.shape[1], None)
         if isinstance(of_leader, Tensor):
-            return moved_to(of_leader[:, last], states.device)
+            return move_to_device(of_leader[:, last], states.device)
         cos, sin = of_leader
-        return moved_to((cos[:, last], sin[:, last]), states.device)
+        return move_to_device((cos[:, last], sin[:, last]), states.device)
 
     def _enter_attention(self, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the cache that an attention writes to."""

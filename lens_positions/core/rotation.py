@@ -14,7 +14,8 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from .hook_points import HookedTokens, run_hook
-from .positions import CosSin, cos_and_sin
+from .positions import CosSin
+from .visible_tokens import Visible
 
 Rotation = CosSin | Complex[Tensor, "batch pos *head d_rotary"]
 """What a rotary module returns: cos and sin, or cos + i sin in one tensor."""
@@ -43,6 +44,7 @@ class RotaryCall:
     axes: Int[Tensor, "axis #batch pos"] | None = None
     is_complex: bool = False
     _frequencies: Tensor | None = None
+    _origin: tuple[Visible, Tensor] | None = None
 
     @classmethod
     def of(cls, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], rotation: Any) -> "RotaryCall":
@@ -59,6 +61,12 @@ class RotaryCall:
     def tensors(self) -> tuple[Tensor, ...]:
         """Return the tensors of what the module returned."""
         return tensors_of(self.rotation)
+
+    def origin(self, visible: Visible) -> Float[Tensor, "#batch pos"]:
+        """Return the model's own position ids less the standard steps that are summed over, once for all layers."""
+        if self._origin is None or self._origin[0] is not visible:
+            self._origin = visible, self.position_ids - visible.steps()
+        return self._origin[1]
 
     def at(self, positions: Float[Tensor, "batch pos"], states: Tensor | None = None) -> CosSin:
         """Return cos and sin of fractional positions, in the dtype of the states (default: those of the call)."""
@@ -127,18 +135,12 @@ class SinusoidTable:
         return cos_of_sum.to(states.dtype), sin_of_sum.to(states.dtype)
 
 
-def rotate(positions: Float[Tensor, "batch pos *head"], call: RotaryCall) -> Rotation:
-    """Rotate by positions, in the form in which the module returns it; by positions of heads always cos and sin."""
-    rotation = cos_and_sin(positions, call.at, call.frequencies)
-    return call.in_module_form(rotation) if positions.ndim == 2 else rotation
-
-
 def tensors_of(rotation: Any) -> tuple[Tensor, ...]:
     """Return the tensors of a rotation, in whatever form it is."""
     return (rotation,) if isinstance(rotation, Tensor) else tuple(rotation or ())
 
 
-def moved_to(rotation: Rotation, device: torch.device) -> Rotation:
+def move_to_device(rotation: Rotation, device: torch.device) -> Rotation:
     """Move a rotation to the device of a layer."""
     if isinstance(rotation, Tensor):
         return rotation.to(device)

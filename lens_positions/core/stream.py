@@ -25,8 +25,8 @@ from .forward_pass import ForwardPass, SharedPositions
 from .hook_points import HookedTokens, StreamHookPoint, has_hooks, run_hook
 from .increments import PositionConfig
 from .kv_cache import memory_of, with_memory
-from .positions import positions_at
-from .rotation import RotaryCall, Rotation, moved_to, rotate, run_rotation_hook
+from .positions import cos_and_sin, positions_at
+from .rotation import RotaryCall, Rotation, move_to_device, run_rotation_hook
 from .visible_tokens import Line, Tree, Visible, visible_tokens
 
 
@@ -110,7 +110,7 @@ class PositionStream(nn.Module):
             # A layer that attends to this layer's keys comes later in the pass.
             if self.followed:
                 forward_pass.of_leaders[self.index] = positions, call, rotation
-            return moved_to(rotation, states.device)
+            return move_to_device(rotation, states.device)
 
     def _positions(
         self, states: Tensor, call: RotaryCall, surplus: Tensor | None, forward_pass: ForwardPass
@@ -131,7 +131,7 @@ class PositionStream(nn.Module):
             shared = found[0]
         else:
             total = visible.sum(increments, None if surplus is None else surplus.to(ids.device))
-            positions = positions_at(ids, total, increments.dtype)
+            positions = positions_at(call.origin(visible), total, increments.dtype)
             shared = SharedPositions(from_source, surplus, call, torch.is_grad_enabled(), positions)
             if shares:
                 forward_pass.shared_positions.append(shared)
@@ -260,3 +260,9 @@ def _remember(forward_pass: ForwardPass, key: tuple[int, int], increments: Tenso
         memory.real = visible.real
     elif isinstance(visible, Tree):
         memory.ancestors = visible.every
+
+
+def rotate(positions: Float[Tensor, "batch pos *head"], call: RotaryCall) -> Rotation:
+    """Rotate by positions, in the form in which the module returns it; by positions of heads always cos and sin."""
+    rotation = cos_and_sin(positions, call.at, call.frequencies)
+    return call.in_module_form(rotation) if positions.ndim == 2 else rotation

@@ -61,12 +61,11 @@ class Line:
             counted = (self.real & (self.real.cumsum(1) > first)).to(self.wide)
         self.counted: Float[Tensor, "#batch total"] = counted
         self._now = counted[:, self.past :]
-        self._minus = -self._now  # once a pass, for the sums of all layers
 
     def sum(
         self, increments: Float[Tensor, "batch pos *head"], surplus: Float[Tensor, "batch past *head"] | None
     ) -> Float[Tensor, "batch pos *head"]:
-        """Sum d - 1 up to each token.
+        """Sum up to each token: d of the tokens of this pass, and d - 1 of those of the cache.
 
         Args:
             increments: d of the tokens of this pass.
@@ -78,7 +77,11 @@ class Line:
         start = None
         if surplus is not None:
             start = (surplus * beside_heads(self.counted[:, : self.past], surplus)).sum(1, keepdim=True)
-        return running_sum(increments, self._now, gap=self.gap, start=start, minus_counted=self._minus)
+        return running_sum(increments, self._now, gap=self.gap, start=start)
+
+    def steps(self) -> Float[Tensor, "#batch pos"]:
+        """The sum of standard steps: how many tokens of this pass are summed over."""
+        return running_sum(torch.ones_like(self._now), self._now, gap=self.gap)
 
     def between(self) -> Bool[Tensor, "#batch pos"]:
         """The tokens whose increment lies between two real ones: all but the first (gap "after": the last)."""
@@ -117,6 +120,11 @@ class Documents:
 
         # One sum over the whole row, less what it had come to where the document begins.
         return total - total.gather(1, beside_heads(self.starts, total).expand(total.shape))
+
+    def steps(self) -> Float[Tensor, "#batch pos"]:
+        """As `Line.steps`: how far a token is from the first one of its document."""
+        index = torch.arange(self.starts.shape[1], device=self.starts.device)
+        return (index - self.starts).to(self.wide)
 
     def between(self) -> Bool[Tensor, "#batch pos"]:
         """As `Line.between`, of each document."""
@@ -158,12 +166,16 @@ class Tree:
         self, increments: Float[Tensor, "batch pos *head"], surplus: Float[Tensor, "batch past *head"] | None
     ) -> Float[Tensor, "batch pos *head"]:
         """As `Line.sum`."""
-        own = increments.to(self.wide) - 1
+        own = increments.to(self.wide)
 
         # A token may have any set of ancestors, so this sum is no running one: ancestors times increments.
         every = own if surplus is None else torch.cat([surplus, own], dim=1)
         counted = self._counted.expand(len(every), -1, -1)
         return torch.einsum("bqk,bk...->bq...", counted, every)
+
+    def steps(self) -> Float[Tensor, "#batch pos"]:
+        """As `Line.steps`."""
+        return self._counted[..., self.past :].sum(2)
 
     def between(self) -> Bool[Tensor, "#batch pos"]:
         """As `Line.between`: tokens that have an ancestor (gap "after": that are one)."""

@@ -10,17 +10,17 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-from ..core.attach import unbridged
 from ..core.find_attention import parameters
-from ..core.model_state import evaluating
+from ..core.model_state import evaluation_mode
+from ..core.model_wrappers import base_model
 from ..errors import PositionsError
-from ..interventions import HOOK, Hooks, Some, hook_names
+from ..interventions import HOOK, Hooks, LayerIndices, hook_names
 
 EARLIEST = 16
 """Queries before this one are left out where attention is judged from afar: they have few keys to choose from."""
 
 
-def attention_names(model: TransformerBridge, layers: Some, what: str) -> dict[int, str]:
+def attention_names(model: TransformerBridge, layers: LayerIndices, what: str) -> dict[int, str]:
     """The hook point of "pattern" or "attn_scores" by layer.
 
     Scores are tried, on three tokens: an edit of them has to reach the pattern.
@@ -33,14 +33,14 @@ def attention_names(model: TransformerBridge, layers: Some, what: str) -> dict[i
         raise PositionsError(f"layer {missing[0]} shows no {what} in TransformerLens; expected attention that does.")
     if what == "attn_scores":
         edits: Hooks = [(name, _by_place) for name in names.values()]
-        run(model, torch.zeros(1, 3, dtype=torch.long), [*edits, *softmax_checks(names)])
+        run_for_hooks(model, torch.zeros(1, 3, dtype=torch.long), [*edits, *softmax_checks(names)])
     return names
 
 
 def _by_place(scores: Float[Tensor, "*rows key"], hook: HookPoint) -> Float[Tensor, "*rows key"]:
     """Scores that are the place of their key."""
     places = torch.arange(scores.shape[-1]).to(scores)
-    return scores.where(hidden(scores), places)
+    return scores.where(hidden_keys(scores), places)
 
 
 def softmax_checks(names: dict[int, str]) -> Hooks:
@@ -70,29 +70,29 @@ def softmax_checks(names: dict[int, str]) -> Hooks:
 
 
 @contextmanager
-def evaluated(model: TransformerBridge, hooks: Hooks) -> Iterator[None]:
+def hooked_evaluation(model: TransformerBridge, hooks: Hooks) -> Iterator[None]:
     """In eval mode, without gradients, and with these hooks."""
-    with evaluating(model), torch.no_grad(), model.hooks(fwd_hooks=cast(Any, hooks)):
+    with evaluation_mode(model), torch.no_grad(), model.hooks(fwd_hooks=cast(Any, hooks)):
         yield
 
 
-def run(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], hooks: Hooks) -> None:
+def run_for_hooks(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], hooks: Hooks) -> None:
     """Run rows for what hooks see of them; their logits are of no use."""
-    base = unbridged(model)
+    base = base_model(model)
     fewer = {"logits_to_keep": 1} if "logits_to_keep" in parameters(base) else {}
-    with evaluated(model, hooks):
+    with hooked_evaluation(model, hooks):
         model(tokens.to(base.device), return_type=None, use_cache=False, **fewer)
 
 
-def hidden(scores: Float[Tensor, "*rows key"]) -> Bool[Tensor, "*rows key"]:
+def hidden_keys(scores: Float[Tensor, "*rows key"]) -> Bool[Tensor, "*rows key"]:
     """Which keys a mask hides, whether by minus infinity or by the least number."""
     return scores <= torch.finfo(scores.dtype).min / 2
 
 
-def visible(scores: Float[Tensor, "*rows query key"]) -> Bool[Tensor, "*rows query key"]:
+def visible_keys(scores: Float[Tensor, "*rows query key"]) -> Bool[Tensor, "*rows query key"]:
     """Which keys a query sees: none after it, and none that the model's mask hides."""
     causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    return causal & ~hidden(scores)
+    return causal & ~hidden_keys(scores)
 
 
 def keep_states(kept: dict[Any, Tensor], what: Any, states: Tensor, hook: HookPoint) -> None:

@@ -15,8 +15,9 @@ from jaxtyping import Float64, Int, Int64
 from torch import Tensor
 
 from ..errors import PositionsError
+from ..former_names import getattr_with_former_names
 from ..model import HookedPositionTransformer
-from ..progress import tracked
+from ..progress import track_progress
 from ..text import Mask, TextOrTokens, prompts_of
 from ..tokenizer import END_OF_DOCUMENT, is_byte_tokenizer
 
@@ -30,7 +31,7 @@ Texts = TextOrTokens
 
 
 @dataclass(frozen=True)
-class Reading:
+class CorpusIncrements:
     """What a model makes of documents.
 
     Attributes:
@@ -62,13 +63,13 @@ class Reading:
         return self.increments[..., order[np.searchsorted(keys, document * longest + index, sorter=order)]]
 
 
-def read(
+def read_corpus(
     model: HookedPositionTransformer,
-    texts: "Texts | Reading",
+    texts: "Texts | CorpusIncrements",
     attention_mask: Mask = None,
     prepend_bos: bool | None = None,
-) -> Reading:
-    """The increment of every token of some documents, at every layer and head; a reading is returned as it is.
+) -> CorpusIncrements:
+    """Read documents: the increment of every token, at every layer and head. What was read before is returned as it is.
 
     Args:
         model: the model.
@@ -81,23 +82,23 @@ def read(
         PositionsError: no documents, one of fewer than two tokens, padding without a mask, or a model without a
             tokenizer.
 
-    >>> reading = lp.analysis.read(model, texts)  # once, for several measurements
-    >>> reading.increments.shape  # layer, head, token
+    >>> corpus = lp.analysis.read_corpus(model, texts)  # once, for several measurements
+    >>> corpus.increments.shape  # layer, head, token
     (6, 1, 526)
-    >>> lp.analysis.saturation(model, reading)["share"].round(1).tolist()
+    >>> lp.analysis.saturation(model, corpus)["share"].round(1).tolist()
     [0.0, 0.0, 0.0, 0.0, 0.6, 0.0]
     """
-    if isinstance(texts, Reading):
+    if isinstance(texts, CorpusIncrements):
         if attention_mask is not None or prepend_bos is not None:
             raise PositionsError(
-                "attention_mask or prepend_bos was given with a reading; expected them where it is read, as its tokens "
-                "are what they are."
+                "attention_mask or prepend_bos was given with a corpus that was read; expected them where it is read: "
+                "its tokens are what they are."
             )
         return texts
     documents, batches = windows(model, texts, attention_mask, prepend_bos)
     kept = model.position_config.effective
     values, owners, places = [], [], []
-    for batch in tracked(batches, "reading", quick=sum(map(len, documents)) < 2 * TOKENS_A_BATCH):
+    for batch in track_progress(batches, "reading", quick=sum(map(len, documents)) < 2 * TOKENS_A_BATCH):
         rows = torch.stack([documents[number][start:stop] for number, start, stop in batch])
         with torch.no_grad():
             increments = model.increments(rows, torch.ones_like(rows))[:, :, kept]
@@ -108,7 +109,7 @@ def read(
             owners.append(np.full(len(place), number))
     value = np.concatenate(values, axis=1)
     value = value.transpose(0, 2, 1) if value.ndim == 3 else value[:, None]
-    return Reading(documents, np.concatenate(owners), np.concatenate(places), model.position_layers, value)
+    return CorpusIncrements(documents, np.concatenate(owners), np.concatenate(places), model.position_layers, value)
 
 
 def windows(
@@ -122,7 +123,7 @@ def windows(
     Windows of a document overlap by one token, so that each of its tokens but the first is predicted exactly once.
 
     Raises:
-        PositionsError: as `read`.
+        PositionsError: as `read_corpus`.
     """
     if model.cfg.n_ctx < 2:
         raise PositionsError("the model's context is one token; expected at least two.")
@@ -136,7 +137,7 @@ def rows_of(
     documents: list[Int[Tensor, " _pos"]], batches: list[list[tuple[int, int, int]]], what: str
 ) -> Iterator[tuple[Int[Tensor, "batch pos"], list[int]]]:
     """The rows of each batch of windows, and the document that each is of; `what` is done is what progress says."""
-    for batch in tracked(batches, what, quick=sum(map(len, documents)) < 512):
+    for batch in track_progress(batches, what, quick=sum(map(len, documents)) < 512):
         yield (
             torch.stack([documents[number][start:stop] for number, start, stop in batch]),
             [number for number, _, _ in batch],
@@ -172,3 +173,6 @@ def _batches(documents: list[Int[Tensor, " _pos"]], length: int) -> Iterator[lis
         together = max(1, TOKENS_A_BATCH // size)
         for first in range(0, len(of_size), together):
             yield of_size[first : first + together]
+
+
+__getattr__ = getattr_with_former_names(__name__)

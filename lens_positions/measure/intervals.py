@@ -34,7 +34,7 @@ def resamples(documents: int, seed: int) -> Int64[np.ndarray, "draw document"]:
     return np.random.default_rng(seed).multinomial(documents, chances, size=BOOTSTRAP_DRAWS)
 
 
-def drawn_means(
+def bootstrap_means(
     sums: Float64[np.ndarray, "document *shape"],
     counts: Int64[np.ndarray, " document"],
     draws: Int64[np.ndarray, "draw document"],
@@ -51,7 +51,7 @@ def interval_of(means: Float64[np.ndarray, "draw *shape"]) -> tuple[np.ndarray, 
     return low, high
 
 
-def shuffled_within(
+def shuffle_within(
     groups: Int64[np.ndarray, " sample"], seed: int, times: tuple[int, ...] = ()
 ) -> Int64[np.ndarray, "*times sample"]:
     """Indices that exchange samples within their groups: for every sample the one whose value it gets."""
@@ -106,4 +106,4 @@ class Tally:
         mean = self.sums.sum(0) / self.counts.sum()
         if np.count_nonzero(self.counts) < 2:
             return mean, np.full_like(mean, math.nan), np.full_like(mean, math.nan)
-        return mean, *interval_of(drawn_means(self.sums, self.counts, draws))
+        return mean, *interval_of(bootstrap_means(self.sums, self.counts, draws))

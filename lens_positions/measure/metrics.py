@@ -136,7 +136,7 @@ def token_losses(
     return torch.nn.functional.cross_entropy(predicted, targets.to(logits.device), reduction="none")
 
 
-def measured(
+def metric_values(
     metric: Metric, logits: Float[Tensor, "batch pos vocab"], rows: list[int] | None = None
 ) -> Float[Tensor, " row"]:
     """The metric of each row, or of these rows.
@@ -161,7 +161,7 @@ def measured(
 
 def baseline_of(metric: Metric, logits: Float[Tensor, "1 pos vocab"]) -> float:
     """The metric of a prompt, asked for with two equal rows: a metric that mixes its rows is found out."""
-    return float(measured(metric, logits.expand(2, -1, -1))[0].detach())
+    return float(metric_values(metric, logits.expand(2, -1, -1))[0].detach())
 
 
 def look_back(pattern: Float[Tensor, "batch head query key"]) -> Float[Tensor, "batch head query"]:

@@ -26,8 +26,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import DynamicCache
 
 from ..core.kv_cache import memory_of
-from ..core.model_state import evaluating
-from ..core.own_thread import in_this_thread, returning
+from ..core.model_state import evaluation_mode
+from ..core.own_thread import in_this_thread, return_known_outputs
 from ..interventions import Hooks, streams_of
 
 
@@ -99,7 +99,7 @@ class Replay:
             joining: how many copies of the prompt join the batch at each block, the lowest block first.
             token: see above.
         """
-        with evaluating(self.model), torch.no_grad():
+        with evaluation_mode(self.model), torch.no_grad():
             if self.exact:
                 return self._resumed(hooks, joining, self.start(token))
             with self.model.hooks(fwd_hooks=_own(hooks)):
@@ -112,7 +112,7 @@ class Replay:
             handles.append(block.register_forward_pre_hook(in_this_thread(self._keep_input), with_kwargs=True))
             handles.append(block.register_forward_hook(in_this_thread(self._keep_output)))
         try:
-            with evaluating(self.model), torch.no_grad(), self.model.hooks(fwd_hooks=_own(hooks)):
+            with evaluation_mode(self.model), torch.no_grad(), self.model.hooks(fwd_hooks=_own(hooks)):
                 return self._logits(self.tokens, self._cache)
         finally:
             for handle in handles:
@@ -126,7 +126,7 @@ class Replay:
         joining = {layer: 1} if len(self.tokens) > 1 else {layer: 1, len(self._blocks) - 1: 1}
         token = 0 if self._cache is None else self.tokens.shape[1] // 2
         try:
-            with evaluating(self.model), torch.no_grad():
+            with evaluation_mode(self.model), torch.no_grad():
                 again = self._resumed([], joining, token)
         except Exception as error:  # the model's own code meets input that it need not be made for
             return " ".join(str(error).split())[:200]
@@ -147,7 +147,7 @@ class Replay:
             for layer, copies in joining.items()
         ]
         try:
-            with returning(self._blocks[:first], self._outputs), self.model.hooks(fwd_hooks=_own(hooks)):
+            with return_known_outputs(self._blocks[:first], self._outputs), self.model.hooks(fwd_hooks=_own(hooks)):
                 return self._logits(self.tokens[:, token:], self._prefix(token, present) if token else None)
         finally:
             for handle in handles:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..checkpoint_files import sha256_of_file
 from ..errors import PositionsError
 from .config import changes
-from .schema import FORMAT, CheckpointState, Evaluation, LossLine, RunDescription, digest_of, parsed, read_json
+from .schema import FORMAT, CheckpointState, Evaluation, LossLine, RunDescription, digest_of, parse_json, read_json
 
 LOG = "log.jsonl"
 STATE = "state.json"
@@ -77,7 +77,7 @@ def read_state(checkpoint: Path) -> CheckpointState:
     return state
 
 
-def described_state(folder: Path, step: int, run: str, schedule: dict[str, Any], groups: list[Any]) -> CheckpointState:
+def describe_state(folder: Path, step: int, run: str, schedule: dict[str, Any], groups: list[Any]) -> CheckpointState:
     """The state.json of a checkpoint whose other files are in a folder already."""
     files = {path.relative_to(folder).as_posix(): sha256_of_file(path) for path in sorted(_files(folder))}
     return {
@@ -175,7 +175,7 @@ def read_log(run: Path, step: int, is_evaluated: Callable[[int], bool]) -> list[
     return kept
 
 
-def logged(run: Path) -> tuple[list[Evaluation], list[int]]:
+def read_evaluations(run: Path) -> tuple[list[Evaluation], list[int]]:
     """The evaluations and the tokens per second that a finished run logged.
 
     Raises:
@@ -196,4 +196,4 @@ def _lines(run: Path) -> list[bytes]:
 
 
 def _record(run: Path, number: int, line: bytes) -> Any:
-    return parsed(line, LossLine | Evaluation, f"{run / LOG}, line {number},")
+    return parse_json(line, LossLine | Evaluation, f"{run / LOG}, line {number},")

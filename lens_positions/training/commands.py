@@ -11,7 +11,7 @@ import tyro
 
 from ..errors import PositionsError
 from ..exits import exit_status
-from .config import GraftConfig, TrainConfig, load_preset, preset_names, updated
+from .config import GraftConfig, TrainConfig, load_preset, preset_names, update_config
 from .options import CorpusConfig, PackConfig
 
 TRAIN = """Train a model with position streams from fresh weights.
@@ -27,7 +27,9 @@ GRAFT = """Learn position streams on a pretrained model, and compare it with the
 --cache DIR keeps tokenised corpora (default: .cache).
 """
 
-MOVED = {name: name for name in ("suite", "measure", "maximum", "gather", "results", "ship")} | {"machinery": "rope"}
+FORMER_COMMANDS = {name: name for name in ("suite", "measure", "maximum", "gather", "results", "ship")} | {
+    "machinery": "rope"
+}
 """Commands of the study, which were commands of training once."""
 
 
@@ -41,10 +43,10 @@ def main(argv: list[str] | None = None) -> int:
         "corpus": corpus_command,
         "pack": pack_command,
     }
-    if argv and argv[0] in MOVED:  # names of before
+    if argv and argv[0] in FORMER_COMMANDS:  # names of before
         from ..cli import main as lens_positions
 
-        return lens_positions(["experiments", MOVED[argv[0]], *argv[1:]])
+        return lens_positions(["experiments", FORMER_COMMANDS[argv[0]], *argv[1:]])
 
     def run() -> int:
         if not argv or argv[0] not in commands:
@@ -72,10 +74,10 @@ def train_command(argv: list[str]) -> int:
 
 def resume_command(argv: list[str]) -> int:
     """Go on with an interrupted run, whichever kind it is."""
-    if len(argv) != 1 or argv[0].startswith("-"):
+    if argv in (["--help"], ["-h"]):
         print("usage: lens-positions resume RUN\n\nGo on with a training run or a graft that was interrupted.")
-        if argv in (["--help"], ["-h"]):
-            return 0
+        return 0
+    if len(argv) != 1 or argv[0].startswith("-"):
         raise PositionsError(f"resume got {' '.join(argv) or 'nothing'}; expected the folder of one run.")
 
     from .graft import PARTS
@@ -110,12 +112,12 @@ def graft_command(argv: list[str]) -> int:
 def corpus_command(argv: list[str]) -> int:
     """Download the sources of a corpus and cut them into documents."""
     description = "Download a corpus from its sources. What is there already is kept, so the same command goes on."
-    asked = tyro.cli(CorpusConfig, prog="lens-positions corpus", description=description, args=argv)
+    options = tyro.cli(CorpusConfig, prog="lens-positions corpus", description=description, args=argv)
 
     from .. import corpora, large_corpus
 
-    large_corpus.build(asked.output, corpora.load("bilingual")["heldout"]["text"])
-    print(f"the corpus is in {asked.output}; --corpus {asked.name} reads it")
+    large_corpus.build(options.output, corpora.load("bilingual")["heldout"]["text"])
+    print(f"the corpus is in {options.output}; --corpus {options.name} reads it")
     return 0
 
 
@@ -145,7 +147,7 @@ def parse(argv: list[str]) -> tuple[TrainConfig, argparse.Namespace]:
         preset = load_preset(own.preset)
         return tyro.cli(TrainConfig, prog=parser.prog, description=description, default=preset, args=rest), own
     _refuse_more(own, rest)
-    return updated(TrainConfig(), _saved_config(own.resume), str(own.resume)), own
+    return update_config(TrainConfig(), _saved_config(own.resume), str(own.resume)), own
 
 
 def parse_graft(argv: list[str]) -> tuple[GraftConfig, argparse.Namespace]:
@@ -159,7 +161,7 @@ def parse_graft(argv: list[str]) -> tuple[GraftConfig, argparse.Namespace]:
     from .graft import PARTS
 
     part = own.resume / PARTS[0]
-    return updated(GraftConfig(), _saved_config(part), str(part)), own
+    return update_config(GraftConfig(), _saved_config(part), str(part)), own
 
 
 def _folders(command: str) -> argparse.ArgumentParser:

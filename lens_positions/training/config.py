@@ -226,10 +226,10 @@ def load_preset(name: str) -> TrainConfig:
         values = tomllib.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise PositionsError(f"{path} cannot be read ({error}); expected TOML.") from error
-    return updated(TrainConfig(), values, str(path))
+    return update_config(TrainConfig(), values, str(path))
 
 
-def updated(config: Config, values: dict[str, Any], where: str) -> Config:
+def update_config(config: Config, values: dict[str, Any], where: str) -> Config:
     """A dataclass with the given fields replaced, nested ones by nested dictionaries.
 
     Raises:
@@ -245,7 +245,7 @@ def updated(config: Config, values: dict[str, Any], where: str) -> Config:
         if is_dataclass(current):
             if not isinstance(value, dict):
                 raise PositionsError(f"{where} has {_shown(value)} as {name}; expected its fields.")
-            changes[name] = updated(current, value, f"{where}, {name}")
+            changes[name] = update_config(current, value, f"{where}, {name}")
         else:
             changes[name] = _of_type(types[name], value, f"{where} has a wrong {name}")
     try:

@@ -117,8 +117,8 @@ def tokenize_corpus(
     )
     if max_bytes is not None and max_bytes < 1:
         raise PositionsError(f"max_bytes is {max_bytes}: expected at least 1 byte")
-    asked = {"corpus": corpus, "text_column": text_column, "max_bytes": max_bytes, "tokenizer": encoding.name}
-    packed = _packed(cache_dir, asked)
+    request = {"corpus": corpus, "text_column": text_column, "max_bytes": max_bytes, "tokenizer": encoding.name}
+    packed = _packed_corpus(cache_dir, request)
     if packed is not None:
         return packed
     if corpora.is_hub_dataset(corpus):
@@ -148,23 +148,23 @@ def cache_folder(cache_dir: Path, corpus: str, fingerprint: str) -> Path:
     return Path(cache_dir) / f"{re.sub(r'[^A-Za-z0-9]+', '-', corpus).strip('-')[-40:]}-{fingerprint}"
 
 
-def _packed(cache_dir: Path, asked: dict[str, Any]) -> TokenizedCorpus | None:
+def _packed_corpus(cache_dir: Path, request: dict[str, Any]) -> TokenizedCorpus | None:
     """The corpus that was packed by this name, with this tokenizer and this cap, if there is one."""
-    anywhere = cache_folder(cache_dir, asked["corpus"], "?" * 16)
+    anywhere = cache_folder(cache_dir, request["corpus"], "?" * 16)
     found = []
     for path in sorted(anywhere.parent.glob(f"{anywhere.name}/{PACKED}")):
         described: PackedCorpus = read_json(path, PackedCorpus)
-        if asked.items() <= described.items():
+        if request.items() <= described.items():
             found.append((path.parent, described))
     if not found:
         return None
     if len(found) > 1:
         folders = " and ".join(str(folder) for folder, _ in found)
-        raise PositionsError(f"{asked['corpus']!r} is packed in {folders}; expected one of them.")
-    return _unpacked(*found[0])
+        raise PositionsError(f"{request['corpus']!r} is packed in {folders}; expected one of them.")
+    return _open_packed(*found[0])
 
 
-def _unpacked(folder: Path, described: PackedCorpus) -> TokenizedCorpus:
+def _open_packed(folder: Path, described: PackedCorpus) -> TokenizedCorpus:
     """A packed corpus, whose arrays are decompressed when it is first used.
 
     Raises:
@@ -301,7 +301,7 @@ def _write(folder: Path, splits: Splits, max_bytes: int | None, encoding: _Encod
     heldout_texts: set[bytes] = set()
 
     def heldout() -> Iterator[bytes]:
-        for document in _capped(_documents(splits["heldout"]), heldout_bytes):
+        for document in _first_bytes(_documents(splits["heldout"]), heldout_bytes):
             heldout_texts.add(hashlib.blake2b(document, digest_size=16).digest())
             yield document
 
@@ -311,12 +311,12 @@ def _write(folder: Path, splits: Splits, max_bytes: int | None, encoding: _Encod
                 yield document
 
     _write_stream(folder, "heldout", heldout(), encoding)
-    _write_stream(folder, "train", _capped(train(), train_bytes), encoding)
+    _write_stream(folder, "train", _first_bytes(train(), train_bytes), encoding)
     digests = json.dumps({name: sha256_of_file(folder / f"{name}.npy") for name in ARRAYS})
     write_whole(folder / "digests.json", lambda file: file.write(digests.encode()))
 
 
-def _capped(documents: Iterable[bytes], max_bytes: int | None) -> Iterator[bytes]:
+def _first_bytes(documents: Iterable[bytes], max_bytes: int | None) -> Iterator[bytes]:
     """The documents up to `max_bytes` in all, and at least one."""
     total = 0
     for document in documents:

@@ -22,17 +22,25 @@ from peft import LoraConfig, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
-from ..checkpoint import fingerprint, load_base, load_pretrained, located, read_positions, save_adapter, save_pretrained
+from ..checkpoint import (
+    checkpoint_path,
+    fingerprint,
+    load_base,
+    load_pretrained,
+    read_positions,
+    save_adapter,
+    save_pretrained,
+)
 from ..core.attach import attach_positions
 from ..core.find_attention import RotaryAttention
 from ..core.increments import PositionConfig
 from ..errors import PositionsError
 from ..measure.intervals import t_interval
 from ..tokenizer import is_byte_tokenizer
-from .checkpoints import logged, refuse_other
+from .checkpoints import read_evaluations, refuse_other
 from .config import GraftConfig, to_json
 from .data import write_whole
-from .loop import Run, Subject, held, new_accelerator, refuse_used, tokenize_corpus_once
+from .loop import Run, Subject, lock_folder, new_accelerator, refuse_used, tokenize_corpus_once
 
 PARTS = ("graft", "baseline")
 
@@ -42,7 +50,7 @@ class GraftedModel(Subject):
 
     def __init__(self, config: GraftConfig, positions: PositionConfig) -> None:
         self.config, self.n_ctx = config, config.n_ctx
-        own = read_positions(Path(located(config.base)))
+        own = read_positions(Path(checkpoint_path(config.base)))
         if own is not None and own.config.source != "static":
             raise PositionsError(
                 f"{config.base} has position streams of its own ({own.config.source}); expected a model without them."
@@ -136,9 +144,9 @@ def graft(
     left = [part for part in PARTS if not (folder / part / "heldout.csv").exists()]
     with ExitStack() as holding:
         for part in left:
-            run = _prepared(config, part, folder, cache_dir)
+            run = _prepare_run(config, part, folder, cache_dir)
             if part == left[0]:
-                holding.enter_context(held(folder))
+                holding.enter_context(lock_folder(folder))
                 if not resume:  # again, as another process may have come first
                     refuse_used(folder)
             run.go(resume=(folder / part / "training.json").exists())
@@ -152,7 +160,7 @@ def graft(
     return compared
 
 
-def _prepared(config: GraftConfig, part: str, folder: Path, cache_dir: Path) -> Run:
+def _prepare_run(config: GraftConfig, part: str, folder: Path, cache_dir: Path) -> Run:
     """The run of a part, with what is there of it checked; nothing is written yet."""
     positions = config.positions
     if part == "baseline":
@@ -190,9 +198,9 @@ def compare(folder: Path) -> dict[str, Any]:
     return {
         "graft_" + name: ours["nats"].sum() / ours[unit].sum(),
         "baseline_" + name: theirs["nats"].sum() / theirs[unit].sum(),
-        "difference_of_documents": paired(ours["nats"] / ours[unit], theirs["nats"] / theirs[unit]),
+        "difference_of_documents": document_difference(ours["nats"] / ours[unit], theirs["nats"] / theirs[unit]),
         f"heldout_{unit}": int(ours[unit].sum()),
-        "increments": logged(folder / "graft")[0][-1]["increments"],
+        "increments": read_evaluations(folder / "graft")[0][-1]["increments"],
     }
 
 
@@ -209,7 +217,7 @@ def _read_heldout(path: Path) -> pd.DataFrame:
     return table
 
 
-def paired(ours: "pd.Series[float]", theirs: "pd.Series[float]") -> dict[str, float | int | None]:
+def document_difference(ours: "pd.Series[float]", theirs: "pd.Series[float]") -> dict[str, float | int | None]:
     """A difference of losses by document: `mean`, its 95% t interval `low` to `high` (None for one), `documents`."""
     difference = (ours - theirs).dropna()
     low, high = t_interval(difference.to_numpy()) if len(difference) > 1 else (None, None)

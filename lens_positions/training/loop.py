@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import get_cosine_schedule_with_warmup
 
-from ..checkpoint import load_pretrained, replaced_folder, save_pretrained
+from ..checkpoint import load_pretrained, replacement_folder, save_pretrained
 from ..core.position_streams import PositionStreams
 from ..errors import PositionsError
 from ..exits import interruption
@@ -52,7 +52,7 @@ from .checkpoints import (
     LOG,
     OPTIMIZER,
     STATE,
-    described_state,
+    describe_state,
     newest_checkpoint,
     read_description,
     read_log,
@@ -107,12 +107,12 @@ def train(config: TrainConfig, run: Path, *, resume: bool = False, cache_dir: Pa
     training = Run(config, run, accelerator, corpus, FreshModel(config, corpus))
     if resume:
         training.checked()
-    with held(run):
+    with lock_folder(run):
         return training.go(resume)
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Keep other processes from working on a folder; the lock of one that was killed does not.
 
     Raises:
@@ -305,7 +305,7 @@ class Run:
                     self._log(evaluation)
                     show(evaluation)
                 if self.step in (config.keep_at or ()) and accelerator.is_main_process:
-                    with replaced_folder(self.folder / "at" / f"step-{self.step:08d}") as folder:
+                    with replacement_folder(self.folder / "at" / f"step-{self.step:08d}") as folder:
                         self.subject.save(folder)
                 if last or self.step % config.save_every == 0:
                     self._save()
@@ -469,13 +469,13 @@ class Run:
         if self.accelerator.is_main_process:
             checkpoints = self.folder / "checkpoints"
             checkpoint = checkpoints / f"step-{self.step:08d}"
-            with replaced_folder(checkpoint) as folder:
+            with replacement_folder(checkpoint) as folder:
                 self.subject.save(folder / "model")
                 state = self.optimizer.state_dict()
                 tensors = {f"{i}.{k}": v.contiguous() for i, s in state["state"].items() for k, v in s.items()}
                 save_file(tensors, folder / OPTIMIZER)
                 schedule = self.schedule.state_dict()
-                described = described_state(folder, self.step, self.digest, schedule, state["param_groups"])
+                described = describe_state(folder, self.step, self.digest, schedule, state["param_groups"])
                 (folder / STATE).write_text(json.dumps(described), "utf-8")
             for other in checkpoints.iterdir():
                 if other != checkpoint:

@@ -19,9 +19,9 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from ..checkpoint_files import replaced_folder, sha256_of_file
+from ..checkpoint_files import replacement_folder, sha256_of_file
 from ..errors import PositionsError
-from ..progress import tracked
+from ..progress import track_progress
 from .config import TrainConfig
 from .data import ARRAYS, FORMAT, PACKED, cache_folder, heldout_sources, tokenize_corpus
 from .options import PackConfig
@@ -86,7 +86,7 @@ lens-positions experiments measure reads text, which is not here: it is for a ma
 """
 
 
-def pack(asked: PackConfig) -> dict[str, int]:
+def pack(options: PackConfig) -> dict[str, int]:
     """Make the folder, or nothing.
 
     Returns:
@@ -96,33 +96,33 @@ def pack(asked: PackConfig) -> dict[str, int]:
         PositionsError: this is no checkout, the folder is there already, a wheel cannot be had, a corpus is refused, or
             all is larger than asked for.
     """
-    if asked.output.exists() and (not asked.output.is_dir() or any(asked.output.iterdir())):
-        raise PositionsError(f"{asked.output} exists already; expected a new or empty folder.")
+    if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
+        raise PositionsError(f"{options.output} exists already; expected a new or empty folder.")
     head = None if (ROOT / COMMIT).exists() else commit()
     if head is None:
         raise PositionsError(f"{ROOT} is no git checkout; expected one of lens-positions, to pack what it holds.")
-    with replaced_folder(asked.output) as folder:
+    with replacement_folder(options.output) as folder:
         _copy_project(folder)
         described = {**head, "sha256": code_digest(folder)}
         (folder / COMMIT).write_text(json.dumps(described, indent=2) + "\n", "utf-8")
         sizes = {"the project": size_of(folder)}
 
-        download_wheels(asked, folder / "wheels")
+        download_wheels(options, folder / "wheels")
         sizes |= {path.name: path.stat().st_size for path in sorted((folder / "wheels").iterdir())}
 
         corpora = []
-        for name in dict.fromkeys(asked.corpus):
-            config = TrainConfig(corpus=name, text_column=asked.text_column, max_bytes=asked.max_bytes)
-            packed = pack_corpus(config, asked.cache, folder / ".cache")
-            cap = "" if asked.max_bytes is None else f", with --max-bytes {asked.max_bytes}"
+        for name in dict.fromkeys(options.corpus):
+            config = TrainConfig(corpus=name, text_column=options.text_column, max_bytes=options.max_bytes)
+            packed = pack_corpus(config, options.cache, folder / ".cache")
+            cap = "" if options.max_bytes is None else f", with --max-bytes {options.max_bytes}"
             corpora.append(f"    {name} ({packed.name[-16:]}){cap}")
             sizes[f"the corpus {name}"] = size_of(packed)
 
-        _write_scripts(asked, folder, "\n".join(corpora) or "    none")
-        if size_of(folder) > asked.most * 10**6:
+        _write_scripts(options, folder, "\n".join(corpora) or "    none")
+        if size_of(folder) > options.most * 10**6:
             parts = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in sizes.items() if size > 10**6)
             raise PositionsError(
-                f"the folder would have {size_of(folder) / 1e6:.1f} MB ({parts}); expected at most {asked.most} "
+                f"the folder would have {size_of(folder) / 1e6:.1f} MB ({parts}); expected at most {options.most} "
                 "(--max-bytes caps the text, --most the folder)."
             )
     return sizes
@@ -158,7 +158,7 @@ def pack_corpus(config: TrainConfig, cache_dir: Path, into: Path) -> Path:
     folder.mkdir(parents=True)
 
     # lzma keeps no more of a text than its dictionary when it looks for what was said before: 64 MB at preset 9.
-    for name in tracked(ARRAYS, f"compressing {config.corpus}"):
+    for name in track_progress(ARRAYS, f"compressing {config.corpus}"):
         with (kept / f"{name}.npy").open("rb") as array, lzma.open(folder / f"{name}.npy.xz", "wb", preset=9) as packed:
             shutil.copyfileobj(array, packed)
 
@@ -177,16 +177,16 @@ def pack_corpus(config: TrainConfig, cache_dir: Path, into: Path) -> Path:
     return folder
 
 
-def download_wheels(asked: PackConfig, wheels: Path) -> None:
+def download_wheels(options: PackConfig, wheels: Path) -> None:
     """The wheels of CARRIED in the versions that are installed here.
 
     Raises:
         PositionsError: pip finds one nowhere, or reaches no index.
     """
     wanted = [f"{name}=={version(name)}" for name in CARRIED]
-    platforms = [word for platform in PLATFORMS for word in ("--platform", f"{platform}_{asked.machine}")]
+    platforms = [word for platform in PLATFORMS for word in ("--platform", f"{platform}_{options.machine}")]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--retries", "2", "--no-deps"]
-    command += ["--only-binary=:all:", "--implementation", "cp", "--python-version", asked.python]
+    command += ["--only-binary=:all:", "--implementation", "cp", "--python-version", options.python]
     found = subprocess.run([*command, *platforms, "--dest", wheels, *wanted], capture_output=True, text=True)
     if found.returncode:
         lines = [line for line in found.stderr.splitlines() if line.strip()] or ["no word of why"]
@@ -194,8 +194,8 @@ def download_wheels(asked: PackConfig, wheels: Path) -> None:
         if "connection broken" in found.stderr:
             said = "no package index could be reached"
         raise PositionsError(
-            f"pip could not download the wheels for Python {asked.python} ({said}); expected pip, and a package index "
-            "that has them."
+            f"pip could not download the wheels for Python {options.python} ({said}); expected pip, and a package "
+            "index that has them."
         )
 
 
@@ -209,8 +209,8 @@ def _copy_project(folder: Path) -> None:
             shutil.copyfile(ROOT / name, folder / name)
 
 
-def _write_scripts(asked: PackConfig, folder: Path, corpora: str) -> None:
+def _write_scripts(options: PackConfig, folder: Path, corpora: str) -> None:
     for name, text in (("install.sh", INSTALL), ("run", RUN), ("INSTALL.txt", READ)):
-        filled = text.replace("VERSION", asked.python).replace("MACHINE", asked.machine).replace("CORPORA", corpora)
+        filled = text.replace("VERSION", options.python).replace("MACHINE", options.machine).replace("CORPORA", corpora)
         (folder / name).write_text(filled, "utf-8")
         os.chmod(folder / name, 0o755 if name != "INSTALL.txt" else 0o644)

@@ -165,13 +165,13 @@ def read_json(path: Path, schema: Any, *needed: str) -> Any:
         content = path.read_bytes()
     except OSError as error:
         raise PositionsError(f"{path} cannot be read ({error.strerror}); expected what training wrote.") from error
-    value = parsed(content, schema, str(path))
+    value = parse_json(content, schema, str(path))
     if missing := [name for name in needed if name not in value]:
         raise PositionsError(f"{path} is damaged (it has no {missing[0]}); expected what training wrote.")
     return value
 
 
-def parsed(content: bytes, schema: Any, where: str) -> Any:
+def parse_json(content: bytes, schema: Any, where: str) -> Any:
     """What a piece of JSON says, where it fits a schema.
 
     Raises:

@@ -35,7 +35,7 @@ def fixed_table(config: TrainConfig, corpus: TokenizedCorpus) -> Float[Tensor, "
     table = increment_table(load_pretrained(config.frozen_from)[0])
     if config.frozen_as == "constant":
         return mean_step(table, corpus)
-    return swapped(table) if config.frozen_as == "swapped" else table
+    return swap_letters(table) if config.frozen_as == "swapped" else table
 
 
 def mean_step(table: Float[Tensor, "vocab *head"], corpus: TokenizedCorpus) -> Float[Tensor, "vocab *head"]:
@@ -45,7 +45,7 @@ def mean_step(table: Float[Tensor, "vocab *head"], corpus: TokenizedCorpus) -> F
     return mean.to(table.dtype).expand_as(table).contiguous()
 
 
-def swapped(table: Float[Tensor, "vocab *head"]) -> Float[Tensor, "vocab *head"]:
+def swap_letters(table: Float[Tensor, "vocab *head"]) -> Float[Tensor, "vocab *head"]:
     """Letters of the Latin alphabet with the increment of the space, and the space with the mean of theirs."""
     exchanged = table.clone()
     exchanged[LETTERS] = table[SPACE]

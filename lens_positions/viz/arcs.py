@@ -16,7 +16,7 @@ from ..interventions import index_of
 from ..model import HookedPositionTransformer
 from ..text import Mask, TextOrTokens
 from . import style
-from .drawn_text import MOST_ATTENDING, place
+from .text_positions import MOST_ATTENDING, position_text
 
 SHOWN = 0.01
 """Attention below this is not drawn."""
@@ -45,7 +45,7 @@ def arcs(
         head: a query head.
         token: the one that attends, counted from 0 with special tokens in front; None is the last.
         path: where to write the figure as well, as .png, .svg or .pdf.
-        attention_mask, prepend_bos: as for `placed.place`.
+        attention_mask, prepend_bos: as for `text_positions.position_text`.
 
     Raises:
         PositionsError: an empty text, several texts, padding without a mask, no such layer, head or token, a model that
@@ -58,31 +58,31 @@ def arcs(
     """
     if path is not None:
         style.check_path(path)
-    placed = place(
+    text_positions = position_text(
         model, text, patterns=True, most=MOST_ATTENDING, attention_mask=attention_mask, prepend_bos=prepend_bos
     )
-    patterns = placed.attention()
-    n, heads = len(placed.tokens), patterns.shape[1]
+    patterns = text_positions.attention()
+    n, heads = len(text_positions.tokens), patterns.shape[1]
     layer = index_of(layer, "layer", "a number from 0")
-    if layer not in placed.layers:
-        known = ", ".join(map(str, placed.layers))
+    if layer not in text_positions.layers:
+        known = ", ".join(map(str, text_positions.layers))
         raise PositionsError(f"layer is {layer}; expected one of the layers with positions ({known}).")
     head = index_of(head, "head", f"one from 0 to {heads - 1}", most=heads - 1)
     token = n - 1 if token is None else index_of(token, "token", f"one from 0 to {n - 1}", most=n - 1)
-    entry = placed.layers.index(layer)
+    entry = text_positions.layers.index(layer)
     weights = patterns[entry, head, token].double().numpy()
-    of_heads = placed.positions[entry]
+    of_heads = text_positions.positions[entry]
     positions = of_heads[:, head * of_heads.shape[1] // heads].numpy()
     positions = positions - positions[0]
 
-    labels = [style.legible(label) for label in placed.labels]
+    labels = [style.visible_text(label) for label in text_positions.labels]
     labels = [label if len(label) <= LABEL_LENGTH else label[: LABEL_LENGTH - 1] + "…" for label in labels]
     fonts = style.fonts_for("".join(labels))
     upright = sum(len(label) > 2 for label in labels) <= n / 10
     span = float(np.ptp(positions)) or 1.0
     caption = (
-        f"{placed.name}. Arcs run from the blue token to those that it attends to, as wide and strong as the "
-        f"attention; below {SHOWN:.0%} none is drawn. {placed.cut()}"
+        f"{text_positions.name}. Arcs run from the blue token to those that it attends to, as wide and strong as the "
+        f"attention; below {SHOWN:.0%} none is drawn. {text_positions.cut()}"
     )
     with style.context():
         wide, between = min(max(0.2 * n, 4.5), 11.0), 0.75 if upright else 0.5 + 0.16 * max(map(len, labels))
@@ -93,7 +93,7 @@ def arcs(
         arc = min(max(reaches, default=0.0), 1.1) + 0.3
         what = f"layer {layer}, head {head}, token {token}"
         size = (wide, 2 * arc + between)
-        figure, axes = style.framed(size, "Attention on two rulers", what, caption, (0.3, 0.3, 0.75, 0.2))
+        figure, axes = style.frame_figure(size, "Attention on two rulers", what, caption, (0.3, 0.3, 0.75, 0.2))
         # Both rulers have length 1; inches on the vertical axis.
         axes.set_xlim(-0.02, 1.02)
         axes.set_ylim(-arc, between + arc)
@@ -112,7 +112,7 @@ def arcs(
                     )
                 )  # fmt: skip
             for i, label in enumerate(labels):
-                shown, font = style.drawn(label if not upright or len(label) <= 2 else label[0] + "…", fonts)
+                shown, font = style.draw_text(label if not upright or len(label) <= 2 else label[0] + "…", fonts)
                 colour = style.BLUE if i == token else style.QUIET if i > token else style.INK
                 axes.text(
                     x[i], y - up * 0.1, shown, fontproperties=font, fontsize=9, parse_math=False, ha="center",
@@ -121,7 +121,7 @@ def arcs(
                 )  # fmt: skip
         foot = 0.32 if upright else between / 2 - 0.1
         axes.plot([counted, learned], [[foot] * n, [between - foot] * n], color=style.FAINT, linewidth=0.6, zorder=0)
-        learned_or_not = "" if placed.config.source == "static" else "learned "
+        learned_or_not = "" if text_positions.config.source == "static" else "learned "
         above = f"{learned_or_not}positions, {span:.1f} steps in all"
         axes.text(0, between + arc, above, fontsize=8, color=style.QUIET, va="top")
         axes.text(0, -arc, f"token counts, {n - 1} steps in all", fontsize=8, color=style.QUIET, va="bottom")

@@ -51,7 +51,7 @@ def kinds_chart(table: pd.DataFrame, caption: str = "", path: str | Path | None 
         high = 0.24 * len(kinds)
         if len(layers) > MOST_COLUMNS:
             size = (0.2 * len(layers), high)
-            figure, axes = style.framed(size, title, unit, caption, (2.6, 1.0, 0.75, 0.5))
+            figure, axes = style.frame_figure(size, title, unit, caption, (2.6, 1.0, 0.75, 0.5))
             least, most = float(np.nanmin(means)), float(np.nanmax(means))
             reach = max(most - 1, 1 - least, 0.01)
             factor = max(most, 1 / least, 1.01) if least > 0 else math.inf
@@ -64,7 +64,7 @@ def kinds_chart(table: pd.DataFrame, caption: str = "", path: str | Path | None 
             style.colour_bar(figure, axes, image)
         else:
             size = (1.5 * len(layers), high)
-            figure, whole = style.framed(size, title, unit, caption, (2.6, 0.3, 0.95, 0.45))
+            figure, whole = style.frame_figure(size, title, unit, caption, (2.6, 0.3, 0.95, 0.45))
             frame = whole.get_position()
             whole.remove()
             for column, layer in enumerate(layers):
@@ -153,7 +153,7 @@ def lines_chart(
         raise PositionsError(f"the table lacks {', '.join(sorted(missing))}; expected measure, at, value, low, high.")
     with style.context():
         size = (max(0.35 * len(ticks), 3.4), 2.4)
-        figure, axes = style.framed(size, title, unit, caption, (0.6, 0.3, 0.95, 0.5))
+        figure, axes = style.frame_figure(size, title, unit, caption, (0.6, 0.3, 0.95, 0.5))
         if octaves:
             axes.set_xscale("log", base=2)
         if logarithmic:
@@ -209,7 +209,7 @@ def differences_chart(
         raise PositionsError(f"the table lacks {', '.join(sorted(missing))}; expected name, difference, low and high.")
     groups = table.get("group", pd.Series([""] * len(table)))
     with style.context():
-        figure, axes = style.framed((4.2, 0.26 * len(table)), title, unit, caption, (2.4, 0.3, 0.95, 0.45))
+        figure, axes = style.frame_figure((4.2, 0.26 * len(table)), title, unit, caption, (2.4, 0.3, 0.95, 0.45))
         axes.axvline(0, color=style.FAINT, linewidth=0.8, zorder=0)
         places = np.arange(len(table))
         for i, group in enumerate(dict.fromkeys(groups)):
@@ -274,7 +274,7 @@ def frequency_map(
     with style.context():
         width, gap = max(0.16 * count, 3.0), 0.35
         size = (width * len(maps) + gap * (len(maps) - 1), max(0.16 * len(layers), 0.9))
-        figure, whole = style.framed(size, title, unit, caption, (0.75, 1.05, 0.95, 0.5))
+        figure, whole = style.frame_figure(size, title, unit, caption, (0.75, 1.05, 0.95, 0.5))
         frame = whole.get_position()
         whole.remove()
         scale = frame.width / size[0]

@@ -66,13 +66,13 @@ def effect_map(
     with style.context():
         wide, high = max(0.22 * len(tokens), 3.0), max(0.16 * len(layers), 0.9)
         below = 0.35 + 0.075 * max(map(len, tokens))
-        figure, axes = style.framed((wide, high), title, unit, caption, (0.75, 1.05, 0.75, below))
+        figure, axes = style.frame_figure((wide, high), title, unit, caption, (0.75, 1.05, 0.75, below))
         image = axes.imshow(values, cmap=DIVERGING, vmin=-most, vmax=most, aspect="auto", origin="lower")
         axes.set_ylabel("layer")
         step = max(1, round(len(layers) / 10))
         axes.set_yticks(range(0, len(layers), step), [str(layers[i]) for i in range(0, len(layers), step)])
         axes.set_xticks(range(len(tokens)))
-        labels = [style.drawn(token or " ", fonts) for token in tokens]
+        labels = [style.draw_text(token or " ", fonts) for token in tokens]
         axes.set_xticklabels([text for text, _ in labels], rotation=90, parse_math=False)
         for label, (_, font) in zip(axes.get_xticklabels(), labels, strict=True):
             label.set_fontproperties(font)
@@ -106,7 +106,7 @@ def ablation_bars(
     groups, kinds = list(dict.fromkeys(loss["layer"])), list(dict.fromkeys(loss["to"]))
     with style.context():
         wide, high = max(0.55 * len(groups) * max(len(kinds), 2) / 2, 3.4), 2.4
-        figure, axes = style.framed((wide, high), title, "", caption, (0.9, 0.3, 0.75, 0.45))
+        figure, axes = style.frame_figure((wide, high), title, "", caption, (0.9, 0.3, 0.75, 0.45))
         for i, kind in enumerate(kinds):
             rows = loss[loss["to"] == kind].set_index("layer").loc[groups]
             places = np.arange(len(groups)) + (i - (len(kinds) - 1) / 2) * 0.8 / len(kinds)

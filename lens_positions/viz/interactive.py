@@ -24,12 +24,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..interventions import LayerIndices
 from ..model import HookedPositionTransformer
 from ..text import Mask, TextOrTokens
 from . import style
-from .drawn_text import MOST_ATTENDING, Placed, layers_to_show, place
 from .output import check_page, write_whole
 from .spacing import Scale, caption_of, is_boundary, rows_of
+from .text_positions import MOST_ATTENDING, TextPositions, layers_to_show, position_text
 
 LEAST_MEAN = 1e-6
 """A mean increment below this is none to divide by."""
@@ -91,7 +92,7 @@ class View:
 def spacing_view(
     model: HookedPositionTransformer,
     text: TextOrTokens,
-    layers: Sequence[int] | None = None,
+    layers: LayerIndices = None,
     *,
     attention_mask: Mask = None,
     prepend_bos: bool | None = None,
@@ -102,7 +103,7 @@ def spacing_view(
         model: the model.
         text: what to draw, or its tokens, special ones in front included.
         layers: the layers to draw; None is all of them.
-        attention_mask, prepend_bos: as for `placed.place`.
+        attention_mask, prepend_bos: as for `text_positions.position_text`.
 
     Raises:
         PositionsError: an empty text, several texts, padding without a mask, or a layer that the model lacks.
@@ -111,17 +112,17 @@ def spacing_view(
     >>> view.data["units"]
     ['T', 'h', 'e', '␣', 'c', 'a', 't']
     """
-    placed = place(model, text, attention_mask=attention_mask, prepend_bos=prepend_bos)
-    shown = layers_to_show(model, layers, placed.positions)
-    rows = rows_of(placed, shown, "common")
+    text_positions = position_text(model, text, attention_mask=attention_mask, prepend_bos=prepend_bos)
+    shown = layers_to_show(model, layers, text_positions.positions)
+    rows = rows_of(text_positions, shown, "common")
     relative = all(row.mean_increment > LEAST_MEAN for row in rows)
-    n = _fitting(placed, len(rows))
-    ranges = list(zip(placed.first[:n], placed.last[:n], strict=True))
-    increments = [placed.increments[layer].mean(-1).tolist() for layer in shown]
+    n = _drawable_units(text_positions, len(rows))
+    ranges = list(zip(text_positions.first[:n], text_positions.last[:n], strict=True))
+    increments = [text_positions.increments[layer].mean(-1).tolist() for layer in shown]
     scales: tuple[Scale, ...] = ("relative", "common")
     data = {
-        "units": [style.legible(unit) for unit in placed.units[:n]],
-        "boundary": [is_boundary(unit) for unit in placed.units[:n]],
+        "units": [style.visible_text(unit) for unit in text_positions.units[:n]],
+        "boundary": [is_boundary(unit) for unit in text_positions.units[:n]],
         "relative": relative,
         "rows": [
             {
@@ -133,15 +134,18 @@ def spacing_view(
             }
             for row, of_row in zip(rows, increments, strict=True)
         ],
-        "caption": {scale: " ".join([*caption_of(placed, rows, scale), placed.cut(n)]).strip() for scale in scales},
+        "caption": {
+            scale: " ".join([*caption_of(text_positions, rows, scale), text_positions.cut(n)]).strip()
+            for scale in scales
+        },
     }
-    return View("spacing", "Characters at their learned positions", data, placed.cut(n))
+    return View("spacing", "Characters at their learned positions", data, text_positions.cut(n))
 
 
 def tokens_view(
     model: HookedPositionTransformer,
     text: TextOrTokens,
-    layers: Sequence[int] | None = None,
+    layers: LayerIndices = None,
     *,
     attention_mask: Mask = None,
     prepend_bos: bool | None = None,
@@ -157,33 +161,33 @@ def tokens_view(
     >>> view.title, view.kind
     ('Tokens tinted by increment', 'tokens')
     """
-    placed = place(model, text, attention_mask=attention_mask, prepend_bos=prepend_bos)
-    shown = layers_to_show(model, layers, placed.increments)
-    n = _fitting(placed, len(shown))
-    stop = placed.last[n - 1] + 1
-    moves = torch.zeros(len(placed.tokens), dtype=torch.bool)
-    moves[placed.config.effective] = True  # the others have no tint
+    text_positions = position_text(model, text, attention_mask=attention_mask, prepend_bos=prepend_bos)
+    shown = layers_to_show(model, layers, text_positions.increments)
+    n = _drawable_units(text_positions, len(shown))
+    stop = text_positions.last[n - 1] + 1
+    moves = torch.zeros(len(text_positions.tokens), dtype=torch.bool)
+    moves[text_positions.config.effective] = True  # the others have no tint
     rows = []
     for layer, name in shown.items():
-        increments = placed.increments[layer, placed.first[0] : stop].mean(-1)
-        mean = placed.mean_increment(layer)
+        increments = text_positions.increments[layer, text_positions.first[0] : stop].mean(-1)
+        mean = text_positions.mean_increment(layer)
         tint = increments / mean - 1 if abs(mean) > LEAST_MEAN else torch.zeros_like(increments)
-        tint[~moves[placed.first[0] : stop]] = 0
+        tint[~moves[text_positions.first[0] : stop]] = 0
         rows.append({"name": name, "mean": _short(mean), "relative": _short(tint.tolist())})
     said = [
-        *placed.convention(),
+        *text_positions.convention(),
         "White: at the row's mean; orange: twice as far or more; blue: no distance at all. Pointing at a token shows "
         "the deviation, as a share of the mean.",
-        placed.cut(n),
+        text_positions.cut(n),
     ]
     data = {
-        "labels": [style.legible(label) for label in placed.labels[placed.first[0] : stop]],
+        "labels": [style.visible_text(label) for label in text_positions.labels[text_positions.first[0] : stop]],
         "rows": rows,
         "farther": style.ORANGE,
         "nearer": style.BLUE,
         "caption": " ".join(said).strip(),
     }
-    return View("tokens", "Tokens tinted by increment", data, placed.cut(n))
+    return View("tokens", "Tokens tinted by increment", data, text_positions.cut(n))
 
 
 def attention_view(
@@ -200,7 +204,7 @@ def attention_view(
         model: the model.
         text: what to read, or its tokens, special ones in front included.
         most: tokens at most; the text is cut there, and the caption says so.
-        attention_mask, prepend_bos: as for `placed.place`.
+        attention_mask, prepend_bos: as for `text_positions.position_text`.
 
     Raises:
         PositionsError: an empty text, several texts, padding without a mask, or a model that shows no attention
@@ -210,37 +214,41 @@ def attention_view(
     >>> view.title, view.kind
     ('Attention beside increments', 'attention')
     """
-    placed = place(model, text, patterns=True, most=most, attention_mask=attention_mask, prepend_bos=prepend_bos)
-    patterns = placed.attention()
-    spread = placed.increments.std(dim=(1, 2), correction=0) / placed.increments.abs().mean(dim=(1, 2)).clamp_min(1e-9)
-    source = placed.config.source
+    text_positions = position_text(
+        model, text, patterns=True, most=most, attention_mask=attention_mask, prepend_bos=prepend_bos
+    )
+    patterns = text_positions.attention()
+    spread = text_positions.increments.std(dim=(1, 2), correction=0) / text_positions.increments.abs().mean(
+        dim=(1, 2)
+    ).clamp_min(1e-9)
+    source = text_positions.config.source
     said = [
-        *placed.convention(heads="each head has its own"),
+        *text_positions.convention(heads="each head has its own"),
         "Each arc runs from the chosen token to one that it attends to; its width and strength are the "
         "attention, and below 1% none is drawn. Above the line tokens stand at their "
         + ("positions, one step a token unless they are edited" if source == "static" else "learned positions")
         + "; below it they are counted. Click a token, or use the arrow keys.",
-        placed.cut(),
+        text_positions.cut(),
     ]
     data = {
-        "labels": [style.legible(label) for label in placed.labels],
+        "labels": [style.visible_text(label) for label in text_positions.labels],
         "rows": [
             {
                 "name": f"layer {number}",
-                "increments": _short(placed.increments[entry].T.tolist()),
-                "positions": _short(placed.positions[entry].T.tolist()),
+                "increments": _short(text_positions.increments[entry].T.tolist()),
+                "positions": _short(text_positions.positions[entry].T.tolist()),
             }
-            for entry, number in enumerate(placed.layers)
+            for entry, number in enumerate(text_positions.layers)
         ],
         "heads": patterns.shape[1],
-        "patterns": [_packed(of_layer) for of_layer in patterns],
+        "patterns": [_pack_patterns(of_layer) for of_layer in patterns],
         "layer": int(spread.argmax()),
         "head": 0,
         "static": source == "static",
         "positive": style.BLUE,
         "caption": " ".join(said).strip(),
     }
-    return View("attention", "Attention beside increments", data, placed.cut())
+    return View("attention", "Attention beside increments", data, text_positions.cut())
 
 
 def page_of(views: Sequence[View], title: str) -> str:
@@ -277,8 +285,8 @@ def write_page(page: str, path: str | Path) -> None:
     write_whole(path, page.encode("utf-8", "backslashreplace"), "page")
 
 
-def _fitting(placed: Placed, rows: int) -> int:
-    return min(len(placed.units), max(1, MOST_UNITS // rows))
+def _drawable_units(text_positions: TextPositions, rows: int) -> int:
+    return min(len(text_positions.units), max(1, MOST_UNITS // rows))
 
 
 def _short(values: Any) -> Any:
@@ -286,7 +294,7 @@ def _short(values: Any) -> Any:
     return [_short(value) for value in values] if isinstance(values, list) else float(f"{values:.7g}")
 
 
-def _packed(patterns: Float[Tensor, "head pos pos"]) -> str:
+def _pack_patterns(patterns: Float[Tensor, "head pos pos"]) -> str:
     """The lower triangles of some heads as whole numbers from 0 to 65535, in base 64: a fifth of their JSON."""
     rows, columns = torch.tril_indices(*patterns.shape[1:]).unbind()
     whole = (patterns[:, rows, columns].clamp(0, 1) * 65535).round().numpy().astype("<u2")

@@ -23,7 +23,7 @@ class MissingFontError(PositionsError):
     """
 
 
-def visible(character: str) -> str:
+def visible_character(character: str) -> str:
     """A character as it is shown: whitespace gets a mark, what cannot stand alone or be printed a substitute."""
     marks = {"\n": "⏎", "\r": "␍", "\t": "⇥"}
     if character in marks:
@@ -35,9 +35,9 @@ def visible(character: str) -> str:
     return character if character.isprintable() else SUBSTITUTE
 
 
-def legible(text: str) -> str:
+def visible_text(text: str) -> str:
     """A text of which every character can be seen."""
-    return "".join(map(visible, text))
+    return "".join(map(visible_character, text))
 
 
 def write_whole(path: Path, content: bytes, what: str) -> None:

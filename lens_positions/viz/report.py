@@ -22,19 +22,19 @@ from matplotlib.figure import Figure
 
 from .. import causal, corpora
 from .._version import __version__
-from ..analysis.losses import compared
+from ..analysis.losses import compare_losses
 from ..analysis.token_kinds import increments_by_category
 from ..checkpoint import fingerprint
 from ..errors import PositionsError
 from ..measure.corpus_reader import WINDOW
 from ..model import HookedPositionTransformer
-from ..progress import announced
+from ..progress import announce_parts
 from . import style
 from .charts import kinds_chart
-from .drawn_text import SOURCES
 from .effect_charts import ABLATION_LABELS, ablation_bars
 from .interactive import View, attention_view, scripts, spacing_view, styles, tokens_view, write_page
-from .output import check_page, visible
+from .output import check_page, visible_character
+from .text_positions import SOURCES
 
 ENGLISH = "The President of the United States spoke today."
 CHINESE = "中国政府今天在北京举行记者会。"
@@ -102,7 +102,7 @@ def report(
     ]
     parts: list[dict[str, Any]] = []
     interrupted: KeyboardInterrupt | None = None
-    for title, pieces in announced(planned, "report"):
+    for title, pieces in announce_parts(planned, "report"):
         try:
             parts.append({"title": title, "id": title.lower().replace(" ", "-"), "pieces": list(pieces())})
         except KeyboardInterrupt as interruption:
@@ -111,8 +111,8 @@ def report(
     loader = Environment(loader=PackageLoader("lens_positions.viz", "web"), autoescape=True)
     page = loader.get_template("report.html").render(
         title=f"does {model.name} think its" if compare is None else f"do {model.name} and {compare.name} think their",
-        styles=_trusted(styles()),
-        scripts=_trusted(scripts()),
+        styles=_own_text(styles()),
+        scripts=_own_text(scripts()),
         parts=parts,
         missing=[title for title, _ in planned[len(parts) :]],
         version=__version__,
@@ -234,7 +234,7 @@ def _losses(
     if not texts:
         yield _note(of)
         return
-    table = compared(models, texts, seed, prepend_bos=bos)
+    table = compare_losses(models, texts, seed, prepend_bos=bos)
     rows = []
     for row in table.to_dict("records"):
         loss = f"{row['loss']:.4f}{_interval(row['low'], row['high'], '.4f')}"
@@ -317,12 +317,12 @@ def _table(columns: list[str], rows: Sequence[Sequence[Any]], summary: str = "",
 
 def _view(view: View, text: str, model: HookedPositionTransformer, models: list[HookedPositionTransformer]) -> Piece:
     snippet = text if len(text) <= SNIPPET else text[:SNIPPET] + "…"
-    title = "".join(c if c == " " and not snippet.isspace() else visible(c) for c in snippet)
+    title = "".join(c if c == " " and not snippet.isspace() else visible_character(c) for c in snippet)
     return {"kind": "view", "view": view, "title": title if len(models) == 1 else f"{title} · {model.name}"}
 
 
 def _figure(figure: Figure, alt: str) -> Piece:
-    source = f"data:image/svg+xml;base64,{base64.b64encode(style.rendered(figure, 'svg')).decode('ascii')}"
+    source = f"data:image/svg+xml;base64,{base64.b64encode(style.render_figure(figure, 'svg')).decode('ascii')}"
     return {"kind": "figure", "source": source, "alt": alt, "width": round(figure.get_figwidth() * 96)}
 
 
@@ -330,6 +330,6 @@ def _interval(low: Any, high: Any, form: str) -> str:
     return "" if pd.isna(low) else f" ({low:{form}} to {high:{form}})"
 
 
-def _trusted(text: str) -> Markup:
+def _own_text(text: str) -> Markup:
     """Text of our own files, which goes into the page as it is."""
     return Markup(text)

@@ -10,7 +10,6 @@
 import math
 import textwrap
 import unicodedata
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -22,10 +21,11 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 
 from ..errors import PositionsError
+from ..interventions import LayerIndices
 from ..model import HookedPositionTransformer
 from ..text import Mask, TextOrTokens
 from . import style
-from .drawn_text import Placed, layers_to_show, place
+from .text_positions import TextPositions, layers_to_show, position_text
 
 TITLE = "Characters at their learned positions"
 MAX_PANELS = 8
@@ -40,7 +40,7 @@ Scale = Literal["relative", "common"]
 def spacing(
     model: HookedPositionTransformer,
     text: TextOrTokens,
-    layers: Sequence[int] | None = None,
+    layers: LayerIndices = None,
     scale: Scale = "relative",
     path: str | Path | None = None,
     *,
@@ -59,7 +59,7 @@ def spacing(
         layers: the layers to draw; None is all of them.
         scale: "relative" divides each row by its mean increment, "common" keeps steps of standard RoPE.
         path: where to write the figure as well, as .png, .svg or .pdf.
-        attention_mask, prepend_bos: as for `placed.place`.
+        attention_mask, prepend_bos: as for `text_positions.position_text`.
 
     Raises:
         PositionsError: an empty text, several texts, padding without a mask, a layer that the model lacks, a mean
@@ -74,11 +74,11 @@ def spacing(
         raise PositionsError(f'scale is {scale!r}; expected "relative" or "common".')
     if path is not None:
         style.check_path(path)
-    placed = place(model, text, attention_mask=attention_mask, prepend_bos=prepend_bos)
-    rows = rows_of(placed, layers_to_show(model, layers, placed.positions), scale)
-    fonts = style.fonts_for("".join(placed.units))
+    text_positions = position_text(model, text, attention_mask=attention_mask, prepend_bos=prepend_bos)
+    rows = rows_of(text_positions, layers_to_show(model, layers, text_positions.positions), scale)
+    fonts = style.fonts_for("".join(text_positions.units))
     with style.context():
-        figure = _draw(placed, rows, scale, fonts)
+        figure = _draw(text_positions, rows, scale, fonts)
     if path is not None:
         style.save(figure, path)
     return figure
@@ -94,7 +94,7 @@ class Row:
     last: list[float]
 
 
-def rows_of(placed: Placed, layers: dict[int, str], scale: Scale) -> list[Row]:
+def rows_of(text_positions: TextPositions, layers: dict[int, str], scale: Scale) -> list[Row]:
     """The rows to draw, in units of the axis.
 
     Raises:
@@ -102,22 +102,22 @@ def rows_of(placed: Placed, layers: dict[int, str], scale: Scale) -> list[Row]:
     """
     rows = []
     for layer, name in layers.items():
-        positions = placed.positions[layer].mean(-1)
-        mean = placed.mean_increment(layer)
+        positions = text_positions.positions[layer].mean(-1)
+        mean = text_positions.mean_increment(layer)
         if scale == "relative" and mean <= 0:
             raise PositionsError(
                 f'the mean increment of {name} is {mean:.3g}; expected a positive one, by which scale="relative" '
                 'divides: use scale="common".'
             )
         positions = positions / mean if scale == "relative" else positions
-        rows.append(Row(name, mean, positions[placed.first].tolist(), positions[placed.last].tolist()))
+        rows.append(Row(name, mean, positions[text_positions.first].tolist(), positions[text_positions.last].tolist()))
     return rows
 
 
-def caption_of(placed: Placed, rows: list[Row], scale: Scale) -> list[str]:
+def caption_of(text_positions: TextPositions, rows: list[Row], scale: Scale) -> list[str]:
     """What a reader must know to read the picture, a sentence each."""
-    said = placed.convention()
-    if placed.config.source != "static":
+    said = text_positions.convention()
+    if text_positions.config.source != "static":
         if scale == "relative":
             said.append("Each row is divided by its mean increment, printed at its left in steps of standard RoPE.")
         else:
@@ -126,7 +126,7 @@ def caption_of(placed: Placed, rows: list[Row], scale: Scale) -> list[str]:
         said.append("Lines follow a character from row to row.")
     if any(row.first != row.last for row in rows):
         said.append("A character of several tokens stands at its first; the line under it runs to its last.")
-    if any(map(is_boundary, placed.units)):
+    if any(map(is_boundary, text_positions.units)):
         said.append("Orange: whitespace (␣, ⏎) and punctuation.")
     return said
 
@@ -136,8 +136,8 @@ def is_boundary(unit: str) -> bool:
     return not any(character.isalnum() for character in unit)
 
 
-def _draw(placed: Placed, rows: list[Row], scale: Scale, fonts: list[FontProperties]) -> Figure:
-    units = placed.units
+def _draw(text_positions: TextPositions, rows: list[Row], scale: Scale, fonts: list[FontProperties]) -> Figure:
+    units = text_positions.units
     needed = _points_needed(units, rows)
     extent = max(max(row.last) - min(row.first) for row in rows)
     n_panels = math.ceil(needed * extent / (PANEL_WIDTH[1] * POINTS_PER_INCH))
@@ -149,10 +149,10 @@ def _draw(placed: Placed, rows: list[Row], scale: Scale, fonts: list[FontPropert
     width = min(max(1.4 * needed * extent / POINTS_PER_INCH, PANEL_WIDTH[0]), PANEL_WIDTH[1])
     margin = max(extent, 1e-6) * 0.13 / width
 
-    said = caption_of(placed, rows, scale)
-    if any(style.drawn(unit, fonts)[0] != style.legible(unit) for unit in set(units)):
+    said = caption_of(text_positions, rows, scale)
+    if any(style.draw_text(unit, fonts)[0] != style.visible_text(unit) for unit in set(units)):
         said.append(f"{style.SUBSTITUTE} stands for a character that no installed font draws.")
-    said += filter(None, [placed.cut(panels[-1].stop)])
+    said += filter(None, [text_positions.cut(panels[-1].stop)])
     caption = textwrap.wrap(" ".join(said), width=int((width + 0.9) * 17))
     left, right, top, between = 1.1, 0.25, 0.5, 0.45
     bottom = 0.75 + 0.16 * len(caption)
@@ -234,7 +234,7 @@ def _draw_panel(axes: Axes, all_units: list[str], rows: list[Row], panel: range,
         joined = [[(a, r + 0.32), (b, r + 0.32)] for a, b in zip(x[r], ends, strict=True) if a != b]
         axes.add_collection(LineCollection(joined, colors=style.SKY, linewidths=1.0, zorder=2), autolim=False)
         for at, unit, color in zip(x[r], units, colors, strict=True):
-            shown, font = style.drawn(unit, fonts)
+            shown, font = style.draw_text(unit, fonts)
             axes.text(
                 at, r, shown, ha="center", va="center", fontproperties=font, fontsize=TYPE_SIZE, color=color,
                 parse_math=False, zorder=3,

@@ -18,7 +18,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import LogFormatter
 
 from ..analysis.token_kinds import is_chinese_punctuation, is_han
-from .output import SUBSTITUTE, MissingFontError, check_path, legible, write_whole
+from .output import SUBSTITUTE, MissingFontError, check_path, visible_text, write_whole
 
 INK = "#1d2129"
 FAINT = "#c9ced6"
@@ -95,9 +95,9 @@ def fonts_for(text: str) -> list[FontProperties]:
     return [latin, chinese] if chinese else [latin]
 
 
-def drawn(text: str, fonts: list[FontProperties]) -> tuple[str, FontProperties]:
+def draw_text(text: str, fonts: list[FontProperties]) -> tuple[str, FontProperties]:
     """A text as it is drawn, and the font that draws most of it; what that font lacks becomes a substitute."""
-    shown = legible(text)
+    shown = visible_text(text)
     font = max(fonts, key=lambda candidate: sum(ord(c) in _code_points(candidate) for c in shown))
     return "".join(c if ord(c) in _code_points(font) else SUBSTITUTE for c in shown), font
 
@@ -106,10 +106,10 @@ class Drawing(Figure):
     """A figure that a notebook shows as it stands, whether pyplot is in use or not."""
 
     def _repr_png_(self) -> bytes:
-        return rendered(self, "png", dpi=110)
+        return render_figure(self, "png", dpi=110)
 
 
-def framed(
+def frame_figure(
     size: tuple[float, float], title: str, subtitle: str, caption: str,
     margins: tuple[float, float, float, float] = (0.75, 0.3, 0.75, 0.35),
 ) -> tuple[Drawing, Axes]:  # fmt: skip
@@ -157,7 +157,7 @@ def colour_bar(figure: Figure, axes: Axes, image: Any) -> None:
     bar.tick_params(length=0)
 
 
-def rendered(figure: Figure, kind: str, dpi: float = RC["savefig.dpi"]) -> bytes:
+def render_figure(figure: Figure, kind: str, dpi: float = RC["savefig.dpi"]) -> bytes:
     """A figure as the content of a png, svg or pdf file, the same at every time."""
     undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": None}
     content = BytesIO()
@@ -174,7 +174,7 @@ def save(figure: Figure, path: str | Path) -> None:
     """
     path = Path(path)
     check_path(path)
-    write_whole(path, rendered(figure, path.suffix[1:].lower()), "figure")
+    write_whole(path, render_figure(figure, path.suffix[1:].lower()), "figure")
 
 
 def _chinese_font() -> FontProperties | None:

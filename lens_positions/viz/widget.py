@@ -52,7 +52,7 @@ def _widget_class() -> Any:
             "lens-positions[explore])."
         ) from error
 
-    class ExplorerWidget(anywidget.AnyWidget):  # type: ignore[misc]
+    class ExplorerWidget(anywidget.AnyWidget):
         """The explorer of one model in a notebook.
 
         Attributes:

@@ -14,7 +14,7 @@ from lens_positions.analysis.absolute_position import (
     absolute_variation,
     attention_sinks,
     fingerprints,
-    repeated,
+    repeat_block,
     replace_first,
     replacement_effects,
 )
@@ -32,7 +32,7 @@ def model_of(randomize, n_layers=2, **config):
 
 def test_content_repeats_after_one_token(tiny_model):
     model = tiny_model()
-    rows = repeated(model, TEXTS, block=5, length=52)
+    rows = repeat_block(model, TEXTS, block=5, length=52)
     assert rows.shape == (3, 51)
     assert (rows[:, 0] == END_OF_DOCUMENT).all()
     assert torch.equal(rows[:, 1:6], rows[:, 16:21])
@@ -67,7 +67,7 @@ def test_uniform_attention_has_the_log_of_the_number_of_keys(randomize):
 def test_parts_are_those_of_the_patterns(randomize):
     """The variation of log attention, from `run_with_cache` alone, is residual plus mask minus twice their product."""
     model = model_of(randomize)
-    rows = repeated(model, TEXTS[:1], block=6)
+    rows = repeat_block(model, TEXTS[:1], block=6)
     _, cache = model.run_with_cache(rows)
     pattern = cache["pattern", 1][0, 1].double().log()
     logs = [[pattern[query, query - offset].item() for offset in range(3)] for query in range(13, 61)]
@@ -139,7 +139,7 @@ def test_a_sliding_window_has_no_mask_part_once_it_is_full(randomize):
 @pytest.mark.parametrize("how", REPLACEMENTS)
 def test_the_first_embedding_is_replaced_and_nothing_else(randomize, how):
     model = model_of(randomize)
-    tokens = repeated(model, TEXTS, block=4)
+    tokens = repeat_block(model, TEXTS, block=4)
     _, plain = model.run_with_cache(tokens)
     with model.hooks(fwd_hooks=replace_first(model, how)):
         _, cache = model.run_with_cache(tokens)
@@ -284,9 +284,13 @@ def test_attention_that_is_not_the_softmax_of_what_it_shows_is_refused():
 def test_bad_requests_are_one_sentence(tiny_model, tiny_llama):
     model = tiny_model()
     for call, says in {
-        lambda: repeated(model, TEXTS, length=40): "40 tokens have room for 2 repeats of 16; expected at least 10",
-        lambda: repeated(model, ["abc"], block=6): "text 0 has 3 tokens after its first; expected at least 6, a block",
-        lambda: repeated(model, "text", block=6): "text 0 has 4 tokens after its first; expected at least 6, a block",
+        lambda: repeat_block(model, TEXTS, length=40): "40 tokens have room for 2 repeats of 16; expected at least 10",
+        lambda: repeat_block(
+            model, ["abc"], block=6
+        ): "text 0 has 3 tokens after its first; expected at least 6, a block",
+        lambda: repeat_block(
+            model, "text", block=6
+        ): "text 0 has 4 tokens after its first; expected at least 6, a block",
         lambda: absolute_variation(
             model, TEXTS, block=4, offsets=5
         ): "offsets is 5; expected a whole number from 1 to 4",
@@ -301,5 +305,5 @@ def test_bad_requests_are_one_sentence(tiny_model, tiny_llama):
             call()
     bare = lp.HookedPositionTransformer.from_transformers(tiny_llama())
     with pytest.raises(lp.PositionsError, match="the model has no tokenizer"):
-        repeated(bare, TEXTS, block=4)
+        repeat_block(bare, TEXTS, block=4)
     assert math.isnan(replacement_effects(model, TEXTS[:1], ["zeros"], block=4, offsets=2)["low"].iloc[0])

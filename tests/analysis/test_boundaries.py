@@ -126,7 +126,7 @@ def test_the_mutual_information_of_two_characters_finds_words(tiny_model):
 
 @pytest.mark.slow
 def test_people_segmented_the_held_out_text():
-    words = corpora.segmented_heldout()[:20]
+    words = corpora.heldout_segmentation()[:20]
     texts = ["".join(line) for line in words]
     assert corpora.jieba_words(texts) != words
     assert ["".join(line) for line in corpora.jieba_words(texts)] == texts

@@ -19,7 +19,7 @@ from lens_positions.analysis.dispersion import (
     adaptive_temperature,
     attention_dispersion,
     loss_by_length,
-    sharpened,
+    sharpen_scores,
 )
 from lens_positions.tokenizer import byte_tokenizer
 from lens_positions.training.__main__ import main
@@ -32,12 +32,12 @@ def test_the_temperature_is_the_polynomial_of_the_entropy():
     scores = torch.randn(50, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * torch.linspace(
         0, 12, 50, dtype=torch.float64
     ).view(-1, 1)
-    for row, given in zip(sharpened(scores), scores, strict=True):
+    for row, given in zip(sharpen_scores(scores), scores, strict=True):
         weights = given.softmax(-1).numpy()
         entropy = -(weights * np.log(weights)).sum()
         beta = max(np.polyval(COEFFICIENTS, entropy), 1) if entropy > 0.5 else 1
         assert row.tolist() == pytest.approx((given * beta).tolist(), rel=1e-4)
-    entropies = [-(s.softmax(-1) * s.log_softmax(-1)).sum(-1) for s in (scores, sharpened(scores))]
+    entropies = [-(s.softmax(-1) * s.log_softmax(-1)).sum(-1) for s in (scores, sharpen_scores(scores))]
     assert (entropies[1] <= entropies[0] + 1e-9).all()
     assert (entropies[1] < entropies[0] - 0.05).any()
 
@@ -45,7 +45,7 @@ def test_the_temperature_is_the_polynomial_of_the_entropy():
 @pytest.mark.parametrize("hidden", [-math.inf, torch.finfo(torch.float32).min])
 def test_what_a_mask_hides_stays_hidden(hidden):
     scores = torch.tensor([[1.0, 0.5, hidden, hidden], [0.2, 0.1, 0.3, hidden]])
-    sharp = sharpened(scores)
+    sharp = sharpen_scores(scores)
     assert (sharp[scores == hidden] == hidden).all()
     assert torch.equal(sharp.softmax(-1) == 0, scores == hidden)
 
@@ -87,7 +87,7 @@ def test_chosen_layers_and_heads_get_sharper_and_no_others(tiny_model):
     assert torch.equal(plain["pattern", 0], cache["pattern", 0])
     assert torch.equal(plain["pattern", 1][:, 1:], cache["pattern", 1][:, 1:])
     ours, own = cache["pattern", 1][:, 0], plain["pattern", 1][:, 0]
-    expected = sharpened(plain["blocks.1.attn.hook_attn_scores"][:, 0]).softmax(-1)
+    expected = sharpen_scores(plain["blocks.1.attn.hook_attn_scores"][:, 0]).softmax(-1)
     assert torch.allclose(ours, expected, atol=1e-6)
     assert (ours.amax(-1) - own.amax(-1)).max() > 1e-3
 

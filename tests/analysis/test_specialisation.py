@@ -6,8 +6,8 @@ import torch
 
 import lens_positions as lp
 from lens_positions.analysis.specialisation import below_zero, saturation, specialisation
-from lens_positions.analysis.token_kinds import CODE_KINDS, increments_by_category, kinds, kinds_read
-from lens_positions.measure.corpus_reader import read
+from lens_positions.analysis.token_kinds import CODE_KINDS, corpus_kinds, increments_by_category, kinds
+from lens_positions.measure.corpus_reader import read_corpus
 from lens_positions.tokenizer import byte_tokenizer
 
 TEXTS = [
@@ -40,9 +40,9 @@ def test_where_the_kind_decides_it_explains_everything(by_kind):
 def test_explained_is_the_share_of_variance_between_kinds(tiny_model):
     model = tiny_model(source="per_layer")
     table = specialisation(model, TEXTS)
-    reading = read(model, TEXTS)
-    kind = kinds_read(model, reading)
-    for layer, values in enumerate(reading.increments[:, 0]):
+    corpus = read_corpus(model, TEXTS)
+    kind = corpus_kinds(model, corpus)
+    for layer, values in enumerate(corpus.increments[:, 0]):
         between = sum(
             (kind == name).sum() * (values[kind == name].mean() - values.mean()) ** 2 for name in np.unique(kind)
         )
@@ -66,7 +66,7 @@ def test_signed_increments_are_ranked_by_size_and_have_no_ratio_to_nothing(tiny_
     model = tiny_model(source="per_layer", activation="none")
     source = model.position_streams.layers[1].source
     with torch.no_grad():
-        source.out.bias.sub_(float(read(model, TEXTS).increments[1].mean()))  # a mean of about nothing
+        source.out.bias.sub_(float(read_corpus(model, TEXTS).increments[1].mean()))  # a mean of about nothing
     row = specialisation(model, TEXTS).iloc[1]
     table = increments_by_category(model, TEXTS)
     of_layer = table[(table["layer"] == 1) & table["low"].notna()].set_index("kind")
@@ -74,7 +74,7 @@ def test_signed_increments_are_ranked_by_size_and_have_no_ratio_to_nothing(tiny_
     assert np.isnan(row["farthest_relative"])
     assert of_layer["relative"].isna().all()
     found = below_zero(model, TEXTS)
-    assert found["share"][1] == (read(model, TEXTS).increments[1] < 0).mean()
+    assert found["share"][1] == (read_corpus(model, TEXTS).increments[1] < 0).mean()
     with pytest.raises(lp.PositionsError, match='expected learned increments with activation "none"'):
         below_zero(tiny_model(), TEXTS)
 
@@ -92,7 +92,7 @@ def test_the_share_at_the_cap_is_counted(tiny_model):
         source.out.bias.fill_(50)
     table = saturation(model, TEXTS)
     assert table["share"][0] == table["low"][0] == table["high"][0] == 1
-    values = read(model, TEXTS).increments[1]
+    values = read_corpus(model, TEXTS).increments[1]
     assert table["share"][1] == (values >= 0.99 * 4).mean()
     assert table["max"][1] == values.max()
     assert (table["cap"] == 4).all()

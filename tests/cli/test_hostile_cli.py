@@ -74,7 +74,7 @@ COMMANDS: dict[str, list[str]] = {
     "gaps": ["gaps", "model", "The cat"],
     "patch": ["patch", "model", "--clean", "ab", "--corrupted", "cd", "--answer", "e", "--wrong", "f"],
     "ablate": ["ablate", "model", "--corpus", "corpus", "--characters", "400"],
-    "moved": ["moved", "model", "--corpus", "corpus"],
+    "extremes": ["extremes", "model", "--corpus", "corpus"],
     "report": ["report", "model", "--output", "report.html", "--corpus", "corpus"],
     "kinds": ["kinds", "model", "--corpus", "corpus"],
     "boundaries": ["boundaries", "model", "--words", "words.txt", "--training", "none"],
@@ -113,7 +113,7 @@ VARIANTS: list[tuple[str, str, str]] = [
     *[(command, "--corpus", "binary.txt") for command in ON_TEXT],
     *[("show", "TEXT", value) for value in ("", "\udcff")],
     *[("gaps", "TEXT", value) for value in ("", "\udcff", "a" * 500)],
-    *[(command, "--layers", value) for command in ("show", "gaps", "moved") for value in ("2", "-1", HUGE)],
+    *[(command, "--layers", value) for command in ("show", "gaps", "extremes") for value in ("2", "-1", HUGE)],
     *[("patch", option, value) for option in ("--answer", "--wrong") for value in ("", "abc")],
     *[("patch", option, value) for option in ("--clean", "--corrupted") for value in ("", "abc", "\udcff")],
     *[("gaps", "--by", value) for value in ("nan", "inf", "-inf", "1e999")],
@@ -121,7 +121,7 @@ VARIANTS: list[tuple[str, str, str]] = [
     ("gaps", "--wrong", "e"),
     *[(command, "--characters", value) for command in ("ablate", "kinds", "report") for value in ("0", "-1")],
     *[(c, "--seed", value) for c in ("ablate", "report", "kinds", "absolute", "heads") for value in ("-1", HUGE)],
-    *[("moved", "--top", value) for value in ("0", "-1")],
+    *[("extremes", "--top", value) for value in ("0", "-1")],
     *[("boundaries", "--lines", value) for value in ("0", "-1")],
     *[
         ("boundaries", "--words", value)
@@ -185,7 +185,7 @@ def test_every_command_runs_on_a_terminal_of_one_column(command, place, capsys, 
         assert out.strip()
 
 
-WRITTEN = {name: "--csv" for name in ("gaps", "ablate", "moved", "kinds", "frequencies")} | {"show": "--figure"}
+WRITTEN = {name: "--csv" for name in ("gaps", "ablate", "extremes", "kinds", "frequencies")} | {"show": "--figure"}
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")

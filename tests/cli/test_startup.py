@@ -17,7 +17,7 @@ import experiments.rope_measures
 import lens_positions as lp
 from experiments import options
 from lens_positions import analysis, causal, training, viz
-from lens_positions.training.commands import MOVED
+from lens_positions.training.commands import FORMER_COMMANDS
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = [lp, analysis, causal, training, viz]
@@ -91,7 +91,7 @@ def test_help_and_wrong_arguments_import_no_library():
         ["show", "bilingual-per-layer", "text", "--figure", "no/such/folder/page.html"],
         ["report", "bilingual-per-layer", "--output", "page.txt"],
         ["gaps", "bilingual-per-layer", "text", "--wrong", "a"],
-        ["moved", "bilingual-per-layer", "--csv", "no/such/folder/table.csv"],
+        ["extremes", "bilingual-per-layer", "--csv", "no/such/folder/table.csv"],
         ["absolute", "bilingual-per-layer", "--texts", "1"],
     ]
     codes, said, imported = commands("lens_positions.cli", ["--help"], *every, *wrong, *refused)
@@ -110,7 +110,7 @@ def test_help_and_wrong_arguments_of_training_import_no_library():
     assert codes == [0] * len(names) + [2] * len(wrong)
     assert not imported & HEAVY
     assert all(f"usage: lens-positions {name}" in text for name, text in zip(names, said, strict=False))
-    assert all(name in said[names.index("experiments measure")] for name in options.MEASURED)
+    assert all(name in said[names.index("experiments measure")] for name in options.RUN_TABLES)
 
 
 def test_every_command_is_in_the_overview_once():
@@ -120,17 +120,26 @@ def test_every_command_is_in_the_overview_once():
     assert all(f"  {name} " in app.overview() for name in listed)
 
 
+def test_a_command_by_its_former_name_says_the_new_one(capsys):
+    for former, name in app.FORMER_NAMES.items():
+        assert app.main([former, "--help"]) == 0
+        printed = capsys.readouterr()
+        assert f"usage: lens-positions {name}" in printed.out
+        assert printed.err.count("\n") == 1
+        assert f"{former} is called {name} now" in printed.err
+
+
 @pytest.mark.slow
 def test_names_of_before_lead_to_the_commands_of_the_study():
-    codes, said, _ = commands("lens_positions.training.__main__", *[[name, "--help"] for name in MOVED])
-    assert codes == [0] * len(MOVED)
-    for name, text in zip(MOVED.values(), said, strict=True):
+    codes, said, _ = commands("lens_positions.training.__main__", *[[name, "--help"] for name in FORMER_COMMANDS])
+    assert codes == [0] * len(FORMER_COMMANDS)
+    for name, text in zip(FORMER_COMMANDS.values(), said, strict=True):
         assert f"usage: lens-positions experiments {name}" in text
 
 
 def test_names_shown_by_help_are_those_that_are_measured():
-    assert tuple(experiments.measure.MEASUREMENTS) == options.MEASURED
-    assert tuple(experiments.rope_measures.MEASUREMENTS) == options.OF_ROPE
+    assert tuple(experiments.measure.MEASUREMENTS) == options.RUN_TABLES
+    assert tuple(experiments.rope_measures.MEASUREMENTS) == options.ROPE_TABLES
 
 
 @pytest.mark.slow

@@ -13,8 +13,9 @@ from experiments.findings import Suite
 from experiments.findings_rope import (
     FRACTIONS,
     ROPE_FINDINGS,
-    Machinery,
+    RopeResults,
     absolute_position,
+    compare_sources,
     first_embedding,
     heads_by_position,
     heads_disperse,
@@ -22,7 +23,6 @@ from experiments.findings_rope import (
     maximum_task,
     p_rope,
     sinks_carry_a_fingerprint,
-    together,
     truncated_frequencies,
 )
 from experiments.markdown import markdown
@@ -36,13 +36,13 @@ FREQUENCIES = 8
 
 
 @pytest.fixture
-def machinery(tmp_path):
+def rope_results(tmp_path):
     results = Tables(tmp_path)
-    return Machinery(results, Suite(results, "tiny"))
+    return RopeResults(results, Suite(results, "tiny"))
 
 
-def keep(machinery, model, name, rows):
-    machinery.results.measurements.setdefault(name, {})[run_of_model(model)] = pd.DataFrame(rows)
+def keep(rope_results, model, name, rows):
+    rope_results.results.measurements.setdefault(name, {})[run_of_model(model)] = pd.DataFrame(rows)
 
 
 def lines_of(finding):
@@ -73,18 +73,18 @@ def norms(growth, positional=(), layers=4):
 @pytest.mark.parametrize(
     ("growth", "verdict"), [(2.0, "reproduced"), (0.5, "not reproduced"), (None, "different")], ids=str
 )
-def test_the_shape_of_norms_is_judged_by_layers(machinery, growth, verdict):
+def test_the_shape_of_norms_is_judged_by_layers(rope_results, growth, verdict):
     rows = norms(growth or 2.0)
     if growth is None:
         rows = [row | {"norm": 1 / row["norm"]} if row["side"] == "key" else row for row in rows]
-    keep(machinery, SMOLLM2, "norms", rows)
-    assert low_frequencies(machinery).verdict == verdict
+    keep(rope_results, SMOLLM2, "norms", rows)
+    assert low_frequencies(rope_results).verdict == verdict
 
 
-def test_norms_that_are_largest_in_a_band_are_not_largest_at_the_lowest_frequencies(machinery):
+def test_norms_that_are_largest_in_a_band_are_not_largest_at_the_lowest_frequencies(rope_results):
     rows = [row | {"norm": row["norm"] * (3 if row["index"] in (4, 5) else 1)} for row in norms(2.0)]
-    keep(machinery, SMOLLM2, "norms", rows)
-    found = low_frequencies(machinery)
+    keep(rope_results, SMOLLM2, "norms", rows)
+    found = low_frequencies(rope_results)
     assert found.verdict == "different"
     assert (
         "100% of the layers for queries and 100% for keys, and the largest of the four in 0% and 0%" in found.sentence
@@ -107,20 +107,20 @@ def heads(positional, layers=4):
     ]
 
 
-def test_positional_heads_are_few_and_use_high_frequencies(machinery):
+def test_positional_heads_are_few_and_use_high_frequencies(rope_results):
     few = {(0, 1), (2, 3), (3, 3)}
-    keep(machinery, SMOLLM2, "norms", norms(4.0, few))
-    keep(machinery, SMOLLM2, "positional", heads(few))
-    found = heads_by_position(machinery)
+    keep(rope_results, SMOLLM2, "norms", norms(4.0, few))
+    keep(rope_results, SMOLLM2, "positional", heads(few))
+    found = heads_by_position(rope_results)
     assert found.verdict == "reproduced"
     assert "3 of SmolLM2-135M's 32 heads" in found.sentence
-    keep(machinery, SMOLLM2, "norms", norms(4.0))  # their norms are like the others'
-    assert heads_by_position(machinery).verdict == "different"
-    keep(machinery, SMOLLM2, "positional", heads(set()))
-    assert heads_by_position(machinery).verdict == "not reproduced"
+    keep(rope_results, SMOLLM2, "norms", norms(4.0))  # their norms are like the others'
+    assert heads_by_position(rope_results).verdict == "different"
+    keep(rope_results, SMOLLM2, "positional", heads(set()))
+    assert heads_by_position(rope_results).verdict == "not reproduced"
 
 
-def scored(machinery, losses, seeds=(0, 1)):
+def scored(rope_results, losses, seeds=(0, 1)):
     for variant, loss in losses.items():
         for seed in seeds:
             size = np.array([900, 1000, 1100])
@@ -129,8 +129,8 @@ def scored(machinery, losses, seeds=(0, 1)):
                 pd.DataFrame({"document": range(3), "source": "x", "length": n, "bytes": size, "nats": nats})
                 for n in (256, 512, 1024)
             ]
-            keep(machinery, f"tiny-{variant}-{seed}", "heldout", pd.concat(tables, ignore_index=True))
-            machinery.results.runs[RunName("tiny", variant, seed)] = {"variant": variant, "seed": seed}
+            keep(rope_results, f"tiny-{variant}-{seed}", "heldout", pd.concat(tables, ignore_index=True))
+            rope_results.results.runs[RunName("tiny", variant, seed)] = {"variant": variant, "seed": seed}
 
 
 @pytest.mark.parametrize(
@@ -141,17 +141,17 @@ def scored(machinery, losses, seeds=(0, 1)):
         ((1.5, 1.51, 1.49, 1.48), "not reproduced", 0),
     ],
 )
-def test_fractions_are_judged_by_their_order_over_seeds(machinery, losses, verdict, hold):
-    scored(machinery, dict(zip(FRACTIONS, losses, strict=True)))
-    found = p_rope(replace(machinery, suite=Suite(machinery.results, "tiny")))
+def test_fractions_are_judged_by_their_order_over_seeds(rope_results, losses, verdict, hold):
+    scored(rope_results, dict(zip(FRACTIONS, losses, strict=True)))
+    found = p_rope(replace(rope_results, suite=Suite(rope_results.results, "tiny")))
     assert found.verdict == verdict
     assert found.sentence.endswith(f"{hold} of 4 statements hold.")
     assert len([line for line in lines_of(found) if line.startswith("| 0")]) == 3
 
 
-def test_fractions_at_one_seed_are_undecided(machinery):
-    scored(machinery, dict(zip(FRACTIONS, (1.5, 1.49, 1.52, 1.6), strict=True)), seeds=(0,))
-    assert p_rope(replace(machinery, suite=Suite(machinery.results, "tiny"))).verdict == "undecided"
+def test_fractions_at_one_seed_are_undecided(rope_results):
+    scored(rope_results, dict(zip(FRACTIONS, (1.5, 1.49, 1.52, 1.6), strict=True)), seeds=(0,))
+    assert p_rope(replace(rope_results, suite=Suite(rope_results.results, "tiny"))).verdict == "undecided"
 
 
 def absolute(residual, mask=0.1):
@@ -175,25 +175,25 @@ def absolute(residual, mask=0.1):
         ((0, 0.9, 0.9, 0.9), (0, 0.0, 0.3, 0.9), "not reproduced"),  # nothing that it could have grown from
     ],
 )
-def test_architectures_are_judged_by_their_residual_part(machinery, ntk, window, verdict):
+def test_architectures_are_judged_by_their_residual_part(rope_results, ntk, window, verdict):
     for seed in (0, 1):
         for variant, residual in (("static", (0, 0.3, 0.4, 0.5)), ("ntk", ntk), ("window", window)):
-            keep(machinery, f"tiny-{variant}-{seed}", "absolute", absolute(residual))
-    assert absolute_position(machinery).verdict == "not measured"
-    keep(machinery, SMOLLM2, "absolute", absolute((0, *(0.1,) * 11)))
-    found = absolute_position(machinery)
+            keep(rope_results, f"tiny-{variant}-{seed}", "absolute", absolute(residual))
+    assert absolute_position(rope_results).verdict == "not measured"
+    keep(rope_results, SMOLLM2, "absolute", absolute((0, *(0.1,) * 11)))
+    found = absolute_position(rope_results)
     assert found.verdict == verdict
     assert sum(line.startswith("| RoPE, seed 0 |") for line in lines_of(found)) == 5
-    del machinery.results.measurements["absolute"][RunName("tiny", "ntk", 1)]
-    assert absolute_position(machinery).verdict == "undecided"
+    del rope_results.results.measurements["absolute"][RunName("tiny", "ntk", 1)]
+    assert absolute_position(rope_results).verdict == "undecided"
 
 
-def test_architectures_whose_statements_hold_at_one_seed_alone_are_not_reproduced(machinery):
-    keep(machinery, SMOLLM2, "absolute", absolute((0, *(0.1,) * 11)))
+def test_architectures_whose_statements_hold_at_one_seed_alone_are_not_reproduced(rope_results):
+    keep(rope_results, SMOLLM2, "absolute", absolute((0, *(0.1,) * 11)))
     for seed, ntk in enumerate(((0, 0.1, 0.1, 0.1), (0, 0.4, 0.4, 0.4))):
         for variant, residual in (("static", (0, 0.3, 0.4, 0.5)), ("ntk", ntk), ("window", (0, 0.1, 0.1, 0.1))):
-            keep(machinery, f"tiny-{variant}-{seed}", "absolute", absolute(residual))
-    assert absolute_position(machinery).verdict == "not reproduced"
+            keep(rope_results, f"tiny-{variant}-{seed}", "absolute", absolute(residual))
+    assert absolute_position(rope_results).verdict == "not reproduced"
 
 
 def drops(low):
@@ -206,24 +206,24 @@ def drops(low):
 
 
 @pytest.mark.parametrize(("low", "verdict"), [(0.3, "reproduced"), (0.1, "different"), (-0.1, "not reproduced")])
-def test_drops_are_judged_by_every_replacement(machinery, low, verdict):
-    keep(machinery, SMOLLM2, "drops", drops(low))
-    assert first_embedding(machinery).verdict == verdict
-    keep(machinery, SMOLLM2, "drops", [*drops(0.3)[:2], *drops(-0.1)[2:]])
-    assert first_embedding(machinery).verdict == "different"
+def test_drops_are_judged_by_every_replacement(rope_results, low, verdict):
+    keep(rope_results, SMOLLM2, "drops", drops(low))
+    assert first_embedding(rope_results).verdict == verdict
+    keep(rope_results, SMOLLM2, "drops", [*drops(0.3)[:2], *drops(-0.1)[2:]])
+    assert first_embedding(rope_results).verdict == "different"
 
 
 @pytest.mark.parametrize(
     ("share", "cosine", "verdict"),
     [(0.6, 0.5, "reproduced"), (0.6, 0.99, "different"), (0.1, 0.5, "not reproduced")],
 )
-def test_sinks_are_judged_by_what_their_values_say(machinery, share, cosine, verdict):
+def test_sinks_are_judged_by_what_their_values_say(rope_results, share, cosine, verdict):
     rows = [
         {"first": first, "layer": layer, "head": 0, "share": share, "low": share - 0.01}
         for first in ("common", "own")
         for layer in range(3)
     ]
-    keep(machinery, SMOLLM2, "sinks", rows)
+    keep(rope_results, SMOLLM2, "sinks", rows)
     rows = [
         {"layer": layer, "state": state, "first": first, "first_token": value, "first_token_high": value + 0.01}
         | {"later": 0.2, "n": 10}
@@ -231,15 +231,15 @@ def test_sinks_are_judged_by_what_their_values_say(machinery, share, cosine, ver
         for state in ("resid_pre", "k", "v")
         for first, value in (("common", 1.0), ("own", cosine if state == "v" else 0.99))
     ]
-    keep(machinery, SMOLLM2, "fingerprints", rows)
-    assert sinks_carry_a_fingerprint(machinery).verdict == verdict
+    keep(rope_results, SMOLLM2, "fingerprints", rows)
+    assert sinks_carry_a_fingerprint(rope_results).verdict == verdict
 
 
 @pytest.mark.parametrize(
     ("gain", "verdict"), [(0.05, "reproduced"), (-0.05, "not reproduced"), (None, "different")], ids=str
 )
-def test_the_task_is_judged_beyond_four_times_its_size(machinery, gain, verdict):
-    own = machinery.results.measurements.setdefault("maximum", {})
+def test_the_task_is_judged_beyond_four_times_its_size(rope_results, gain, verdict):
+    own = rope_results.results.measurements.setdefault("maximum", {})
     for seed in range(5):
         rows = []
         for size in (16, 64, 128, 256):
@@ -248,14 +248,14 @@ def test_the_task_is_judged_beyond_four_times_its_size(machinery, gain, verdict)
                 row = {"items": size, "temperature": temperature, "accuracy": accuracy, "n": 9}
                 rows.append(row | {"entropy": math.log(size) / 2, "largest": 0.5})
         own[RunName("maximum", "retriever", seed)] = pd.DataFrame(rows)
-    assert maximum_task(machinery).verdict == verdict
+    assert maximum_task(rope_results).verdict == verdict
 
 
 @pytest.mark.parametrize(
     ("grows", "power", "verdict"),
     [(4, -0.9, "reproduced"), (4, -0.1, "different"), (3, -0.9, "different"), (1, -0.9, "not reproduced")],
 )
-def test_heads_disperse_where_most_of_the_sharp_ones_do(machinery, grows, power, verdict):
+def test_heads_disperse_where_most_of_the_sharp_ones_do(rope_results, grows, power, verdict):
     """Five sharp heads and three that spread from the start; weights fall by a power of the number of items."""
     rows = [
         {
@@ -271,22 +271,22 @@ def test_heads_disperse_where_most_of_the_sharp_ones_do(machinery, grows, power,
         for items in (2, 16, 64)
         for value in [0.5 + (items == 64 and (head == "all" or head < grows)) + 2 * (head != "all" and head > 4)]
     ]
-    keep(machinery, SMOLLM2, "dispersion", rows)
-    found = heads_disperse(machinery)
+    keep(rope_results, SMOLLM2, "dispersion", rows)
+    found = heads_disperse(rope_results)
     assert found.verdict == verdict
     assert f"{grows / 5:.0%} of the 5 sharp heads (of 8)" in found.sentence
     assert f"n to the power {power:.2f}" in found.sentence
 
 
 @pytest.mark.slow
-def test_what_increments_change_is_over_seeds(machinery):
+def test_what_increments_change_is_over_seeds(rope_results):
     """A third of the norm moves at every seed of per layer, and nothing does in shared."""
     for model in SHIPPED:
-        keep(machinery, model, "norms", norms(2.0))
+        keep(rope_results, model, "norms", norms(2.0))
     for seed in range(3):
         for variant, growth in (("static", 2.0), ("shared", 2.0 + (seed - 1) / 10), ("per_layer", 6.0)):
-            keep(machinery, f"tiny-{variant}-{seed}", "norms", norms(growth + seed / 100))
-    found = together(machinery)
+            keep(rope_results, f"tiny-{variant}-{seed}", "norms", norms(growth + seed / 100))
+    found = compare_sources(rope_results)
     assert found.verdict == "new"
     assert found.sentence.startswith("3 of 6 differences over seeds: squared query norms, share of the highest")
     assert "(per layer -" in found.sentence
@@ -295,10 +295,10 @@ def test_what_increments_change_is_over_seeds(machinery):
 
 
 @pytest.mark.slow
-def test_frequencies_are_compared_per_token(machinery):
+def test_frequencies_are_compared_per_token(rope_results):
     """Steps of ten move the norms to frequencies ten times lower: per token nothing changes."""
     for model in SHIPPED:
-        keep(machinery, model, "norms", norms(2.0))
+        keep(rope_results, model, "norms", norms(2.0))
     steps = [
         {"layer": layer, "kind": kind, "n": n, "mean": mean}
         for layer in range(4)
@@ -306,35 +306,35 @@ def test_frequencies_are_compared_per_token(machinery):
     ]
     for seed in range(2):
         table = norms(2.0 + seed / 10)
-        keep(machinery, f"tiny-static-{seed}", "norms", table)
+        keep(rope_results, f"tiny-static-{seed}", "norms", table)
         moved = [row | {"frequency": row["frequency"] / 10} for row in table]
         for variant in ("shared", "per_layer"):
-            keep(machinery, f"tiny-{variant}-{seed}", "norms", moved)
-            keep(machinery, f"tiny-{variant}-{seed}", "increments", steps)
-    lines = {line.split(" | ")[0]: line for line in lines_of(together(machinery))}
+            keep(rope_results, f"tiny-{variant}-{seed}", "norms", moved)
+            keep(rope_results, f"tiny-{variant}-{seed}", "increments", steps)
+    lines = {line.split(" | ")[0]: line for line in lines_of(compare_sources(rope_results))}
     assert lines["| mean log10 frequency of the queries, per position"].count("-1.000 (-1.000 to -1.000), n = 2") == 2
     per_token = [lines["| mean log10 frequency of the queries, per token"], *(lines[f"| {i}"] for i in range(4))]
     assert all(line.count("0.000 (") == 2 and "1.000" not in line for line in per_token)
     assert all(lines[f"| {i}"].count("10.00, 10.00") == 2 for i in range(4))
 
 
-def test_runs_without_norms_leave_the_table_by_layer_out(machinery):
+def test_runs_without_norms_leave_the_table_by_layer_out(rope_results):
     for model in SHIPPED:
-        keep(machinery, model, "norms", norms(2.0))
+        keep(rope_results, model, "norms", norms(2.0))
     rows = [{"first": "common", "layer": 0, "head": 0, "share": 0.1}]
     for variant in ("static", "shared", "per_layer"):
         for seed in (0, 1):
-            keep(machinery, f"tiny-{variant}-{seed}", "sinks", rows)
-    found = together(machinery)
+            keep(rope_results, f"tiny-{variant}-{seed}", "sinks", rows)
+    found = compare_sources(rope_results)
     assert found.sentence.startswith("0 of 2 differences over seeds")
     assert not any(line.startswith("| 0 |") for line in lines_of(found))
 
 
-def test_what_a_dropped_quarter_turns_by_is_that_of_the_measured_model(machinery):
-    scored(machinery, dict(zip(FRACTIONS, (1.5, 1.49, 1.52, 1.6), strict=True)))
-    own = replace(machinery, suite=Suite(machinery.results, "tiny"))
+def test_what_a_dropped_quarter_turns_by_is_that_of_the_measured_model(rope_results):
+    scored(rope_results, dict(zip(FRACTIONS, (1.5, 1.49, 1.52, 1.6), strict=True)))
+    own = replace(rope_results, suite=Suite(rope_results.results, "tiny"))
     assert "degrees" not in "".join(lines_of(p_rope(own)))
-    keep(machinery, "tiny-static-1", "norms", norms(2.0))
+    keep(rope_results, "tiny-static-1", "norms", norms(2.0))
     length = int(own.suite.losses["length"].min())
     angle = math.degrees(length * 10.0**-6)  # of eight frequencies the lowest two
     found = p_rope(own)
@@ -342,19 +342,19 @@ def test_what_a_dropped_quarter_turns_by_is_that_of_the_measured_model(machinery
     assert [Path(name).name for name in found.files] == ["heldout.csv", "norms.csv"]
 
 
-def test_without_norms_nothing_is_said_of_what_the_lowest_quarter_turns_by(machinery):
+def test_without_norms_nothing_is_said_of_what_the_lowest_quarter_turns_by(rope_results):
     rows = [
         {"keep": kept, "drop": drop, "length": 512, "n": 9, "documents": 3, "difference": 0.1, "low": 0.0, "high": 0.2}
         for kept, drop in ((0.75, "lowest"), (0.75, "highest"), (0.0, "lowest"))
     ]
-    keep(machinery, SMOLLM2, "truncated", rows)
-    assert "degrees" not in "".join(lines_of(truncated_frequencies(machinery)))
-    keep(machinery, SMOLLM2, "norms", norms(2.0))
-    assert f"turns by {math.degrees(512 * 10.0**-6):.0f} degrees" in lines_of(truncated_frequencies(machinery))[-1]
+    keep(rope_results, SMOLLM2, "truncated", rows)
+    assert "degrees" not in "".join(lines_of(truncated_frequencies(rope_results)))
+    keep(rope_results, SMOLLM2, "norms", norms(2.0))
+    assert f"turns by {math.degrees(512 * 10.0**-6):.0f} degrees" in lines_of(truncated_frequencies(rope_results))[-1]
 
 
 @pytest.mark.slow
-def test_held_positions_of_learned_increments_are_not_guessed(machinery):
+def test_held_positions_of_learned_increments_are_not_guessed(rope_results):
     """Where they were not measured, the parts as they are do not stand in for them; with RoPE they are the same."""
     rows = [
         {"head": "all", "layer": layer, "quarter": quarter, "residual": 0.5, "mask": 0.1}
@@ -365,16 +365,16 @@ def test_held_positions_of_learned_increments_are_not_guessed(machinery):
         *SHIPPED,
         *(f"tiny-{variant}-{seed}" for variant in ("static", "shared", "per_layer") for seed in (0, 1)),
     ):
-        keep(machinery, model, "norms", norms(2.0))
-        keep(machinery, model, "absolute", rows)
-    lines = lines_of(together(machinery))
+        keep(rope_results, model, "norms", norms(2.0))
+        keep(rope_results, model, "absolute", rows)
+    lines = lines_of(compare_sources(rope_results))
     line = next(line for line in lines if line.startswith("| residual part, early, positions on"))
     assert line == "| residual part, early, positions on a ruler | 0.5000 |  |  | not measured | not measured |"
 
 
-def test_what_was_not_measured_is_said_not_guessed(machinery):
+def test_what_was_not_measured_is_said_not_guessed(rope_results):
     for find in ROPE_FINDINGS:
-        found = find(machinery)
+        found = find(rope_results)
         assert found.verdict == "not measured"
         assert not found.blocks
 
@@ -389,7 +389,7 @@ def test_damaged_and_foreign_files_are_one_sentence(tmp_path):
     described = {"suite": "tiny", "variant": "static", "seed": 0}
     (tmp_path / "runs.jsonl").write_text(json.dumps(described) + "\n")
     asked = ResultsConfig(results=tmp_path, output=tmp_path / "RESULTS.md", figures=tmp_path)
-    with pytest.raises(PositionsError, match=r"a file in .* lacks 'config'; expected what suite, measure, machinery"):
+    with pytest.raises(PositionsError, match=r"a file in .* lacks 'config'; expected what suite, measure, rope"):
         write_results(asked)
     for line in ("{", json.dumps({"suite": "tiny"}), json.dumps(described | {"colour": 1})):
         (tmp_path / "runs.jsonl").write_text(line + "\n")

@@ -44,7 +44,7 @@ def files(tmp_path):
     files = tmp_path / "files"
     scored(files, STATIC)
     scored(files, SHARED, kinds='layer,kind,mean\n0,letter,1.10\n0,"end, of document",2\n')
-    measured_of(files / "machinery" / "tiny-shared-0", {"model": "b" * 64}, norms="layer,norm\n0,1\n1,2.50\n")
+    measured_of(files / "rope" / "tiny-shared-0", {"model": "b" * 64}, norms="layer,norm\n0,1\n1,2.50\n")
     measured_of(files / "machinery" / SMOLLM2.variant, {"model": "c" * 64}, norms="layer,norm\n0,1e-07\n")
     (files / "maximum").mkdir()
     (files / "maximum" / "seed-3.csv").write_text("seed,items,accuracy\n3,16,0.5\n")
@@ -72,7 +72,7 @@ def test_tables_say_of_which_run_a_row_is_and_keep_every_letter(files):
 def test_what_is_read_is_what_the_files_say(files):
     tables = gathered(files)
     assert list(tables.seeds("heldout", "tiny", "shared")) == [0]
-    expected = pd.read_csv(files / "machinery" / "tiny-shared-0" / "norms.csv")
+    expected = pd.read_csv(files / "rope" / "tiny-shared-0" / "norms.csv")
     pd.testing.assert_frame_equal(tables.table("norms", SHARED), expected)
     assert tables.table("norms", STATIC) is None
     assert tables.runs[STATIC] == json.loads((files / "tiny" / "static-0" / "run.json").read_text())

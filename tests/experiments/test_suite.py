@@ -25,7 +25,7 @@ from experiments.suite import (
     evaluate_lengths,
     loss_table,
     over_seeds,
-    planned,
+    plan_runs,
     suite,
 )
 from lens_positions import PositionConfig, PositionModelConfig, PositionsError
@@ -124,12 +124,12 @@ def test_the_variants_are_the_ones_that_are_written_about():
 
 def test_variants_of_rope_change_the_model_and_have_static_increments(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(suite_module, "load_preset", load_preset)
-    runs = {run.variant: run.config.model for run in planned(SuiteConfig(seeds=(0,), variants=tuple(ROPE_VARIANTS)))}
+    runs = {run.variant: run.config.model for run in plan_runs(SuiteConfig(seeds=(0,), variants=tuple(ROPE_VARIANTS)))}
     assert [runs[f"rope_{part}"].rope_fraction for part in (75, 25, 0)] == [0.75, 0.25, 0.0]
     assert runs["window"].sliding_window == 64
     assert runs["ntk"].rope_theta == pytest.approx(10_000 * 8 ** (32 / 30), rel=1e-5)
     assert {model.positions for model in runs.values()} == {VARIANTS["static"]}
-    for run in planned(SuiteConfig(seeds=(0,), variants=tuple(ROPE_VARIANTS))):
+    for run in plan_runs(SuiteConfig(seeds=(0,), variants=tuple(ROPE_VARIANTS))):
         assert parse(shlex.split(run.command)[2:])[0] == run.config
 
 
@@ -159,13 +159,13 @@ def test_fixed_increments_are_the_shared_ones_or_one_for_each_head(tiny, corpus,
 def test_the_command_of_a_run_with_fixed_increments_asks_for_them(monkeypatch):
     monkeypatch.setattr(suite_module, "load_preset", load_preset)
     variants = ("shared", "constant", "swapped", "head_steps")
-    for run in planned(SuiteConfig(preset="long", steps=1000, seeds=(0,), variants=variants)):
+    for run in plan_runs(SuiteConfig(preset="long", steps=1000, seeds=(0,), variants=variants)):
         assert run.config.keep_at == (384,)
         assert parse(shlex.split(run.command)[2:])[0] == run.config
 
 
 def test_a_suite_can_be_compiled_and_in_half_precision_where_its_preset_is_not(tiny):
-    run = planned(SuiteConfig(seeds=(0,), variants=("static",), compile=True, precision="bf16"))[0]
+    run = plan_runs(SuiteConfig(seeds=(0,), variants=("static",), compile=True, precision="bf16"))[0]
     assert (run.config.compile, run.config.precision) == (True, "bf16")
     assert "--compile" in run.command
     assert "--precision bf16" in run.command
@@ -182,7 +182,7 @@ def test_what_was_written_before_a_field_was_added_is_still_the_same_run():
 
 def test_runs_come_seed_by_seed_with_the_same_data_and_a_command_of_their_own(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(suite_module, "load_preset", load_preset)
-    runs = planned(SuiteConfig(seeds=(3, 1), variants=("frozen", "static", "shared", "cap_30", "shared_per_head")))
+    runs = plan_runs(SuiteConfig(seeds=(3, 1), variants=("frozen", "static", "shared", "cap_30", "shared_per_head")))
     assert [run.folder.name for run in runs[:5]] == [
         "static-3",
         "shared-3",
@@ -200,7 +200,7 @@ def test_runs_come_seed_by_seed_with_the_same_data_and_a_command_of_their_own(ti
 
 
 def test_a_run_of_the_suite_is_the_run_of_train(done, tmp_path):
-    run = planned(asked(done, (1,), ("shared",)))[0]
+    run = plan_runs(asked(done, (1,), ("shared",)))[0]
     train(run.config, tmp_path / "alone", cache_dir=done / "cache")
     for name in ("training.json", "heldout.csv", "model/model.safetensors", "model/positions.safetensors"):
         assert (run.folder / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()

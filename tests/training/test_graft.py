@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import lens_positions as lp
 from lens_positions.checkpoint import fingerprint, load_base, load_pretrained
 from lens_positions.training.__main__ import main
-from lens_positions.training.config import GraftConfig, to_json, updated
+from lens_positions.training.config import GraftConfig, to_json, update_config
 from lens_positions.training.data import heldout_windows, tokenize_corpus
 from lens_positions.training.graft import GraftedModel, compare, graft
 from lens_positions.training.loop import newest_checkpoint, token_nats
@@ -232,7 +232,7 @@ def test_every_sequence_starts_with_the_token_that_texts_start_with(config, base
 
 
 def test_the_configuration_survives_json(config):
-    assert updated(GraftConfig(), json.loads(json.dumps(to_json(config))), "here") == config
+    assert update_config(GraftConfig(), json.loads(json.dumps(to_json(config))), "here") == config
 
 
 @pytest.mark.parametrize(

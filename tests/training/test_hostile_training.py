@@ -29,7 +29,7 @@ from lens_positions import PositionConfig, PositionModelConfig, PositionsError
 from lens_positions.training import config, data, loop
 from lens_positions.training.checkpoints import newest_checkpoint
 from lens_positions.training.commands import main
-from lens_positions.training.config import TrainConfig, load_preset, to_json, updated
+from lens_positions.training.config import TrainConfig, load_preset, to_json, update_config
 from lens_positions.training.loop import train
 from lens_positions.training.schema import RunResults, read_json
 
@@ -503,10 +503,19 @@ def test_every_file_of_results_in_the_package_is_read():
         configs[str(path)] = read_json(path, RunResults, "config", "sha256")["config"]
     assert len(configs) > 20
     for name, saved in configs.items():
-        assert to_json(updated(TrainConfig(), saved, name))["steps"] == saved["steps"]
+        assert to_json(update_config(TrainConfig(), saved, name))["steps"] == saved["steps"]
     assert len(results.measured) > 20
     assert [of["config"]["tested"] for of in results.maximum.values()] == [2048] * 5
     assert load_preset("tiny").steps == 3000
+
+
+@pytest.mark.parametrize("words", [[], ["one", "two"], ["--stpes"]], ids=str)
+def test_resume_without_one_folder_is_one_sentence_on_standard_error(words, capsys):
+    assert main(["resume", *words]) == 2
+    printed = capsys.readouterr()
+    assert not printed.out
+    assert printed.err.count("\n") == 1
+    assert "expected the folder of one run" in printed.err
 
 
 @pytest.mark.parametrize("command", [["--resume"], ["--output"]], ids=["resume", "output"])
@@ -539,7 +548,7 @@ def test_of_two_runs_into_one_folder_at_once_one_is_refused(config_of, cache, tm
 
     def start() -> None:
         try:
-            with loop.held(tmp_path / "run"):
+            with loop.lock_folder(tmp_path / "run"):
                 outcomes.append("held")
                 time.sleep(0.5)
         except PositionsError as error:
@@ -641,7 +650,7 @@ def test_a_signal_ends_a_run_with_one_line_and_it_goes_on_from_there(
 LONG = {
     "suite": ("experiments.suite.suite", "the suite was interrupted"),
     "measure": ("experiments.measure.measure", ""),
-    "machinery": ("experiments.rope_measures.machinery", ""),
+    "machinery": ("experiments.rope_measures.measure_rope", ""),
     "maximum": ("experiments.maximum.maximum", ""),
     "results": ("experiments.results.write_results", ""),
     "ship": ("experiments.ship.ship", ""),

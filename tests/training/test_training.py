@@ -16,7 +16,7 @@ import torch
 from lens_positions import HookedPositionTransformer, PositionConfig, PositionModelConfig, PositionsError
 from lens_positions.core.attach import increment_table
 from lens_positions.training.__main__ import main
-from lens_positions.training.config import TrainConfig, load_preset, preset_names, to_json, updated
+from lens_positions.training.config import TrainConfig, load_preset, preset_names, to_json, update_config
 from lens_positions.training.loop import newest_checkpoint, train
 
 ROOT = Path(__file__).parents[2]
@@ -205,7 +205,7 @@ def test_every_preset_loads_and_its_configuration_survives_json():
     assert set(preset_names()) >= {"quick", "tiny", "base", "paper"}
     for name in preset_names():
         config = load_preset(name)
-        assert updated(TrainConfig(), json.loads(json.dumps(to_json(config))), name) == config
+        assert update_config(TrainConfig(), json.loads(json.dumps(to_json(config))), name) == config
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_bad_fields_are_refused_in_a_sentence(arguments, says, capsys, tmp_path,
 
 def test_an_unknown_field_of_a_preset_is_refused_by_name():
     with pytest.raises(PositionsError, match="unknown field 'learning_speed'"):
-        updated(TrainConfig(), {"learning_speed": 3}, "a preset")
+        update_config(TrainConfig(), {"learning_speed": 3}, "a preset")
 
 
 def test_a_folder_in_use_is_left_as_it_is(config, tmp_path):

@@ -7,9 +7,9 @@ from conftest import drawn_weights
 
 import lens_positions as lp
 from lens_positions import viz
-from lens_positions.viz import output as plain
-from lens_positions.viz.drawn_text import place
+from lens_positions.viz import output as viz_output
 from lens_positions.viz.interactive import page_of, write_page
+from lens_positions.viz.text_positions import position_text
 
 pytestmark = [needs_chromium, pytest.mark.slow]
 
@@ -208,9 +208,9 @@ def test_hostile_text_is_shown_as_text_in_every_view(browser, model, tmp_path):
     with opened(browser, tmp_path / "page.html", 390) as page:
         assert page.evaluate("window.hacked === undefined && !document.querySelector('img, b')")
         for number, text in enumerate(given):
-            placed = place(model, text)
-            units = ["".join(map(plain.visible, unit)) for unit in placed.units]
-            labels = ["".join(map(plain.visible, label)) for label in placed.labels]
+            text_positions = position_text(model, text)
+            units = ["".join(map(viz_output.visible_character, unit)) for unit in text_positions.units]
+            labels = ["".join(map(viz_output.visible_character, label)) for label in text_positions.labels]
             spacing, tokens, attention = (page.locator("figure").nth(3 * number + i) for i in range(3))
             assert spacing.locator('text.unit[data-row="0"]').all_text_contents() == units
             tinted = tokens.locator(".colored-tokens").first.locator("> span > span")

@@ -11,7 +11,7 @@ from conftest import drawn_weights
 
 import lens_positions as lp
 from lens_positions import cli, corpora, viz
-from lens_positions.analysis.losses import compared, losses
+from lens_positions.analysis.losses import compare_losses, losses
 
 report_module = importlib.import_module("lens_positions.viz.report")  # `viz.report` is the function
 
@@ -78,7 +78,7 @@ def test_it_holds_every_part_with_its_numbers(page, folders):
     assert html.count('data-view="') == 2 * 2 * VIEWS
     texts = corpora.heldout_excerpts(str(folders / "corpus"), 20_000)
     models = [lp.HookedPositionTransformer.from_pretrained(folders / name) for name in ("learned", "other")]
-    table = compared(models, texts)
+    table = compare_losses(models, texts)
     assert f"{table['loss'][0]:.4f} ({table['low'][0]:.4f} to {table['high'][0]:.4f})" in said
     assert f"{table['difference'][1]:+.4f} ({table['difference_low'][1]:+.4f} to" in said
     ablated = lp.causal.ablation_table(models[0], texts).loss.iloc[0]
@@ -173,7 +173,7 @@ def test_interrupted_it_keeps_the_parts_that_are_done(run, folders, tmp_path, mo
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(report_module, "compared", interrupt)
+    monkeypatch.setattr(report_module, "compare_losses", interrupt)
     code, _, err = run(folders / "learned", "-o", tmp_path / "r.html", "--corpus", folders / "corpus")
     assert code == 130
     assert "r.html has the parts that were done." in err

@@ -12,10 +12,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lens_positions as lp
-from lens_positions.viz import output as plain
+from lens_positions.viz import output as viz_output
 from lens_positions.viz import style
-from lens_positions.viz.drawn_text import place
 from lens_positions.viz.spacing import MAX_PANELS, spacing
+from lens_positions.viz.text_positions import position_text
 
 HOSTILE = "<b>&amp; $x_1$ \\frac ^{ [red] \t\x1b[31m\x00 ‮abc שלום 👩‍👩‍👧 e\u0301 'q\""
 
@@ -66,8 +66,8 @@ def drawn_rows(figure: Figure) -> list[list[list[tuple[float, str]]]]:
 
 def character_positions(model: lp.HookedPositionTransformer, text: str) -> torch.Tensor:
     """The position of each character's first token in each layer."""
-    placed = place(model, text)
-    return placed.positions.mean(-1)[:, placed.first]
+    text_positions = position_text(model, text)
+    return text_positions.positions.mean(-1)[:, text_positions.first]
 
 
 def caption(figure: Figure) -> str:
@@ -168,18 +168,18 @@ def test_a_text_beyond_the_context_is_cut_at_a_character_and_the_caption_says_wh
 def test_tokens_that_are_no_text_are_drawn_byte_by_byte(model):
     """What a byte model samples need not be UTF-8."""
     tokens = torch.tensor([256, *"aé".encode(), 0xE4, 0xB8, 256, *b"<b>"])
-    placed = place(model, tokens)
-    assert placed.units == ["a", "é", "\\xe4", "\\xb8", "<|endofdocument|>", "<", "b", ">"]
-    assert placed.first == [1, 2, 4, 5, 6, 7, 8, 9]
-    assert placed.last == [1, 3, 4, 5, 6, 7, 8, 9]
-    x = model.positions(tokens)[0, 0, placed.first].double()
+    text_positions = position_text(model, tokens)
+    assert text_positions.units == ["a", "é", "\\xe4", "\\xb8", "<|endofdocument|>", "<", "b", ">"]
+    assert text_positions.first == [1, 2, 4, 5, 6, 7, 8, 9]
+    assert text_positions.last == [1, 3, 4, 5, 6, 7, 8, 9]
+    x = model.positions(tokens)[0, 0, text_positions.first].double()
     (rows,) = drawn_rows(spacing(model, tokens, layers=[0], scale="common"))
     assert [at for at, _ in rows[0]] == pytest.approx((x - x[0]).tolist(), abs=1e-4)
 
 
 def test_tokens_of_a_text_are_the_text(model):
     text = "a中, é\nb"
-    of_text, of_tokens = place(model, text), place(model, model.to_tokens(text)[0])
+    of_text, of_tokens = position_text(model, text), position_text(model, model.to_tokens(text)[0])
     assert of_text.units == of_tokens.units
     assert (of_text.first, of_text.last) == (of_tokens.first, of_tokens.last)
     assert torch.equal(of_text.positions, of_tokens.positions)
@@ -283,7 +283,7 @@ def test_chinese_is_drawn_in_a_font_that_has_it(model):
     [(" ", "␣"), ("\u3000", "␣"), ("\n", "⏎"), ("\t", "⇥"), ("\x1b", "·"), ("\u200d", "·"), ("\u0301", "◌\u0301")],
 )
 def test_what_cannot_be_seen_gets_a_mark(character, shown):
-    assert plain.visible(character) == shown
+    assert viz_output.visible_character(character) == shown
 
 
 @pytest.mark.usefixtures("latin_only")

@@ -164,7 +164,7 @@ HOSTILE = "</script><script>window.hacked=1</script><!--&amp;\"'\u2028"
 def test_a_fragment_has_no_markup_of_the_text(model):
     page = viz.spacing_view(model, HOSTILE).page()
     (data,) = re.findall(r'<script type="application/json">(.*?)</script>', page, re.DOTALL)
-    assert "".join(json.loads(data)["units"]) == "".join(map(plain.visible, HOSTILE))
+    assert "".join(json.loads(data)["units"]) == "".join(map(plain.visible_character, HOSTILE))
     assert page.count("hacked") == 0  # spelled character by character, and escaped in JSON
     escaped = View("tokens", "</h3><script>hacked", {"labels": ["</script><script>hacked"]}).fragment()
     assert escaped.count("<script") == escaped.count("</script>") == 1

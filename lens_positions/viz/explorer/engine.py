@@ -28,7 +28,7 @@ from ...measure.metrics import loss, token_losses
 from ...measure.partial_forward import Replay
 from ...model import HookedPositionTransformer
 from ...text import one_prompt
-from ..output import legible
+from ..output import visible_text
 from .edits import as_python, first_change, hooks_of, in_words, increments_of, means_of
 from .page import still
 from .state import Edit, State, read_state
@@ -129,7 +129,7 @@ class Explorer:
             if outdated():
                 return {"stale": True}
             before = self._baseline(state.text)
-            token, layer, head = self._looked_at(state, before)
+            token, layer, head = self._choice(state, before)
             rows = self._rows(before, token)
             after = self._after(before, state.edits, token, layer, head) if state.edits else None
             result: dict[str, Any] = {
@@ -143,9 +143,9 @@ class Explorer:
             if rows is not None:
                 now = None if after is None else after.rows
                 result["attention"] = self._attention(before, after, rows, now, token, layer, head, state.pattern)
-                result["heads"] = [] if now is None else _most_changed(rows, now, self._layers)
+                result["heads"] = [] if now is None else _rank_heads(rows, now, self._layers)
             if state.known != before.key:
-                result["text"] = self._described(before, state.text)
+                result["text"] = self._describe(before, state.text)
         return result | {"seconds": round(time.perf_counter() - start, 4)}
 
     def page(self, given: Any) -> str:
@@ -169,12 +169,12 @@ class Explorer:
                     before.slopes = torch.zeros(len(self._layers), 1)
                 else:
                     before.slopes = attribution(self.model, before.tokens, loss())
-            return {"key": before.key, "slopes": _short(before.slopes)}
+            return {"key": before.key, "slopes": _as_lists(before.slopes)}
 
     def hooks(self, text: str, edits: tuple[Edit, ...]) -> Hooks:
         """The hooks of some edits on a text, for `run_with_hooks`."""
         with self._turn, torch.no_grad():
-            return hooks_of(self.model, edits, self._baseline(text).increments, self._recorded)
+            return hooks_of(self.model, edits, self._baseline(text).increments, self._other_text)
 
     def _baseline(self, text: str) -> Baseline:
         """The baseline of a text: the one that is kept, or a new one."""
@@ -194,14 +194,14 @@ class Explorer:
         whole = self._attends and tokens.shape[1] <= MOST_SHOWN
         seen: dict[str, Tensor] = {}
         names = self._names["increments"] + self._names["positions"] + (self._names["pattern"] if whole else [])
-        replay = Replay(self.model, tokens, hooks=_recording(names, seen))
+        replay = Replay(self.model, tokens, hooks=_record_hooks(names, seen))
         increments, positions = (
             torch.stack([seen[name][0].cpu() for name in self._names[site]]) for site in ("increments", "positions")
         )
         return Baseline(
             key=key,
             tokens=tokens,
-            labels=[legible(label) for label in self.model.to_str_tokens(tokens[0])],
+            labels=[visible_text(label) for label in self.model.to_str_tokens(tokens[0])],
             replay=replay,
             increments=increments,
             positions=positions,
@@ -209,7 +209,7 @@ class Explorer:
             patterns=[seen[name][0].float().cpu() for name in self._names["pattern"]] if whole else None,
         )
 
-    def _looked_at(self, state: State, before: Baseline) -> tuple[int, int, int]:
+    def _choice(self, state: State, before: Baseline) -> tuple[int, int, int]:
         """The token, layer and head that the page looks at."""
         length = before.tokens.shape[1]
         token = length - 1 if state.token is None else state.token
@@ -232,7 +232,7 @@ class Explorer:
         if token not in before.rows:
             seen: dict[str, Tensor] = {}
             start = before.replay.start(token)
-            hooks = _recording(self._names["pattern"], seen, row=token - start)
+            hooks = _record_hooks(self._names["pattern"], seen, row=token - start)
             before.replay.run(hooks, {self._layers[0]: 1}, token)
             before.rows[token] = [seen[name][0].float().cpu() for name in self._names["pattern"]]
             while len(before.rows) > TEXTS_KEPT:
@@ -241,23 +241,23 @@ class Explorer:
 
     def _after(self, before: Baseline, edits: tuple[Edit, ...], token: int, layer: int, head: int) -> After:
         """Run what the edits can reach, and take the rest from the baseline."""
-        hooks = hooks_of(self.model, edits, before.increments, self._recorded)
+        hooks = hooks_of(self.model, edits, before.increments, self._other_text)
         first, from_token = first_change(self.model, edits)
         start = before.replay.start(from_token)
         entry = self._layers.index(first)
 
         seen: dict[str, Tensor] = {}
         for site in ("increments", "positions"):
-            hooks += _recording(self._names[site][entry:], seen)
+            hooks += _record_hooks(self._names[site][entry:], seen)
         whole = before.patterns is not None
         if self._attends and token >= start:
-            hooks += _recording(self._names["pattern"][entry:], seen, row=None if whole else token - start)
+            hooks += _record_hooks(self._names["pattern"][entry:], seen, row=None if whole else token - start)
         logits = before.replay.run(hooks, {first: 1}, from_token)
 
-        increments, positions = (
-            _joined(getattr(before, site), entry, start, [seen[name][0].cpu() for name in self._names[site][entry:]])
-            for site in ("increments", "positions")
-        )
+        def values_of(site: str) -> Tensor:
+            changed = [seen[name][0].cpu() for name in self._names[site][entry:]]
+            return _join_changes(getattr(before, site), entry, start, changed)
+
         changed = token_losses(logits, before.tokens[:, start + 1 :])[0].cpu()
         rows = self._rows(before, token)
         pattern = None if before.patterns is None else before.patterns[self._layers.index(layer)][head]
@@ -268,9 +268,9 @@ class Explorer:
                 pattern = torch.cat([pattern[:start], now[self._layers.index(layer) - entry][head]])
         at_token = logits[0, token - start] if token >= start else before.replay.logits[0, token]
         losses = torch.cat([before.losses[:start], changed])
-        return After(increments, positions, losses, rows, pattern, at_token)
+        return After(values_of("increments"), values_of("positions"), losses, rows, pattern, at_token)
 
-    def _recorded(self, text: str) -> ActivationCache:
+    def _other_text(self, text: str) -> ActivationCache:
         """The increments of another text, of which the last few are kept."""
         if text not in self._others:
             self._others[text] = increments_of(self.model, text)
@@ -278,7 +278,7 @@ class Explorer:
                 self._others.popitem(last=False)
         return self._others[text]
 
-    def _described(self, before: Baseline, text: str) -> dict[str, Any]:
+    def _describe(self, before: Baseline, text: str) -> dict[str, Any]:
         """A text without edits, and what a page has to know of its model."""
         config = self.model.position_config
         return {
@@ -291,7 +291,7 @@ class Explorer:
             "text": text,
             "labels": before.labels,
             "ids": before.tokens[0].tolist(),
-            "means": _short(means_of(self.model, before.increments)),
+            "means": _as_lists(means_of(self.model, before.increments)),
             "before": self._values(before),
         }
 
@@ -301,10 +301,10 @@ class Explorer:
             of_heads.mean(-1) if of_heads.ndim == 3 else of_heads for of_heads in (values.increments, values.positions)
         )
         return {
-            "increments": _short(increments),
-            "positions": _short(positions),
-            "losses": [None, *_short(values.losses)],
-            "loss": _short(values.losses.double().mean()) if len(values.losses) else None,
+            "increments": _as_lists(increments),
+            "positions": _as_lists(positions),
+            "losses": [None, *_as_lists(values.losses)],
+            "loss": _as_lists(values.losses.double().mean()) if len(values.losses) else None,
         }
 
     def _next(self, before: Baseline, after: After | None, token: int) -> dict[str, Any]:
@@ -318,7 +318,7 @@ class Explorer:
         moved = float((own.exp() * (own - now)).nan_to_num().sum())
         return {
             "candidates": [
-                {"id": i, "label": legible(label), "before": _short(own[i]), "after": _short(now[i])}
+                {"id": i, "label": visible_text(label), "before": _as_lists(own[i]), "after": _as_lists(now[i])}
                 for i, label in zip(candidates, labels, strict=True)
             ],
             "divergence": 0.0 if after is None else max(moved, 0.0),
@@ -342,23 +342,23 @@ class Explorer:
             of_layer = values.positions[entry]
             if of_layer.ndim == 2:  # query heads share those of their group
                 of_layer = of_layer[:, head * of_layer.shape[1] // int(self.model.cfg.n_heads)]
-            return _short(of_layer)
+            return _as_lists(of_layer)
 
         result: dict[str, Any] = {
-            "before": {"row": _short(rows[entry][head]), "positions": places(before)},
+            "before": {"row": _as_lists(rows[entry][head]), "positions": places(before)},
             "after": None,
             "whole": before.patterns is not None,
         }
         if after is not None and now is not None:
-            result["after"] = {"row": _short(now[entry][head]), "positions": places(after)}
+            result["after"] = {"row": _as_lists(now[entry][head]), "positions": places(after)}
         if whole and before.patterns is not None:
-            result["before"]["pattern"] = _packed(before.patterns[entry][head])
+            result["before"]["pattern"] = _pack(before.patterns[entry][head])
             if after is not None and after.pattern is not None:
-                result["after"]["pattern"] = _packed(after.pattern)
+                result["after"]["pattern"] = _pack(after.pattern)
         return result
 
 
-def _recording(names: list[str], seen: dict[str, Tensor], row: int | None = None) -> Hooks:
+def _record_hooks(names: list[str], seen: dict[str, Tensor], row: int | None = None) -> Hooks:
     """Hooks that keep what stands at some hook points, or one query's row of a pattern."""
 
     def keep(name: str, activation: Tensor, hook: Any) -> None:
@@ -368,36 +368,36 @@ def _recording(names: list[str], seen: dict[str, Tensor], row: int | None = None
     return [(name, partial(keep, name)) for name in names]
 
 
-def _joined(own: Tensor, entry: int, start: int, changed: list[Tensor]) -> Tensor:
+def _join_changes(own: Tensor, entry: int, start: int, changed: list[Tensor]) -> Tensor:
     """A baseline's values [layer pos *head] with those from a layer and a token on in their place."""
     whole = own.clone()
     whole[entry:, start:] = torch.stack(changed).to(whole)
     return whole
 
 
-def _most_changed(before: list[Tensor], after: list[Tensor], layers: list[int]) -> list[dict[str, Any]]:
+def _rank_heads(before: list[Tensor], after: list[Tensor], layers: list[int]) -> list[dict[str, Any]]:
     """The heads whose attention of the chosen token moved most, by total variation: the share that went elsewhere."""
     moved = torch.stack([(now - own).abs().sum(-1) / 2 for own, now in zip(before, after, strict=True)])
     most = moved.flatten().topk(min(HEADS_SHOWN, moved.numel()))
     heads = moved.shape[1]
     return [
-        {"layer": layers[place // heads], "head": place % heads, "by": _short(torch.tensor(value))}
+        {"layer": layers[place // heads], "head": place % heads, "by": _as_lists(torch.tensor(value))}
         for value, place in zip(most.values.tolist(), most.indices.tolist(), strict=True)
         if value > SEES_NOTHING
     ]
 
 
-def _short(values: Tensor) -> Any:
+def _as_lists(values: Tensor) -> Any:
     """Numbers with seven digits, in lists of the tensor's shape."""
     numbers = values.detach().double().cpu().tolist()
-    return _rounded(numbers)
+    return _round(numbers)
 
 
-def _rounded(values: Any) -> Any:
-    return [_rounded(value) for value in values] if isinstance(values, list) else float(f"{values:.7g}")
+def _round(values: Any) -> Any:
+    return [_round(value) for value in values] if isinstance(values, list) else float(f"{values:.7g}")
 
 
-def _packed(pattern: Float[Tensor, "pos pos"]) -> str:
+def _pack(pattern: Float[Tensor, "pos pos"]) -> str:
     """The lower triangle of a head as whole numbers from 0 to 65535, in base 64."""
     rows, columns = torch.tril_indices(*pattern.shape).unbind()
     whole = (pattern[rows, columns].clamp(0, 1) * 65535).round().numpy().astype("<u2")

@@ -1,4 +1,4 @@
-"""What moved: extremes are found where they are, with their context, relative to the mean of their layer."""
+"""Extremes: they are found where they are, with their context, relative to the mean of their layer."""
 
 import pandas as pd
 import pytest
@@ -6,10 +6,10 @@ import torch
 
 import lens_positions as lp
 from lens_positions import corpora
-from lens_positions.analysis.farthest_tokens import vocabulary, what_moved
+from lens_positions.analysis.extremes import extreme_tokens, vocabulary_increments
 from lens_positions.analysis.token_kinds import increments_by_category
 from lens_positions.cli import main
-from lens_positions.measure.corpus_reader import read
+from lens_positions.measure.corpus_reader import read_corpus
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def table_model(tiny_config):
 
 
 def test_the_vocabulary_of_a_frozen_source_is_ranked(table_model):
-    found = what_moved(table_model, top=2)
+    found = extreme_tokens(table_model, top=2)
     mean = (254 + 3 + 2 + 0.25) / 257
     assert list(found["token"]) == ["z", "q", "e", found["token"][3]]
     assert list(found["end"]) == ["largest", "largest", "smallest", "smallest"]
@@ -32,14 +32,14 @@ def test_the_vocabulary_of_a_frozen_source_is_ranked(table_model):
     assert list(found["increment"]) == [3, 2, 0.25, 1]
     assert found["relative"][0] == pytest.approx(3 / mean)
     assert found["kind"][0] == "letter"
-    every = vocabulary(table_model)
+    every = vocabulary_increments(table_model)
     assert len(every) == 257
     assert every.loc[256, "token"] == "<|endofdocument|>"
     assert every["relative"].mean() == pytest.approx(1)
 
 
 def test_extremes_of_texts_stand_in_their_context(table_model):
-    found = what_moved(table_model, ["A quiet zoo.", "The sea, 中文q"], top=2)
+    found = extreme_tokens(table_model, ["A quiet zoo.", "The sea, 中文q"], top=2)
     first = found[found["layer"] == 0]
     assert list(first["context"][:3]) == ["A quiet ⟦z⟧oo.", "A ⟦q⟧uiet zoo.", "A qui⟦e⟧t zoo."]
     assert list(first["n"][:3]) == [1, 2, 3]
@@ -55,7 +55,7 @@ def test_extremes_of_texts_stand_in_their_context(table_model):
 def test_each_token_is_listed_once_by_its_most_extreme_occurrence(tiny_model):
     model = tiny_model(source="per_layer")
     text = "the cat that sat then went, 中文 中国"
-    found, increments = what_moved(model, text, top=1000), model.increments(text)[:, 0, 1:]
+    found, increments = extreme_tokens(model, text, top=1000), model.increments(text)[:, 0, 1:]
     for layer in (0, 1):
         for end, extreme in (("largest", increments[layer].max()), ("smallest", increments[layer].min())):
             rows = found[(found["layer"] == layer) & (found["end"] == end)]
@@ -74,11 +74,11 @@ def test_each_token_is_listed_once_by_its_most_extreme_occurrence(tiny_model):
 
 def test_relative_increments_are_to_the_mean_of_the_layer(tiny_model):
     model = tiny_model(source="per_layer", per_head=True)
-    reading = read(model, ["one two", "three 中 four"])
-    found = what_moved(model, reading, top=3)
-    mean = reading.increments.mean(axis=(1, 2))
+    corpus = read_corpus(model, ["one two", "three 中 four"])
+    found = extreme_tokens(model, corpus, top=3)
+    mean = corpus.increments.mean(axis=(1, 2))
     assert (found["increment"] / found["relative"]).to_numpy() == pytest.approx(mean[found["layer"]])
-    table = increments_by_category(model, reading)
+    table = increments_by_category(model, corpus)
     assert (table["mean"] / table["relative"]).to_numpy() == pytest.approx(mean[table["layer"]])
     inside = table.dropna()
     assert ((inside["relative_low"] <= inside["relative"]) & (inside["relative"] <= inside["relative_high"])).all()
@@ -95,13 +95,13 @@ def test_a_constant_factor_moves_nothing_relatively(table_model):
 
 def test_what_cannot_be_ranked_is_refused(tiny_model, table_model):
     with pytest.raises(lp.PositionsError, match=r"'per_layer'.*expected texts to read"):
-        what_moved(tiny_model(source="per_layer"))
+        extreme_tokens(tiny_model(source="per_layer"))
     with pytest.raises(lp.PositionsError, match="every increment is 1"):
-        what_moved(tiny_model(source="static"), "some text")
+        extreme_tokens(tiny_model(source="static"), "some text")
     with pytest.raises(lp.PositionsError, match="top is 0"):
-        what_moved(table_model, top=0)
+        extreme_tokens(table_model, top=0)
     table_model.tokenizer = None
-    for measure in (what_moved, lambda model: increments_by_category(model, torch.tensor([97, 98]))):
+    for measure in (extreme_tokens, lambda model: increments_by_category(model, torch.tensor([97, 98]))):
         with pytest.raises(lp.PositionsError, match="no tokenizer"):
             measure(table_model)
 
@@ -129,15 +129,15 @@ def saved(table_model, tiny_model, tmp_path):
     return tmp_path
 
 
-def test_moved_prints_the_vocabulary_of_a_frozen_source(saved, capsys):
-    assert main(["moved", str(saved / "frozen"), "--top", "2"]) == 0
+def test_extremes_prints_the_vocabulary_of_a_frozen_source(saved, capsys):
+    assert main(["extremes", str(saved / "frozen"), "--top", "2"]) == 0
     out = capsys.readouterr().out
     assert "257 token ids" in out
     assert out.index("⟦z⟧") < out.index("⟦q⟧") < out.index("⟦e⟧")
 
 
-def test_moved_reads_a_corpus_and_writes_a_table(saved, capsys):
-    given = ["moved", str(saved / "per_layer"), "--corpus", str(saved / "text.txt"), "--layers", "1", "--top", "3"]
+def test_extremes_reads_a_corpus_and_writes_a_table(saved, capsys):
+    given = ["extremes", str(saved / "per_layer"), "--corpus", str(saved / "text.txt"), "--layers", "1", "--top", "3"]
     assert main([*given, "--csv", str(saved / "moved.csv")]) == 0
     out = capsys.readouterr().out
     assert "layer 1" in out
@@ -165,7 +165,7 @@ def test_moved_reads_a_corpus_and_writes_a_table(saved, capsys):
     ],
 )
 def test_bad_requests_end_in_one_sentence(saved, capsys, arguments, says):
-    assert main(["moved", *(argument.format(saved=saved) for argument in arguments)]) == 2
+    assert main(["extremes", *(argument.format(saved=saved) for argument in arguments)]) == 2
     error = capsys.readouterr().err
     assert says in error
     assert error.count("\n") == 1
@@ -179,7 +179,7 @@ def test_a_window_is_no_longer_than_it_must_be(tiny_model, monkeypatch):
     model, seen = tiny_model(source="shared"), []
     plain = model.increments
     monkeypatch.setattr(model, "increments", lambda rows, mask: seen.append(rows.shape[1]) or plain(rows, mask))
-    found = read(model, "a" * 100)
+    found = read_corpus(model, "a" * 100)
     assert max(seen) == 16
     assert found.increments.shape[-1] == 101
     assert torch.equal(torch.from_numpy(found.index).sort().values, torch.arange(1, 102))

@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 import lens_positions as lp
-from experiments import rope_measures as machinery_module
-from experiments.rope_measures import MEASUREMENTS, OF_RUNS, MachineryConfig, machinery
+from experiments import rope_measures
+from experiments.rope_measures import MEASUREMENTS, OF_RUNS, RopeConfig, measure_rope
 from lens_positions import cli, corpora
 from lens_positions.training.__main__ import main
 
@@ -104,10 +104,10 @@ def test_dispersion_prints_draws_and_writes(saved, capsys):
 
 @pytest.mark.slow
 def test_tables_of_several_models_are_kept_and_left(saved, monkeypatch):
-    monkeypatch.setattr(machinery_module, "LENGTHS", (16, 32))
+    monkeypatch.setattr(rope_measures, "LENGTHS", (16, 32))
     models = tuple(str(saved / name) for name in ("per_layer", "static"))
-    asked = MachineryConfig(models=models, results=saved / "results")
-    assert machinery(asked) == ["per_layer", "static"]
+    asked = RopeConfig(models=models, results=saved / "results")
+    assert measure_rope(asked) == ["per_layer", "static"]
     for name in ("per_layer", "static"):
         folder = saved / "results" / name
         done = json.loads((folder / "measured.json").read_text())
@@ -118,21 +118,21 @@ def test_tables_of_several_models_are_kept_and_left(saved, monkeypatch):
     truncated = pd.read_csv(saved / "results" / "static" / "truncated.csv")
     assert truncated[["keep", "drop"]].values.tolist()[:3] == [[0.75, "lowest"], [0.75, "highest"], [0.5, "lowest"]]
     before = {path: path.read_bytes() for path in (saved / "results").rglob("*.*")}
-    monkeypatch.setattr(machinery_module, "_texts", None)
-    machinery(asked)
+    monkeypatch.setattr(rope_measures, "_texts", None)
+    measure_rope(asked)
     assert {path: path.read_bytes() for path in (saved / "results").rglob("*.*")} == before
 
 
 @pytest.mark.slow
 def test_finished_runs_are_measured_for_what_compares_them(saved, monkeypatch):
-    monkeypatch.setattr(machinery_module, "LENGTHS", (16, 32))
-    monkeypatch.setattr(machinery_module, "shipped_names", tuple)
-    monkeypatch.setattr(machinery_module, "SMOLLM2", str(saved / "static"))
+    monkeypatch.setattr(rope_measures, "LENGTHS", (16, 32))
+    monkeypatch.setattr(rope_measures, "shipped_names", tuple)
+    monkeypatch.setattr(rope_measures, "SMOLLM2", str(saved / "static"))
     for run in ("rope_25-0", "per_layer-1"):
         shutil.copytree(saved / "static", saved / "tiny" / run / "model")
     (saved / "tiny" / "rope_25-0" / "heldout.csv").touch()  # the other is not finished
-    asked = MachineryConfig(runs=saved / "tiny", results=saved / "results")
-    assert machinery(asked) == ["static", "tiny-rope_25-0"]
+    asked = RopeConfig(runs=saved / "tiny", results=saved / "results")
+    assert measure_rope(asked) == ["static", "tiny-rope_25-0"]
     for name, tables in (("static", MEASUREMENTS), ("tiny-rope_25-0", OF_RUNS)):
         assert list(json.loads((saved / "results" / name / "measured.json").read_text())) == list(tables)
 

@@ -1,11 +1,11 @@
-"""What moved: the tokens that a source puts farthest from and nearest to the token before them.
+"""Extremes: the tokens that a source puts farthest from and nearest to the token before them.
 
 A shared or frozen source gives each token id one increment, so the whole vocabulary can be ranked. A per-layer source
 gives an increment to each occurrence, so a corpus is ranked, and each token stands with its context. Both are compared
 with the layer's mean: a constant factor on all increments is a change of scale, not of what is near or far.
 
 These are extremes, picked from many: they suggest what to test. The table by kind of token
-(`categories.increments_by_category`) has the intervals.
+(`increments_by_category`) has the intervals.
 """
 
 import pandas as pd
@@ -13,18 +13,19 @@ import torch
 
 from ..core.attach import increment_table
 from ..errors import PositionsError
-from ..measure.corpus_reader import Reading, Texts, read
+from ..former_names import getattr_with_former_names
+from ..measure.corpus_reader import CorpusIncrements, Texts, read_corpus
 from ..model import HookedPositionTransformer
 from ..text import Mask
 from ..tokenizer import byte_labels, is_byte_tokenizer
-from .token_kinds import kinds, kinds_read
+from .token_kinds import corpus_kinds, kinds
 
 CONTEXT_CHARACTERS = 24
 
 
-def what_moved(
+def extreme_tokens(
     model: HookedPositionTransformer,
-    texts: Texts | Reading | None = None,
+    texts: Texts | CorpusIncrements | None = None,
     top: int = 10,
     *,
     attention_mask: Mask = None,
@@ -37,7 +38,7 @@ def what_moved(
         texts: documents, as for `increments_by_category`; None ranks the whole vocabulary, which a shared or frozen
             source allows.
         top: how many tokens at each end; each token id is listed once, by its most extreme occurrence.
-        attention_mask, prepend_bos: as for `analysis.read`.
+        attention_mask, prepend_bos: as for `analysis.read_corpus`.
 
     Returns:
         One row for each layer, end and rank: `layer`, `end` ("largest" or "smallest"), `rank`, `token`, `kind`,
@@ -47,7 +48,7 @@ def what_moved(
     Raises:
         PositionsError: a static source, one that needs texts and none given, no tokenizer, or a top below 1.
 
-    >>> table = lp.analysis.what_moved(model, texts, top=1)
+    >>> table = lp.analysis.extreme_tokens(model, texts, top=1)
     >>> table.loc[table["layer"] == 0, ["end", "token", "kind", "increment", "n"]].round(1)
             end token    kind  increment    n
     0   largest         space        7.2  112
@@ -65,13 +66,13 @@ def what_moved(
             "the whole vocabulary has none."
         )
     if texts is not None:
-        return _of_texts(model, read(model, texts, attention_mask, prepend_bos), top)
+        return _of_texts(model, read_corpus(model, texts, attention_mask, prepend_bos), top)
     if model.position_streams.shared_source is None:
         raise PositionsError(
             f"the source is {model.position_config.source!r}, whose increments are no function of the token alone; "
             "expected texts to read (--corpus on the command line)."
         )
-    table = vocabulary(model)
+    table = vocabulary_increments(model)
     ranked = []
     for end, ascending in (("largest", False), ("smallest", True)):
         rows = table.sort_values("increment", ascending=ascending, kind="stable").head(top)
@@ -80,7 +81,7 @@ def what_moved(
     return pd.concat(ranked, ignore_index=True)[columns]
 
 
-def vocabulary(model: HookedPositionTransformer) -> pd.DataFrame:
+def vocabulary_increments(model: HookedPositionTransformer) -> pd.DataFrame:
     """The increment of every token id, from a shared or frozen source: `id`, `token`, `kind`, `increment`, `relative`.
 
     `relative` is to the mean over the vocabulary, in which every id counts once. Ids without a token are left out.
@@ -98,12 +99,12 @@ def vocabulary(model: HookedPositionTransformer) -> pd.DataFrame:
     return pd.DataFrame(columns).assign(relative=values / values.mean())
 
 
-def _of_texts(model: HookedPositionTransformer, reading: Reading, top: int) -> pd.DataFrame:
-    tokens = pd.DataFrame({"document": reading.document, "index": reading.index})
-    tokens["id"] = reading.ids()
-    tokens["kind"] = kinds_read(model, reading)
+def _of_texts(model: HookedPositionTransformer, corpus: CorpusIncrements, top: int) -> pd.DataFrame:
+    tokens = pd.DataFrame({"document": corpus.document, "index": corpus.index})
+    tokens["id"] = corpus.ids()
+    tokens["kind"] = corpus_kinds(model, corpus)
     tables = []
-    for layer, values in zip(reading.layers, reading.increments.mean(axis=1), strict=True):
+    for layer, values in zip(corpus.layers, corpus.increments.mean(axis=1), strict=True):
         tokens["increment"] = values
         by_id = tokens.groupby("id")["increment"]
         for end, found in (("largest", by_id.idxmax()), ("smallest", by_id.idxmin())):
@@ -116,7 +117,7 @@ def _of_texts(model: HookedPositionTransformer, reading: Reading, top: int) -> p
                     token=[_label(model, i) for i in rows["id"]],
                     relative=rows["increment"] / values.mean(),
                     context=[
-                        _context(model, reading.documents[d].tolist(), i)
+                        _context(model, corpus.documents[d].tolist(), i)
                         for d, i in zip(rows["document"], rows["index"], strict=True)
                     ],
                     n=by_id.size()[rows["id"]].to_numpy(),
@@ -143,3 +144,6 @@ def _context(model: HookedPositionTransformer, ids: list[int], place: int) -> st
         first = max(0, place - 3)
         label = byte_labels(ids[first : place + 4])[place - first]
     return f"{before}⟦{label}⟧{after}"
+
+
+__getattr__ = getattr_with_former_names(__name__)

@@ -7,10 +7,10 @@
 - What is longer than the context, or than a picture can hold, is cut, and `cut` says where.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
@@ -18,7 +18,8 @@ from torch import Tensor
 from ..causal.sweeps import SITES
 from ..core.increments import PositionConfig
 from ..errors import PositionsError
-from ..interventions import hook_names, index_of, indices_of
+from ..interventions import LayerIndices, hook_names, index_of, indices_of
+from ..measure.corpus_reader import CorpusIncrements
 from ..model import HookedPositionTransformer
 from ..text import Mask, TextOrTokens, prompts_of
 from ..tokenizer import byte_characters, character_spans, is_byte_tokenizer
@@ -38,7 +39,7 @@ SOURCES = {
 
 
 @dataclass(frozen=True)
-class Placed:
+class TextPositions:
     """A text and what a model makes of it.
 
     Attributes:
@@ -84,6 +85,18 @@ class Placed:
             said if self.config.source == "static" else [*said, f"An increment is the gap {self.config.gap} its token."]
         )
 
+    def corpus_increments(self) -> CorpusIncrements:
+        """The increments of these tokens as those of a corpus of this one document, for what measures corpora.
+
+        Raises:
+            PositionsError: a single token, whose increment is no distance between tokens.
+        """
+        if len(self.tokens) < 2:
+            raise PositionsError(f"text 0 has {len(self.tokens)} tokens; expected at least two.")
+        index = np.arange(len(self.tokens))[self.config.effective]
+        increments = self.increments.permute(0, 2, 1).numpy()[..., index]
+        return CorpusIncrements([self.tokens], np.zeros_like(index), index, self.layers, increments)
+
     def attention(self) -> Float[Tensor, "layer query_head pos pos"]:
         """The patterns.
 
@@ -104,7 +117,7 @@ class Placed:
         return f"The first {shown:,} of {self.whole:,} characters are drawn{why}." if shown < self.whole else ""
 
 
-def place(
+def position_text(
     model: HookedPositionTransformer,
     text: TextOrTokens,
     *,
@@ -112,7 +125,7 @@ def place(
     most: int = MOST_DRAWN,
     attention_mask: Mask = None,
     prepend_bos: bool | None = None,
-) -> Placed:
+) -> TextPositions:
     """Run a model on a text, and keep where it puts what.
 
     Args:
@@ -154,7 +167,7 @@ def place(
     if increments.ndim == 2:
         increments, positions = increments[..., None], positions[..., None]
     seen = patterns and all(name in cache for name in hooks["pattern"])
-    return Placed(
+    return TextPositions(
         name=model.name,
         config=model.position_config,
         layers=model.position_layers,
@@ -173,7 +186,7 @@ def place(
 
 
 def layers_to_show(
-    model: HookedPositionTransformer, layers: Sequence[int] | None, values: Float[Tensor, "layer ..."]
+    model: HookedPositionTransformer, layers: LayerIndices, values: Float[Tensor, "layer ..."]
 ) -> dict[int, str]:
     """The layers to give a row each, as entries of `values`, with the row's name; one row where all are the same.
 
