@@ -36,11 +36,16 @@ WATCH = """
   window.released = null;
   window.updates = [];
   const main = document.querySelector("main");
-  addEventListener("pointerup", () => (window.released = performance.now()), true);
+  addEventListener("pointerup", (e) => e.target.closest(".lp-ruler") && (window.released = performance.now()), true);
   new MutationObserver(() => {
     if (main.getAttribute("aria-busy") !== "false" || window.released === null) return;
     const from = window.released;
-    requestAnimationFrame(() => requestAnimationFrame(() => window.updates.push(performance.now() - from)));
+    requestAnimationFrame(() =>
+      requestAnimationFrame(() => {
+        window.updates.push(performance.now() - from);
+        main.dataset.updates = window.updates.length;
+      }),
+    );
     window.released = null;
   }).observe(main, { attributes: true, attributeFilter: ["aria-busy"] });
 }
@@ -61,7 +66,6 @@ def opened(model: HookedPositionTransformer, text: str) -> Iterator[Page]:
         page.get_by_label("Text", exact=True).fill(text)
         page.wait_for_selector("main[aria-busy=true]")
         page.wait_for_selector("main[aria-busy=false]", timeout=60_000)
-        page.wait_for_function("document.querySelector('.lp-slope')?.textContent !== undefined")
         page.wait_for_timeout(5_000)  # the slopes, and what loads late
         yield page
         browser.close()
@@ -71,7 +75,7 @@ def opened(model: HookedPositionTransformer, text: str) -> Iterator[Page]:
 
 def drags(page: Page, count: int, layers: int, tokens: int) -> np.ndarray:
     """The milliseconds of each drag: of a random token of a random layer, by a random distance, undone at the end."""
-    draw = random.Random(0)
+    draw, done = random.Random(0), 0
     page.evaluate(WATCH)
     for i in range(count):
         row = page.locator(".lp-ruler").nth(draw.randrange(layers))
@@ -85,7 +89,8 @@ def drags(page: Page, count: int, layers: int, tokens: int) -> np.ndarray:
         page.mouse.down()
         page.mouse.move(x + draw.choice([-1, 1]) * draw.randrange(5, 60), y, steps=6)
         page.mouse.up()
-        page.wait_for_function("window.updates.length && window.released === null", timeout=30_000)
+        done += 1
+        page.wait_for_selector(f'main[data-updates="{done}"]', timeout=30_000)
         page.wait_for_timeout(60)
         if i % 4 == 3:  # edits add up, as they do when somebody plays
             while page.get_by_role("button", name="Undo").is_enabled():

@@ -13,7 +13,7 @@ from transformer_lens import ActivationCache
 from ...errors import PositionsError
 from ...interventions import Hooks, ablate, add_gap, edited_token, freeze, patch
 from ...model import HookedPositionTransformer
-from .state import Edit
+from .state import EditSpec
 
 Recorded = Callable[[str], ActivationCache]
 """From another text to a cache of its increments."""
@@ -23,7 +23,10 @@ WHOLE_ROWS = ("freeze", "ablate")
 
 
 def hooks_of(
-    model: HookedPositionTransformer, edits: Sequence[Edit], own: Float[Tensor, "layer pos *head"], recorded: Recorded
+    model: HookedPositionTransformer,
+    edits: Sequence[EditSpec],
+    own: Float[Tensor, "layer pos *head"],
+    recorded: Recorded,
 ) -> Hooks:
     """Edits as hooks for one pass over their text.
 
@@ -43,7 +46,7 @@ def hooks_of(
     return hooks
 
 
-def check_edit(model: HookedPositionTransformer, edit: Edit, length: int, name: str) -> None:
+def check_edit(model: HookedPositionTransformer, edit: EditSpec, length: int, name: str) -> None:
     """Refuse an edit at a token or a layer that there is not.
 
     Raises:
@@ -63,7 +66,7 @@ def means_of(model: HookedPositionTransformer, own: Float[Tensor, "layer pos *he
 
 
 def _hooks(
-    model: HookedPositionTransformer, edit: Edit, own: Float[Tensor, "layer pos *head"], recorded: Recorded
+    model: HookedPositionTransformer, edit: EditSpec, own: Float[Tensor, "layer pos *head"], recorded: Recorded
 ) -> Hooks:
     layers = list(edit.layers or model.position_layers)
     if edit.kind == "ablate":
@@ -90,7 +93,7 @@ def _hooks(
     ]
 
 
-def in_words(model: HookedPositionTransformer, edit: Edit, labels: Sequence[str]) -> str:
+def in_words(model: HookedPositionTransformer, edit: EditSpec, labels: Sequence[str]) -> str:
     """What an edit does, in a sentence."""
     where = _where(edit)
     if edit.kind == "freeze":
@@ -112,7 +115,7 @@ def in_words(model: HookedPositionTransformer, edit: Edit, labels: Sequence[str]
     return f"{gap} becomes the gap before token {edit.source} of “{_short(str(edit.text))}”"
 
 
-def as_python(model: HookedPositionTransformer, text: str, edits: Sequence[Edit], token: int) -> str:
+def as_python(model: HookedPositionTransformer, text: str, edits: Sequence[EditSpec], token: int) -> str:
     """Lines of Python that do the same with `run_with_hooks`, and read the prediction after a token."""
     lines = [
         "import lens_positions as lp",
@@ -136,7 +139,7 @@ def as_python(model: HookedPositionTransformer, text: str, edits: Sequence[Edit]
     )
 
 
-def _python(model: HookedPositionTransformer, edit: Edit) -> list[str]:
+def _python(model: HookedPositionTransformer, edit: EditSpec) -> list[str]:
     layers = list(edit.layers or model.position_layers)
     token = edit.token or 0
     here = edited_token(model, token) if token else 0
@@ -159,7 +162,7 @@ def _python(model: HookedPositionTransformer, edit: Edit) -> list[str]:
     return [cached, f"hooks += lp.patch(cache, layers={layers}, source={there}, target={here})"]
 
 
-def first_change(model: HookedPositionTransformer, edits: Sequence[Edit]) -> tuple[int, int]:
+def first_change(model: HookedPositionTransformer, edits: Sequence[EditSpec]) -> tuple[int, int]:
     """The first layer, and the first token, that edits reach: nothing before either of them can change.
 
     Returns:
@@ -182,7 +185,7 @@ def increments_of(model: HookedPositionTransformer, text: str) -> ActivationCach
     return cache
 
 
-def _where(edit: Edit) -> str:
+def _where(edit: EditSpec) -> str:
     if edit.layers is None:
         return "All layers"
     numbers = list(edit.layers)

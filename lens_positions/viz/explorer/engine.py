@@ -31,7 +31,7 @@ from ...text import one_prompt
 from ..output import visible_text
 from .edits import as_python, first_change, hooks_of, in_words, increments_of, means_of
 from .page import still
-from .state import Edit, State, read_state
+from .state import EditSpec, State, read_state
 
 MOST_SHOWN = 128
 """Tokens of a text whose attention patterns are kept and shown whole; of a longer one only the chosen token's row."""
@@ -171,7 +171,7 @@ class Explorer:
                     before.slopes = attribution(self.model, before.tokens, loss())
             return {"key": before.key, "slopes": _as_lists(before.slopes)}
 
-    def hooks(self, text: str, edits: tuple[Edit, ...]) -> Hooks:
+    def hooks(self, text: str, edits: tuple[EditSpec, ...]) -> Hooks:
         """The hooks of some edits on a text, for `run_with_hooks`."""
         with self._turn, torch.no_grad():
             return hooks_of(self.model, edits, self._baseline(text).increments, self._other_text)
@@ -239,7 +239,7 @@ class Explorer:
                 before.rows.popitem(last=False)
         return before.rows[token]
 
-    def _after(self, before: Baseline, edits: tuple[Edit, ...], token: int, layer: int, head: int) -> After:
+    def _after(self, before: Baseline, edits: tuple[EditSpec, ...], token: int, layer: int, head: int) -> After:
         """Run what the edits can reach, and take the rest from the baseline."""
         hooks = hooks_of(self.model, edits, before.increments, self._other_text)
         first, from_token = first_change(self.model, edits)

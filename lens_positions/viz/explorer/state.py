@@ -29,7 +29,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class Edit:
+class EditSpec:
     """One edit of increments.
 
     Attributes:
@@ -71,7 +71,7 @@ class State:
     """
 
     text: str
-    edits: tuple[Edit, ...] = ()
+    edits: tuple[EditSpec, ...] = ()
     token: int | None = None
     layer: int | None = None
     head: int | None = None
@@ -116,14 +116,14 @@ def read_text(given: Any, name: str) -> str:
     return given
 
 
-def read_edit(given: Any, name: str = "the edit") -> Edit:
+def read_edit(given: Any, name: str = "the edit") -> EditSpec:
     """An edit from JSON.
 
     Raises:
         PositionsError: it is none.
 
     >>> read_edit({"kind": "gap", "layers": [0], "token": 5, "by": 2.5})
-    Edit(kind='gap', layers=(0,), token=5, by=2.5, to=None, text=None, source=None)
+    EditSpec(kind='gap', layers=(0,), token=5, by=2.5, to=None, text=None, source=None)
     """
     kind = given.get("kind") if isinstance(given, Mapping) else None
     if not isinstance(kind, str) or kind not in FIELDS:
@@ -140,7 +140,7 @@ def read_edit(given: Any, name: str = "the edit") -> Edit:
             values[field] = value
         else:
             values[field] = _number(value, f"{field} of {name}")
-    return Edit(kind, _layers(fields.get("layers"), name), **values)
+    return EditSpec(kind, _layers(fields.get("layers"), name), **values)
 
 
 def _mapping(given: Any, name: str, known: set[str]) -> Mapping[str, Any]:
