@@ -99,6 +99,31 @@ def drags(page: Page, count: int, layers: int, tokens: int) -> np.ndarray:
     return np.array(page.evaluate("window.updates"))
 
 
+def processor_time(page: Page, explorer: Explorer, text: str, tokens: int, edits: int = 40) -> tuple[float, float]:
+    """Milliseconds of one core that an edit takes in the engine and in the page, whatever else the machine does."""
+    draw, layers = random.Random(1), explorer.model.position_layers
+    known = explorer.run({"text": text})["key"]
+    start = time.process_time()
+    for _ in range(edits):
+        edit = {"kind": "gap", "layers": [draw.choice(layers)], "token": draw.randrange(1, tokens), "by": 1.5}
+        explorer.run({"text": text, "edits": [edit], "known": known})
+    engine = (time.process_time() - start) / edits
+
+    devtools = page.context.new_cdp_session(page)
+    devtools.send("Performance.enable", {"timeDomain": "threadTicks"})
+
+    def spent() -> float:
+        found = {metric["name"]: metric["value"] for metric in devtools.send("Performance.getMetrics")["metrics"]}
+        return found["TaskDuration"]
+
+    page.locator(".lp-ruler svg").first.focus()
+    before = spent()
+    for _ in range(edits):
+        page.keyboard.press("ArrowUp")
+        page.wait_for_selector("main[aria-busy=false]")
+    return 1000 * engine, 1000 * (spent() - before) / edits
+
+
 def memory(explorer: Explorer, text: str, tokens: int, seconds: int, rate: int) -> list[float]:
     """MiB of this process at the end of each tenth of the time, under so many edits a second."""
     draw, process = random.Random(0), psutil.Process()
@@ -135,9 +160,11 @@ def main() -> None:
     if options.drags:
         with opened(model, text) as page:
             took = drags(page, options.drags, len(model.position_layers), tokens)
+            engine, drawing = processor_time(page, Explorer(model), text, tokens)
         median, late = np.median(took), np.quantile(took, 0.95)
         print(f"{options.model}, {tokens} tokens, {torch.get_num_threads()} threads, n = {len(took)} drags:")
         print(f"from release to the last update: median {median:.0f} ms, 95% within {late:.0f} ms")
+        print(f"processor time of an edit: {engine:.0f} ms of one core in the engine, {drawing:.0f} ms in the page")
         limits = next((limits for name, limits in LIMITS.items() if name in options.model), (float("inf"),) * 2)
         print("within the limits" if median <= limits[0] and late <= limits[1] else f"LIMITS ARE {limits}")
     if options.seconds:
