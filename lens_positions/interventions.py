@@ -18,8 +18,10 @@ Each function returns a list of (hook name, hook function), as TransformerLens t
     patch       a recorded distance                             a recorded place
 
 All arguments that choose are alike: `layers` are the model's own numbers, None every layer with a stream; `positions`
-are token indices from 0 (or a boolean mask [pos] or [batch pos]), None all of them, padding left as it is; `heads` is
-for models whose increments are per head.
+are token indices from 0 (or a boolean mask [pos] or [batch pos]), None all of them, padding left as it is; `heads` are
+query heads, or key-value heads with `head_kind="key_value"`, None all of them. Every model whose heads can be rotated
+one by one has them, with one increment source for all heads too: the other heads then keep what they had. A query head
+sees its own queries and the keys of its group by the positions that it is given (`core/per_head.py`).
 
 Generation with a key-value cache calls hooks once for the prompt and once for each new token. Indices count from the
 start of the prompt; new tokens get the same number, factor or, with "mean", the prompt's mean; a shuffle and values
@@ -37,7 +39,7 @@ import operator
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -47,11 +49,12 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from .core.hook_points import HookedTokens
 from .core.model_wrappers import base_model
+from .core.per_head import of_query_heads
 from .core.position_streams import PositionStreams
 from .errors import PositionsError
 
-HOOK = "attn.hook_{}"
-"""The name of increments and positions within their block."""
+HOOK, HEAD_HOOK = "attn.hook_{}", "attn.hook_head_{}"
+"""The name of increments and positions within their block, and of those of query heads."""
 
 Hooks = list[tuple[str, Callable[..., Any]]]
 """(hook name, hook function) pairs, as `run_with_hooks` takes them."""
@@ -69,6 +72,7 @@ TokenSelection = TokenIndices | Bool[Tensor, "*#batch pos"]
 """The same, or a boolean mask [pos] or [batch pos]."""
 
 Site = Literal["increments", "positions"]
+HeadKind = Literal["query", "key_value"]
 
 Edit = Callable[[Float[Tensor, "batch pos *head"], Bool[Tensor, "#batch pos"], HookedTokens], Tensor]
 """From values, the chosen tokens and what is known of them to other values, of which the chosen are used."""
@@ -83,6 +87,7 @@ def ablate(
     *,
     site: Site = "increments",
     seed: int = 0,
+    head_kind: HeadKind = "query",
 ) -> Hooks:
     """Take the structure out of increments.
 
@@ -94,7 +99,7 @@ def ablate(
         to: a number, the same for every token (1.0 is standard RoPE); "mean", each row's own mean over the chosen
             real tokens whose increment lies between two tokens, so that the row keeps its length; or "shuffle",
             those increments in another order.
-        layers, positions, heads, site: see above.
+        layers, positions, heads, site, head_kind: see above.
         seed: of the shuffle, which is drawn anew for each row and layer, and alike in every call and for any padding.
 
     Returns:
@@ -109,7 +114,7 @@ def ablate(
     tensor([[1.0000, 1.0000, 1.0000, 1.0000, 1.0000, 1.0000, 1.0000, 1.0000],
             [0.7000, 0.8000, 0.5000, 0.4000, 0.8000, 0.5000, 0.7000, 0.5000]])
     """
-    hooks = ablation_hooks(model, to, layers, positions, heads, site=site, seed=seed)
+    hooks = ablation_hooks(model, to, layers, positions, heads, site=site, seed=seed, head_kind=head_kind)
     if is_static(model) and (to == 1 or (site == "increments" and isinstance(to, str))):
         has, held = "every increment of this model is 1.0", "freeze(cache)"
         if site == "positions":
@@ -130,20 +135,22 @@ def ablation_hooks(
     *,
     site: Site = "increments",
     seed: int = 0,
+    head_kind: HeadKind = "query",
 ) -> Hooks:
     """What `ablate` gives, on a static model too: for tables, where a row of zeros is a control."""
     if not (isinstance(to, str) and to in ("mean", "shuffle")):
         to = finite_number(to, "to", 'a finite number, "mean" or "shuffle"')
     seed = index_of(seed, "seed", "a whole number from 0")
     hooks: Hooks = []
-    for layer, name in hook_names(model, layers, _hook_at(site)):
+    hook, heads = _of_heads(model, site, heads, head_kind)
+    for layer, name in hook_names(model, layers, hook):
         if to == "mean":
             hooks.append((name, _hook_function(_Mean(site), positions, heads)))
         elif to == "shuffle":
             hooks.append((name, _hook_function(partial(_shuffle, site, 1000 * seed + layer), positions, heads)))
         else:
             hooks.append((name, _hook_function(partial(_constant, site, to), positions, heads)))
-    return _hooks_with_heads(model, heads, hooks)
+    return hooks
 
 
 def scale(
@@ -154,6 +161,7 @@ def scale(
     heads: HeadIndices = None,
     *,
     site: Site = "increments",
+    head_kind: HeadKind = "query",
 ) -> Hooks:
     """Multiply increments, or positions, by a factor other than 1; arguments, returns and errors as `ablate`.
 
@@ -167,8 +175,9 @@ def scale(
         raise PositionsError(
             "factor is 1, which changes nothing; expected another (a run without hooks is the baseline)."
         )
+    hook, heads = _of_heads(model, site, heads, head_kind)
     edit = _hook_function(partial(_multiply, factor), positions, heads)
-    return _hooks_with_heads(model, heads, [(name, edit) for _, name in hook_names(model, layers, _hook_at(site))])
+    return [(name, edit) for _, name in hook_names(model, layers, hook)]
 
 
 def add_gap(
@@ -179,6 +188,7 @@ def add_gap(
     heads: HeadIndices = None,
     *,
     site: Site = "increments",
+    head_kind: HeadKind = "query",
 ) -> Hooks:
     """Lengthen the gap between token `before - 1` and token `before` by so many positions, other than 0.
 
@@ -196,8 +206,9 @@ def add_gap(
     if by == 0:
         raise PositionsError("by is 0, which changes nothing; expected another (a run without hooks is the baseline).")
     token = edited_token(model, before) if site == "increments" else before
+    hook, heads = _of_heads(model, site, heads, head_kind)
     edit = _hook_function(partial(_lengthen, by, before), token, heads)
-    return _hooks_with_heads(model, heads, [(name, edit) for _, name in hook_names(model, layers, _hook_at(site))])
+    return [(name, edit) for _, name in hook_names(model, layers, hook)]
 
 
 def freeze(
@@ -207,13 +218,14 @@ def freeze(
     heads: HeadIndices = None,
     *,
     site: Site = "increments",
+    head_kind: HeadKind = "query",
 ) -> Hooks:
     """Hold increments at the values that a cache recorded, so that other edits cannot flow through them.
 
     Args:
         cache: from `run_with_cache` on an input of as many tokens; a batch of one serves every row.
         layers: None is every layer that the cache has.
-        positions, heads, site: see above.
+        positions, heads, site, head_kind: see above.
 
     Returns:
         (hook name, hook function) pairs, one a layer.
@@ -227,9 +239,9 @@ def freeze(
     >>> torch.equal(held[3], cache["increments", 3, "attn"])
     True
     """
+    found, heads = _cached_values(cache, site, layers, heads, head_kind)
     return [
-        (name, _hook_function(partial(_put_recorded, values, None, None), positions, heads))
-        for name, values in _cached_values(cache, site, layers, heads)
+        (name, _hook_function(partial(_put_recorded, values, None, None), positions, heads)) for name, values in found
     ]
 
 
@@ -241,6 +253,7 @@ def patch(
     heads: HeadIndices = None,
     *,
     site: Site = "increments",
+    head_kind: HeadKind = "query",
 ) -> Hooks:
     """Put in increments that were recorded on another input.
 
@@ -249,7 +262,7 @@ def patch(
         layers: None is every layer that the cache has.
         source, target: the map between the inputs: the value of token `source[i]` there goes to token `target[i]`
             here. Without it every token gets that of the same index, and both inputs must be equally long.
-        heads, site: see above.
+        heads, site, head_kind: see above.
 
     Returns:
         (hook name, hook function) pairs, one a layer.
@@ -273,7 +286,7 @@ def patch(
             "each target once."
         )
     hooks: Hooks = []
-    found = _cached_values(cache, site, layers, heads)
+    found, heads = _cached_values(cache, site, layers, heads, head_kind)
     plain = site == "increments" and is_static(cache.model)
     for name, values in found:
         if there is not None and max(there, default=0) >= values.shape[1]:
@@ -337,8 +350,9 @@ def hook_names(model: TransformerBridge, layers: LayerIndices, hook: str) -> lis
 
 
 def _cached_values(
-    cache: ActivationCache, site: str, layers: LayerIndices, heads: HeadIndices
-) -> list[tuple[str, Float[Tensor, "batch pos *head"]]]:
+    cache: ActivationCache, site: str, layers: LayerIndices, heads: HeadIndices, kind: HeadKind
+) -> tuple[list[tuple[str, Float[Tensor, "batch pos *head"]]], HeadIndices]:
+    """The hook and the recorded values of each layer, and the heads of that hook."""
     suffix = "." + _hook_at(site)
     if not isinstance(cache, ActivationCache):
         raise PositionsError(f"the cache is a {type(cache).__name__}; expected the one that run_with_cache returns.")
@@ -356,11 +370,11 @@ def _cached_values(
         )
     values = [(name, cache[name].detach()) for layer in dict.fromkeys(wanted) for name in found[layer]]
     values = [(name, value if cache.has_batch_dim else value[None]) for name, value in values]
-    if heads is not None:
-        if values[0][1].ndim < 3:
-            raise PositionsError(f"heads is {heads}; expected none, as the recorded {site} are not per head.")
-        _check_heads(heads, values[0][1].shape[2])
-    return values
+    hook, heads = _of_heads(cast(Any, cache.model), site, heads, kind)
+    if hook != _hook_at(site):
+        count = streams_of(cache.model).n_query
+        values = [(name.removesuffix(suffix) + "." + hook, of_query_heads(value, count)) for name, value in values]
+    return values, heads
 
 
 def _hook_at(site: str) -> str:
@@ -369,23 +383,48 @@ def _hook_at(site: str) -> str:
     return HOOK.format(site)
 
 
-def _hooks_with_heads(model: TransformerBridge, heads: HeadIndices, hooks: Hooks) -> Hooks:
-    if heads is not None:
-        streams = streams_of(model)
-        if not streams.config.per_head:
-            raise PositionsError(
-                f"heads is {heads}; expected none, as the increments of this model are not per head "
-                "(PositionConfig(per_head=True) makes them so)."
-            )
-        first: Any = streams.layers[0]
-        _check_heads(heads, first.heads[0])
-    return hooks
+def _of_heads(model: TransformerBridge, site: str, heads: HeadIndices, kind: HeadKind) -> tuple[str, list[int] | None]:
+    """The hook within a block that has some heads, and their places in it."""
+    hook = _hook_at(site)
+    streams = streams_of(model)
+    if kind not in ("query", "key_value"):
+        raise PositionsError(f'head_kind is {kind!r}; expected "query" or "key_value".')
+    if heads is None:
+        return hook, None
+
+    count = streams.n_query if kind == "query" else streams.n_key_value
+    chosen = indices_of(heads, "a head")
+    _check_heads(chosen, count, kind)
+
+    # Where a source gives these heads their own increments, those are edited.
+    if streams.config.per_head and count == streams.n_key_value:
+        return hook, chosen
+    return HEAD_HOOK.format(site), query_heads(with_query_heads(model), chosen, kind)
 
 
-def _check_heads(heads: HeadIndices, count: int) -> None:
-    wrong = [head for head in indices_of(heads, "a head") if head >= count]
+def with_query_heads(model: TransformerBridge) -> PositionStreams:
+    """The streams of a bridge whose query heads can have rotations of their own.
+
+    Raises:
+        PositionsError: they cannot, or it has no streams.
+    """
+    streams = streams_of(model)
+    streams.try_query_heads(base_model(model))
+    streams.refuse_query_heads()
+    return streams
+
+
+def query_heads(streams: PositionStreams, heads: list[int], kind: HeadKind) -> list[int]:
+    """The query heads that some heads are: themselves, or those that share the keys of some key-value heads."""
+    each = 1 if kind == "query" else streams.n_query // streams.n_key_value
+    return [each * head + i for head in heads for i in range(each)]
+
+
+def _check_heads(heads: list[int], count: int, kind: HeadKind) -> None:
+    wrong = [head for head in heads if head >= count]
     if wrong:
-        raise PositionsError(f"there is no head {wrong[0]}; expected heads from 0 to {count - 1}.")
+        which = "query" if kind == "query" else "key-value"
+        raise PositionsError(f"there is no head {wrong[0]}; expected {which} heads from 0 to {count - 1}.")
 
 
 def indices_of(given: Any, what: str) -> list[int]:

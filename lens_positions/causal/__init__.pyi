@@ -2,6 +2,7 @@ from .ablation import Ablations, ablation_table, token_means
 from .attribution import attribution
 from .mediation import mediation
 from .metrics import log_probability, logit_difference, loss
+from .paths import path_sweep
 from .sweeps import gap_sweep, patch_sweep
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "loss",
     "mediation",
     "patch_sweep",
+    "path_sweep",
     "token_means",
 ]

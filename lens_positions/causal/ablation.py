@@ -22,17 +22,33 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from ..core.model_wrappers import base_model
+from ..core.per_head import of_query_heads
 from ..errors import PositionsError
-from ..interventions import HOOK, Hooks, LayerIndices, ablation_hooks, finite_number, hook_names, index_of, streams_of
+from ..interventions import (
+    HEAD_HOOK,
+    HOOK,
+    HeadKind,
+    Hooks,
+    LayerIndices,
+    ablation_hooks,
+    finite_number,
+    hook_names,
+    index_of,
+    query_heads,
+    streams_of,
+)
 from ..measure.corpus_reader import CorpusIncrements, Texts, read_corpus, rows_of, windows
 from ..measure.intervals import Tally, resamples
 from ..measure.metrics import look_back, token_losses
 from ..measure.partial_forward import Replay
 from ..model import HookedPositionTransformer
 from ..text import Mask
-from .sweeps import SITES
+from .sweeps import SITES, By, head_count
 
 To = float | Literal["mean", "shuffle", "token"]
+Ablated = tuple[int | str, int | None]
+"""A layer, or "all", and a head of it, or None for all of them."""
+
 ABLATION = 'a finite number, "mean", "shuffle" or "token"'
 INTERVENTIONS: tuple[To, ...] = (1.0, "mean", "shuffle")
 
@@ -69,6 +85,8 @@ def ablation_table(
     seed: int = 0,
     means: Float[Tensor, "layer vocab *head"] | None = None,
     *,
+    by: By = "layer",
+    heads: HeadKind = "query",
     attention_mask: Mask = None,
     prepend_bos: bool | None = None,
 ) -> Ablations:
@@ -81,11 +99,15 @@ def ablation_table(
         to: the ablations; "mean" is best kept, for the reason above. Given `means`, "token" is always among them.
         seed: of the shuffle and the resampling.
         means: of other text, from `token_means`.
+        by: "layer", or "head": one head of one layer is ablated, and the other heads keep their increments.
+        heads: with by="head", "query" or "key_value" heads (all query heads that share their keys together).
         attention_mask, prepend_bos: as for `analysis.read_corpus`.
 
     Returns:
         Two tables, in nats per token and tokens; intervals are where 95% of 1,000 resamples of whole documents lie,
-        NaN for a single document. On a static model "1.0", "mean" and "shuffle" are what is there: a control of zeros.
+        NaN for a single document. By head there is a column `head` in the first and `ablated_head` in the second, which
+        then has the pattern of that head. On a static model "1.0", "mean" and "shuffle" are what is there: a control
+        of zeros.
 
     Raises:
         PositionsError: no streams, no such layer, no documents or one of fewer than two tokens, or "token" without
@@ -114,9 +136,11 @@ def ablation_table(
     seed = index_of(seed, "seed", "a whole number from 0")
     documents, batches = windows(cast(HookedPositionTransformer, model), corpus, attention_mask, prepend_bos)
     patterns = {layer: name for layer, name in names.items() if name in model.hook_dict}
-    which: list[int | str] = ["all", *numbers]
-    ablated = [(layer, how) for layer in which for how in to]
-    tallies: dict[tuple[int | str, To, int | None], Tally] = {}
+    each: list[Ablated] = [("all", None)]
+    each += [(n, head) for n in numbers for head in (range(head_count(model, by, heads)) if by == "head" else [None])]
+    run = _Run(model, numbers, patterns, heads, means)
+
+    tallies: dict[tuple[Ablated, To, int | None], Tally] = {}
     base = Tally(len(documents))
     for number, (rows, owners) in enumerate(rows_of(documents, batches, "ablating")):
         targets = rows[:, 1:]
@@ -125,42 +149,83 @@ def ablation_table(
         replay = Replay(model, rows.to(base_model(model).device), hooks=record, tokens_too=False)
         nats, best = token_losses(replay.logits, targets), replay.logits[:, :-1].argmax(-1)
         base.add(owners, nats[..., None])
-        for layer, how in ablated:
-            seen = numbers if layer == "all" else [cast(int, layer)]
-            if how == "token":
-                hooks = _set_to(model, seen, cast(Tensor, means), rows)
-            else:
-                hooks = ablation_hooks(model, to=cast(Any, how), layers=seen, seed=seed + number)
-            compared: dict[str, Tensor] = {}
-            listen: Hooks = [(patterns[n], partial(_compare, own, compared)) for n in seen if n in patterns]
-            logits = replay.run(hooks + listen, {min(seen): 1})
+        for ablated, how in ((ablated, how) for ablated in each for how in to):
+            logits, compared = run.ablated(replay, rows, own, ablated, how, seed + number)
             changed = logits[:, :-1].argmax(-1) != best
-            tally = tallies.setdefault((layer, how, None), Tally(len(documents)))
+            tally = tallies.setdefault((ablated, how, None), Tally(len(documents)))
             tally.add(owners, torch.stack([token_losses(logits, targets) - nats, changed.to(nats)], dim=-1))
-            for n in filter(patterns.get, seen):
-                tally = tallies.setdefault((layer, how, n), Tally(len(documents)))
-                tally.add(owners, compared[patterns[n]])
-    draws = resamples(len(documents), seed)
+            for layer, values in compared.items():
+                tallies.setdefault((ablated, how, layer), Tally(len(documents))).add(owners, values)
+    return _tables(tallies, base, len(documents), seed, by == "head", run)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What all ablations of a table share.
+
+    Attributes:
+        layers: the model's own numbers of those that are ablated.
+        patterns: the hook of each layer that has patterns.
+        heads: the kind of heads, where they are ablated one by one.
+        means: increments by token, for "token".
+    """
+
+    model: TransformerBridge
+    layers: list[int]
+    patterns: dict[int, str]
+    heads: HeadKind
+    means: Tensor | None
+
+    def ablated(
+        self, replay: Replay, rows: Int[Tensor, "row pos"], own: dict[str, Tensor], what: Ablated, how: To, seed: int
+    ) -> tuple[Float[Tensor, "row pos vocab"], dict[int, Float[Tensor, "row next 3 head"]]]:
+        """The logits with an ablation, and what it does to the patterns of each layer that is ablated."""
+        layer, head = what
+        seen = self.layers if layer == "all" else [cast(int, layer)]
+        if how == "token":
+            hooks = _set_to(self.model, seen, cast(Tensor, self.means), rows, self.heads_of(head))
+        else:
+            hooks = ablation_hooks(self.model, cast(Any, how), seen, heads=head, seed=seed, head_kind=self.heads)
+        compared: dict[str, Tensor] = {}
+        listen: Hooks = [(self.patterns[n], partial(_compare, own, compared)) for n in seen if n in self.patterns]
+        logits = replay.run(hooks + listen, {min(seen): 1})
+        which = slice(None) if head is None else self.heads_of(head)
+        return logits, {n: compared[self.patterns[n]][..., which] for n in seen if n in self.patterns}
+
+    def heads_of(self, head: int | None) -> list[int] | None:
+        """The query heads that one head is; None where all are ablated."""
+        return None if head is None else query_heads(streams_of(self.model), [head], self.heads)
+
+
+def _tables(
+    tallies: dict[tuple[Ablated, To, int | None], Tally],
+    base: Tally,
+    documents: int,
+    seed: int,
+    by_head: bool,
+    run: _Run,
+) -> Ablations:
+    """The table of losses and that of attention."""
+    draws = resamples(documents, seed)
     baseline = float(base.summary(draws)[0][0])
     losses, attention = [], []
-    for (layer, how, seen_at), tally in tallies.items():
-        row: dict[str, Any] = {
-            "layer": layer,
-            "to": str(how),
-            "n": int(tally.counts.sum()),
-            "documents": len(documents),
-        }
+    for ((layer, head), how, seen_at), tally in tallies.items():
+        n = int(tally.counts.sum())
         mean, low, high = tally.summary(draws)
+        whole = "all" if head is None else head
         if seen_at is None:
-            row |= {"baseline": baseline, "change": mean[0], "low": low[0], "high": high[0]}
+            row: dict[str, Any] = {"layer": layer} | ({"head": whole} if by_head else {}) | {"to": str(how)}
+            row |= {"n": n, "documents": documents, "baseline": baseline}
+            row |= {"change": mean[0], "low": low[0], "high": high[0]}
             row |= {"changed": mean[1], "changed_low": low[1], "changed_high": high[1]}
             losses.append(row)
             continue
-        for head in range(mean.shape[-1]):
-            of_head: dict[str, Any] = {"ablated": layer, "to": str(how), "layer": seen_at, "head": head, "n": row["n"]}
-            for i, column in enumerate(("distance", "look_back", "look_back_change")):
-                of_head |= {column: mean[i, head], f"{column}_low": low[i, head], f"{column}_high": high[i, head]}
-            attention.append(of_head)
+        for i, of_head in enumerate(run.heads_of(head) or range(mean.shape[-1])):
+            row = {"ablated": layer} | ({"ablated_head": whole} if by_head else {})
+            row |= {"to": str(how), "layer": seen_at, "head": of_head, "n": n}
+            for j, column in enumerate(("distance", "look_back", "look_back_change")):
+                row |= {column: mean[j, i], f"{column}_low": low[j, i], f"{column}_high": high[j, i]}
+            attention.append(row)
     return Ablations(pd.DataFrame(losses), pd.DataFrame(attention))
 
 
@@ -194,16 +259,27 @@ def token_means(
 
 
 def _set_to(
-    model: TransformerBridge, layers: list[int], means: Float[Tensor, "layer vocab *head"], rows: Int[Tensor, "row pos"]
+    model: TransformerBridge,
+    layers: list[int],
+    means: Float[Tensor, "layer vocab *head"],
+    rows: Int[Tensor, "row pos"],
+    heads: list[int] | None,
 ) -> Hooks:
-    """Hooks that give every token of some rows the mean increment of its id."""
-    every = hook_names(model, None, HOOK.format("increments"))
+    """Hooks that give every token of some rows the mean increment of its id, in all heads or in some."""
+    every = hook_names(model, None, (HOOK if heads is None else HEAD_HOOK).format("increments"))
     table = zip(every, means, strict=True)
-    return [(name, partial(_replace_rows, of_ids[rows.cpu()])) for (layer, name), of_ids in table if layer in layers]
+    return [
+        (name, partial(_replace_rows, of_ids[rows.cpu()], heads)) for (layer, name), of_ids in table if layer in layers
+    ]
 
 
-def _replace_rows(values: Tensor, increments: Tensor, hook: HookPoint) -> Tensor:
-    return values.to(increments)
+def _replace_rows(values: Tensor, heads: list[int] | None, given: Tensor, hook: HookPoint) -> Tensor:
+    values = values.to(given)
+    if heads is None:
+        return values
+    replaced = given.clone()
+    replaced[..., heads] = of_query_heads(values, given.shape[2])[..., heads]
+    return replaced
 
 
 def _keep_pattern(kept: dict[str, Tensor], pattern: Tensor, hook: HookPoint) -> None:

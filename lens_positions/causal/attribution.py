@@ -22,19 +22,20 @@ from typing import Literal
 
 import numpy as np
 import torch
+from einops import reduce
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from ..core.model_state import evaluation_mode
-from ..core.own_thread import in_this_thread
+from ..core.own_thread import hooks_of_this_thread, in_this_thread
 from ..errors import PositionsError
-from ..interventions import Hooks, ablation_hooks, hook_names, streams_of
+from ..interventions import HeadKind, Hooks, ablation_hooks, hook_names, streams_of
 from ..measure.metrics import Metric, metric_values, of_prompts
 from ..text import Mask, TextOrTokens, one_prompt
 from .pieces import in_pieces
-from .sweeps import SITES
+from .sweeps import HEAD_SITES, SITES, By, head_count
 
 TOKENS_A_BATCH = 512
 STEPS = (16, 32, 64, 128, 256, 512, 1024)
@@ -50,9 +51,11 @@ def attribution(
     method: Literal["gradient", "integrated"] = "gradient",
     baseline: float | Literal["mean"] | Float[Tensor, "layer pos *head"] = 1.0,
     *,
+    by: By = "layer",
+    heads: HeadKind = "query",
     attention_mask: Mask = None,
     prepend_bos: bool | None = None,
-) -> Float[Tensor, "layer pos"]:
+) -> Float[Tensor, "layer *head pos"]:
     """The first-order effect of every gap, in one backward pass, or its part of the whole effect.
 
     Args:
@@ -64,13 +67,14 @@ def attribution(
             increments to the model's own, each point of which sets all layers at once.
         baseline: increments where the path begins: a number (1.0 is standard RoPE, so on a model without learned
             increments another one is needed: 0.0 puts all tokens in one place), "mean" for each layer's mean, or all
-            of them.
+            of them (by head those of query heads, [layer pos head]).
+        by, heads: as for `gap_sweep`; of key-value heads, the sum of the query heads that share their keys.
         attention_mask, prepend_bos: as for `gap_sweep`.
 
     Returns:
-        Entry [l, t], for the gap before token t at layer `model.position_layers[l]`: the metric's unit per position
-        ("gradient"), or in the metric's unit ("integrated"), where the sum is the metric with the model's own
-        increments minus the metric with the baseline's. With increments per head, the sum of the heads.
+        Entry [l, t], for the gap before token t at layer `model.position_layers[l]`; by head, entry [l, h, t]. It is in
+        the metric's unit per position ("gradient"), or in the metric's unit ("integrated"), where the sum is the metric
+        with the model's own increments minus the metric with the baseline's. By layer, it is the sum of the heads.
 
     Raises:
         PositionsError: no streams, a method or baseline that there is not, tokens or metric that do not fit.
@@ -81,12 +85,17 @@ def attribution(
     >>> slopes = lp.causal.attribution(model, "The cat sat.", lp.causal.loss())
     >>> slopes.shape  # layer, pos
     torch.Size([6, 13])
+    >>> of_heads = lp.causal.attribution(model, "The cat sat.", lp.causal.loss(), by="head")  # layer, head, pos
+    >>> torch.allclose(of_heads.sum(1), slopes, atol=1e-5)
+    True
     >>> bool((slopes[:, 0] == 0).all())  # there is no gap before the first token
     True
     """
     prompt = one_prompt(model, tokens, attention_mask, prepend_bos)
     metric = of_prompts(metric, prompt)
-    names = [name for _, name in hook_names(model, None, SITES["increments"][0])]
+    count = head_count(model, by, heads)
+    hook = HEAD_SITES["increments"] if by == "head" else SITES["increments"][0]
+    names = [name for _, name in hook_names(model, None, hook)]
     with evaluation_mode(model), torch.inference_mode(False), torch.enable_grad():
         prompt = prompt.clone()
         if method == "gradient":
@@ -95,10 +104,12 @@ def attribution(
             values = _integrated_gradients(model, prompt, metric, names, baseline)
         else:
             raise PositionsError(f'method is {method!r}; expected "gradient" or "integrated".')
-    if values.ndim == 3:
+    if by == "head":
+        values = reduce(values, "layer pos (head query) -> layer head pos", "sum", head=count)
+    elif values.ndim == 3:
         values = values.sum(-1)
     if streams_of(model).config.gap == "after":
-        values = torch.cat([torch.zeros_like(values[:, :1]), values[:, :-1]], dim=1)
+        values = torch.cat([torch.zeros_like(values[..., :1]), values[..., :-1]], dim=-1)
     return values
 
 
@@ -109,10 +120,12 @@ def _gradient(
     around = current.get()
     found: dict[str, list[Tensor]] = {name: [] for name in names}
 
-    def note(increments: Tensor, hook: HookPoint) -> None:
+    def note(increments: Tensor, hook: HookPoint) -> Tensor | None:
         step = current.get()
-        if step is not None and step.outer is around:  # not a pass that another hook function runs in this one
-            found[str(hook.name)].append(increments if increments.requires_grad else increments.requires_grad_())
+        if step is None or step.outer is not around:  # a pass that another hook function runs in this one
+            return None
+        found[str(hook.name)].append(increments if increments.requires_grad else increments.requires_grad_())
+        return increments.view_as(increments)  # another tensor: heads have rotations of their own where one is put in
 
     with model.hooks(fwd_hooks=[(name, in_this_thread(note)) for name in names]), in_pieces(model):
         logits = model(prompt, return_type="logits", use_cache=False)
@@ -229,6 +242,6 @@ def _increments(
     model: TransformerBridge, prompt: Int[Tensor, "1 pos"], names: list[str], hooks: Hooks
 ) -> Float[Tensor, "layer pos *head"]:
     """The increments at every layer after some hooks."""
-    with model.hooks(fwd_hooks=[(name, in_this_thread(function)) for name, function in hooks]):
+    with model.hooks(fwd_hooks=hooks_of_this_thread(hooks)):
         _, cache = model.run_with_cache(prompt, names_filter=names, return_type=None)
     return torch.stack([cache[name][0] for name in names])

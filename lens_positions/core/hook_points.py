@@ -73,7 +73,11 @@ class StreamHookPoint(HookPoint):
 
 
 def run_hook(
-    hook: HookPoint, activation: Float[Tensor, "batch pos *rest"], tokens: HookedTokens | None = None
+    hook: HookPoint,
+    activation: Float[Tensor, "batch pos *rest"],
+    tokens: HookedTokens | None = None,
+    *,
+    watched: bool = True,
 ) -> Float[Tensor, "batch pos *rest"]:
     """Pass an activation through its hook point.
 
@@ -84,6 +88,8 @@ def run_hook(
         hook: the hook point.
         activation: increments, positions or a rotation.
         tokens: what hook functions may know of the tokens, where the hook point belongs to a layer.
+        watched: whether a copy with a gradient comes back although no function changed it, as one may have kept it to
+            ask for that gradient. Otherwise only where the gradient is a function's doing.
 
     Raises:
         PositionsError: a hook function returned another shape, or NaN or infinite values.
@@ -104,7 +110,8 @@ def run_hook(
         hook.ctx.pop("tokens", None)
 
     if returned is given and version is not None and given._version == version:
-        return given if given.requires_grad else activation
+        asked = watched or bool(hook.bwd_hooks) or not activation.requires_grad
+        return given if given.requires_grad and asked else activation
 
     if not isinstance(returned, Tensor) or returned.shape != activation.shape:
         shape = tuple(returned.shape) if isinstance(returned, Tensor) else type(returned).__name__

@@ -12,18 +12,21 @@ from typing import Any
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+OF_HEADS = "query heads"
+"""Marks, behind the stream and its call, what query heads differ by from the increments that they share."""
+
 
 class PositionMemory:
     """The increments and the structure of a cache's tokens, mixed into the class of the cache.
 
     Attributes:
         surplus: d - 1 of each token, by stream and by the number of its call in a forward pass, of which a looped
-            model makes several.
+            model makes several; with `OF_HEADS` behind these, what each query head adds to that.
         real: the tokens that are not padding; None: all are.
         ancestors: which tokens each one sums over, where a mask made a tree of them; None: they stand in a row.
     """
 
-    surplus: dict[tuple[int, int], Float[Tensor, "batch past *head"]]
+    surplus: dict[tuple[Any, ...], Float[Tensor, "batch past *head"]]
     real: Bool[Tensor, "#batch past"] | None
     ancestors: Bool[Tensor, "#batch past past"] | None
 

@@ -27,6 +27,11 @@ def in_this_thread(function: Callable[..., Any]) -> Callable[..., Any]:
     return partial(_if_own, threading.get_ident(), function)
 
 
+def hooks_of_this_thread(hooks: Iterable[tuple[Any, Callable[..., Any]]]) -> list[tuple[Any, Callable[..., Any]]]:
+    """Pairs of a hook name and a function that acts in this thread alone."""
+    return [(name, in_this_thread(function)) for name, function in hooks]
+
+
 def _if_own(thread: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_compiling() or threading.get_ident() == thread or torch._C._current_graph_task_id() >= 0:
         return function(*args, **kwargs)

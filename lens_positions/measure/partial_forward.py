@@ -27,7 +27,7 @@ from transformers import DynamicCache
 
 from ..core.kv_cache import memory_of
 from ..core.model_state import evaluation_mode
-from ..core.own_thread import in_this_thread, return_known_outputs
+from ..core.own_thread import hooks_of_this_thread, in_this_thread, return_known_outputs
 from ..interventions import Hooks, streams_of
 
 
@@ -102,7 +102,7 @@ class Replay:
         with evaluation_mode(self.model), torch.no_grad():
             if self.exact:
                 return self._resumed(hooks, joining, self.start(token))
-            with self.model.hooks(fwd_hooks=_own(hooks)):
+            with self.model.hooks(fwd_hooks=hooks_of_this_thread(hooks)):
                 return self._logits(self.tokens.repeat(sum(joining.values()), 1), None)
 
     def _baseline(self, hooks: Hooks) -> Tensor:
@@ -112,7 +112,7 @@ class Replay:
             handles.append(block.register_forward_pre_hook(in_this_thread(self._keep_input), with_kwargs=True))
             handles.append(block.register_forward_hook(in_this_thread(self._keep_output)))
         try:
-            with evaluation_mode(self.model), torch.no_grad(), self.model.hooks(fwd_hooks=_own(hooks)):
+            with evaluation_mode(self.model), torch.no_grad(), self.model.hooks(fwd_hooks=hooks_of_this_thread(hooks)):
                 return self._logits(self.tokens, self._cache)
         finally:
             for handle in handles:
@@ -147,7 +147,10 @@ class Replay:
             for layer, copies in joining.items()
         ]
         try:
-            with return_known_outputs(self._blocks[:first], self._outputs), self.model.hooks(fwd_hooks=_own(hooks)):
+            with (
+                return_known_outputs(self._blocks[:first], self._outputs),
+                self.model.hooks(fwd_hooks=hooks_of_this_thread(hooks)),
+            ):
                 return self._logits(self.tokens[:, token:], self._prefix(token, present) if token else None)
         finally:
             for handle in handles:
@@ -174,8 +177,8 @@ class Replay:
         streams: Any = streams_of(self.model).layers
         memory = memory_of(cache)
         surplus = {} if memory is None else memory.surplus
-        for (index, call), values in surplus.items():
-            surplus[index, call] = values.repeat_interleave(max(present[streams[index].layer], 1), dim=0)
+        for key, values in surplus.items():
+            surplus[key] = values.repeat_interleave(max(present[streams[key[0]].layer], 1), dim=0)
         return cache
 
     def _logits(self, tokens: Tensor, cache: Any) -> Tensor:
@@ -188,7 +191,3 @@ class Replay:
 
     def _keep_output(self, _block: Any, _args: Any, output: Any) -> None:
         self._outputs.append(output)
-
-
-def _own(hooks: Hooks) -> Hooks:
-    return [(name, in_this_thread(function)) for name, function in hooks]

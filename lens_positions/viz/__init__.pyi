@@ -1,6 +1,6 @@
 from .arcs import arcs
 from .charts import auc_chart, differences_chart, frequency_map, kinds_chart, lines_chart
-from .effect_charts import ablation_bars, effect_map
+from .effect_charts import ablation_bars, effect_map, head_map
 from .interactive import View, attention_view, spacing_view, tokens_view
 from .output import MissingFontError
 from .report import report
@@ -21,6 +21,7 @@ __all__ = [
     "entropy_chart",
     "explore",
     "frequency_map",
+    "head_map",
     "kinds_chart",
     "lines_chart",
     "norms_map",

@@ -84,6 +84,57 @@ def effect_map(
     return figure
 
 
+def head_map(
+    effects: Float[Tensor, "layer head *pos"],
+    layers: Sequence[int],
+    title: str,
+    unit: str,
+    caption: str = "",
+    path: str | Path | None = None,
+) -> Figure:
+    """Draw the effect of every layer and head; of each head over a prompt, the one at the token where it is largest.
+
+    `effect_map(effects[:, head], ...)` draws one head at every token.
+
+    Args:
+        effects: from a sweep or an attribution with by="head", or from `causal.path_sweep`; NaN counts for nothing.
+        layers: the model's own number of each row; layer 0 is at the bottom, where the text comes in.
+        title, unit, caption, path: as for `effect_map`.
+
+    Raises:
+        PositionsError: layers that are not as many as the effects have, no head axis, or a path that cannot be written.
+
+    >>> effects = lp.causal.gap_sweep(model, "The cat", lp.causal.loss(), by="head")
+    >>> figure = lp.viz.head_map(effects, model.position_layers, "A longer gap", "nats per token")
+    >>> figure.axes[0].get_xlabel()
+    'head'
+    """
+    if effects.ndim not in (2, 3) or len(effects) != len(layers):
+        raise PositionsError(
+            f"effects have shape {tuple(effects.shape)}, with {len(layers)} layers; expected [layer, head] or "
+            "[layer, head, pos] to match."
+        )
+    values = effects.detach().cpu().nan_to_num().numpy()
+    if values.ndim == 3:  # with its sign
+        largest = np.abs(values).argmax(-1, keepdims=True)
+        values = np.take_along_axis(values, largest, axis=-1)[..., 0]
+        unit += ", at the token where it is largest"
+    most = float(np.abs(values).max()) or 1.0
+    with style.context():
+        size = (max(0.22 * values.shape[1], 3.0), max(0.16 * len(layers), 0.9))
+        figure, axes = style.frame_figure(size, title, unit, caption, (0.75, 1.05, 0.75, 0.5))
+        image = axes.imshow(values, cmap=DIVERGING, vmin=-most, vmax=most, aspect="auto", origin="lower")
+        axes.set(ylabel="layer", xlabel="head")
+        for axis, names in ((axes.xaxis, range(values.shape[1])), (axes.yaxis, layers)):
+            step = max(1, round(len(names) / 10))
+            axis.set_ticks(range(0, len(names), step), [str(names[i]) for i in range(0, len(names), step)])
+        axes.tick_params(length=0)
+        style.colour_bar(figure, axes, image)
+    if path is not None:
+        style.save(figure, path)
+    return figure
+
+
 def ablation_bars(
     loss: pd.DataFrame, title: str = "Loss without the structure of increments", caption: str = "",
     path: str | Path | None = None,

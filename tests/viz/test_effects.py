@@ -206,3 +206,15 @@ def test_without_a_chinese_font_the_map_says_why(run, folder, tmp_path, monkeypa
     assert code == 0
     assert "largest effects" in out
     assert "no figure was drawn" in err
+
+
+def test_a_map_of_heads_shows_the_largest_effect_of_each_with_its_sign():
+    effects = torch.zeros(2, 3, 5)
+    effects[0, 1, 2], effects[0, 1, 4], effects[1, 2, 0] = -3.0, 2.0, 1.0
+    figure = lp.viz.head_map(effects, [4, 7], "A longer gap", "nats")
+    drawn = figure.axes[0].images[0]
+    assert drawn.get_array().tolist() == [[0.0, -3.0, 0.0], [0.0, 0.0, 1.0]]
+    assert drawn.get_clim() == (-3.0, 3.0)
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["4", "7"]
+    with pytest.raises(lp.PositionsError, match=r"effects have shape \(2, 3, 5\), with 3 layers"):
+        lp.viz.head_map(effects, [0, 1, 2], "A longer gap", "nats")
