@@ -18,8 +18,9 @@ from lens_positions.viz.explorer.server import Models, Server
 
 FILM = Path(__file__).parents[1] / "docs" / "explore.webp"
 TEXT = "The cat sat on the mat."
-SIZE = (1120, 700)
+SIZE = (1120, 740)
 MOST_BYTES = 2_000_000
+LETTER = 7  # the token "t" of "cat"
 STEP, HOLD = 80, 1400  # milliseconds
 
 HAND = [(0, 0), (0, 17), (4, 13), (7, 20), (10, 19), (7, 12), (12, 12)]
@@ -57,6 +58,12 @@ class Film:
         box = target.bounding_box()
         self.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, steps)
 
+    def click(self, time: int) -> None:
+        """Press what the pointer is on, and add what is seen then."""
+        self.page.mouse.down()
+        self.page.mouse.up()
+        self.shoot(time)
+
     def pull(self, layer: int, token: int, pixels: float) -> None:
         """Take a token and carry it so far."""
         self.to(self.page.locator(f'.lp-ruler >> nth={layer} >> .lp-token[data-i="{token}"] text'))
@@ -83,22 +90,20 @@ class Film:
 
 
 def play(film: Film) -> None:
-    """Pull a word away in layer 0, look at the head that changed most, pull in all layers, and undo."""
+    """Look at what follows "cat", pull its last letter away, look at the head that changed most, go on, and undo."""
     page = film.page
     film.shoot(HOLD)
-    film.pull(0, 5, 150)
+    film.to(page.locator(".lp-chip").nth(LETTER))
+    film.click(HOLD)
+    film.pull(0, LETTER, 150)
     film.to(page.locator(".lp-head").first)
-    page.mouse.down()
-    page.mouse.up()
-    film.shoot(HOLD)
+    film.click(HOLD)
     page.get_by_label("acts in", exact=True).select_option("all")
     film.shoot()
-    film.pull(2, 17, 110)
+    film.pull(1, 16, 110)
     film.to(page.get_by_role("button", name="Undo"))
     for _ in range(2):
-        page.mouse.down()
-        page.mouse.up()
-        film.shoot(700)
+        film.click(700)
 
 
 def main() -> None:
