@@ -80,7 +80,7 @@ def drags(page: Page, count: int, layers: int, tokens: int) -> np.ndarray:
     for i in range(count):
         row = page.locator(".lp-ruler").nth(draw.randrange(layers))
         row.scroll_into_view_if_needed()
-        token = row.locator(f'.lp-token[data-i="{draw.randrange(1, tokens)}"] text')
+        token = row.locator(f'.lp-token[data-i="{draw.randrange(1, tokens)}"]')
         if not token.count():
             continue
         box = token.bounding_box()

@@ -66,7 +66,7 @@ class Film:
 
     def pull(self, layer: int, token: int, pixels: float) -> None:
         """Take a token and carry it so far."""
-        self.to(self.page.locator(f'.lp-ruler >> nth={layer} >> .lp-token[data-i="{token}"] text'))
+        self.to(self.page.locator(f'.lp-ruler >> nth={layer} >> .lp-token[data-i="{token}"]'))
         self.page.mouse.down()
         self.move(self.hand[0] + pixels, self.hand[1], 14)
         self.page.mouse.up()

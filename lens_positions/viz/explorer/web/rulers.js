@@ -8,16 +8,21 @@ const HEIGHT = 74;
 const AXIS = 44; // of a row, from its top
 const PAD = 22;
 const OVERLAP = 0.62;
+const REACH = 12;
 const SIGHT = 300; // drawn to either side of what is seen
 
 export function rulers(app) {
-  const scroller = html("div", { class: "lp-rulers lp-wide", scroll: () => requestAnimationFrame(redraw) });
+  const scroller = html("div", { class: "lp-rulers lp-wide", scroll: () => requestAnimationFrame(() => ((seenAt.left = scroller.scrollLeft), redraw())) });
   const rows = [];
+  const seenAt = { left: 0, width: 0, names: 0 }; // read when they change: to read them in a drawing lays the page out
+  let [shorts, halves] = [[], []];
   let drag = null;
   let frozen = null; // the scales while something is dragged
 
   function build() {
     rows.length = 0;
+    shorts = app.text.labels.map(short);
+    halves = app.text.labels.map((label) => widthOf(label, TYPE) / 2);
     app.text.layers.forEach((layer, entry) => {
       const picture = svg("svg", {
         height: HEIGHT,
@@ -35,6 +40,8 @@ export function rulers(app) {
       rows.push({ layer, entry, picture, name, node: html("div", { class: "lp-ruler" }, name, picture) });
     });
     scroller.replaceChildren(...rows.map((row) => row.node));
+    seenAt.width = scroller.clientWidth;
+    seenAt.names = rows[0].name.offsetWidth;
   }
 
   const after = () => app.result.after ?? app.text.before;
@@ -52,11 +59,10 @@ export function rulers(app) {
     if (frozen) return frozen;
     const labels = app.text.labels;
     let needed = 0;
-    for (const label of labels) needed += Math.max(widthOf(label, TYPE) * 0.8, 7) + 3;
-    const left = rows[0].name.offsetWidth;
-    const room = Math.max(scroller.clientWidth - left, 200);
+    for (const half of halves) needed += Math.max(1.6 * half, 7) + 3;
+    const room = Math.max(seenAt.width - seenAt.names, 200);
     const width = Math.max(room, Math.min(needed, 60_000));
-    const right = Math.max(PAD, widthOf(labels[labels.length - 1], TYPE) / 2 + 6);
+    const right = Math.max(PAD, halves[labels.length - 1] + 6);
     const spans = rows.map(({ entry }) => {
       const all = [after().positions[entry], before().positions[entry]];
       let [low, high] = [0, 1e-9];
@@ -78,7 +84,8 @@ export function rulers(app) {
     if (!app.text || !rows.length) return;
     const every = scales();
     rows.forEach((row) => drawRow(row, every[row.entry]));
-    scroller.classList.toggle("lp-more", scroller.scrollLeft + scroller.clientWidth < scroller.scrollWidth - 2);
+    const whole = seenAt.names + Math.max(...rows.map((row) => row.width));
+    scroller.classList.toggle("lp-more", seenAt.left + seenAt.width < whole - 2);
   }
 
   function drawRow(row, scale) {
@@ -86,7 +93,7 @@ export function rulers(app) {
     const at = places(row.entry);
     const own = before().positions[row.entry];
     const x = (position) => PAD + (position - scale.low) * scale.perUnit;
-    const [from, to] = [scroller.scrollLeft - SIGHT, scroller.scrollLeft + scroller.clientWidth + SIGHT];
+    const [from, to] = [seenAt.left - SIGHT, seenAt.left + seenAt.width + SIGHT];
     const seen = (value) => value >= from && value <= to;
     const farthest = drag ? Math.max(scale.width, x(at[at.length - 1]) + PAD) : scale.width;
     const parts = [];
@@ -107,33 +114,30 @@ export function rulers(app) {
       parts.push(svg("line", { x1: start, x2: end, y1: AXIS, y2: AXIS, class: held }));
     }
 
-    // Where tokens were before the edits, below the axis; where they are now, above it.
+    // Where tokens were before the edits, below the axis; where they are now, above it. A line of each kind is one path:
+    // thousands of elements would take longer to draw than the model takes to run.
+    const lines = { tick: "", was: "", way: "" };
+    const words = [];
     const ends = [-Infinity, -Infinity];
     for (let i = 0; i < labels.length; i++) {
       const [was, is] = [x(own[i]), x(at[i])];
-      const moved = Math.abs(was - is) > 1;
-      if (seen(was) && moved) {
-        parts.push(svg("line", { x1: was, x2: was, y1: AXIS + 1, y2: AXIS + 12, class: "lp-was" }));
-        if (seen(is)) parts.push(svg("line", { x1: was, x2: is, y1: AXIS + 12, y2: AXIS, class: "lp-was lp-way" }));
+      if (seen(was) && Math.abs(was - is) > 1) {
+        lines.was += `M${was.toFixed(1)} ${AXIS + 1}v11`;
+        if (seen(is)) lines.way += `M${was.toFixed(1)} ${AXIS + 12}L${is.toFixed(1)} ${AXIS}`;
       }
       if (!seen(is)) continue;
-      const half = widthOf(labels[i], TYPE) / 2;
       // Labels may lap over each other by a third; those that would by more stand a line higher, where there is room.
+      const half = halves[i];
       const level = is - OVERLAP * half >= ends[0] ? 0 : is - OVERLAP * half >= ends[1] ? 1 : 0;
       ends[level] = Math.max(ends[level], is + OVERLAP * half);
-      parts.push(svg("line", { x1: is, x2: is, y1: AXIS - 6, y2: AXIS, class: "lp-tick" }));
-      const look = ["lp-token"];
-      if (i === token && layer === row.layer) look.push("lp-held");
-      if (i === app.looked()) look.push("lp-looked");
-      const group = svg(
-        "g",
-        { class: look.join(" "), "data-i": i, transform: `translate(${is} ${AXIS - 12 - 16 * level})` },
-        svg("rect", { x: -Math.max(half, 8), y: -15, width: 2 * Math.max(half, 8), height: 27 }),
-        svg("text", { "font-size": TYPE, direction: "ltr", "unicode-bidi": "isolate" }, short(labels[i])),
-        svg("title", {}, `“${labels[i]}”, token ${i}, at ${written(at[i])}`),
-      );
-      parts.push(group);
+      lines.tick += `M${is.toFixed(1)} ${AXIS - 6}v6`;
+      const look = `lp-token${i === token && layer === row.layer ? " lp-held" : ""}${i === app.looked() ? " lp-looked" : ""}`;
+      words.push(svg("text", { x: is, y: AXIS - 12 - 16 * level, "font-size": TYPE, class: look, "data-i": i }, shorts[i]));
     }
+    for (const [name, d] of Object.entries(lines)) if (d) parts.push(svg("path", { d, class: `lp-${name}` }));
+    parts.push(...words);
+    row.x = at.map(x);
+    row.width = farthest;
     row.picture.setAttribute("width", farthest);
     row.picture.replaceChildren(...parts);
     describe(row, at);
@@ -162,7 +166,7 @@ export function rulers(app) {
   // ---- the hand ------------------------------------------------------------------------------------------------------
 
   function onDown(event, entry) {
-    const token = Number(event.target.closest?.(".lp-token")?.dataset.i ?? -1);
+    const token = Number(event.target.closest?.(".lp-token")?.dataset.i ?? near(event, rows[entry]));
     if (app.still || event.button !== 0 || token < 0) return;
     app.take(rows[entry].layer, token);
     if (token === 0) return;
@@ -172,6 +176,15 @@ export function rulers(app) {
     picture.setPointerCapture(event.pointerId);
     frozen = scales();
     drag = { entry, token, from: event.clientX, by: 0, answered: 0, entries: app.scopeEntries() };
+  }
+
+  // The token that a hand near it means.
+  function near(event, row) {
+    const [px, py] = [event.clientX, event.clientY].map((at, i) => at - row.picture.getBoundingClientRect()[i ? "top" : "left"]);
+    if (py > AXIS + 6 || !row.x) return -1;
+    const apart = row.x.map((at) => Math.abs(at - px));
+    const closest = apart.indexOf(Math.min(...apart));
+    return apart[closest] <= REACH ? closest : -1;
   }
 
   function onMove(event) {
@@ -214,11 +227,15 @@ export function rulers(app) {
     const entry = Math.max(app.text.layers.indexOf(app.state.gap.layer), 0);
     const scale = scales()[entry];
     const at = PAD + (places(entry)[token] - scale.low) * scale.perUnit;
-    if (at < scroller.scrollLeft + 20 || at > scroller.scrollLeft + scroller.clientWidth - 120)
-      scroller.scrollLeft = at - scroller.clientWidth / 2;
+    if (at < seenAt.left + 20 || at > seenAt.left + seenAt.width - 120) scroller.scrollLeft = at - seenAt.width / 2;
   }
 
-  new ResizeObserver(() => redraw()).observe(scroller);
+  function measure() {
+    seenAt.width = scroller.clientWidth;
+    seenAt.names = rows[0]?.name.offsetWidth ?? 0;
+    redraw();
+  }
+  new ResizeObserver(measure).observe(scroller);
   return {
     node: scroller,
     build,
