@@ -12,6 +12,7 @@ Losses are paired: the same tokens with and without. A document is the unit of s
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any, Literal, cast
 
 import pandas as pd
@@ -43,6 +44,7 @@ from ..measure.metrics import look_back, token_losses
 from ..measure.partial_forward import Replay
 from ..model import HookedPositionTransformer
 from ..text import Mask
+from .prompt_tables import Prompts, documents_of
 from .sweeps import SITES, By, head_count
 
 To = float | Literal["mean", "shuffle", "token"]
@@ -79,7 +81,7 @@ class Ablations:
 
 def ablation_table(
     model: TransformerBridge,
-    corpus: Texts,
+    corpus: Prompts,
     layers: LayerIndices = None,
     to: Sequence[To] = INTERVENTIONS,
     seed: int = 0,
@@ -94,7 +96,7 @@ def ablation_table(
 
     Args:
         model: a bridge with position streams and a tokenizer.
-        corpus: documents, as text or as tokens; long ones are cut into windows.
+        corpus: documents, as text or as tokens, or a table with a column `clean`; long ones are cut into windows.
         layers: the model's own layer numbers, ablated one by one and together; None is all that rotate.
         to: the ablations; "mean" is best kept, for the reason above. Given `means`, "token" is always among them.
         seed: of the shuffle and the resampling.
@@ -120,43 +122,69 @@ def ablation_table(
     1     0  mean       1.5     1.1
     """
     names = dict(hook_names(model, layers, SITES["pattern"][0]))
-    numbers = list(names)
+    to = _checked_ablations(model, to, means)
+    seed = index_of(seed, "seed", "a whole number from 0")
+    bridge, texts = cast(HookedPositionTransformer, model), documents_of(corpus)
+    documents, batches = windows(bridge, texts, attention_mask, prepend_bos)
+    patterns = {layer: name for layer, name in names.items() if name in model.hook_dict}
+    each = _each_ablation(model, list(names), by, heads)
+    run = _Run(model, list(names), patterns, heads, means)
+    tallies: dict[tuple[Ablated, To, int | None], Tally] = {}
+    base = Tally(len(documents))
+    for number, (rows, owners) in enumerate(rows_of(documents, batches, f"ablating in {len(each) * len(to)} ways")):
+        baseline = _Baseline(model, rows, patterns)
+        base.add(owners, baseline.nats[..., None])
+        for ablated, how in product(each, to):
+            # A seed a batch: the same shuffle of every window would be one draw, not many.
+            for seen_at, values in run.changes(baseline, ablated, how, seed + number).items():
+                tallies.setdefault((ablated, how, seen_at), Tally(len(documents))).add(owners, values)
+    return _tables(tallies, base, len(documents), seed, by == "head", run)
+
+
+def _each_ablation(model: TransformerBridge, layers: list[int], by: By, heads: HeadKind) -> list[Ablated]:
+    """What is ablated: all layers together, then each layer, or each head of each, alone."""
+    of_layer = range(head_count(model, by, heads)) if by == "head" else [None]
+    return [("all", None), *((layer, head) for layer in layers for head in of_layer)]
+
+
+def _checked_ablations(
+    model: TransformerBridge, to: Sequence[To], means: Float[Tensor, "layer vocab *head"] | None
+) -> list[To]:
+    """The ablations, each once, with "token" among them where there are means."""
     if isinstance(to, str) or not isinstance(to, Sequence) or not to:
         raise PositionsError(f"to is {to!r}; expected a list of ablations, some of 1.0, 'mean' and 'shuffle'.")
     to = list(
         dict.fromkeys(how if how in ("mean", "shuffle", "token") else finite_number(how, "to", ABLATION) for how in to)
     )
     if means is not None:
-        to = list(dict.fromkeys([*to, "token"]))
         shape = (len(streams_of(model).layers), model.cfg.d_vocab)
         if means.shape[:2] != shape:
             raise PositionsError(f"means have shape {tuple(means.shape)}; expected {shape}, [layer, vocab].")
-    elif "token" in to:
+        return list(dict.fromkeys([*to, "token"]))
+    if "token" in to:
         raise PositionsError('to has "token" and no means were given; expected those of token_means.')
-    seed = index_of(seed, "seed", "a whole number from 0")
-    documents, batches = windows(cast(HookedPositionTransformer, model), corpus, attention_mask, prepend_bos)
-    patterns = {layer: name for layer, name in names.items() if name in model.hook_dict}
-    each: list[Ablated] = [("all", None)]
-    each += [(n, head) for n in numbers for head in (range(head_count(model, by, heads)) if by == "head" else [None])]
-    run = _Run(model, numbers, patterns, heads, means)
+    return to
 
-    tallies: dict[tuple[Ablated, To, int | None], Tally] = {}
-    base = Tally(len(documents))
-    for number, (rows, owners) in enumerate(rows_of(documents, batches, "ablating")):
-        targets = rows[:, 1:]
-        own: dict[str, Tensor] = {}
-        record: Hooks = [(name, partial(_keep_pattern, own)) for name in patterns.values()]
-        replay = Replay(model, rows.to(base_model(model).device), hooks=record, tokens_too=False)
-        nats, best = token_losses(replay.logits, targets), replay.logits[:, :-1].argmax(-1)
-        base.add(owners, nats[..., None])
-        for ablated, how in ((ablated, how) for ablated in each for how in to):
-            logits, compared = run.ablated(replay, rows, own, ablated, how, seed + number)
-            changed = logits[:, :-1].argmax(-1) != best
-            tally = tallies.setdefault((ablated, how, None), Tally(len(documents)))
-            tally.add(owners, torch.stack([token_losses(logits, targets) - nats, changed.to(nats)], dim=-1))
-            for layer, values in compared.items():
-                tallies.setdefault((ablated, how, layer), Tally(len(documents))).add(owners, values)
-    return _tables(tallies, base, len(documents), seed, by == "head", run)
+
+class _Baseline:
+    """Some rows without ablation: what every ablation of them is compared with.
+
+    Attributes:
+        rows: the tokens; `targets` those that are predicted.
+        patterns: attention by hook name.
+        replay: runs them again from a layer on.
+        nats: the loss of each token that is predicted; `best` the most likely prediction.
+    """
+
+    def __init__(self, model: TransformerBridge, rows: Int[Tensor, "row pos"], patterns: dict[int, str]) -> None:
+        self.rows, self.targets = rows, rows[:, 1:]
+        self.patterns: dict[str, Tensor] = {}
+        record: Hooks = [(name, partial(_keep_pattern, self.patterns)) for name in patterns.values()]
+
+        # An ablation changes nothing below its first layer, so what enters that layer is kept and run on from there.
+        self.replay = Replay(model, rows.to(base_model(model).device), hooks=record, tokens_too=False)
+        self.nats = token_losses(self.replay.logits, self.targets)
+        self.best = self.replay.logits[:, :-1].argmax(-1)
 
 
 @dataclass(frozen=True)
@@ -176,21 +204,25 @@ class _Run:
     heads: HeadKind
     means: Tensor | None
 
-    def ablated(
-        self, replay: Replay, rows: Int[Tensor, "row pos"], own: dict[str, Tensor], what: Ablated, how: To, seed: int
-    ) -> tuple[Float[Tensor, "row pos vocab"], dict[int, Float[Tensor, "row next 3 head"]]]:
-        """The logits with an ablation, and what it does to the patterns of each layer that is ablated."""
+    def changes(self, baseline: _Baseline, what: Ablated, how: To, seed: int) -> dict[int | None, Tensor]:
+        """What an ablation changes: loss and prediction (under None), and the patterns of each layer ablated."""
         layer, head = what
         seen = self.layers if layer == "all" else [cast(int, layer)]
         if how == "token":
-            hooks = _set_to(self.model, seen, cast(Tensor, self.means), rows, self.heads_of(head))
+            hooks = _set_to(self.model, seen, cast(Tensor, self.means), baseline.rows, self.heads_of(head))
         else:
             hooks = ablation_hooks(self.model, cast(Any, how), seen, heads=head, seed=seed, head_kind=self.heads)
         compared: dict[str, Tensor] = {}
-        listen: Hooks = [(self.patterns[n], partial(_compare, own, compared)) for n in seen if n in self.patterns]
-        logits = replay.run(hooks + listen, {min(seen): 1})
+        names = {n: self.patterns[n] for n in seen if n in self.patterns}
+        listen: Hooks = [(name, partial(_compare, baseline.patterns, compared)) for name in names.values()]
+        logits = baseline.replay.run(hooks + listen, {min(seen): 1})
+
+        # Paired by token: what texts differ in cancels.
+        of_loss = token_losses(logits, baseline.targets) - baseline.nats
+        changed = logits[:, :-1].argmax(-1) != baseline.best
+        found: dict[int | None, Tensor] = {None: torch.stack([of_loss, changed.to(of_loss)], dim=-1)}
         which = slice(None) if head is None else self.heads_of(head)
-        return logits, {n: compared[self.patterns[n]][..., which] for n in seen if n in self.patterns}
+        return found | {n: compared[name][..., which] for n, name in names.items()}
 
     def heads_of(self, head: int | None) -> list[int] | None:
         """The query heads that one head is; None where all are ablated."""
@@ -252,8 +284,12 @@ def token_means(
     of_token = torch.from_numpy(corpus_increments.ids())
     values = torch.from_numpy(corpus_increments.increments)
     shape = (*values.shape[:2], cast(Any, model.cfg.d_vocab))
+
+    # `index_add` counts every occurrence of an id; an assignment by index would keep the last.
     sums = torch.zeros(shape, dtype=values.dtype).index_add(2, of_token, values)
     counts = torch.bincount(of_token, minlength=shape[2])
+
+    # An id that the corpus lacks has no mean of its own.
     means = torch.where(counts > 0, sums / counts.clamp(min=1), values.mean(-1, keepdim=True)).float()
     return means.transpose(1, 2) if streams_of(model).config.per_head else means[:, 0]
 
@@ -267,6 +303,8 @@ def _set_to(
 ) -> Hooks:
     """Hooks that give every token of some rows the mean increment of its id, in all heads or in some."""
     every = hook_names(model, None, (HOOK if heads is None else HEAD_HOOK).format("increments"))
+
+    # Means are of every layer that has a stream, in their order.
     table = zip(every, means, strict=True)
     return [
         (name, partial(_replace_rows, of_ids[rows.cpu()], heads)) for (layer, name), of_ids in table if layer in layers

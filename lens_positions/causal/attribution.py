@@ -18,6 +18,7 @@ Integrated gradients: Sundararajan et al., "Axiomatic Attribution for Deep Netwo
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -33,8 +34,10 @@ from ..core.own_thread import hooks_of_this_thread, in_this_thread
 from ..errors import PositionsError
 from ..interventions import HeadKind, Hooks, ablation_hooks, hook_names, streams_of
 from ..measure.metrics import Metric, metric_values, of_prompts
+from ..progress import track_progress
 from ..text import Mask, TextOrTokens, one_prompt
 from .pieces import in_pieces
+from .prompts import batched_gradients, many_prompts
 from .sweeps import HEAD_SITES, SITES, By, head_count
 
 TOKENS_A_BATCH = 512
@@ -44,6 +47,7 @@ STEPS = (16, 32, 64, 128, 256, 512, 1024)
 TOLERANCE = 0.01
 
 
+@many_prompts(batched_gradients)
 def attribution(
     model: TransformerBridge,
     tokens: TextOrTokens,
@@ -60,7 +64,7 @@ def attribution(
 
     Args:
         model: a bridge with position streams.
-        tokens: one prompt, as text or as tokens.
+        tokens: one prompt, as text or as tokens; or many, as a list or a table, which gives what `over_prompts` does.
         metric: from logits [batch pos vocab] to one number a row, differentiable.
         method: "gradient", the derivative of the metric by each gap at increments as they are; increments of later
             layers respond, as they do in `gap_sweep`. Or "integrated", along the straight path from the baseline's
@@ -82,33 +86,37 @@ def attribution(
     Warns:
         UserWarning: the sum is more than 1% off the whole effect, even with 1,024 steps.
 
-    >>> slopes = lp.causal.attribution(model, "The cat sat.", lp.causal.loss())
-    >>> slopes.shape  # layer, pos
-    torch.Size([6, 13])
+    >>> slopes = lp.causal.attribution(model, "The cat sat.", lp.causal.loss())  # layer, pos
     >>> of_heads = lp.causal.attribution(model, "The cat sat.", lp.causal.loss(), by="head")  # layer, head, pos
     >>> torch.allclose(of_heads.sum(1), slopes, atol=1e-5)
     True
     >>> bool((slopes[:, 0] == 0).all())  # there is no gap before the first token
     True
     """
+    if method not in ("gradient", "integrated"):
+        raise PositionsError(f'method is {method!r}; expected "gradient" or "integrated".')
     prompt = one_prompt(model, tokens, attention_mask, prepend_bos)
     metric = of_prompts(metric, prompt)
     count = head_count(model, by, heads)
-    hook = HEAD_SITES["increments"] if by == "head" else SITES["increments"][0]
-    names = [name for _, name in hook_names(model, None, hook)]
+    site = HEAD_SITES["increments"] if by == "head" else SITES["increments"][0]
+    names = [name for _, name in hook_names(model, None, site)]
+
+    # A caller may have switched gradients off for everything; they are needed here.
     with evaluation_mode(model), torch.inference_mode(False), torch.enable_grad():
-        prompt = prompt.clone()
-        if method == "gradient":
-            values = _gradient(model, prompt, metric, names)
-        elif method == "integrated":
-            values = _integrated_gradients(model, prompt, metric, names, baseline)
-        else:
-            raise PositionsError(f'method is {method!r}; expected "gradient" or "integrated".')
-    if by == "head":
-        values = reduce(values, "layer pos (head query) -> layer head pos", "sum", head=count)
+        prompt = prompt.clone()  # one that was made in inference mode cannot be saved for a backward pass
+        run = _gradient if method == "gradient" else partial(_integrated_gradients, baseline=baseline)
+        values = run(model, prompt, metric, names)
+    return _by_gap(values, count if by == "head" else None, streams_of(model).config.gap)
+
+
+def _by_gap(values: Float[Tensor, "layer pos *head"], heads: int | None, gap: str) -> Float[Tensor, "layer *head pos"]:
+    """Attributions of increments as those of the gaps before tokens, of so many heads or of the layer."""
+    if heads is not None:
+        values = reduce(values, "layer pos (head query) -> layer head pos", "sum", head=heads)
     elif values.ndim == 3:
         values = values.sum(-1)
-    if streams_of(model).config.gap == "after":
+    if gap == "after":
+        # The increment of token t - 1 is the gap before token t.
         values = torch.cat([torch.zeros_like(values[..., :1]), values[..., :-1]], dim=-1)
     return values
 
@@ -117,6 +125,8 @@ def _gradient(
     model: TransformerBridge, prompt: Int[Tensor, "1 pos"], metric: Metric, names: list[str]
 ) -> Float[Tensor, "layer pos *head"]:
     current = streams_of(model)._current
+
+    # A hook function of the user may run the model inside the pass that is differentiated.
     around = current.get()
     found: dict[str, list[Tensor]] = {name: [] for name in names}
 
@@ -144,6 +154,7 @@ def _integrated_gradients(
     baseline: float | Literal["mean"] | Tensor,
 ) -> Float[Tensor, "layer pos *head"]:
     with torch.no_grad():
+        # The path is a straight line between two sets of increments, recorded here and held at each point.
         own = _increments(model, prompt, names, [])
         if isinstance(baseline, Tensor):
             if baseline.shape != own.shape or not baseline.isfinite().all():
@@ -156,12 +167,16 @@ def _integrated_gradients(
             raise PositionsError(f'baseline is {baseline!r}; expected a number, "mean" or increments.')
         else:
             start = _increments(model, prompt, names, ablation_hooks(model, to=baseline))
+
+        # Both ends in one pass: their difference is what the attribution has to sum to.
         ends = torch.stack([start, own])
         first, last = _at_points(model, prompt, metric, names, ends).tolist()
     whole = last - first
     sums = math.nan
     values = torch.zeros_like(own)
     for steps in STEPS:
+        # Integrated gradients (Sundararajan, Taly and Yan, arXiv 1703.01365, equation 1): the difference times the mean
+        # slope along the path.
         values = (own - start) * _mean_gradient(model, prompt, metric, names, start, own, steps)
         sums = float(values.double().sum())
         if abs(sums - whole) <= TOLERANCE * abs(whole) or torch.equal(own, start):
@@ -185,10 +200,12 @@ def _mean_gradient(
     steps: int,
 ) -> Float[Tensor, "layer pos *head"]:
     """The gradient averaged over the path by Gauss-Legendre quadrature, exact for smooth paths with few points."""
+    # On [-1, 1], with weights that sum to 2.
     places, weights = np.polynomial.legendre.leggauss(steps)
     total = torch.zeros_like(own)
     at_once = max(1, TOKENS_A_BATCH // prompt.shape[1])
-    for i in range(0, steps, at_once):
+    for i in track_progress(range(0, steps, at_once), f"attributing in {steps:,} steps", quick=steps < 256):
+        # From [-1, 1] to [0, 1], with an axis of points before those of increments.
         along = own.new_tensor((places[i : i + at_once] + 1) / 2).view(-1, *[1] * own.ndim)
         points, share = start + along * (own - start), torch.as_tensor(weights[i : i + at_once] / 2)
         total += _slopes(model, prompt, metric, names, points, share).sum(0)
@@ -216,6 +233,7 @@ def _slopes(
     weights: Float[Tensor, " row"],
 ) -> Float[Tensor, "row layer pos *head"]:
     """The gradient of a weighted sum of the metric at some points."""
+    # One number is differentiated for all points at once, as rows do not depend on each other.
     points = points.requires_grad_()
     with model.hooks(fwd_hooks=_hooks_that_set(names, points)), in_pieces(model):
         logits = model(prompt.expand(len(points), -1), return_type="logits", use_cache=False)
@@ -228,6 +246,7 @@ def _hooks_that_set(names: list[str], points: Float[Tensor, "row layer pos *head
 
 
 def _differentiable(metric: Metric, logits: Tensor) -> Tensor:
+    # A metric that takes an argmax, say, has no slope anywhere.
     value = metric_values(metric, logits)
     if not value.requires_grad:
         raise PositionsError("the metric has no gradient; expected one that is differentiable by the logits.")

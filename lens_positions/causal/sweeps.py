@@ -49,6 +49,7 @@ from ..measure.metrics import Metric, baseline_of, metric_values, of_prompts, pl
 from ..measure.partial_forward import Replay
 from ..progress import track_progress
 from ..text import Mask, TextOrTokens, one_prompt
+from .prompts import many_prompts
 
 SITES: dict[str, tuple[str, int]] = {
     "increments": ("attn.hook_increments", 1),
@@ -75,6 +76,7 @@ LOGITS_A_BATCH = 2**27
 """Numbers in the logits of a batch at most: half a GiB in float32."""
 
 
+@many_prompts()
 def gap_sweep(
     model: TransformerBridge,
     tokens: TextOrTokens,
@@ -91,7 +93,7 @@ def gap_sweep(
 
     Args:
         model: a bridge with position streams.
-        tokens: one prompt, as text or as tokens.
+        tokens: one prompt, as text or as tokens; or many, as a list or a table, which gives what `over_prompts` does.
         metric: from logits [batch pos vocab] to one number a row (`causal.logit_difference`, `causal.loss`, your own).
         by: "layer": one edit is of all heads of a layer; "head": of one head. A number stands for `length`.
         layers: the model's own layer numbers, taken in the model's order; None is all that rotate.
@@ -121,6 +123,8 @@ def gap_sweep(
     if length == 0:
         raise PositionsError("by is 0.0; expected a number of positions other than 0.")
     prompt = one_prompt(model, tokens, attention_mask, prepend_bos)
+
+    # The gap before a token is its own increment, or that of the token before it, by the model's convention.
     cells = {t: edited_token(model, t) for t in range(1, prompt.shape[1])}
     places = _places(model, "increments", layers, by, heads)
     effects = _sweep(model, prompt, metric, places, cells, lambda _place, _edits, values: values + length)
@@ -128,6 +132,7 @@ def gap_sweep(
     return effects
 
 
+@many_prompts()
 def patch_sweep(
     model: TransformerBridge,
     source: ActivationCache | TextOrTokens,
@@ -146,7 +151,8 @@ def patch_sweep(
 
     Args:
         model: a bridge with position streams.
-        source: the other input, as text or as tokens without padding, or a cache that recorded it (one row).
+        source: the other input, as text or as tokens without padding, or a cache that recorded it (one row). Many
+            pairs, as two lists or one table, give what `over_prompts` does.
         tokens: the prompt that values are put into, as text or as tokens.
         metric: from logits [batch pos vocab] to one number a row.
         site: "increments", "positions", the rotated queries "rot_q" or keys "rot_k", and for comparison the residual
@@ -178,19 +184,7 @@ def patch_sweep(
     length, there = prompt.shape[1], recorded[0].shape[0]
     pairs = _aligned(align, length, there, recorded[0].shape[-1] if site == "pattern" else None)
 
-    def put(place: int, edits: Edits, values: Tensor) -> Tensor:
-        index = [pairs[t] for t in edits.tokens]
-        new = recorded[place][index] if edits.heads is None else recorded[place][index, edits.heads]
-        new = new.to(values)
-        if site == "pattern":
-            new = new[..., : values.shape[-1]]
-        if new.shape != values.shape:
-            raise PositionsError(
-                f"the recorded values have shape {tuple(new.shape[1:])} a token and the prompt's "
-                f"{tuple(values.shape[1:])}; expected the same model."
-            )
-        return new
-
+    put = partial(_recorded_for, recorded, pairs, site)
     return _sweep(model, prompt, metric, places, {t: t for t in sorted(pairs)}, put)
 
 
@@ -325,8 +319,12 @@ def _sweep(
     """Run every edit; `cells` leads from the columns of the result to the tokens that are edited for them."""
     length = prompt.shape[1]
     metric = of_prompts(metric, prompt)
+
+    # A metric that says which token it reads (`at`) needs no logits after it, and of all logits only those.
     at = getattr(metric, "at", None)
     last = length - 1 if at is None else place_of(at, length)
+
+    # Hooks of the user may do anything (count calls, look at rows): then each edit is a run of its own.
     hooked = any(point.has_hooks("fwd") for point in model.hook_dict.values())
     cut = at is not None and not hooked
     if cut:
@@ -336,6 +334,8 @@ def _sweep(
     baseline = baseline_of(metric, read(replay.logits, 0))
 
     units = places.units()
+
+    # NaN says that no edit was made there; an edit after the token that the metric reads does nothing: 0.
     effects = torch.full((len(units), length), math.nan, dtype=torch.float64)
     effects[:, list(cells)] = 0.0
     column = {token: t for t, token in cells.items()}
@@ -346,6 +346,7 @@ def _sweep(
         else _groups(len(units), tokens, replay, places.heads is not None)
     )
     for group in track_progress(groups, "sweeping", quick=len(groups) < 4):
+        # The rows of the batch: for each unit of the group, one copy of the prompt for each of its tokens.
         start = replay.start(group.tokens[0])
         size = len(group.tokens)
         joining: Counter[int] = Counter()
@@ -384,7 +385,10 @@ def _groups(n_units: int, tokens: list[int], replay: Replay, by_head: bool) -> l
     groups = []
     together_at_most = 1 if by_head else TOKENS_A_GROUP
     for i in range(0, len(tokens), together_at_most):
+        # Neighbours start at the first of them, which costs few tokens more than starting each at its own.
         together = tokens[i : i + together_at_most]
+
+        # Tokens that a copy of the prompt runs: those from the edit on.
         rest = length - replay.start(together[0])
         room = min(TOKENS_A_BATCH // rest, LOGITS_A_BATCH // (replay.logits.shape[1] * vocab))
         at_once = max(1, room // len(together))
@@ -399,6 +403,7 @@ def _one_unit_groups(n_units: int, tokens: list[int]) -> list[_Group]:
 
 def _edit_rows(put: Put, place: int, axis: int, edits: Edits, start: int, values: Tensor, hook: Any) -> Tensor:
     """Give each row of some edits another value at its token."""
+    # A clone, as a hook must not write into what other rows, or autograd, still need.
     edited = values.clone()
     by_token = edited.movedim(axis, 1)
     index: tuple[list[int], ...] = (edits.rows, [token - start for token in edits.tokens])
@@ -433,6 +438,29 @@ def known_hooks(model: TransformerBridge, hook: str, layers: LayerIndices) -> li
     return names
 
 
+def _recorded_for(
+    recorded: list[Float[Tensor, "pos_source ..."]],
+    pairs: dict[int, int],
+    site: str,
+    place: int,
+    edits: Edits,
+    values: Tensor,
+) -> Tensor:
+    """The recorded values at a hook point for the tokens, and heads, of some edits, in the place of their own."""
+    index = [pairs[t] for t in edits.tokens]
+    new = recorded[place][index] if edits.heads is None else recorded[place][index, edits.heads]
+    new = new.to(values)
+    if site == "pattern":
+        # A prompt that is cut after the token that the metric reads has fewer keys than the recording.
+        new = new[..., : values.shape[-1]]
+    if new.shape != values.shape:
+        raise PositionsError(
+            f"the recorded values have shape {tuple(new.shape[1:])} a token and the prompt's "
+            f"{tuple(values.shape[1:])}; expected the same model."
+        )
+    return new
+
+
 def _recorded_values(
     model: TransformerBridge, source: ActivationCache | TextOrTokens, places: _Places, prepend_bos: bool | None
 ) -> list[Float[Tensor, "pos_source ..."]]:
@@ -452,9 +480,13 @@ def _recorded_values(
         name = name if name in cache else shared
         if name not in cache:
             raise PositionsError(f"the cache has no {name}; expected one whose names_filter lets it through.")
+
+        # A cache may have lost its batch axis (remove_batch_dim).
         values = cache[name] if cache.has_batch_dim else cache[name][None]
         if len(values) != 1:
             raise PositionsError(f"the source has {len(values)} rows; expected one.")
+
+        # The token first, whatever stands where it does: the query, in a pattern.
         recorded.append(_of_heads(values.movedim(places.axis, 1), places)[0])
     return recorded
 

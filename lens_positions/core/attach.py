@@ -55,9 +55,8 @@ def attach_positions(
     bridge the hook points are `blocks.{l}.attn.hook_increments`, `hook_positions` and `hook_rotation`, the first two
     again for each query head (`hook_head_increments`, `hook_head_positions`: [batch pos head]), and `hook_increments`
     at the root for a shared or frozen source. Layers without RoPE have none; a forward pass over three tokens, in eval
-    mode, shows which those are (hooks that are registered already run then).
-    Outside a bridge, a hook that edits embeddings or the residual stream is seen by a source if it was registered
-    before attaching; a bridge's hook points are always seen.
+    mode, shows which those are (hooks that are registered already run then). Outside a bridge, a hook that edits
+    embeddings or the residual stream is seen by a source if it was registered before attaching; a bridge's always is.
 
     Args:
         model: a `transformers` causal language model with rotary positions, or a TransformerBridge on one. A pipeline
@@ -131,6 +130,8 @@ def _build(config: PositionConfig, base: Any, attention: RotaryAttention, table:
     places = [site.layer for site in own] if config.source == "per_layer" else [embedding]
     for source, place in zip(sources, places, strict=False):
         source.to(device_of(place, base))
+
+    # The streams know the model's own numbers of layers, which hook names have; their own places count streams.
     streams = PositionStreams(config, sources, [site.number for site in own], n_heads, text.num_attention_heads)
     streams._sites = attention.sites
     return streams
@@ -145,6 +146,8 @@ def _hook(streams: PositionStreams, base: Any, attention: RotaryAttention) -> No
     """Make streams part of a model's forward pass; `streams.detach` undoes what was done, also half of it."""
     for handle in _hook_handles(streams, base, attention):
         streams._undo.append(handle.remove)
+
+    # Part of the model, so that weights train, move and are saved with it.
     base.add_module("position_streams", streams)
     streams._undo.append(partial(_remove_module, base, "position_streams"))
 
@@ -254,6 +257,7 @@ def _add_hook_points(bridge: Any, streams: PositionStreams, attention: RotaryAtt
             component.add_module(name, getattr(stream, name))
             added.append((component, name))
 
+    # The registry is built when a bridge is made: hook points that came later are not in it.
     scan_hook_points(bridge)
     streams._undo.append(partial(_remove_hook_points, bridge, added))
 

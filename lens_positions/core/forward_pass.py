@@ -48,6 +48,7 @@ class ForwardPass:
 
     Attributes:
         tokens, embeddings: what the model reads.
+        sequence: the ids of all tokens so far, those of the cache before these; None where they are not known.
         mask: the attention mask as the model was given it.
         ids_given: whether the caller chose position ids.
         cache, past_length: the key-value cache, and its tokens before this pass.
@@ -70,6 +71,7 @@ class ForwardPass:
     """
 
     tokens: Int[Tensor, "batch pos"] | None = None
+    sequence: Int[Tensor, "batch total"] | None = None
     mask: Any = None
     ids_given: bool = False
     cache: Any = None
@@ -107,6 +109,7 @@ class ForwardPass:
 
         The inputs of a checkpointed layer are all that reaches its second run, so they must bring the pass along.
         """
+        # An attribute on the tensor: nothing else that a checkpointed layer keeps is ours.
         tensor._position_pass = self, call  # type: ignore[attr-defined]
 
     def finish(self) -> None:

@@ -129,6 +129,8 @@ class PositionStreams(nn.Module):
                 "the model's position_streams are a copy of those that run (as peft's modules_to_save and DataParallel "
                 "make them), so what trains would not act; expected the model without that copy."
             )
+
+        # Checked in each pass: an adapter may be added, or a module exchanged, at any time.
         for link in links:
             link.refuse_replaced()
         by_head = any(cast(PositionStream, stream).has_head_hooks() for stream in self.layers)
@@ -165,6 +167,8 @@ class PositionStreams(nn.Module):
 
         forward_pass.ids_given = forward_pass.ids_given or argument(names, args, kwargs, "position_ids") is not None
         forward_pass.cache = argument(names, args, kwargs, "past_key_values")
+
+        # The cache as it is before this pass: attention adds to it layer by layer.
         forward_pass.past_length = 0 if forward_pass.cache is None else int(forward_pass.cache.get_seq_length())
         forward_pass.embeddings = argument(names, args, kwargs, "inputs_embeds")
 
@@ -387,6 +391,7 @@ def refuse_attached(base: Any) -> None:
 def belongs_to_streams(hook: Any) -> bool:
     """Whether a hook of a module is a method of streams, or a partial around one."""
     if isinstance(hook, partial):
+        # Hooks are partials around methods, and may be partials around partials.
         return any(belongs_to_streams(part) for part in (hook.func, *hook.args))
     return isinstance(getattr(hook, "__self__", None), PositionStreams)
 
@@ -404,6 +409,7 @@ def _call_behind(rotation: Any, forward_pass: ForwardPass) -> RotaryCall | None:
     """Return the rotary call that a layer's rotation is from; None where it cannot be told."""
     calls = forward_pass.rotary_calls
     for call in calls:
+        # The very tensors that a rotary module returned, in nearly all models.
         if any(own is given for own in call.tensors() for given in tensors_of(rotation)):
             return call
     if len(calls) == 1:  # moved to another device, or cut

@@ -24,7 +24,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..errors import PositionsError
@@ -135,7 +135,7 @@ class PositionStream(nn.Module):
         ids = call.position_ids
         from_source = self._from_source(states, forward_pass).to(ids.device)
         visible = _visible(forward_pass, call, self.config.gap, from_source)
-        tokens = HookedTokens(forward_pass.past_length, ids, visible)
+        tokens = HookedTokens(forward_pass.past_length, ids, visible, sequence=_sequence(forward_pass))
         increments = run_hook(self.hook_increments, from_source, tokens)
 
         # Increments of all layers that no hook changed give all layers the same positions. A checkpointed layer
@@ -143,6 +143,8 @@ class PositionStream(nn.Module):
         shares = from_source is forward_pass.increments and increments is from_source and not forward_pass.checkpointed
         candidates = forward_pass.shared_positions if shares else []
         found = [known for known in candidates if known.are_of(increments, surplus, call)]
+
+        # All layers with one source sum the same increments: the sum is made once, and so are cos and sin.
         if found:
             shared = found[0]
         else:
@@ -287,7 +289,7 @@ def wide_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _visible(forward_pass: ForwardPass, call: RotaryCall, gap: str, increments: Tensor) -> Visible:
-    """Return which tokens see which, found out once a pass."""
+    """Return which tokens see which: computed once a pass, and shared by its layers."""
     ids = call.position_ids
 
     # Of a model on several devices, once for each device.
@@ -311,6 +313,19 @@ def _visible(forward_pass: ForwardPass, call: RotaryCall, gap: str, increments: 
     return forward_pass.visible
 
 
+def _sequence(forward_pass: ForwardPass) -> Int[Tensor, "batch total"] | None:
+    """Return the ids of all tokens so far, put together once a pass; None where those of the cache are not known."""
+    if forward_pass.sequence is None and forward_pass.tokens is not None:
+        now = forward_pass.tokens
+        memory = memory_of(forward_pass.cache)
+        before = None if memory is None else memory.tokens
+        if forward_pass.past_length == 0:
+            forward_pass.sequence = now
+        elif before is not None and before.shape[1] == forward_pass.past_length and len(before) in (1, len(now)):
+            forward_pass.sequence = torch.cat([before.to(now).expand(len(now), -1), now], dim=1)
+    return forward_pass.sequence
+
+
 def _remember(forward_pass: ForwardPass, key: tuple[int, int], increments: Tensor, surplus: Tensor | None) -> None:
     """Keep d - 1 of all tokens in the cache that holds their keys, and which of them see which."""
     memory = with_memory(forward_pass.cache)
@@ -330,6 +345,7 @@ def _remember(forward_pass: ForwardPass, key: tuple[int, int], increments: Tenso
 def _remember_structure(forward_pass: ForwardPass) -> None:
     """Keep which tokens of the cache see which."""
     memory, visible = with_memory(forward_pass.cache), forward_pass.visible
+    memory.tokens = _sequence(forward_pass)
 
     # A line without padding needs no record.
     if isinstance(visible, Line) and visible.real is not None:

@@ -93,7 +93,7 @@ class PackedCommit(Commit):
 
 @with_config(STRICT)
 class PackedCorpus(TypedDict):
-    """packed.json: by what a corpus was asked for when it was tokenised, and what its text alone could say."""
+    """packed.json: the request that a corpus was tokenised for, and what only its text could tell."""
 
     format: Annotated[int, Field(ge=FORMAT, le=FORMAT)]
     corpus: str
@@ -120,6 +120,7 @@ class RunResults(TypedDict, total=False):
     evaluation: Evaluation
     tokens_per_second: int | None
     sha256: dict[str, Sha256]
+    sha256_float32: dict[str, Sha256]  # of the weights as they were trained, where half precision is kept
     versions: dict[str, str]
     git: Commit | None
     device: str
