@@ -17,7 +17,6 @@ from lens_positions.errors import PositionsError
 from lens_positions.model import HookedPositionTransformer
 from lens_positions.training.config import preset_names
 from lens_positions.training.data import write_whole
-from lens_positions.training.schema import Commit
 from lens_positions.viz.charts import auc_chart, differences_chart
 from lens_positions.viz.spacing import spacing
 from lens_positions.viz.style import MissingFontError
@@ -116,7 +115,7 @@ def claim_rows(options: RowConfig) -> list[str]:
 def _claim(finding: Finding) -> str:
     """A row of the table that opens RESULTS.md."""
     key, reported = CLAIMS[finding.title]
-    claim = f"[{finding.title}](#{finding.title.lower().replace(' ', '-')}) `{key}`"
+    claim = f"[{finding.title}](RESULTS.md#{finding.title.lower().replace(' ', '-')}) `{key}`"
     return f"| {claim} | {reported} | {finding.ours} | **{finding.verdict}** | {finding.control} |"
 
 
@@ -139,7 +138,7 @@ def _page(suites: list[Suite], rope_results: RopeResults, options: ResultsConfig
         "findings": findings,
         "figures": figures,
         "drawn": _draw_figures([*findings, *rope], options),
-        "besides": [_beside(own, options) for own in suites[1:] if own.runs("static")],
+        "besides": [_beside(own) for own in suites[1:] if own.runs("static")],
     }
     return page("results.md.jinja", **values, rope=rope, **traces)
 
@@ -191,14 +190,13 @@ def _draw_figures(findings: Iterable[Finding], options: ResultsConfig) -> dict[s
     return drawn
 
 
-def _beside(suite: Suite, options: ResultsConfig) -> dict[str, Any]:
+def _beside(suite: Suite) -> dict[str, Any]:
     """The findings of another suite, those that it has, in short."""
     findings = {find: find(suite) for find in FINDINGS if find is not grafts}
     return {
         "name": suite.name,
         "losses": [losses(suite, only_run=True), findings[loss_neutral].blocks[1]],
         "findings": list(findings.values()),
-        "figures": _draw_boundaries(suite, options),
     }
 
 
@@ -207,22 +205,8 @@ def _traces(suites: list[Suite], rope_results: RopeResults, options: ResultsConf
     return {
         "runs_file": (options.results / RUNS).as_posix(),
         "measured_file": (options.results / MEASURED).as_posix(),
-        "runs": _runs(suites),
-        "measured": _measured_models(rope_results),
         "commands": _commands(suites, rope_results),
     }
-
-
-def _runs(suites: list[Suite]) -> pd.DataFrame:
-    """Every run: its command, weights and code."""
-    rows = []
-    for suite in suites:
-        for variant in (*VARIANTS, *ROPE_VARIANTS):
-            for seed, run in suite.runs(variant).items():
-                cells = [f"{suite.name} {variant}-{seed}", f"`{run['command']}`", f"{run['parameters']:,}"]
-                cells += [run["sha256"]["model.safetensors"][:12], _commit(run["git"])]
-                rows.append([*cells, run["versions"]["torch"], run["device"]])
-    return grid(["run", "command", "parameters", "weights (sha256)", "commit", "torch", "device"], rows)
 
 
 def _commands(suites: list[Suite], rope_results: RopeResults) -> list[str]:
@@ -250,20 +234,6 @@ def _preset(suite: Suite) -> str:
     asked = [f"{name} {words[words.index(name) + 1]}" for name in ("--preset", "--corpus", "--steps") if name in words]
     folders = f"--output runs/suite/{suite.name} --results runs/results/{suite.name}"
     return " ".join([*asked, folders]).removeprefix("--preset ")
-
-
-def _measured_models(rope_results: RopeResults) -> pd.DataFrame | None:
-    """The weights behind the tables of RoPE itself, and the code that measured them; None without any."""
-    rows = []
-    for model, done in rope_results.measured().items():
-        weights = {sha256[:12] for entry in done.values() for sha256 in entry["sha256"].values()}
-        commits = {_commit(entry["git"]) for entry in done.values()}
-        rows.append([f"`{model}`", ", ".join(sorted(weights)), ", ".join(sorted(commits))])
-    return grid(["model", "weights (sha256)", "commits"], rows) if rows else None
-
-
-def _commit(git: Commit | None) -> str:
-    return "none" if git is None else f"{git['commit'][:10]}{'+' if git['changed'] else ''}"
 
 
 def _run_together(suite: Suite) -> dict[tuple[int, ...], list[str]]:
@@ -323,18 +293,19 @@ def _draw_losses(suite: Suite, options: ResultsConfig) -> list[Figure]:
 def _draw_boundaries(suite: Suite, options: ResultsConfig) -> list[Figure]:
     """The areas under the ROC curve by layer, where they were measured."""
     tables = []
-    for variant in ("per_layer", "shared"):
-        for seed, table in suite.tables(variant, "boundaries").items():
-            tables.append(areas(table).assign(measure=NAMES[variant], run=seed))
-            statistic = areas(table, "mutual information")  # of the text, and so the same for every run
+    for seed, table in suite.tables("per_layer", "boundaries").items():
+        own = areas(table, "within token")
+        tables.append((own if len(own) else areas(table)).assign(measure=NAMES["per_layer"], run=seed))
+        statistic = areas(table, "branching entropy")  # of the text, and so the same for every run
     if not tables:
         return []
     found = pd.concat([*tables, statistic], ignore_index=True)
     first = found.iloc[0]
     caption = (
         f"Preset {suite.name}; {first['n']:,} gaps between Chinese characters in {first['lines']:,} "
-        "held-out lines of the People's Daily, segmented by people; a line each seed. Mutual information: of the two "
-        "characters, from the training text. Intervals: 95% of resamples of lines."
+        "held-out lines of the People's Daily, segmented by people; gaps before the same first byte are compared; a "
+        "line each seed. Branching entropy: after the character before, from the training text. Intervals: 95% of "
+        "resamples of lines."
     )
     path = options.figures / f"results_boundaries_{suite.name}.png"
     auc_chart(found, "Increments at Chinese word boundaries", caption, path)

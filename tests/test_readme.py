@@ -16,6 +16,7 @@ from experiments.options import (
     MeasureConfig,
     ResultsConfig,
     RopeConfig,
+    RowConfig,
     ShipConfig,
     SuiteConfig,
 )
@@ -108,6 +109,7 @@ OPTIONS = {
     "experiments measure": MeasureConfig,
     "experiments gather": GatherConfig,
     "experiments results": ResultsConfig,
+    "experiments row": RowConfig,
     "experiments ship": ShipConfig,
     "experiments rope": RopeConfig,
     "experiments maximum": MaximumConfig,
