@@ -1,9 +1,10 @@
 """Increment sources: what decides how far each token stands from the one before it.
 
-Every source is a small module that returns increments, Float[Tensor, "batch pos"] (with a trailing "head" where per
-head), in positions: 1.0 is one step of standard RoPE. A fresh source returns exactly 1.0 everywhere, so that a model
-computes the same with and without it. The arithmetic runs in the source's own dtype (float32, or float64 in a float64
-model) and outside autocast, because bf16 cannot tell positions apart past 256. `positions.py` makes positions of them.
+Every source but static is a small module that returns increments, Float[Tensor, "batch pos"] (per head with a trailing
+axis, one for each key-value head), in positions: 1.0 is one step of standard RoPE. A fresh source returns exactly 1.0
+everywhere, so that a model computes the same with and without it; only a frozen one that is given a table does not.
+The arithmetic runs in the source's own dtype (float32, or float64 in a float64 model), and `stream.py` switches
+autocast off around it, because bf16 cannot tell positions apart past 256. `positions.py` makes positions of them.
 
     source       reads                                    one for
     static       nothing: 1.0                             all layers
@@ -31,7 +32,7 @@ EPS = 1e-6
 class LinearToOne(nn.Linear):
     """A Linear with one output, computed as a matrix times a vector.
 
-    A compiler fuses that with the operators before and after it, and a product of matrices with none.
+    torch.compile fuses such a product with the operators before and after it; a product of two matrices it does not.
     """
 
     def forward(self, x: Float[Tensor, "batch pos hidden"]) -> Float[Tensor, "batch pos 1"]:
@@ -43,10 +44,15 @@ class LinearToOne(nn.Linear):
 class LearnedIncrements(nn.Module):
     """Increments from a two-layer network: Linear, GELU, Linear, activation.
 
-    The last layer starts at zero, so the activation f sees x = 0 everywhere. Increments are f(x + b) / f(b), which is
-    exactly 1.0 then. The offset b makes f(b) = 1 / max_increment for the sigmoid, so that increments are bounded by
-    max_increment, and f(b) = 1 for softplus. `normalize` puts an RMSNorm in front, which the residual stream needs, as
-    its size grows from layer to layer.
+    The last layer starts at zero, so that x, what it returns, is 0 everywhere. Increments are f(x + b) / f(b), which is
+    exactly 1.0 then, for a fixed offset b:
+
+        sigmoid     f(b) = 1 / max_increment    increments between 0 and max_increment
+        softplus    f(b) = 1                    positive
+        none        1 + x, without f            any number, negative ones too
+
+    `normalize` puts an RMSNorm in front, so that the network of every layer gets inputs of size 1, whatever the
+    residual stream has grown to there.
     """
 
     def __init__(self, config: PositionConfig, d_model: int, n_heads: int | None, normalize: bool) -> None:
@@ -64,7 +70,7 @@ class LearnedIncrements(nn.Module):
         }[config.activation]
         self._fresh: Tensor | None = None  # `_fresh_activation` of the last shape
 
-        # Of size 1 after the hidden layer, and nothing after the last one.
+        # Inputs of size 1 come out of the hidden layer with size 1, and out of the last one as zeros.
         nn.init.normal_(self.hidden.weight, std=1 / math.sqrt(d_model))
         nn.init.zeros_(self.hidden.bias)
         nn.init.zeros_(self.out.weight)
@@ -85,12 +91,12 @@ class LearnedIncrements(nn.Module):
         return torch.sigmoid(x) if self.activation == "sigmoid" else functional.softplus(x)
 
     def _fresh_activation(self, x: Tensor) -> Tensor:
-        """f(b), the value of a fresh source: others are divided by it.
+        """f(b), what the activation of a fresh source is, by which every activation is divided.
 
         It is computed in the shape of x, because vectorised and scalar functions may differ in the last bit, and kept
         for the next call of that shape.
         """
-        if torch.compiler.is_compiling():  # a constant of the graph
+        if torch.compiler.is_compiling():  # in the graph, where nothing can be kept
             return self._activation(torch.zeros_like(x))
         kept = self._fresh
         if kept is None or kept.shape != x.shape or kept.dtype != x.dtype or kept.device != x.device:
@@ -102,9 +108,10 @@ class LearnedIncrements(nn.Module):
 
 
 class FrozenIncrements(nn.Module):
-    """Increments looked up by token id in a table that does not train; 1.0 for ids that came after it.
+    """Increments looked up by token id in a table that does not train, such as what a shared source has learned.
 
-    A vocabulary that grows once the table is there (`resize_token_embeddings`) gets standard steps.
+    Ids beyond the end of the table get 1.0: a vocabulary that grows once the table is there (`resize_token_embeddings`)
+    gets standard steps.
     """
 
     def __init__(self, table: Float[Tensor, "vocab *head"]) -> None:

@@ -7,38 +7,41 @@ and the third two steps after the second:
     >>> increments = torch.tensor([[1.0, 0.5, 2.0]], requires_grad=True)
     >>> ids = torch.tensor([[0, 1, 2]])  # the model's own position ids
 
-Positions are the model's own ids plus the running sum of d - 1, so that increments of 1 give the ids back to the bit,
-and the ids keep what they know of padding and caches. The sum of the ones is the same in every layer, so that it is
-taken from the ids once, which leaves the origin. With gap "before", d is the step before its token, and that of the
-first token counts for nothing, since nothing is there for it to be away from:
+A position is the model's own id plus the running sum of (d - 1), so that increments of 1 give the ids back to the bit,
+and whatever the model says by its ids (an offset for padding, a start after a cache) is kept. Since sum(d - 1) is
+sum(d) - sum(1), a position is also (ids - sum(1)) + sum(d). The bracket is the *origin*: it does not depend on d, and
+so is computed once for all layers. With gap "before", d is the step before its token, and that of the first token
+counts for nothing, since no token precedes it:
 
     >>> counted = torch.tensor([[0.0, 1.0, 1.0]], dtype=torch.float64)
     >>> origin = ids - running_sum(torch.ones(1, 3), counted, gap="before")
-    >>> origin.tolist()
+    >>> origin.tolist()  # zero, as these ids go up by one from 0
     [[0.0, 0.0, 0.0]]
     >>> positions = positions_at(origin, running_sum(increments, counted, gap="before"), torch.float32)
     >>> positions.tolist()
     [[0.0, 0.5, 2.5]]
 
-With gap "after", d is the step after its token, and that of the last token counts for nothing:
+With gap "after", d is the step after its token, and that of the last token counts for nothing, as no sum reaches it:
 
+    >>> origin = ids - running_sum(torch.ones(1, 3), gap="after")
     >>> positions_at(origin, running_sum(increments, gap="after"), torch.float32).tolist()
     [[0.0, 1.0, 1.5]]
 
-The model's own rotary module turns positions into cos and sin, here of a single frequency of one radian a step:
+The model's own rotary module turns positions into cos and sin, here of a single frequency of one radian a step, which
+it repeats for both halves of a head:
 
     >>> from transformers.models.llama.modeling_llama import LlamaConfig, LlamaRotaryEmbedding
     >>> module = LlamaRotaryEmbedding(LlamaConfig(hidden_size=2, num_attention_heads=1))
     >>> def rotary(positions):
-    ...     return module(torch.empty(0), positions)
+    ...     return module(torch.empty(0), positions)  # the first argument gives the dtype and the device
     >>> def frequencies(positions):
     ...     return torch.tensor([1.0, 1.0])
     >>> cos, sin = cos_and_sin(positions, rotary, frequencies)
     >>> cos[0, :, 0].tolist() == positions[0].cos().tolist()
     True
 
-Rotary modules work without gradients. `cos_and_sin` ties the gradient on: d sin(p) / dp = cos(p), and the last
-token's p moves with the second and third increments alike.
+Rotary modules work without gradients. `cos_and_sin` ties the gradient on: d sin(p) / dp = cos(p), and with gap
+"before", as in `positions` above, the last token's p moves with the second and the third increment alike.
 
     >>> sin[0, 2, 0].backward()
     >>> increments.grad[0].tolist() == [0.0, cos[0, 2, 0].item(), cos[0, 2, 0].item()]
@@ -71,10 +74,12 @@ def running_sum(
 
     Args:
         increments: d of each token.
-        counted: 1 where d counts, 0 where it does not (padding), in the dtype of the sum; None: every d counts.
-        gap: "before" ends each sum with the token's own d, "after" with that of the token before it.
-        start: what the tokens of a key-value cache sum to; None is 0.
-        dtype: of the sum. In float32, errors would add up over a long text.
+        counted: 1 where d counts, 0 where it does not: at padding and, with gap "before", at the first token of a text.
+            None: every d counts.
+        gap: with "before" a sum includes the token's own d, with "after" it ends with that of the token before it.
+        start: the sum over the tokens of a key-value cache, the last one's d included; None: there is no cache.
+        dtype: of the sum, where `counted` is None; otherwise that of `counted` decides. In float32, errors would add up
+            over a long text.
     """
     # A product with float64 also widens d, in one operator.
     d = increments.to(dtype) if counted is None else beside_heads(counted, increments) * increments
@@ -94,8 +99,8 @@ def positions_at(
 ) -> Float[Tensor, "batch pos *head"]:
     """Positions: the origin plus the running sum, added in the sum's float64 and rounded once.
 
-    The origin is the model's own position ids less the running sum of ones. Its numbers are whole, and float64 adds
-    whole numbers without rounding.
+    The origin is the model's own position ids less the running sum of ones over the same tokens. Where every d is 1
+    both terms are whole numbers, which float64 adds exactly, so that the ids come back to the bit.
     """
     return (beside_heads(origin, total) + total).to(dtype)
 
@@ -115,8 +120,8 @@ def cos_and_sin(
     Args:
         positions: one for each token, or one for each token and head.
         rotary: the module, from positions [batch, pos] to cos and sin [batch, pos, d_rotary].
-        frequencies: the radians per position of each component of cos and sin, at such positions; called only where
-            gradients are recorded.
+        frequencies: the radians per position of each component of cos and sin, in the dtype of the positions, which it
+            is given because dynamic scaling chooses them by the length; called only where gradients are recorded.
 
     Returns:
         cos and sin, with the head axis before the last one where positions have it.
@@ -135,16 +140,17 @@ def cos_and_sin(
 class RotaryGradient(torch.autograd.Function):
     """cos and sin as they are, with the gradient of the positions that they were computed from.
 
-    The model's own module computes them under no_grad, so that scaled, partial and two-base RoPE stay exact. The
-    derivative needs only the frequencies w of the module: d cos / dp = -w sin and d sin / dp = w cos. A factor that
-    the module multiplies both with (attention scaling) is in cos and sin already, and so in their derivatives.
+    The model's own module computes them under no_grad, so that they are its own to the bit, be its RoPE scaled,
+    partial or of another base in local layers. The derivative needs only the frequencies w of the module:
+    d cos / dp = -w sin and d sin / dp = w cos. A factor that the module multiplies both with (attention scaling) is in
+    cos and sin already, and so in their derivatives.
     """
 
     @staticmethod
     def forward(
         ctx: Any, positions: Float[Tensor, "batch pos"], cos: Tensor, sin: Tensor, w: Float[Tensor, " d_rotary"]
     ) -> CosSin:
-        """Return cos and sin in the dtype of the model."""
+        """Return cos and sin unchanged."""
         # An autograd function must not return its inputs themselves; a view costs nothing.
         cos, sin = cos.view_as(cos), sin.view_as(sin)
         ctx.save_for_backward(cos, sin, w)
