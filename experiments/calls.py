@@ -12,7 +12,7 @@ call: what an effect would have had to be to be told from the smallest size.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from scipy import stats
@@ -114,4 +114,22 @@ def seen(found: Estimate, smallest: float) -> float:
     if found.n < 2:
         return float("nan")
     error = float(np.std(found.values, ddof=1)) / found.n**0.5
-    return smallest + float(stats.t.ppf([0.975, POWER], found.n - 1).sum()) * error
+    quantiles: Any = stats.t.ppf([0.975, POWER], found.n - 1)  # type: ignore[attr-defined]
+    return smallest + float(quantiles.sum()) * error
+
+
+def seeds_needed(found: Estimate, smallest: float, most: int = 100) -> int | None:
+    """How many seeds would decide, if their mean and spread stayed as they are: the whole interval on one side of, or
+    within, the smallest size; None where more than `most` would be needed.
+
+    >>> seeds_needed(over_seeds([0.08, 0.14, 0.09]), smallest=0.05)
+    5
+    """
+    spread = float(np.std(found.values, ddof=1)) if found.n > 1 else float("nan")
+    for n in range(2, most + 1):
+        quantile: Any = stats.t.ppf(0.975, n - 1)  # type: ignore[attr-defined]
+        reach = float(quantile) * spread / n**0.5
+        low, high = abs(found.mean) - reach, abs(found.mean) + reach
+        if low > smallest or (low >= -smallest and high <= smallest):
+            return n
+    return None

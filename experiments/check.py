@@ -146,6 +146,7 @@ def boundaries() -> Row:
     of_text = rows[rows["seed"] == rows["seed"].min()].set_index("measure")["auc"]
     order = of_text["best order of tokens"]
     numbers = [format(above["auc"].min(), ".3f"), format(above["auc"].max(), ".3f"), "0.5", *printed(found, ".3f")]
+    numbers += [format(value, ".3f") for value in (above["auc"] - 0.5).abs().groupby(above["seed"]).max()]
     layer_0 = (within[within["layer"] == 0]["auc"] - 0.5).abs().max()
     numbers += [format(1 - order, ".3f"), format(order, ".3f"), "0", format(layer_0, ".3f")]
     return [*numbers, format(of_text["branching entropy"], ".3f")], call_of(found, 0.09, 0.05)

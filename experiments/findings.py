@@ -21,7 +21,7 @@ from scipy import stats
 from lens_positions.terminal import with_interval
 from lens_positions.training.schema import RunResults
 
-from .calls import Call, Estimate, judge, judge_cost, over_seeds, seen
+from .calls import Call, Estimate, judge, judge_cost, over_seeds, seeds_needed, seen
 from .markdown import grid
 from .options import VARIANTS
 from .suite import diverged_at, loss_table, scores_by_seed
@@ -253,6 +253,16 @@ def _cost_power(costs: list[Estimate]) -> str:
     return f"a cost of {largest:.3f} nats per byte would have been called one. {len(costs)} intervals."
 
 
+def _would_decide(found: Estimate, smallest: float, call: Call) -> str:
+    """What an undecided claim would take; nothing of any other."""
+    if call != "undecided":
+        return ""
+    if found.n < 2:
+        return " Three seeds would be a start."
+    needed = seeds_needed(found, smallest)
+    return f" To decide: with this mean and spread {f'{needed} seeds' if needed else 'more than 100 seeds'}."
+
+
 def losses(suite: Suite, only_run: bool = False) -> pd.DataFrame:
     """The losses of all variants, or of those that were run, beside static's and the reported ones."""
     columns = ["increments", "seeds", "loss, nats per byte", "difference to static"]
@@ -429,13 +439,20 @@ def word_boundaries(suite: Suite) -> Finding:
     order = areas(first, "best order of tokens")["auc"].iloc[0]
     entropy = areas(first, "branching entropy")["auc"].iloc[0]
     ends = f"{min(auc.min() for auc in above.values()):.3f} to {max(auc.max() for auc in above.values()):.3f}"
-    ours = f"AUC within a lead byte {ends} over layers and seeds; largest distance from 0.5 {found.text('.3f')}"
+    each = ", ".join(f"{value:.3f}" for value in found.values)
+    ours = (
+        f"AUC within a lead byte {ends} over layers and seeds; largest distance from 0.5 {found.text('.3f')}, by seed "
+        f"{each}"
+    )
     control = (
         f"lead bytes alone, in any order, {1 - order:.3f} to {order:.3f}; layer 0 within one, off by {layer_0:.3f}; "
         f"branching entropy after the character before {entropy:.3f}"
     )
     count = sum(len(auc) for auc in above.values())
+    call = judge(found, KNOWN, KNOWN_A_LITTLE)
     power = f"a distance of {seen(found, KNOWN_A_LITTLE):.3f} would have counted. {count} areas above layer 0."
+    power += _would_decide(found, KNOWN_A_LITTLE, call)
+    beyond = sum(_is_beyond(table) for table in within.values())
     blocks: list[Block] = [
         _areas_by_layer(everyone),
         f"{note}; of the one before alone, {entropy:.3f}. Rows of a first byte compare gaps before the same one only.",
@@ -443,8 +460,9 @@ def word_boundaries(suite: Suite) -> Finding:
     return Finding(
         title,
         reported,
-        judge(found, KNOWN, KNOWN_A_LITTLE),
-        f"Over {information['n']:,} gaps: {ours} ({_count_seeds(found.n)}). Beside it: {control}.",
+        call,
+        f"Over {information['n']:,} gaps: {ours} ({_count_seeds(found.n)}). The interval of that layer over lines lies "
+        f"beyond {KNOWN_A_LITTLE} at {beyond} of {found.n} seeds. Beside it: {control}.",
         rule,
         blocks,
         [suite.results.path("boundaries")],
@@ -452,6 +470,12 @@ def word_boundaries(suite: Suite) -> Finding:
         control=control,
         power=power if found.n > 1 else "",
     )
+
+
+def _is_beyond(within: pd.DataFrame) -> bool:
+    """Whether some layer above 0 has its whole interval over lines beyond the smallest distance that counts."""
+    above = within[within["layer"] > 0]
+    return bool((np.maximum(above["low"] - 0.5, 0.5 - above["high"]) > KNOWN_A_LITTLE).any())
 
 
 def _areas_by_layer(tables: dict[tuple[str, int], pd.DataFrame]) -> pd.DataFrame:
@@ -510,11 +534,13 @@ def two_word_names(suite: Suite) -> Finding:
     ]
     ours = f"beyond pairs {_half(found)} of {n['names - ordinary pairs']} families; names alone {_half(names)}"
     control = f"ordinary pairs as frequent {_half(pairs)}"
+    call = judge(found, PULLED, PULLED_A_LITTLE)
     power = f"a share of {0.5 + seen(found, PULLED_A_LITTLE):.0%} would have counted." if found.n > 1 else ""
+    power += _would_decide(found, PULLED_A_LITTLE, call)
     return Finding(
         title,
         reported,
-        judge(found, PULLED, PULLED_A_LITTLE),
+        call,
         f"Nearer in the real order are, over layers 2 and above, {ours} ({_count_seeds(found.n)}); {control}.",
         rule,
         blocks,
@@ -552,7 +578,7 @@ def code_delimiters(suite: Suite) -> Finding:
         others.append(float(above[~scope]["relative"].max()))
         for layer, own in table.groupby("layer"):
             by: Any = own.set_index("kind")
-            top = own.loc[own["relative"].idxmax()]
+            top = own.sort_values("relative").iloc[-1]
             cells = [with_interval(by.loc[kind], "relative", ".2f", "relative_") for kind in ("newline", "bracket")]
             rows.append([f"per_layer-{seed}", str(layer), *cells, f"{top['kind']} {top['relative']:.2f}"])
     found, other = (over_seeds([float(np.log(value)) for value in values]) for values in (largest, others))
@@ -567,7 +593,8 @@ def code_delimiters(suite: Suite) -> Finding:
         reported,
         judge(found, float(np.log(MARKED)), float(np.log(MARKED_A_LITTLE))),
         f"In models trained on Python the layer above 0 that marks them most has {ours} times its mean "
-        f"({_count_seeds(found.n)}); {control}.",
+        f"({_count_seeds(found.n)}); {control}."
+        + (" Other kinds stand out as much: that is no mark of scope." if other.high >= found.mean else ""),
         rule,
         [grid(["run", "layer", "newline", "bracket", "largest kind"], rows), "Times the mean of the layer."],
         code.files("per_layer", "kinds_code"),
@@ -601,7 +628,7 @@ def heads_look_back(suite: Suite) -> Finding:
             interval = with_interval(row, "correlation", "+.2f")
             p = "" if pd.isna(row["p"]) else format(row["p"], ".2g")
             rows.append([f"per_layer_per_head-{seed}", f"{row['n']} {row['scope']}", row["measure"], interval, p])
-        rank = table[table["measure"] == "spearman"].set_index("scope")
+        rank: Any = table[table["measure"] == "spearman"].set_index("scope")
         within.append(-float(rank.loc["within layers", "correlation"]))
         overall = with_interval(rank.loc["heads"], "correlation", "+.2f")
         values.append(
@@ -609,12 +636,14 @@ def heads_look_back(suite: Suite) -> Finding:
             f"{with_interval(rank.loc['within layers'], 'correlation', '+.2f')} within layers"
         )
     found = over_seeds(within, (-1, 1))
+    call = judge(found, LOOKS, LOOKS_A_LITTLE)
     power = f"a correlation of {seen(found, LOOKS_A_LITTLE):.2f} would have counted." if found.n > 1 else "one seed."
+    power += _would_decide(found, LOOKS_A_LITTLE, call)
     blocks: list[Block] = [grid(["run", "scope", "measure", "correlation", "p"], rows)]
     return Finding(
         title,
         reported,
-        judge(found, LOOKS, LOOKS_A_LITTLE),
+        call,
         f"The rank correlation is {'; '.join(values)}.",
         rule,
         blocks,
@@ -655,11 +684,13 @@ def caps(suite: Suite) -> Finding:
     each = ", ".join(f"{share:.0%}" for share in shares.values())
     ours = f"largest share of a layer {each} (by seed)"
     control = f"largest increment {largest} of 10 (by seed)"
+    call = judge(found, CAPPED, CAPPED_A_LITTLE)
     power = f"a mean share of {seen(found, CAPPED_A_LITTLE):.0%} would have counted." if found.n > 1 else "one seed."
+    power += _would_decide(found, CAPPED_A_LITTLE, call)
     return Finding(
         title,
         reported,
-        judge(found, CAPPED, CAPPED_A_LITTLE),
+        call,
         f"At the cap of 10: {ours}; {control}." + (f" Beside it: {'; '.join(extra)}." if extra else ""),
         rule,
         [grid(["run", "layer", "share at the cap", "largest"], rows)],
@@ -772,7 +803,7 @@ def grafts(suite: Suite) -> Finding:
         ["benchmarks/graft.json"],
         ours=ours,
         control="none",
-        power="two or three seeds would decide.",
+        power="To decide: three seeds.",
     )
 
 
@@ -805,7 +836,7 @@ def paired_seeds(row: Any) -> int:
 def _not_run(variant: str, suite: Suite) -> tuple[Call, str]:
     if gone := suite.diverged(variant):
         return "contrary", f"The variant {variant} diverged: {gone}."
-    return "untested", f"The variant {variant} has not been run and measured here."
+    return "untested", f"The variant {variant} has not been run and measured here; three seeds would do."
 
 
 def _seeds(row: Any) -> str:

@@ -250,7 +250,7 @@ def frequent_names(training: Iterable[str], most: int = 200) -> list[str]:
         words.update(re.findall(r"[A-Za-z]+", text))
         pairs.update((found[1], found[2]) for found in re.finditer(CAPITALS, text))
     used: set[str] = set()
-    names = []
+    names: list[str] = []
     for pair, _ in sorted(pairs.items(), key=lambda item: (-item[1], item[0])):
         if len(names) == most:
             break

@@ -83,9 +83,9 @@ def boundaries(
 ) -> None:
     """Show how well increments tell Chinese word boundaries from the inside of words, layer by layer.
 
-    Beside the increments: the same among gaps before one and the same token, with labels shuffled within lines, what any
-    order of those tokens could reach, the branching entropy after the character before, and the mutual information of
-    both characters.
+    Beside the increments: the same among gaps before one and the same token, with labels shuffled within lines, what
+    any order of those tokens could reach, the branching entropy after the character before, and the mutual information
+    of both characters.
 
     Args:
         words: "human" (the People's Daily of the corpus chinese, held-out lines), "jieba" (the same lines, or those of

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments.calls import POWER, judge, judge_cost, over_seeds, seen
+from experiments.calls import POWER, judge, judge_cost, over_seeds, seeds_needed, seen
 
 
 @pytest.mark.parametrize(
@@ -49,3 +49,18 @@ def test_an_effect_as_large_as_the_stated_power_is_told_four_times_in_five():
     samples = rng.normal(effect, 1.0, (4000, 3))
     told = [over_seeds(tuple(row)).low > 0.5 for row in samples]
     assert POWER - 0.12 < np.mean(told) < POWER + 0.12
+
+
+def test_as_many_seeds_as_are_said_to_be_needed_decide():
+    """Seeds with exactly the mean and the spread of three: one fewer than said leaves it undecided."""
+    three = over_seeds((0.08, 0.14, 0.09))
+    assert judge(three, 0.09, 0.05) == "undecided"
+    needed = seeds_needed(three, 0.05)
+
+    def like(n):
+        values = np.resize([-1.0, 1.0], n) if n % 2 == 0 else np.append(np.resize([-1.0, 1.0], n - 1), 0.0)
+        return over_seeds(tuple(three.mean + values / values.std(ddof=1) * np.std(three.values, ddof=1)))
+
+    assert judge(like(needed), 0.09, 0.05) == "agrees"
+    assert judge(like(needed - 1), 0.09, 0.05) == "undecided"
+    assert seeds_needed(over_seeds((0.0499, 0.0501, 0.0500)), 0.05) is None
