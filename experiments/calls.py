@@ -123,7 +123,7 @@ def seeds_needed(found: Estimate, smallest: float, most: int = 100) -> int | Non
     within, the smallest size; None where more than `most` would be needed.
 
     >>> seeds_needed(over_seeds([0.08, 0.14, 0.09]), smallest=0.05)
-    5
+    4
     """
     spread = float(np.std(found.values, ddof=1)) if found.n > 1 else float("nan")
     for n in range(2, most + 1):

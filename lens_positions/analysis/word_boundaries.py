@@ -112,12 +112,12 @@ def boundary_auc(
     >>> table = lp.analysis.boundary_auc(model, lines, words)
     >>> table.loc[table["measure"] == "increment", ["layer", "auc", "n", "boundaries"]].round(2)
        layer   auc  n  boundaries
-    0      0  0.59  8           4
-    1      1  0.19  8           4
-    2      2  0.38  8           4
-    3      3  0.88  8           4
-    4      4  0.62  8           4
-    5      5  0.31  8           4
+    0    0.0  0.59  8           4
+    1    1.0  0.19  8           4
+    2    2.0  0.38  8           4
+    3    3.0  0.88  8           4
+    4    4.0  0.62  8           4
+    5    5.0  0.31  8           4
     """
     gaps = gaps_of(model, texts, words, prepend_bos)
     training = training if training is None or callable(training) else list(training)
@@ -297,7 +297,7 @@ def branching_entropy(texts: Iterable[str]) -> Callable[[str], float]:
 
     def nats(counts: Counter[str]) -> float:
         shares = np.array(list(counts.values())) / counts.total()
-        return float(-(shares * np.log(shares)).sum())
+        return max(0.0, float(-(shares * np.log(shares)).sum()))
 
     known = {character: nats(counts) for character, counts in after.items()}
     of_all = nats(sum(after.values(), Counter()))
