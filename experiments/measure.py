@@ -55,11 +55,17 @@ from .options import OF_STATIC, STAGED, MeasureConfig
 from .suite import commit, is_finished, print_progress, read_results, weights_of
 
 CHARACTERS = 60_000
-ABLATED_CHARACTERS = 12_000
-CONSTANTS = (0.7, 0.85, 1.0, 1.2, 1.4, 1.8, 2.5, 4.0, 6.0)
+COUNTED_CHARACTERS = 12_000
+ABLATED_CHARACTERS = {"english": 12_000, "chinese": 4_000}
+"""Held-out text whose increments are ablated: a Chinese character is three tokens."""
+
+PIECE = 500
+"""Characters of each document of it at most, so that there are many."""
+
+CONSTANTS = (0.8, 1.0, 1.2, 1.5, 2.0, 3.0, 5.0)
 """The increments among which the best constant of a layer is looked for, in positions."""
 
-CHOSEN_CHARACTERS = 3_000
+CHOSEN_CHARACTERS = 1_500
 """Training text that it is looked for in, of each language."""
 
 OTHER_ENGLISH = ("anthropology", "economics", "eltec", "pepys")
@@ -132,14 +138,13 @@ class Text:
     @cached_property
     def ablated(self) -> dict[str, tuple[list[str], list[str], list[str]]]:
         """By language, training text for each byte's mean increment, some of it for constants, and held-out text."""
-        size = ABLATED_CHARACTERS
         return {
             corpus: (
-                corpora.training_excerpts(corpus, size),
+                corpora.training_excerpts(corpus, COUNTED_CHARACTERS),
                 corpora.training_excerpts(corpus, CHOSEN_CHARACTERS),
-                corpora.heldout_excerpts(corpus, size),
+                [text[:PIECE] for text in corpora.heldout_excerpts(corpus, size)],
             )
-            for corpus in ("english", "chinese")
+            for corpus, size in ABLATED_CHARACTERS.items()
         }
 
 
@@ -237,7 +242,7 @@ MEASUREMENTS: dict[str, tuple[Callable[[Subject], pd.DataFrame], str]] = {
     "saturation": (lambda s: saturation(s.model, s.prose), "saturation {model}"),
     "below_zero": (lambda s: below_zero(s.model, s.prose), "saturation {model}"),
     "specialisation": (_specialisation, "specialisation {model}"),
-    "ablation": (_ablation, f"ablate {{model}} --corpus english --characters {ABLATED_CHARACTERS} --tokens"),
+    "ablation": (_ablation, "experiments measure --tables ablation"),
     "english": (_english, "experiments measure --tables english"),
 }
 """Each measurement, and the command that prints it (or the first half of it, where two texts are measured)."""
