@@ -5,7 +5,18 @@ from .config import PositionConfig, PositionModelConfig
 from .core.attach import attach_positions
 from .core.position_streams import PositionStreams
 from .errors import PositionsError
-from .interventions import Edit, Hooks, LayerIndices, TokenSelection, ablate, add_gap, freeze, patch, scale
+from .interventions import (
+    Edit,
+    Hooks,
+    LayerIndices,
+    TokenSelection,
+    ablate,
+    add_gap,
+    describe,
+    freeze,
+    patch,
+    scale,
+)
 from .model import HookedPositionTransformer
 
 __all__ = [
@@ -25,6 +36,7 @@ __all__ = [
     "attach_positions",
     "causal",
     "corpora",
+    "describe",
     "freeze",
     "load_adapter",
     "patch",

@@ -52,12 +52,14 @@ def own_weights(model: Any) -> dict[str, Tensor]:
     for key, tensor in model.state_dict().items():
         name = _own_name(model, key)
         if name is not None:
+            # A bridge names some tensors twice; the first is the model's.
             plain.setdefault(name, tensor)
     return plain
 
 
 def _own_name(model: nn.Module, key: str) -> str | None:
     """The model's own name of a tensor; None where it belongs to the streams or to an adapter."""
+    # Walk down the name: what peft and the bridge put around a module is left out of it.
     module: nn.Module | None = model
     own: list[str] = []
     for part in key.split("."):
@@ -78,6 +80,7 @@ def base_digests(model: Any) -> tuple[str, str]:
     Raises:
         PositionsError: the model lacks a parameter that its configuration describes.
     """
+    # On the meta device a model has names and shapes, and takes no memory.
     with torch.device("meta"):
         names = sorted(name for name, _ in type(model)(model.config).named_parameters())
     weights = own_weights(model)
@@ -85,6 +88,8 @@ def base_digests(model: Any) -> tuple[str, str]:
     for name in names:
         if name not in weights:
             raise PositionsError(f"the model has no weight {name}, which its configuration describes; expected it.")
+
+        # One weight at a time on the CPU, as a model may be larger than its memory.
         weight = weights[name].detach().to("cpu").contiguous()
         for digest, values in ((rounded, weight.to(torch.bfloat16)), (exact, weight)):
             digest.update(f"{name} {tuple(values.shape)}".encode())
@@ -102,6 +107,7 @@ def refuse_lost_edits(model: Any) -> None:
         if isinstance(module, JointQKVAttentionBridge) and module.original_component is not None:
             parts = zip("qkv", module.split_qkv_matrix(module.original_component), strict=True)
             for part, whole in parts:
+                # What the bridge computes with, beside what the joint matrix would give.
                 used = own_weights(getattr(module, part))
                 if any(not torch.equal(used[n], t) for n, t in whole.state_dict().items() if n in used):
                     raise PositionsError(
@@ -111,6 +117,8 @@ def refuse_lost_edits(model: Any) -> None:
     with torch.device("meta"):
         described = set(type(model)(model.config).state_dict())
     weights = own_weights(model)
+
+    # By storage, as one tensor may have several names.
     stored = {tensor.data_ptr() for name, tensor in weights.items() if name in described}
     for name, tensor in weights.items():
         if name in described or not name.endswith("bias") or tensor.is_meta or tensor.data_ptr() in stored:
@@ -186,6 +194,8 @@ def describe_adapters(model: Any) -> dict[str, Any] | None:
                 f"the adapter {', '.join(module.merged_adapters)} is merged into {name}; expected it unmerged, or "
                 "merge_and_unload() and save_pretrained()."
             )
+
+    # peft switches layer by layer; one description cannot hold layers that differ.
     states = {(tuple(m.active_adapters), not m.disable_adapters) for n, m in tuners.items() if "token_adapter" not in n}
     if len(states) != 1:
         raise PositionsError(f"{len(states)} sets of adapters are active in different layers; expected one for all.")
@@ -227,11 +237,15 @@ def write_adapters(model: Any, folder: Path, base: str, described: dict[str, Any
     written: set[str] = set()
     for name in described["names"]:
         config = copy.deepcopy(model.peft_config[name])
+
+        # peft's own loader then finds the base as well.
         config.base_model_name_or_path = base
         place = _place(folder, name)
         place.mkdir(exist_ok=True)
         config.save_pretrained(place)
         keys = _keys(model, name)
+
+        # Cloned, as safetensors refuses tensors that share memory.
         tensors = {PREFIX + saved: state[key].detach().to("cpu").contiguous().clone() for saved, key in keys.items()}
         save_file(tensors, place / WEIGHTS, {"format": "pt"})
         written |= set(keys.values())
@@ -249,6 +263,7 @@ def _place(folder: Path, name: str) -> Path:
 
 def _keys(model: Any, name: str) -> dict[str, str]:
     """What an adapter's tensors are called in peft's files, and in the model."""
+    # peft is given names in the place of tensors, and so tells which it would save as what.
     same: Any = {key: key for key in model.state_dict()}
     from peft import get_peft_model_state_dict
 
@@ -257,6 +272,7 @@ def _keys(model: Any, name: str) -> dict[str, str]:
 
 
 def _refuse_other_form(model: Any, folder: Path, described: dict[str, Any]) -> None:
+    # Put what was written into an empty model, and compare what peft's modules say of themselves.
     with torch.device("meta"):
         skeleton = type(model)(model.config).to(model.dtype)
     put_adapters(skeleton, folder, described)
@@ -309,6 +325,8 @@ def put_adapters(model: Any, folder: Path, described: dict[str, Any] | None) -> 
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
     described = described or {"names": ["default"], "active": ["default"], "enabled": True}
+
+    # peft freezes the base when it puts an adapter in; what learned before learns after.
     learns = {id(p): p.requires_grad for p in model.parameters()}
     there = {id(module) for module in model.modules()}
     tuners = []
@@ -318,6 +336,9 @@ def put_adapters(model: Any, folder: Path, described: dict[str, Any] | None) -> 
             read_description(place / DESCRIPTION)
             config: Any = PeftConfig.from_pretrained(str(place))
             _refuse_unfit(name, config)
+
+            # As if to be trained: in inference mode peft freezes what it adds, and learning would be off without a
+            # word.
             config.inference_mode = False
             if hasattr(config, "init_lora_weights"):
                 config.init_lora_weights = True  # fresh weights are replaced at once
@@ -344,6 +365,8 @@ def _fill(model: Any, name: str, tensors: dict[str, Tensor]) -> None:
     """Give an adapter's modules their weights, in the dtype of the file."""
     keys = _keys(model, name)
     given = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+
+    # Every tensor of the file has a place, and every place a tensor.
     if set(given) != set(keys):
         odd = sorted(set(given) ^ set(keys))[0]
         raise ValueError(f"it has {len(given)} tensors that do not match the model's {len(keys)}, such as {odd}")
@@ -367,6 +390,7 @@ def _fill(model: Any, name: str, tensors: dict[str, Tensor]) -> None:
 
 def _device_around(model: nn.Module, place: str) -> torch.device:
     """The device of the weights nearest to a module."""
+    # From the module outwards, to the first that has weights anywhere.
     while True:
         for parameter in model.get_submodule(place).parameters():
             if not parameter.is_meta:
@@ -383,6 +407,8 @@ def merge_adapters(model: Any, tuners: list[Any], described: dict[str, Any] | No
         PositionsError: they adapt weights that another module shares, which merging would change too.
     """
     learns = {id(parameter): parameter.requires_grad for parameter in model.parameters()}
+
+    # Tied embeddings are one weight in two places: merged into one of them, an adapter would act in both.
     shared = model.config.get_text_config().tie_word_embeddings
     names = [n for n, m in peft_layers(model).items() if isinstance(m, peft_wrappers()[:1])]
     ends = {id(e): e for e in (model.get_input_embeddings(), model.get_output_embeddings())}

@@ -122,6 +122,8 @@ def load_pretrained(
         raise PositionsError(f"{name_or_path} has position streams of its own; expected no positions argument with it.")
     if saved is not None and saved.base is not None:
         _checked_state(folder, saved.config)  # before a base of any size is read
+
+        # In the dtype that the adapter was made in: rounding the base would change its weights' digest.
         kwargs.setdefault("dtype", getattr(torch, saved.base["dtype"]))
         model, tokenizer = load_base(base or saved.base["name"], tokenizer=tokenizer, **kwargs)
         load_adapter(model, folder, merge=True)
@@ -150,6 +152,8 @@ def load_base(name_or_path: str | Path, *, tokenizer: Any = None, **kwargs: Any)
             if options:
                 kwargs = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)} | kwargs
             model, info = load(where, output_loading_info=True, **options, **kwargs)
+
+            # A revision or a token names the tokenizer's place as it names the model's.
             found = {name: kwargs[name] for name in TO_FIND_A_MODEL if name in kwargs}
             if isinstance(tokenizer, str | Path):
                 tokenizer = AutoTokenizer.from_pretrained(tokenizer)
@@ -178,6 +182,8 @@ def _hub_source(name_or_path: str | Path) -> tuple[str | Path, dict[str, str], s
     where = checkpoint_path(name_or_path)
     options: dict[str, str] = {}
     hint = ""
+
+    # A model inside an installed package, where it is installed; else the same model on the hub.
     package, file, hub = PACKAGED.get(str(name_or_path).lower(), (None, "", ""))
     if package is not None and not Path(name_or_path).exists():
         spec = importlib.util.find_spec(package)
@@ -202,7 +208,7 @@ def _hub_source(name_or_path: str | Path) -> tuple[str | Path, dict[str, str], s
 
 
 def _has_tokenizer(folder: Path, saved: SavedPositions | None) -> bool:
-    """Whether a folder has a tokenizer, or what is no folder may have one.
+    """Whether there should be a tokenizer: in a folder its files say so, elsewhere there may always be one.
 
     Raises:
         PositionsError: a file is missing of the one that was saved.
@@ -222,6 +228,8 @@ def _refuse_other_tensors(name_or_path: str | Path, info: dict[str, Any], ours: 
     if not ours:  # others may hold what transformers no longer reads
         unexpected = [key for key in map(str, info["unexpected_keys"]) if key.startswith("position_streams.")]
         info["unexpected_keys"] = unexpected
+
+    # transformers fills what is missing with random weights, and says so in a warning that is easily missed.
     for kind, what in kinds.items():
         if info.get(kind):
             tensor = sorted(map(str, info[kind]))[0]
@@ -234,6 +242,7 @@ def _refuse_other_family(name_or_path: str | Path, model: Any) -> None:
     if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
         raise PositionsError(f"{name_or_path} has architectures {str(named)[:60]!r}; expected a list of names.")
     for name in named or ():
+        # The family that the configuration of that class belongs to.
         family = getattr(getattr(getattr(transformers, name, None), "config_class", None), "model_type", None)
         if family not in (None, model.config.model_type) and not model.config.model_type.startswith(str(family)):
             raise PositionsError(
@@ -253,6 +262,8 @@ def _checked_state(folder: Path, config: PositionConfig) -> dict[str, Tensor]:
                 f"{path} does not fit its positions.json: {name} has {len(tensor)} rows, and hidden is "
                 f"{config.hidden}; expected the same."
             )
+
+    # A source without its weights would start at increments of 1.0, and look like a static model.
     learned = config.learned and not any(name.endswith("hidden.weight") for name in state)
     if learned or (config.source == "frozen" and "shared_source.table" not in state):
         raise PositionsError(
@@ -264,6 +275,7 @@ def _checked_state(folder: Path, config: PositionConfig) -> dict[str, Tensor]:
 def _attach_saved(model: Any, saved: SavedPositions, state: dict[str, Tensor], folder: Path) -> PositionStreams:
     streams = None
     try:
+        # Built from the description, then filled: torch says which tensor does not fit.
         streams = attach_positions(model, saved.config, table=state.get("shared_source.table"))
         streams.load_state_dict(state)
     except (RuntimeError, PositionsError) as error:
@@ -320,6 +332,8 @@ def save_adapter(model: Any, path: str | Path, *, base: str | Path) -> None:
         raise PositionsError("the model has no position streams; expected attach_positions(model, ...) first.")
     state = _streams_to_save(model)
     described = describe_adapters(model)
+
+    # A relative path would mean another folder from elsewhere.
     name = str(Path(base).resolve() if os.path.exists(base) else base)
     dtype = str(model.dtype).removeprefix("torch.")
     rounded, exact = base_digests(model)
@@ -333,10 +347,12 @@ def save_adapter(model: Any, path: str | Path, *, base: str | Path) -> None:
 
 
 def _refuse_other_weights(model: Any, exact: str, base: str, dtype: str) -> None:
-    """Refuse a model whose own weights are not those of the folder that its adapter is to stand on."""
+    """Refuse a model whose own weights differ from those in the folder of its base."""
     folder = Path(checkpoint_path(base))
     if not (folder / "config.json").is_file() or getattr(model, "hf_quantizer", None) is not None:
         return
+
+    # Hashing a large base takes a while: done once for each state of its files.
     stamp = tuple((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.glob("*")) if f.is_file())
     if _folder_digest(str(folder), dtype, stamp) != exact:
         raise PositionsError(
@@ -379,14 +395,11 @@ def load_adapter(model: Any, path: str | Path, *, merge: bool = False) -> Positi
         raise PositionsError(f"there is no adapter at {path}; expected a folder that save_adapter wrote.")
     base = base_model(model)
     refuse_attached(base)
-    there = next(iter(peft_layers(base)), None)
-    if there is not None:
-        raise PositionsError(
-            f"the model has an adapter of peft already (in {there}); expected the base alone, into which load_adapter "
-            "puts the adapter's own."
-        )
+    _refuse_adapters(base)
     state = _checked_state(path, saved.config)
     rounded, exact = base_digests(base)
+
+    # The exact digest holds in one dtype only; the rounded one in all.
     known = saved.base_exact if str(base.dtype).removeprefix("torch.") == saved.base["dtype"] else None
     if rounded != saved.base["sha256"] or known not in (None, exact):
         raise PositionsError(
@@ -404,9 +417,21 @@ def load_adapter(model: Any, path: str | Path, *, merge: bool = False) -> Positi
         refuse_changed(path, saved)
         if has_lora and merge:
             streams.detach()
+
+            # Merging takes peft's modules out, and hooks of streams with them: streams come off before and go on after.
             merge_adapters(base, tuners, saved.adapters)
             streams = _attach_saved(model, saved, state, path)
     return streams
+
+
+def _refuse_adapters(base: Any) -> None:
+    """Refuse a model that has an adapter already: with two of them, neither is what was saved."""
+    there = next(iter(peft_layers(base)), None)
+    if there is not None:
+        raise PositionsError(
+            f"the model has an adapter of peft already (in {there}); expected the base alone, into which load_adapter "
+            "puts the adapter's own."
+        )
 
 
 def streams_state(model: Any) -> dict[str, Tensor]:
@@ -453,8 +478,12 @@ def save_pretrained(model: Any, tokenizer: Any, path: str | Path) -> None:
     if is_taken(path) and not ((path / "config.json").is_file() and is_replaceable(path)):
         raise PositionsError(f"{path} holds other files; expected a saved model to replace, or a new folder.")
     state = _streams_to_save(model)
+
+    # By the names that a plain model has, without those of a bridge.
     plain = own_weights(model)
     with _quiet(), replacement_folder(path) as folder, torch.random.fork_rng(devices=[]):
+        # A fresh model of the same class gets the weights: inside a bridge, modules have other names than the files
+        # need.
         skeleton = type(model)(model.config)
         skeleton.generation_config = model.generation_config
         skeleton.to(model.dtype).load_state_dict({n: plain[n] for n in skeleton.state_dict()})
@@ -465,6 +494,7 @@ def save_pretrained(model: Any, tokenizer: Any, path: str | Path) -> None:
 
 def _write_tokenizer(tokenizer: Any, folder: Path) -> list[str]:
     """Save a tokenizer, and return the names of its files; none where there is no tokenizer."""
+    # Which files a tokenizer consists of differs by kind: they are what is new in the folder.
     before = {item.name for item in folder.iterdir()}
     if tokenizer is not None:
         try:

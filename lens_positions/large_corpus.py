@@ -77,6 +77,7 @@ def build(
     except OSError as error:
         raise PositionsError(f"the corpus could not be written to {folder}: {error.strerror}") from error
 
+    # What is measured on must not stand in the text that is added to train on.
     seen = {line for text in heldout for line in _lines(text)}
     for source in recipe:
         documents = read_documents(folder, source)
@@ -84,6 +85,8 @@ def build(
         if not is_whole:
             report(f"{source.name}: downloading {source.url}")
             documents = _cut(source, _checkout(source, folder / ".downloads" / source.name))
+
+        # Also of what is there already, so that later sources know its lines.
         documents = _new(documents, seen)
         found = checksum(documents)
         if found != source.sha256:
@@ -107,6 +110,8 @@ def checksum(documents: list[str]) -> str:
 
 def _write(folder: Path, source: Source, documents: list[str]) -> None:
     language = folder / source.language
+
+    # Fewer documents than before would leave old ones standing among the new.
     for stale in language.glob(f"{source.name}-*.txt"):
         stale.unlink()
     for number, document in enumerate(documents):
@@ -155,6 +160,8 @@ def _checkout(source: Source, folder: Path) -> Path:
         "core.autocrlf": "false",
     }.items():
         git("config", key, value)
+
+    # One commit without its files; the checkout then asks for those of the sparse set alone.
     git("fetch", "--depth=1", "--filter=blob:none", "origin", source.commit)
     git("sparse-checkout", "set", "--no-cone", *(f"/{pattern}" for pattern in source.files))
     git("checkout", "--force", "--detach", source.commit)
@@ -163,6 +170,8 @@ def _checkout(source: Source, folder: Path) -> Path:
 
 def _cut(source: Source, checkout: Path) -> list[str]:
     excluded = {path for pattern in source.exclude for path in checkout.glob(pattern)}
+
+    # Sorted, as file systems list in orders of their own and the checksum is of one order.
     paths = sorted({path for pattern in source.files for path in checkout.glob(pattern)} - excluded)
     texts = {path: text for path in paths if (text := _text(source, path.read_text("utf-8-sig")))}
     if source.document == "file":
@@ -192,6 +201,7 @@ def _xml_text(file: str, source: Source) -> str:
     blocks: list[str] = []
 
     def inner(element: ElementTree.Element) -> str:
+        # What stands after a dropped element (its tail) belongs to the text around it.
         parts = [inner(child) * (_tag(child) not in source.drop) + (child.tail or "") for child in element]
         return (element.text or "") * bool(_tag(element)) + "".join(parts)
 
@@ -222,6 +232,7 @@ def _markdown_text(file: str) -> str:
 
     blocks, tables = [], 0
     for token in MarkdownIt("commonmark").enable("table").parse(file):
+        # The depth of tables: their cells are inline text as well, and are left out.
         tables += (token.type == "table_open") - (token.type == "table_close")
         if token.type == "inline" and not tables:
             kept = (
@@ -242,6 +253,8 @@ def _new(documents: list[str], seen: set[str]) -> list[str]:
     for document in documents:
         lines = _lines(document)
         repeated = sum(len(line) for line in lines if line in seen)
+
+        # By characters: many short lines (headings, licences) are common to documents that differ.
         if 2 * repeated <= sum(map(len, lines)):
             kept.append(document)
             seen.update(lines)

@@ -42,6 +42,8 @@ def build_model(
         torch.manual_seed(seed)
         described = config.to_transformers()
         model = MistralForCausalLM(described) if isinstance(described, MistralConfig) else LlamaForCausalLM(described)
+
+        # Again, so that the weights of a source do not depend on how many numbers the model has drawn.
         torch.manual_seed(seed)
         attach_positions(model, config.positions, table=table)
     return model
@@ -107,10 +109,16 @@ class HookedPositionTransformer(HookedCalls):
             raise PositionsError(
                 f"TransformerLens has no adapter for {architecture}; expected a supported one."
             ) from error
+
+        # A bridge puts its components around the model's modules, to which the streams are hooked:
+        #
+        #     model with streams -> detached -> bridge around the model -> streams attached in it, of the same weights
         config, state = streams.config, streams_state(model)
         table = state.get("shared_source.table")
         streams.detach()
         adapter.cfg.device = str(model.device)
+
+        # Some architectures need a change before a bridge goes around them.
         adapter.prepare_model(model)
         if tokenizer is not None:
             tokenizer = _configure_tokenizer(tokenizer, adapter.cfg)
@@ -207,6 +215,8 @@ class HookedPositionTransformer(HookedCalls):
         self, hook: str, input: TextOrTokens, attention_mask: Mask, prepend_bos: bool | None
     ) -> Float[Tensor, "layer batch pos *head"]:
         names = [getattr(stream, hook).name for stream in self.position_streams.layers]
+
+        # Rows of equal length run together, and no row is padded for another.
         prompts = self._checked_tokens(input, attention_mask, prepend_bos)
         groups = []
         for numbers, rows in by_length(prompts):
@@ -273,6 +283,8 @@ class HookedPositionTransformer(HookedCalls):
         how: dict[str, Any] = {"move_to_device": move_to_device, "truncate": bool(truncate)}
         texts = [input] if isinstance(input, str) else list(input)
         read = super().to_tokens
+
+        # A text with its own BOS is read alone, as TransformerLens decides for all texts of a call at once.
         if not any(begins_with_bos(self.tokenizer, text) for text in texts):
             tokens = read(input, prepend_bos=prepend_bos, padding_side=padding_side, **how)
         else:

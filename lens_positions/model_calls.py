@@ -79,6 +79,7 @@ class HookedCalls(TransformerBridge):
         kwargs = _named("forward", args, kwargs)
         forward, backward = self._heard("forward", input, kwargs, fwd_hooks, bwd_hooks)
         if forward or backward:
+            # TransformerLens' forward knows no hooks; run_with_hooks does, and comes back to it with them in place.
             return self.run_with_hooks(input, fwd_hooks=forward, bwd_hooks=backward, **kwargs)
         input = self._masked("forward", input, kwargs)
         return super().forward(input, **kwargs)
@@ -107,6 +108,7 @@ class HookedCalls(TransformerBridge):
             kwargs.pop("padding_side", None)  # one text has none; its tokens would be refused with it
         input = self._masked("run_with_cache", input, kwargs)
         if kwargs.get("start_at_layer") is not None:
+            # Layers may be counted from the end.
             start = kwargs["start_at_layer"] % len(self.blocks)
             forward, backward = (self._from_layer(start, pairs) for pairs in (forward, backward))
         keep = {name: kwargs[name] for name in ("reset_hooks_end", "clear_contexts") if name in kwargs}
@@ -133,6 +135,7 @@ class HookedCalls(TransformerBridge):
         """
         kwargs = _named("generate", args, kwargs)
         if kwargs.get("use_cache") is not None:
+            # TransformerLens has a name of its own for what transformers calls use_cache.
             kwargs["use_past_kv_cache"] = kwargs["use_cache"]
         kwargs.pop("use_cache", None)
         forward = self._heard_in_generation("generate", kwargs, fwd_hooks, bwd_hooks)
@@ -160,6 +163,7 @@ class HookedCalls(TransformerBridge):
         _refuse_backward("hf_generate", bwd_hooks)
         mask = kwargs.get("attention_mask")
         if _several_texts(input):
+            # Whether several texts will be padded shows in their lengths: there is no mask yet.
             padding = len(set(map(len, self.tokenizer(input)["input_ids"]))) > 1
         else:
             padding = isinstance(mask, Tensor) and not mask.all()
@@ -190,6 +194,7 @@ class HookedCalls(TransformerBridge):
             yield
 
     def _hooked_pieces(self, pieces: Any, forward: list[Any]) -> Iterator[Any]:
+        # Hooks are on only while a piece is computed: between pieces the caller may run the model for something else.
         done = object()
         try:
             with _listened(forward, {}) as counted:
@@ -205,7 +210,7 @@ class HookedCalls(TransformerBridge):
     def _heard(
         self, method: str, input: Any, kwargs: Mapping[str, Any], fwd_hooks: HookPairs, bwd_hooks: HookPairs
     ) -> tuple[list[Any], list[Any]]:
-        """The hooks of a call of which everything is heard."""
+        """Check the keywords and hooks of a call, nothing of which may go unheard, and return the hooks."""
         known = _keywords(method) | _keywords("forward")
         if not kwargs.keys() <= known:
             self._refuse_unknown(method, kwargs.keys() - known)
@@ -241,7 +246,7 @@ class HookedCalls(TransformerBridge):
         return input
 
     def _pads_as_texts_alone(self, generates: bool) -> bool:
-        """Whether a mask takes padding off; what TransformerLens refuses or pads in another way is left to it."""
+        """Whether texts can be padded and masked here; TransformerLens refuses some models, and pads others itself."""
         if getattr(self.original_model.config, "is_encoder_decoder", False):
             return False
         return not generates or bool(getattr(self.adapter, "supports_batched_generation", True))
@@ -249,7 +254,7 @@ class HookedCalls(TransformerBridge):
     def _heard_in_generation(
         self, method: str, kwargs: Mapping[str, Any], fwd_hooks: HookPairs, bwd_hooks: HookPairs
     ) -> list[Any]:
-        """The forward hooks of a generation of which everything is heard."""
+        """Check the keywords and hooks of a generation as `_heard` does, and return its forward hooks."""
         _refuse_backward(method, bwd_hooks)
         unknown = kwargs.keys() - _keywords(method)
         for name in sorted(unknown & OF_THE_PROMPT):
@@ -292,7 +297,7 @@ class HookedCalls(TransformerBridge):
             )
 
     def _refuse_layer(self, stop: Any) -> None:
-        """Past the last block TransformerLens runs to the end and returns logits."""
+        """Refuse a layer past the last block: TransformerLens would run to the end and return logits."""
         blocks = getattr(self, "blocks", None)
         if stop is not None and blocks is not None and not -len(blocks) <= stop < len(blocks):
             raise PositionsError(
@@ -311,6 +316,8 @@ class HookedCalls(TransformerBridge):
             )
         pairs = list(given)
         own = hook_registry(self)
+
+        # Most names are found in the registry; aliases are listed only where one is not.
         every: Mapping[str, Any] = own
         for pair in pairs:
             name = _checked_name(pair, argument)
@@ -336,6 +343,7 @@ class HookedCalls(TransformerBridge):
         """The hooks of the blocks that a pass from a layer on computes."""
 
         def runs(name: str) -> bool:
+            # "blocks.3.attn.hook_q": the number of the block is the second part.
             number = name.split(".")[1] if name.startswith("blocks.") else ""
             return not runs_before_blocks(self, name) and not (number.isdigit() and int(number) < start)
 
@@ -358,6 +366,8 @@ def model_keywords(model: Any) -> frozenset[str]:
     for inner in ("get_base_model", "get_decoder"):  # of a PeftModel, and of a model of images and text
         if hasattr(model, inner):
             parts.append(getattr(model, inner)())
+
+    # A model for causal language hands its keywords to the decoder inside it.
     parts += [part.base_model for part in parts[:2] if hasattr(part, "base_model")]
     heard, passes_on = _parameters(tuple(dict.fromkeys(map(type, parts))))
     if passes_on:
@@ -372,6 +382,8 @@ def _parameters(models: tuple[Any, ...]) -> tuple[frozenset[str], bool]:
     every = [inspect.signature(model.forward).parameters.values() for model in models]
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     names = {p.name for parameters in every for p in parameters if p.kind in kinds}
+
+    # Only the outermost decides whether others get through: it is the one that is called.
     return frozenset(names - {"self"}), any(p.kind is inspect.Parameter.VAR_KEYWORD for p in every[0])
 
 
@@ -385,6 +397,8 @@ def _keywords(method: str) -> frozenset[str]:
 @lru_cache
 def _order(method: str) -> tuple[str, ...]:
     parameters = inspect.signature(getattr(TransformerBridge, method)).parameters.values()
+
+    # Without `self` and the input.
     return tuple(p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD)[2:]
 
 
@@ -430,6 +444,8 @@ def _hand_on(method: str, real: Bool[Tensor, "batch pos"], kwargs: dict[str, Any
         )
     if mask.ndim != 2:
         return
+
+    # The mask may also cover a cache before the texts: their part is its end.
     padding, shown = ~real.to(mask.device), mask[:, -real.shape[1] :] != 0
     if shown.shape != padding.shape or (shown & padding).any():
         raise PositionsError(
@@ -489,6 +505,7 @@ def _refuse_for_tokens(method: str, kwargs: Mapping[str, Any]) -> None:
 @contextmanager
 def _listened(pairs: list[Any], kwargs: Mapping[str, Any]) -> Iterator[list[Any]]:
     """The same hooks; at the end, a word of those that were not called by a whole forward pass."""
+    # A hook that is never called looks like one that does nothing: a null result that is none.
     calls = [0] * len(pairs)
     yield [(name, partial(_counted, calls, i, function)) for i, (name, function) in enumerate(pairs)]
     in_part = any(kwargs.get(name) is not None for name in ("start_at_layer", "stop_at_layer"))

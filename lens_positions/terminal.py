@@ -26,12 +26,15 @@ def print_grid(console: "Console", rows: list[str], columns: list[str], cells: "
     start = 0
     while start < len(columns):
         stop, room = start + 1, console.width - margin - widths[start]
+
+        # As many columns as fit beside the row names; at least one, however narrow the terminal.
         while stop < len(columns) and widths[stop] <= room:
             room -= widths[stop]
             stop += 1
         header = "".join(" " * (widths[i] - cell_len(columns[i])) + columns[i] for i in range(start, stop))
         print_line(console, Text(" " * margin + header, "bold"))
         for name, row in zip(rows, cells, strict=True):
+            # Widths in terminal cells: a Chinese character takes two.
             line = Text(name + " " * (margin - cell_len(name)))
             for i in range(start, stop):
                 line.append(" " * (widths[i] - row[i].cell_len)).append_text(row[i])
@@ -53,6 +56,8 @@ def increment_cell(increment: float, mean: float) -> "Text":
 
     if mean <= 0:
         return Text(f"{increment:.2f}")
+
+    # By ratio, so that half and twice the mean are as strong; nothing nearer than a quarter gets a deeper tint.
     octaves = math.log2(max(increment / mean, 0.25))
     shade = min(round(abs(octaves) * 2), len(FARTHER))
     if shade == 0:

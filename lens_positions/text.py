@@ -64,6 +64,8 @@ def prompts_of(
             )
         prompts = _list_texts(model, [given] if isinstance(given, str) else given, prepend_bos, whole)
     base = base_model(model)
+
+    # Tokens go where the embeddings are; further on the model moves what it needs itself.
     device = device_of(base.get_input_embeddings(), base)
     return [prompt.to(device) for prompt in prompts]
 
@@ -107,6 +109,8 @@ def begins_with_bos(tokenizer: Any, text: str) -> bool:
     bos = tokenizer.bos_token
     if bos is None or not text.lstrip().startswith(bos):
         return False
+
+    # Only where the tokenizer reads those characters as its special token, and not as text.
     return tokenizer(text, add_special_tokens=False)["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
@@ -143,6 +147,8 @@ def _list_texts(
 def _text_tokens(model: TransformerBridge, text: str, prepend_bos: bool | None, whole: bool) -> Int[Tensor, " _pos"]:
     if getattr(model, "tokenizer", None) is None:
         raise PositionsError("the model has no tokenizer; expected tokens instead of text.")
+
+    # Not cut: a text that is longer than the context is refused below, or read in windows by who asked for `whole`.
     tokens = model.to_tokens(text, prepend_bos=prepends_bos(model, text, prepend_bos), truncate=False)[0]
     if not len(tokens):
         raise PositionsError(f"the text {text!r:.40} has no tokens; expected at least one.")
@@ -188,12 +194,16 @@ def _without_padding(
     if not isinstance(mask, Tensor) or mask.numel() != rows.numel() or mask.shape[-1] != rows.shape[1]:
         given = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise PositionsError(f"attention_mask is {given}; expected a tensor of the tokens' shape {tuple(rows.shape)}.")
+
+    # A mask of one row may come without a batch axis.
     real = mask.reshape(rows.shape).to(rows.device)
     if not ((real == 0) | (real == 1)).all():
         raise PositionsError("attention_mask has other values than 0 and 1; expected 1 for each real token.")
     prompts = []
     for number, (row, of_row) in enumerate(zip(rows, real.bool(), strict=True)):
         places = of_row.nonzero().flatten()
+
+        # Real tokens in one stretch: what stands between two of them is part of the text.
         if not len(places) or int(places[-1] - places[0]) + 1 != len(places):
             what = "hides tokens between others" if len(places) else "hides every token"
             raise PositionsError(f"attention_mask {what} in row {number}; expected padding at its ends alone.")
@@ -207,6 +217,8 @@ def _refuse_padding(model: TransformerBridge, rows: Int[Tensor, "batch pos"]) ->
     if tokenizer is None or tokenizer.pad_token_id is None:
         return
     pad = tokenizer.pad_token_id
+
+    # The product up to each place is 1 as long as all tokens were padding: its sum is the length of that run.
     is_pad = (rows == pad).long()
     sides = (
         ("begins", is_pad.cumprod(1).sum(1), tokenizer.bos_token_id),

@@ -145,6 +145,8 @@ def character_spans(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple
             "expected text that can be written as UTF-8"
         ) from error
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+
+    # Bytes are exact where tokens spell them; offsets count characters, and a tokenizer may normalise those.
     pieces = _token_bytes(tokenizer, encoding["input_ids"])
     if b"".join(pieces) == text_bytes:
         return _spans_from_bytes(pieces, text)
@@ -153,6 +155,7 @@ def character_spans(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple
 
 def _token_bytes(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[bytes]:
     """The bytes of each token in the alphabet of byte-level BPE; none for a token written in any other."""
+    # Added tokens are written as they are, and not in the byte alphabet.
     added = {token_id: token.content.encode() for token_id, token in tokenizer.added_tokens_decoder.items()}
     pieces = []
     for token_id, token in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True):
@@ -163,6 +166,7 @@ def _token_bytes(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[byt
 
 
 def _spans_from_bytes(pieces: list[bytes], text: str) -> list[tuple[int, int]]:
+    # The number of the token that each byte is in.
     token_of_byte = [number for number, piece in enumerate(pieces) for _ in piece]
     spans, start = [], 0
     for character in text:
@@ -176,6 +180,7 @@ def _spans_from_offsets(offsets: list[tuple[int, int]], text: str) -> list[tuple
     spans: list[tuple[int, int] | None] = [None] * len(text)
     for number, (start, end) in enumerate(offsets):
         for position in range(start, end):
+            # Several tokens may share a character: its range grows from the first of them to this one.
             earlier = spans[position]
             spans[position] = (earlier[0] if earlier else number, number + 1)
     filled: list[tuple[int, int]] = []

@@ -115,14 +115,10 @@ def test_optional_classic_hooks_fire_when_enabled(tiny_model, name):
 
 @pytest.mark.parametrize("switch", sorted({switch for switch, _ in OPTIONAL_HOOKS.values()}))
 def test_per_head_increments_are_never_dropped(tiny_model, switch):
-    """TransformerLens goes around the projections where it splits their input."""
+    """TransformerLens goes around the projections where it splits their input, and rotates as ever."""
     model = tiny_model(source="per_layer", per_head=True)
     plain = model(TOKENS)
     getattr(model, switch)(True)
-    if switch in ("set_use_split_qkv_input", "set_use_attn_in"):
-        with pytest.raises(lp.PositionsError, match=switch):
-            model(TOKENS)
-        getattr(model, switch)(False)
     assert (model(TOKENS) - plain).abs().max() < 1e-4
 
 
@@ -153,7 +149,7 @@ def test_rotated_keys_are_the_keys_turned_by_the_positions(tiny_model, per_head)
 
 def test_names_filter(tiny_model):
     model = tiny_model(source="shared")
-    for names in ("hook_increments", ["blocks.1.attn.hook_positions"], lambda name: name.endswith("increments")):
+    for names in ("hook_increments", ["blocks.1.attn.hook_positions"], lambda name: name.endswith("hook_increments")):
         _, cache = model.run_with_cache(TOKENS, names_filter=names)
         matches = (
             names if callable(names) else lambda name, names=names: name in names if names[0] != "h" else name == names

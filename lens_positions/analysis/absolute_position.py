@@ -21,14 +21,15 @@ on a ruler of equal steps, each text's own mean, so that the rotation can leak n
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from einops import rearrange
+from jaxtyping import Float, Float64, Int, Int64
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
@@ -41,7 +42,7 @@ from ..measure.attention import EARLIEST, attention_names, keep_states, run_for_
 from ..measure.corpus_reader import WINDOW, Texts, rows_of, windows
 from ..measure.intervals import Tally, interval_of, resamples
 from ..model import HookedPositionTransformer
-from ..progress import track_progress
+from ..progress import several_passes, track_progress
 from ..text import Mask, prompts_of
 
 OFFSETS = 8
@@ -94,6 +95,8 @@ def repeat_block(
     """
     block = index_of(block, "block", "a whole number of tokens from 1", least=1)
     room = min(model.cfg.n_ctx, WINDOW) if length is None else index_of(length, "length", "a number of tokens", least=1)
+
+    # One token stands in front.
     repeats = (room - 1) // block
     if repeats < FEWEST_REPEATS:
         raise PositionsError(
@@ -102,6 +105,7 @@ def repeat_block(
         )
     rows = []
     for number, tokens in enumerate(prompts_of(model, texts, attention_mask, prepend_bos, whole=True)):
+        # The first token is not repeated: it marks the beginning, which happens once.
         front, own = tokens[:1], tokens[1:]
         if len(own) < block:
             raise PositionsError(
@@ -113,6 +117,7 @@ def repeat_block(
 
 def first_token(model: HookedPositionTransformer, prepend_bos: bool | None = None) -> int | None:
     """The token that is put in front of texts: an end of document in a byte model, else the tokenizer's, if any is."""
+    # Asking with the token and without it tells which one a tokenizer puts in front.
     with_it, without = (prompts_of(model, "a", None, how)[0] for how in (prepend_bos, False))
     return int(with_it[0]) if len(with_it) > len(without) else None
 
@@ -166,26 +171,44 @@ def absolute_variation(
     draws = resamples(len(rows), seed)
     size = _repeats_a_quarter(rows, block)
     offsets = _distances(offsets, block)
-    table = []
+    # The mean over heads stands before the heads, and the mean over layers before the layers: "all" in the table.
     overall = {layer: of_layer.mean(1, keepdims=True) for layer, of_layer in found.items()}
     groups: dict[int | str, np.ndarray] = {"all": np.mean(list(overall.values()), axis=0)}
     groups |= {layer: np.concatenate([overall[layer], of_layer], axis=1) for layer, of_layer in found.items()}
-    for layer, of_layer in groups.items():  # [text head quarter part]
-        parts = np.concatenate([of_layer, (of_layer @ [1, 1, -2])[..., None]], axis=-1)
-        mean, low, high = _over_texts(parts, draws)
-        share, share_low, share_high = _shares(of_layer, draws)
-        for head in range(parts.shape[1]):
-            for quarter in range(QUARTERS):
-                start = 1 + (SKIPPED + quarter * size) * block
-                row: dict[str, Any] = {"layer": layer, "head": "all" if head == 0 else head - 1, "quarter": quarter}
-                row |= {"start": start, "stop": start + size * block, "n": len(rows) * size * block * offsets}
-                row |= {"documents": len(rows)}
-                for i, part in enumerate((*PARTS, "total")):
-                    at = head, quarter, i
-                    row |= {part: mean[at], f"{part}_low": low[at], f"{part}_high": high[at]}
-                shares = (values[head, quarter] for values in (share, share_low, share_high))
-                table.append(row | dict(zip(("share", "share_low", "share_high"), shares, strict=True)))
-    return pd.DataFrame(table)
+    return pd.DataFrame(
+        [
+            row
+            for layer, of_layer in groups.items()
+            for row in _variation_rows(layer, of_layer, draws, block, size, offsets)
+        ]
+    )
+
+
+def _variation_rows(
+    layer: int | str,
+    of_layer: Float64[np.ndarray, "text head quarter part"],
+    draws: Int64[np.ndarray, "draw text"],
+    block: int,
+    size: int,
+    offsets: int,
+) -> Iterator[dict[str, Any]]:
+    """The rows of `absolute_variation` of one layer, whose first head is the mean of the others."""
+    # log attention = score - log Z, so its variance is residual + mask - 2 covariance.
+    parts = np.concatenate([of_layer, (of_layer @ [1, 1, -2])[..., None]], axis=-1)
+    intervals, shares = _over_texts(parts, draws), _shares(of_layer, draws)
+    for head, quarter in np.ndindex(parts.shape[1], QUARTERS):
+        start = 1 + (SKIPPED + quarter * size) * block
+        row: dict[str, Any] = {"layer": layer, "head": "all" if head == 0 else head - 1, "quarter": quarter}
+        row |= {"start": start, "stop": start + size * block, "n": len(parts) * size * block * offsets}
+        row |= {"documents": len(parts)}
+        for i, part in enumerate((*PARTS, "total")):
+            row |= _with_ends(part, (values[head, quarter, i] for values in intervals))
+        yield row | _with_ends("share", (values[head, quarter] for values in shares))
+
+
+def _with_ends(column: str, values: Iterable[Any]) -> dict[str, float]:
+    """A value and the ends of its interval, by the names of their columns."""
+    return dict(zip((column, f"{column}_low", f"{column}_high"), values, strict=True))
 
 
 def replacement_effects(
@@ -225,39 +248,49 @@ def replacement_effects(
     if not replacements or isinstance(replacements, str):
         raise PositionsError(f"replacements is {replacements!r}; expected some of {', '.join(REPLACEMENTS)}.")
     rows = repeat_block(model, texts, block, length, attention_mask=attention_mask, prepend_bos=prepend_bos)
-    own = _variances(rows, model, layers, hooks, block, offsets)
     draws = resamples(len(rows), seed)
+
+    # What is drawn at random differs from draw to draw; the mean and zeros do not.
+    times = {replacement: DRAWS if replacement in ("token", "noise") else 1 for replacement in replacements}
+    with several_passes(1 + sum(times.values())):
+        own = _variances(rows, model, layers, hooks, block, offsets)
+        replaced: dict[Replacement, list[dict[int, np.ndarray]]] = {}
+        for how, i in [(name, i) for name, number in times.items() for i in range(number)]:
+            draw = partial(_replacement_of_batch, model, how, (seed, i), hooks or [])
+            replaced.setdefault(how, []).append(_variances(rows, model, layers, draw, block, offsets))
+
     numbers: list[int | str] = ["all", *own]
     table = []
     for replacement in replacements:
-        others: list[dict[int, np.ndarray]] = []
-        for i in range(DRAWS if replacement in ("token", "noise") else 1):
-            replaced = partial(_replacement_of_batch, model, replacement, (seed, i), hooks or [])
-            others.append(_variances(rows, model, layers, replaced, block, offsets))
-        other = {layer: np.mean([of[layer] for of in others], axis=0) for layer in own}
+        other = {layer: np.mean([of[layer] for of in replaced[replacement]], axis=0) for layer in own}
         for layer in numbers:
-            pairs = [
-                np.mean([values[n][..., 0].mean(1) for n in own if layer in ("all", n)], axis=0)
-                for values in (own, other)
-            ]
+            chosen = [n for n in own if layer in ("all", n)]
+            # Part 0 is the residual part; the mean is over heads, then over layers: [text quarter].
+            before, after = (np.mean([of[n][..., 0].mean(1) for n in chosen], axis=0) for of in (own, other))
             for queries, quarter in (("early", 0), ("late", QUARTERS - 1)):
-                before, after = (values[:, quarter] for values in pairs)
-                drop = low = high = math.nan
-                if before.mean() > ROUNDING:
-                    drop = 1 - after.sum() / before.sum()
-                    if len(rows) > 1:
-                        ends = interval_of((1 - draws @ after / (draws @ before))[:, None])
-                        low, high = (float(end[0]) for end in ends)
                 row: dict[str, Any] = {"replacement": replacement, "layer": layer, "queries": queries}
-                row |= {"documents": len(rows), "before": before.mean(), "after": after.mean()}
-                table.append(row | {"drop": drop, "low": low, "high": high})
+                table.append(row | _drop_row(before[:, quarter], after[:, quarter], draws))
     return pd.DataFrame(table)
+
+
+def _drop_row(
+    before: Float64[np.ndarray, " text"], after: Float64[np.ndarray, " text"], draws: Int64[np.ndarray, "draw text"]
+) -> dict[str, float]:
+    """How much of the residual part a replacement takes away; NaN where there is nothing but rounding to lose."""
+    drop = low = high = math.nan
+    if before.mean() > ROUNDING:
+        drop = 1 - after.sum() / before.sum()
+        if len(before) > 1:
+            ends = interval_of((1 - draws @ after / (draws @ before))[:, None])
+            low, high = (float(end[0]) for end in ends)
+    found = {"documents": len(before), "before": before.mean(), "after": after.mean()}
+    return found | {"drop": drop, "low": low, "high": high}
 
 
 def _replacement_of_batch(
     model: TransformerBridge, how: Replacement, seeds: tuple[int, int], hooks: Hooks, batch: int
 ) -> Hooks:
-    """Draws of its own for every batch, so that no two texts share one."""
+    """The hooks of a replacement that draws anew for every batch, so that no two texts share a draw."""
     own = int(np.random.SeedSequence((*seeds, batch)).generate_state(1)[0])
     return [*hooks, *replace_first(model, how, own)]
 
@@ -282,11 +315,13 @@ def _over_texts(values: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.n
 
 def _shares(parts: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The residual part over residual and mask, of [text head quarter part], and its interval over texts."""
+    # Entry 0 is the texts as they are, the others are the resamples.
     sums = np.concatenate([parts.sum(0)[None], np.tensordot(draws, parts, axes=1)])[..., :2]
     whole = sums.sum(-1)
     share = np.divide(sums[..., 0], whole, out=np.full_like(whole, math.nan), where=whole > ROUNDING * len(parts))
     if len(parts) < 2:
         return share[0], np.full_like(share[0], math.nan), np.full_like(share[0], math.nan)
+    # Percentiles of nothing but NaN would warn: such entries are filled, and taken out again.
     empty = np.isnan(share[1:]).all(0)
     low, high = (np.where(empty, math.nan, end) for end in interval_of(np.where(empty, 0.0, share[1:])))
     return share[0], low, high
@@ -308,22 +343,35 @@ def _variances(
     names = attention_names(model, layers, "attn_scores")
     found: dict[int, list[np.ndarray]] = {layer: [] for layer in names}
     size = _repeats_a_quarter(rows, block)
+
+    # Queries from the third repeat on; a remainder that fills no quarter is left out at the end.
     start = 1 + SKIPPED * block
     queries = torch.arange(start, start + QUARTERS * size * block)
+
+    # For each query the keys at the distances 0, 1, ... before it.
     keys = queries[:, None] - torch.arange(offsets)
 
     def collect(layer: int, scores: Float[Tensor, "batch head query key"], hook: HookPoint) -> None:
+        # Float64, as a variance over repeats is a small difference of large squares.
         own = scores.detach()[..., queries, :].double()
         score = own.gather(-1, keys.to(own.device).expand(*own.shape[:2], -1, -1))
+
+        # The log of the sum over all keys, the denominator of the softmax; the same for all distances.
         log_z = own.logsumexp(-1, keepdim=True).expand_as(score)
-        by_repeat = [values.unflatten(2, (QUARTERS, size, block)) for values in (score, log_z)]
+        # A query's place in its block stays fixed; what varies is which repeat it stands in.
+        axes = "batch head (quarter repeat place) offset -> batch head quarter repeat place offset"
+        by_repeat = [rearrange(values, axes, quarter=QUARTERS, repeat=size) for values in (score, log_z)]
         score, log_z = (values - values.mean(3, keepdim=True) for values in by_repeat)
+
+        # Centred over repeats, so that means of products are variances and the covariance.
         products = torch.stack([score * score, log_z * log_z, score * log_z], dim=-1)
         found[layer].append(products.mean((3, 4, 5)).cpu().numpy())
 
     batches = rows.split(max(1, TOKENS_A_BATCH // rows.shape[1]))
     for number, batch in enumerate(track_progress(batches, "absolute position", quick=rows.numel() < 512)):
         listen = [(name, partial(collect, layer)) for layer, name in names.items()]
+
+        # Hooks that draw at random draw anew for each batch.
         active = hooks(number) if callable(hooks) else hooks or []
         run_for_hooks(model, batch, [*active, *softmax_checks(names), *listen])
     return {layer: np.concatenate(parts) for layer, parts in found.items()}
@@ -377,12 +425,14 @@ def _replace_embedding(
     if how == "token":
         drawn = torch.randint(len(ids) - 1, (len(first),), generator=generator).to(ids.device)
         given = embedding(ids[drawn])
+        # A draw that is the token itself gives the next one; one id less is drawn, so that there is a next.
         given = torch.where((given == first).all(-1, keepdim=True), embedding(ids[drawn + 1]), given)
     elif how == "mean":
         given = embedding(ids).mean(0).expand_as(first)
     elif how == "zeros":
         given = torch.zeros_like(first)
     else:
+        # As long as the vector that it replaces, as length alone may mark a token.
         noise = torch.randn(first.shape, generator=generator).to(first)
         given = noise / noise.norm(dim=-1, keepdim=True) * first.norm(dim=-1, keepdim=True)
     changed = embeddings.clone()
@@ -416,6 +466,7 @@ def attention_sinks(
     True
     """
     documents, batches = windows(model, texts, attention_mask, prepend_bos)
+    # Only the first window of a document begins at position 0.
     begun = [[window for window in batch if window[1] == 0 and window[2] > EARLIEST + 1] for batch in batches]
     if not any(begun):
         raise PositionsError(f"no text has {EARLIEST + 2} tokens; expected at least one, to see a sink from afar.")
@@ -424,9 +475,11 @@ def attention_sinks(
 
     def tally(first: str, layer: int, owners: list[int], pattern: Tensor, hook: HookPoint) -> None:
         own = tallies.setdefault((first, layer), Tally(len(documents)))
-        own.add(owners, pattern[:, :, EARLIEST:, 0].detach().float().transpose(1, 2))
+        # Early queries have few keys to choose from, and give position 0 much whatever the head does.
+        own.add(owners, rearrange(pattern[:, :, EARLIEST:, 0].detach().float(), "batch head query -> batch query head"))
 
     for rows, owners in rows_of(documents, [batch for batch in begun if batch], "sinks"):
+        # Without its common token the same text begins with a token of its own, and the rest is unchanged.
         in_front = common is not None and bool((rows[:, 0] == common).all())
         for first, tokens in ({"common": rows, "own": rows[:, 1:]} if in_front else {"own": rows}).items():
             listen: Hooks = [(name, partial(tally, first, layer, owners)) for layer, name in names.items()]
@@ -475,30 +528,20 @@ def fingerprints(
     3     own  3         0.46
     """
     common = first_token(model, prepend_bos)
-    own = [
-        tokens[int(int(tokens[0]) == common) :][: EARLIEST + 1]
-        for tokens in prompts_of(model, texts, attention_mask, prepend_bos, whole=True)
-    ]
-    if len(own) < 3:
-        raise PositionsError(f"there are {len(own)} texts; expected at least three texts, to compare them.")
-    if short := [number for number, tokens in enumerate(own) if len(tokens) <= EARLIEST]:
-        raise PositionsError(f"text {short[0]} has {len(own[short[0]])} tokens; expected at least {EARLIEST + 1}.")
-    states = {"resid_pre": "hook_resid_pre"} | {side: HOOK.format(side) for side in ("k", "v")}
-    names = {
-        (layer, state): name
-        for state, hook in states.items()
-        for layer, name in hook_names(model, layers, hook)
-        if name in model.hook_dict
-    }
+    own = _first_tokens(prompts_of(model, texts, attention_mask, prepend_bos, whole=True), common)
+    names = _state_names(model, layers)
     rows = torch.stack(own)
     front = rows[:1, :1] if common is None else rows.new_tensor([[common]])
     draws = resamples(len(rows), seed)
-    table = []
+    # Pairs of texts [text, text]: none of a text with itself, and with their own first tokens none that begin alike.
     others = 1 - np.eye(len(rows))
     apart = others * (rows[:, :1] != rows[:, 0]).cpu().numpy()
     if not apart.any():
         raise PositionsError("all texts begin with the same token; expected others, to tell its fingerprint.")
+
+    # As many tokens in both: the last gives way to the one in front.
     with_common = torch.cat([front.expand(len(rows), 1), rows[:, :-1]], dim=1)
+    table = []
     for first, tokens, pairs in (("common", with_common, others), ("own", rows, apart)):
         seen: dict[tuple[int, str], Tensor] = {}
         listen: Hooks = [(name, partial(keep_states, seen, key)) for key, name in names.items()]
@@ -506,13 +549,40 @@ def fingerprints(
         for (layer, state), found in seen.items():
             row: dict[str, Any] = {"layer": layer, "state": state, "first": first, "n": int(pairs.sum()) // 2}
             for column, place in (("first_token", 0), ("later", EARLIEST)):
-                unit = torch.nn.functional.normalize(found[:, place].flatten(1).double(), dim=-1)
-                cosines = (unit @ unit.T).cpu().numpy() * pairs
-                weights = ((draws @ pairs) * draws).sum(1).astype(float)
-                weights[weights == 0] = math.nan  # no pair
-                drawn = ((draws @ cosines) * draws).sum(1) / weights
-                low, high = interval_of(drawn[:, None])
-                mean = cosines.sum() / pairs.sum()
-                row |= {column: mean, f"{column}_low": float(low[0]), f"{column}_high": float(high[0])}
+                row |= _with_ends(column, _mean_cosine(found[:, place], pairs, draws))
             table.append(row)
     return pd.DataFrame(table)
+
+
+def _first_tokens(documents: list[Int[Tensor, " _pos"]], common: int | None) -> list[Int[Tensor, " _pos"]]:
+    """The beginning of each text, from its own first token on, as far as it is looked at."""
+    own = [tokens[int(int(tokens[0]) == common) :][: EARLIEST + 1] for tokens in documents]
+    if len(own) < 3:
+        raise PositionsError(f"there are {len(own)} texts; expected at least three texts, to compare them.")
+    if short := [number for number, tokens in enumerate(own) if len(tokens) <= EARLIEST]:
+        raise PositionsError(f"text {short[0]} has {len(own[short[0]])} tokens; expected at least {EARLIEST + 1}.")
+    return own
+
+
+def _state_names(model: HookedPositionTransformer, layers: LayerIndices) -> dict[tuple[int, str], str]:
+    """The hook names of the states that are compared, by layer and state, as far as TransformerLens shows them."""
+    states = {"resid_pre": "hook_resid_pre"} | {side: HOOK.format(side) for side in ("k", "v")}
+    return {
+        (layer, state): name
+        for state, hook in states.items()
+        for layer, name in hook_names(model, layers, hook)
+        if name in model.hook_dict
+    }
+
+
+def _mean_cosine(
+    states: Float[Tensor, "text *d"], pairs: Float64[np.ndarray, "text text"], draws: Int64[np.ndarray, "draw text"]
+) -> tuple[float, float, float]:
+    """The mean cosine over pairs of texts, and where it lies in 95% of resamples of texts."""
+    unit = torch.nn.functional.normalize(states.flatten(1).double(), dim=-1)
+    cosines = (unit @ unit.T).cpu().numpy() * pairs
+    # In a resample that holds text a m times and text b n times, their pair occurs m * n times.
+    weights = ((draws @ pairs) * draws).sum(1).astype(float)
+    weights[weights == 0] = math.nan  # a resample of one text alone has no pair
+    low, high = interval_of((((draws @ cosines) * draws).sum(1) / weights)[:, None])
+    return cosines.sum() / pairs.sum(), float(low[0]), float(high[0])

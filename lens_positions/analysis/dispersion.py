@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
@@ -26,7 +27,7 @@ from ..measure.corpus_reader import Texts, rows_of, windows
 from ..measure.intervals import Tally, bootstrap_means, interval_of, resamples
 from ..measure.metrics import token_losses
 from ..model import HookedPositionTransformer
-from ..progress import track_progress
+from ..progress import several_passes, track_progress
 from ..text import Mask
 
 COEFFICIENTS = (-0.037, 0.481, -2.3, 4.917, -1.791)
@@ -42,6 +43,7 @@ def sharpen_scores(scores: Float[Tensor, "*rows item"]) -> Float[Tensor, "*rows 
     beta = max(polynomial(entropy), 1) where the entropy is above 0.5 nats, else 1 (Veličković et al., section 5).
     """
     entropy = attention_entropy(scores.float().softmax(-1))
+    # Horner's scheme, the highest power first.
     beta = torch.zeros_like(entropy)
     for coefficient in COEFFICIENTS:
         beta = beta * entropy + coefficient
@@ -79,13 +81,15 @@ def _sharpen_heads(
 ) -> Float[Tensor, "batch head query key"]:
     if heads is None:
         return sharpen_scores(scores)
+
+    # Other heads keep their scores.
     changed = scores.clone()
     changed[:, heads] = sharpen_scores(scores[:, heads])
     return changed
 
 
 def attention_entropy(weights: Float[Tensor, "*rows item"]) -> Float[Tensor, "*rows"]:
-    """In nats."""
+    """The entropy of attention weights, in nats."""
     return torch.special.entr(weights).sum(-1)
 
 
@@ -135,11 +139,38 @@ def attention_dispersion(
     longest = max(stop - start for batch in batches for _, start, stop in batch)
     if longest < 3:
         raise PositionsError(f"the longest window has {longest} tokens; expected 3 at least.")
+    tallies = _dispersion_by_octave(model, documents, batches, names, longest, hooks or [])
+    draws = resamples(len(documents), seed)
+    table = []
+    for (layer, of), own in tallies.items():
+        mean, low, high = own.summary(draws)  # [head column], the mean over heads first
+        for head in range(len(mean)):
+            row: dict[str, Any] = {"layer": layer, "head": "all" if head == 0 else head - 1, "items": of}
+            row |= {"log_items": mean[head, 2]}
+            row |= {"n": int(own.counts.sum()), "documents": int((own.counts > 0).sum())}
+            for j, column in enumerate(("entropy", "largest")):
+                row |= {column: mean[head, j], f"{column}_low": low[head, j], f"{column}_high": high[head, j]}
+            table.append(row)
+    return pd.DataFrame(table)
+
+
+def _dispersion_by_octave(
+    model: HookedPositionTransformer,
+    documents: list[Tensor],
+    batches: list[list[tuple[int, int, int]]],
+    names: dict[int, str],
+    longest: int,
+    hooks: Hooks,
+) -> dict[tuple[int, int], Tally]:
+    """By layer and octave: entropy, largest weight and log of the keys, [head column], the mean over heads first."""
+    # Octave i holds the queries with 2**i to 2**(i + 1) - 1 tokens up to them; one that no window fills would be the
+    # mean over the few queries that begin it.
     octaves = [2**i for i in range(1, (longest + 1).bit_length() - 1)]
     octave = torch.arange(1, longest + 1).log2().floor().long()
     tallies = {(layer, of): Tally(len(documents)) for layer in names for of in octaves}
 
-    seen: dict[tuple[int, int], Tensor] = {}  # keys by layer and length; in the pattern a weight may round to 0
+    # How many keys a query sees comes from the mask in the scores: in the pattern a weight may round to 0.
+    seen: dict[tuple[int, int], Tensor] = {}  # by layer and length of the window
     counted = {layer: name.replace("hook_pattern", "hook_attn_scores") for layer, name in names.items()}
 
     def count(layer: int, scores: Float[Tensor, "batch head query key"], hook: HookPoint) -> None:
@@ -147,9 +178,11 @@ def attention_dispersion(
 
     def tally(layer: int, owners: list[int], pattern: Float[Tensor, "batch head query key"], hook: HookPoint) -> None:
         pattern = pattern.detach().float()
+        # Without scores in TransformerLens, a key that any row or head gives weight to is one that is seen.
         sizes = seen.get((layer, pattern.shape[2]), (pattern > 0).any(0).any(0).sum(-1))
         sizes = sizes.to(pattern.device).log().expand(pattern.shape[:-1])
-        found = torch.stack([attention_entropy(pattern), pattern.amax(-1), sizes], dim=-1).transpose(1, 2)
+        found = torch.stack([attention_entropy(pattern), pattern.amax(-1), sizes], dim=-1)
+        found = rearrange(found, "batch head query column -> batch query head column")
         found = torch.cat([found.mean(2, keepdim=True), found], dim=2)
         for i, of in enumerate(octaves, 1):
             within = (octave[: pattern.shape[2]] == i).nonzero().flatten()
@@ -159,21 +192,9 @@ def attention_dispersion(
     for rows, owners in rows_of(documents, batches, "dispersion"):
         listen: Hooks = [(name, partial(count, layer)) for layer, name in counted.items() if name in model.hook_dict]
         listen += [(name, partial(tally, layer, owners)) for layer, name in names.items()]
-        run_for_hooks(model, rows, [*(hooks or []), *listen])
-    draws = resamples(len(documents), seed)
-    table = []
-    for layer in names:
-        for of in octaves:
-            own = tallies[layer, of]
-            mean, low, high = own.summary(draws)
-            for head in range(len(mean)):
-                row: dict[str, Any] = {"layer": layer, "head": "all" if head == 0 else head - 1, "items": of}
-                row |= {"log_items": mean[head, 2]}
-                row |= {"n": int(own.counts.sum()), "documents": int((own.counts > 0).sum())}
-                for j, column in enumerate(("entropy", "largest")):
-                    row |= {column: mean[head, j], f"{column}_low": low[head, j], f"{column}_high": high[head, j]}
-                table.append(row)
-    return pd.DataFrame(table)
+        # Listeners come last, so that they see what the interventions made.
+        run_for_hooks(model, rows, [*hooks, *listen])
+    return tallies
 
 
 def loss_by_length(
@@ -212,31 +233,20 @@ def loss_by_length(
     0      32  372          3
     1     128  381          3
     """
-    whole = isinstance(lengths, Sequence) and [isinstance(length, int) and length > 1 for length in lengths]
-    if not whole or not all(whole) or any(max(lengths) % length for length in lengths):
-        raise PositionsError(f"lengths is {lengths!r}; expected whole numbers from 2 that divide the longest.")
+    _check_lengths(lengths)
     lengths = sorted(set(lengths))
     longest = lengths[-1]
     documents = [tokens for tokens in windows(model, texts, attention_mask, prepend_bos)[0] if len(tokens) >= longest]
     if not documents:
         raise PositionsError(f"no text has {longest} tokens; expected at least one as long as the longest length.")
     draws = resamples(len(documents), seed)
+    with several_passes(len(lengths)):
+        tallies = {length: _losses_at(model, documents, length, longest, hooks) for length in lengths}
     table = []
-    for length in lengths:
-        own = Tally(len(documents))
-        pieces = [
-            (number, tokens[: len(tokens) // longest * longest].view(-1, length))
-            for number, tokens in enumerate(documents)
-        ]
-        parts = [(number, part) for number, rows in pieces for part in rows.split(max(1, 2048 // length))]
-        for number, rows in track_progress(parts, f"loss at {length} tokens", quick=sum(map(len, documents)) < 2048):
-            losses = []
-            for active in ([], hooks):
-                with hooked_evaluation(model, active):
-                    losses.append(token_losses(model(rows), rows[:, 1:]))
-            own.add([number] * len(rows), torch.stack(losses, dim=-1))
-        assert own.sums is not None
+    for length, own in tallies.items():
+        assert own.sums is not None  # at least one document was read
         without, with_it = own.sums.sum(0) / own.counts.sum()
+        # The same tokens with and without: the difference is taken before the resampling, document by document.
         difference = own.sums[:, 1] - own.sums[:, 0]
         low = high = math.nan
         if len(documents) > 1:
@@ -245,3 +255,29 @@ def loss_by_length(
         row = {"length": length, "n": int(own.counts.sum()), "documents": len(documents), "loss": without}
         table.append(row | {"changed": with_it, "difference": with_it - without, "low": low, "high": high})
     return pd.DataFrame(table)
+
+
+def _check_lengths(lengths: Sequence[int]) -> None:
+    """Refuse lengths that do not cut the same text: each must divide the longest."""
+    whole = isinstance(lengths, Sequence) and [isinstance(length, int) and length > 1 for length in lengths]
+    if not whole or not all(whole) or any(max(lengths) % length for length in lengths):
+        raise PositionsError(f"lengths is {lengths!r}; expected whole numbers from 2 that divide the longest.")
+
+
+def _losses_at(
+    model: HookedPositionTransformer, documents: list[Tensor], length: int, longest: int, hooks: Hooks
+) -> Tally:
+    """Losses without and with the hooks, [2] a token, of the documents in windows of one length."""
+    own = Tally(len(documents))
+    # Every length reads the same tokens: as many whole windows of the longest length as the document has.
+    pieces = [
+        (number, tokens[: len(tokens) // longest * longest].view(-1, length)) for number, tokens in enumerate(documents)
+    ]
+    parts = [(number, part) for number, rows in pieces for part in rows.split(max(1, 2048 // length))]
+    for number, rows in track_progress(parts, f"loss at {length} tokens", quick=sum(map(len, documents)) < 2048):
+        losses = []
+        for active in ([], hooks):
+            with hooked_evaluation(model, active):
+                losses.append(token_losses(model(rows), rows[:, 1:]))
+        own.add([number] * len(rows), torch.stack(losses, dim=-1))
+    return own

@@ -15,10 +15,11 @@ from ..core.attach import increment_table
 from ..errors import PositionsError
 from ..former_names import getattr_with_former_names
 from ..measure.corpus_reader import CorpusIncrements, Texts, read_corpus
+from ..measure.kinds import kinds
 from ..model import HookedPositionTransformer
 from ..text import Mask
 from ..tokenizer import byte_labels, is_byte_tokenizer
-from .token_kinds import corpus_kinds, kinds
+from .token_kinds import corpus_kinds
 
 CONTEXT_CHARACTERS = 24
 
@@ -90,8 +91,12 @@ def vocabulary_increments(model: HookedPositionTransformer) -> pd.DataFrame:
         PositionsError: the source's increments are no function of the token alone.
     """
     increments = increment_table(model).double()
+
+    # A table per head is averaged, as a token is ranked as a whole.
     increments = increments.mean(-1) if increments.ndim == 2 else increments
     pieces = model.tokenizer.convert_ids_to_tokens(range(len(increments)))
+
+    # Embeddings may have more rows than the tokenizer has tokens: those ids stand for nothing.
     ids = torch.tensor([i for i, piece in enumerate(pieces) if piece is not None])
     values = increments.cpu()[ids].numpy()
     names = [_label(model, i) for i in ids.tolist()]
@@ -106,6 +111,8 @@ def _of_texts(model: HookedPositionTransformer, corpus: CorpusIncrements, top: i
     tables = []
     for layer, values in zip(corpus.layers, corpus.increments.mean(axis=1), strict=True):
         tokens["increment"] = values
+
+        # A token that is frequent would fill the list by itself: each id is shown at its own extreme.
         by_id = tokens.groupby("id")["increment"]
         for end, found in (("largest", by_id.idxmax()), ("smallest", by_id.idxmin())):
             rows = tokens.loc[found].sort_values("increment", ascending=end == "smallest", kind="stable").head(top)
@@ -136,11 +143,14 @@ def _label(model: HookedPositionTransformer, token: int) -> str:
 def _context(model: HookedPositionTransformer, ids: list[int], place: int) -> str:
     """The text around a token, which stands in brackets; several bytes of a character are shown whole."""
     tokenizer = model.tokenizer
+
+    # A Chinese character is three bytes.
     reach = 3 * CONTEXT_CHARACTERS if is_byte_tokenizer(tokenizer) else CONTEXT_CHARACTERS
     before = tokenizer.decode(ids[max(0, place - reach) : place], skip_special_tokens=True)[-CONTEXT_CHARACTERS:]
     after = tokenizer.decode(ids[place + 1 : place + 1 + reach], skip_special_tokens=True)[: CONTEXT_CHARACTERS // 2]
     label = tokenizer.decode([ids[place]])
     if is_byte_tokenizer(tokenizer):
+        # A character has four bytes at most, so three on either side are enough to tell which byte this is.
         first = max(0, place - 3)
         label = byte_labels(ids[first : place + 4])[place - first]
     return f"{before}⟦{label}⟧{after}"

@@ -24,6 +24,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import pandas as pd
 import torch
+from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from scipy import stats
 from torch import Tensor
@@ -100,24 +101,32 @@ def frequency_norms(
                 listen += _states_hooks(model, layer, layout, side, partial(tally, side, layer, owners))
         run_for_hooks(model, rows, [*(hooks or []), *listen])
     draws = resamples(len(documents), seed)
-    table = []
-    for layer, layout in layouts.items():
-        for side in SIDES:
-            own = tallies[layer, side]
-            summary = [values.flatten() for values in own.summary(draws)]
-            heads, chunks = cast(np.ndarray, own.sums).shape[1:]
-            columns = {
-                "layer": layer,
-                "side": side,
-                "head": np.repeat(np.arange(heads), chunks),
-                "index": np.tile(np.arange(chunks), heads),
-                "frequency": np.tile(layout.all_frequencies.numpy(), heads),
-                "n": int(own.counts.sum()),
-                "documents": len(documents),
-                **dict(zip(("norm", "low", "high"), summary, strict=True)),
-            }
-            table.append(pd.DataFrame(columns))
-    return pd.concat(table, ignore_index=True)
+    parts = [
+        _norm_rows(layer, side, layout.all_frequencies.numpy(), tallies[layer, side], draws)
+        for layer, layout in layouts.items()
+        for side in SIDES
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def _norm_rows(
+    layer: int, side: str, frequencies: Float[np.ndarray, " chunk"], own: Tally, draws: Int[np.ndarray, "draw document"]
+) -> pd.DataFrame:
+    """The rows of `frequency_norms` of one side of a layer, head by head."""
+    summary = [values.flatten() for values in own.summary(draws)]  # [head chunk], the chunk fastest
+    heads = len(summary[0]) // len(frequencies)
+    return pd.DataFrame(
+        {
+            "layer": layer,
+            "side": side,
+            "head": repeat(np.arange(heads), "head -> (head chunk)", chunk=len(frequencies)),
+            "index": repeat(np.arange(len(frequencies)), "chunk -> (head chunk)", head=heads),
+            "frequency": repeat(frequencies, "chunk -> (head chunk)", head=heads),
+            "n": int(own.counts.sum()),
+            "documents": len(own.counts),
+            **dict(zip(("norm", "low", "high"), summary, strict=True)),
+        }
+    )
 
 
 @dataclass(frozen=True)
@@ -163,6 +172,7 @@ def frequency_contributions(
     found: list[Tensor] = []
 
     def collect(_layer: int, terms: Iterator[Tensor], _seen_keys: Tensor) -> None:
+        # One prompt: the batch axis goes.
         found.append(torch.stack([term[0] for term in terms], dim=1))
 
     _each_score(model, one_prompt(model, tokens, attention_mask, prepend_bos), layouts, collect, hooks)
@@ -176,12 +186,14 @@ def _each_score(
     use: Callable[[int, Iterator[Float[Tensor, "batch head query key"]], Bool[Tensor, "batch head query key"]], None],
     hooks: Hooks | None,
 ) -> None:
-    """Run some rows; for `use` each layer's number, the terms of its scores, chunk by chunk, and the keys it sees."""
+    """Run some rows, and hand `use` each layer's number, the terms of its scores, chunk by chunk, and the keys seen."""
     listen: Hooks = []
     for layer, layout in layouts.items():
         scores = names_of(model, layer, "attn_scores")
         if not scores:
             raise PositionsError(f"layer {layer} has no attention scores in TransformerLens; expected some.")
+
+        # Queries and keys come by before the scores that are made of them, layer by layer.
         seen: dict[str, Tensor] = {}
         for side in SIDES:
             listen += _states_hooks(model, layer, layout, side, partial(seen.__setitem__, side))
@@ -195,6 +207,8 @@ def _states_hooks(
     """Hooks that hand rotated queries or keys, [batch pos head d_head], to `use`."""
     if layout.components is None:
         return [(name, partial(_hand_over, use)) for name in names_of(model, layer, f"rot_{side[0]}")]
+    # TransformerLens shows queries before the rotation, and the rotation itself earlier in the same layer: its cosines
+    # and sines are kept, and turn the states when these come by.
     rotation: list[Tensor] = []
 
     def turn(states: Tensor) -> None:
@@ -217,12 +231,14 @@ def _split(
     hook: HookPoint,
 ) -> None:
     query, key = (seen.pop(side).float() for side in SIDES)
+    # Models scale scores in ways of their own; the factor is found from the scores, and refused where there is none.
     factor = score_factor(query, key, scores)
     if factor is None:
         raise PositionsError(
             f"the scores of layer {layer} are not its queries times its keys (they may be capped or biased); expected "
             "plain attention."
         )
+    # A generator: all terms at once take the memory of the scores times the number of chunks.
     terms = (products_of(factor * query, key, layout.chunk(i)) for i in range(len(layout.all_frequencies)))
     use(layer, terms, visible_keys(scores))
 
@@ -267,6 +283,7 @@ def frequency_shares(
     for layer, layout in layouts.items():
         own = tallies[layer]
         sums = cast(np.ndarray, own.sums)  # [document head chunk]
+        # The terms sum to the score, so their covariances with it sum to its variance, the denominator.
         share = sums.sum(0) / sums.sum((0, 2))[:, None]
         low = high = np.full_like(share, math.nan)
         if np.count_nonzero(own.counts) > 1:
@@ -284,12 +301,14 @@ def frequency_shares(
 def _covariances(
     terms: Iterator[Float[Tensor, "batch head query key"]], seen: Bool[Tensor, "batch head query key"]
 ) -> Float[Tensor, "batch query_less_one head chunk"]:
-    """Of each term with their sum over the keys that a query sees; the first query, which sees one, is left out."""
+    """The covariance of each term with the sum of all, over the keys that a query sees; the first query, which sees
+    one key, is left out."""
+    # Masked twice: for the mean over the keys that are seen, and so that the others add nothing to the products.
     count = seen.sum(-1, keepdim=True)
     centred = [((term - (term * seen).sum(-1, keepdim=True) / count) * seen) for term in terms]
     total = torch.stack(centred).sum(0)
     found = torch.stack([(term * total).sum(-1) / count[..., 0] for term in centred], dim=-1)
-    return found[:, :, 1:].transpose(1, 2)
+    return rearrange(found[:, :, 1:], "batch head query chunk -> batch query head chunk")
 
 
 def truncate_frequencies(
@@ -341,9 +360,11 @@ def _truncate_rotation(
         distinct, counts = distinct.flip(0), counts.flip(0)
     # cos and sin name a frequency once or twice, by the layout, so it is the share of components that counts.
     kept = math.floor(keep * int(counts.sum()) / int(counts.min()) + 1e-9) * int(counts.min())
+    # Equal frequencies stay or go together, as nothing tells one of them from the other.
     mask = torch.isin(own, distinct[counts.cumsum(0) <= kept]) | ~turns
     if bool(mask.all()):
         return rotation
+    # Turned by no angle, with the length that the rotation has: YaRN scales its cosines and sines.
     cos, sin = rotation.unbind(-2)
     return torch.stack([cos.where(mask, cos.hypot(sin)), sin.where(mask, 0.0)], dim=-2)
 
@@ -393,37 +414,56 @@ def positional_heads(
     """
     offsets = index_of(offsets, "offsets", f"a whole number from 1 to {EARLIEST}", least=1, most=EARLIEST)
     documents, batches = windows(model, texts, attention_mask, prepend_bos)
+
+    # Windows of a batch have one length.
     batches = [batch for batch in batches if batch[0][2] - batch[0][1] > EARLIEST]
     if not batches:
         raise PositionsError(f"no text has {EARLIEST + 1} tokens; expected at least one, to see offsets from afar.")
-    patterns = attention_names(model, layers, "pattern")
-    tallies = {(layer, shuffled): Tally(len(documents)) for layer in patterns for shuffled in (False, True)}
-
-    def tally(layer: int, shuffled: bool, owners: list[int], pattern: Tensor, hook: HookPoint) -> None:
-        back = [pattern.diagonal(-offset, -2, -1)[..., EARLIEST - offset :] for offset in range(offsets)]
-        tallies[layer, shuffled].add(owners, torch.stack(back, dim=-1).detach().float().transpose(1, 2))
-
-    for number, (rows, owners) in enumerate(rows_of(documents, batches, "heads")):
-        rest = rows[:, 1:]
-        order = torch.from_numpy(shuffle_within(np.arange(rest.numel()) // rest.shape[1], seed + number))
-        exchanged = torch.cat([rows[:, :1], rest.flatten()[order.to(rest.device)].view_as(rest)], dim=1)
-        for shuffled, tokens in ((False, rows), (True, exchanged)):
-            listen: Hooks = [(name, partial(tally, layer, shuffled, owners)) for layer, name in patterns.items()]
-            run_for_hooks(model, tokens, [*(hooks or []), *listen])
+    tallies = _offset_shares(model, documents, batches, attention_names(model, layers, "pattern"), hooks, offsets, seed)
     draws = resamples(len(documents), seed)
     table = []
-    for layer in patterns:
+    for layer in dict.fromkeys(layer for layer, _ in tallies):
         natural, control = (tallies[layer, shuffled].summary(draws) for shuffled in (False, True))
+        counts = tallies[layer, False].counts
         for head, shares in enumerate(natural[0]):
+            # The offset is chosen in the text as it is, so the shuffled text is a test that had no say in the choice.
             offset = int(shares.argmax())
             row: dict[str, Any] = {"layer": layer, "head": head, "offset": offset}
-            counts = tallies[layer, False].counts
             row |= {"n": int(counts.sum()), "documents": np.count_nonzero(counts)}
             for name, summary in (("share", natural), ("shuffled", control)):
                 mean, low, high = (values[head, offset] for values in summary)
                 row |= {name: mean, f"{name}_low": low, f"{name}_high": high}
             table.append(row | {"positional": bool(min(row["share"], row["shuffled"]) > POSITIONAL)})
     return pd.DataFrame(table)
+
+
+def _offset_shares(
+    model: HookedPositionTransformer,
+    documents: list[Tensor],
+    batches: list[list[tuple[int, int, int]]],
+    patterns: dict[int, str],
+    hooks: Hooks | None,
+    offsets: int,
+    seed: int,
+) -> dict[tuple[int, bool], Tally]:
+    """The share of attention at each offset, [head offset], by layer, in the text as it is (False) and shuffled."""
+    tallies = {(layer, shuffled): Tally(len(documents)) for layer in patterns for shuffled in (False, True)}
+
+    def tally(layer: int, shuffled: bool, owners: list[int], pattern: Tensor, hook: HookPoint) -> None:
+        # Diagonal -k holds query k and key 0 first: `EARLIEST - k` entries on, all of them begin at the same query.
+        back = [pattern.diagonal(-offset, -2, -1)[..., EARLIEST - offset :] for offset in range(offsets)]
+        shares = torch.stack(back, dim=-1).detach().float()
+        tallies[layer, shuffled].add(owners, rearrange(shares, "batch head query offset -> batch query head offset"))
+
+    for number, (rows, owners) in enumerate(rows_of(documents, batches, "heads")):
+        # The first token stays: many models put a special one there, whose place is part of what it says.
+        rest = rows[:, 1:]
+        order = torch.from_numpy(shuffle_within(np.arange(rest.numel()) // rest.shape[1], seed + number))
+        exchanged = torch.cat([rows[:, :1], rest.flatten()[order.to(rest.device)].view_as(rest)], dim=1)
+        for shuffled, tokens in ((False, rows), (True, exchanged)):
+            listen: Hooks = [(name, partial(tally, layer, shuffled, owners)) for layer, name in patterns.items()]
+            run_for_hooks(model, tokens, [*(hooks or []), *listen])
+    return tallies
 
 
 def frequency_quarters(norms: pd.DataFrame) -> "pd.Series[int]":
@@ -435,6 +475,8 @@ def frequency_quarters(norms: pd.DataFrame) -> "pd.Series[int]":
     [0, 0, 0, 0, 1, 1, 1, 1]
     """
     turned = norms["frequency"] > 0
+
+    # How many frequencies the layer turns.
     counts = norms["index"].where(turned).groupby(norms["layer"]).transform("max") + 1
     return (4 * norms["index"] / counts).where(turned, 4).astype(int)
 
@@ -474,8 +516,11 @@ def high_frequency_use(norms: pd.DataFrame, heads: pd.DataFrame, highest: float 
             raise PositionsError("the model turns no frequency; expected rotary positions.")
         by: Any = ["layer", "head"]
         counts = own.groupby("layer")["index"].transform("max") + 1
+
+        # Squares of norms add up over chunks to that of the whole vector, so shares of them are shares of a whole.
         squares = own.assign(square=own["norm"] ** 2, high=own["index"] < np.ceil(highest * counts))
         share = squares[squares["high"]].groupby(by)["square"].sum() / squares.groupby(by)["square"].sum()
+        # Keys have fewer heads where query heads share them: a key head stands for its group of query heads.
         grouped = int(heads["head"].max() + 1) // int(own["head"].max() + 1)
         positional = heads.assign(head=heads["head"] // grouped).groupby(by)["positional"].any().reindex(share.index)
         ours, others = share[positional], share[~positional]
@@ -514,6 +559,7 @@ def scores_by_distance(
     >>> lp.analysis.scores_by_distance(query, query, distances, torch.tensor([1.0])).round(decimals=2)  # cosines
     tensor([ 1.0000,  0.5400, -0.4200, -0.9900])
     """
+    # A key that stands `distance` before the query is turned back by it: scores depend on the difference alone.
     turned = _rotate(key[..., None, :], -distances.to(key), frequencies)
     return (query[..., None, :] * turned).sum(-1)
 
@@ -523,6 +569,8 @@ def _rotate(states: Tensor, distances: Tensor, frequencies: Tensor) -> Tensor:
         raise PositionsError(
             f"there are {states.shape[-1]} components and {len(frequencies)} frequencies; expected two for each."
         )
+
+    # Each frequency turns by its own angle per position.
     angle = distances[..., None] * frequencies.to(states)
     cos, sin = angle.cos(), angle.sin()
     first, second = states.chunk(2, dim=-1)

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Float64
+from einops import rearrange, repeat
+from jaxtyping import Float, Float64, Int
 from scipy import stats
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
@@ -70,19 +71,9 @@ def head_profile(
     increments = dict(hook_names(model, None, HOOK.format("increments")))
     tallies = {layer: Tally(len(documents)) for layer in patterns}
     for rows, owners in rows_of(documents, batches, "heads"):
-        found: dict[str, dict[int, Tensor]] = {"increment": {}, "look_back": {}}
-        hooks: list[Any] = [
-            (name, partial(_keep_look_back, found["look_back"], layer)) for layer, name in patterns.items()
-        ]
-        hooks += [(name, partial(keep_states, found["increment"], layer)) for layer, name in increments.items()]
-        with torch.no_grad():
-            model.run_with_hooks(rows, fwd_hooks=hooks, return_type=None)
+        found = _increments_and_look_back(model, rows, patterns, increments)
         for layer, tally in tallies.items():
-            back = found["look_back"][layer]
-            own = found["increment"][layer][:, model.position_config.effective].to(back)
-            own = own[..., None] if own.ndim == 2 else own
-            own = own.repeat_interleave(back.shape[-1] // own.shape[-1], dim=-1)
-            tally.add(owners, torch.stack([own, back], dim=-1))
+            tally.add(owners, found[layer])
     draws = resamples(len(documents), seed)
     table = []
     for layer, tally in tallies.items():
@@ -93,6 +84,31 @@ def head_profile(
                 row |= {column: mean[head, i], f"{column}_low": low[head, i], f"{column}_high": high[head, i]}
             table.append(row)
     return pd.DataFrame(table)
+
+
+def _increments_and_look_back(
+    model: HookedPositionTransformer,
+    rows: Int[Tensor, "batch pos"],
+    patterns: dict[int, str],
+    increments: dict[int, str],
+) -> dict[int, Float[Tensor, "batch pos_less_one query_head 2"]]:
+    """By layer, the increment and the look-back of every query but the first, which has no choice."""
+    of_increments: dict[int, Tensor] = {}
+    of_look_back: dict[int, Tensor] = {}
+    hooks: list[Any] = [(name, partial(_keep_look_back, of_look_back, layer)) for layer, name in patterns.items()]
+    hooks += [(name, partial(keep_states, of_increments, layer)) for layer, name in increments.items()]
+    with torch.no_grad():
+        model.run_with_hooks(rows, fwd_hooks=hooks, return_type=None)
+
+    found = {}
+    for layer, back in of_look_back.items():
+        own = of_increments[layer][:, model.position_config.effective].to(back)
+        own = own[..., None] if own.ndim == 2 else own
+        # Query heads h, h + 1, ... of a group share the increment of their key-value head, or of the layer.
+        group = back.shape[-1] // own.shape[-1]
+        own = repeat(own, "batch pos head -> batch pos (head group)", group=group)
+        found[layer] = torch.stack([own, back], dim=-1)
+    return found
 
 
 def head_correlations(profile: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
@@ -121,6 +137,8 @@ def head_correlations(profile: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     1  layers  spearman  6
     """
     own = profile.groupby("layer")["increment"].nunique().max() > 1
+
+    # Query heads of a group share one increment and are no independent samples: each group is one.
     by = ["layer", "increment"] if own else ["layer"]
     whole = profile.groupby(by, as_index=False, sort=False)[["increment", "look_back"]].mean()
     if len(whole) < 4 or whole["increment"].nunique() < 2:
@@ -131,6 +149,8 @@ def head_correlations(profile: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         )
     layer = whole["layer"].to_numpy()
     values = whole[["increment", "look_back"]].to_numpy().T
+
+    # Spearman's correlation is Pearson's of the ranks.
     ranks = np.stack([stats.rankdata(row) for row in values])
     rows = []
     for scope in ("heads", "within layers") if own else ("layers",):
@@ -143,6 +163,7 @@ def head_correlations(profile: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
 
 def _correlation_row(pair: Float64[np.ndarray, "2 sample"], groups: np.ndarray, seed: int) -> dict[str, float]:
     """Correlation of two rows less the means of their groups, its interval, and its p-value."""
+    # Correlating what is left of each value without the mean of its layer takes the differences between layers out.
     _, group = np.unique(groups, return_inverse=True)
     means = np.stack([np.bincount(group, row) / np.bincount(group) for row in pair])
     x, y = pair - means[:, group]
@@ -154,8 +175,10 @@ def _correlation_row(pair: Float64[np.ndarray, "2 sample"], groups: np.ndarray, 
     found = float(correlation(x[None], y[None])[0])
     freedom = len(x) - len(means[0]) - 2  # n - 3 for one group
     reach = NormalDist().inv_cdf(0.975) / np.sqrt(freedom) if freedom > 0 else np.inf
+    # Clipped, as Fisher's transformation of a perfect correlation is infinite.
     centre = np.arctanh(np.clip(found, -1 + 1e-12, 1 - 1e-12))
     by_chance = correlation(x[None], y[shuffle_within(group, seed, (PERMUTATIONS,))])
+    # The order that was found is one of the permutations, so p is never 0.
     p = (1 + np.count_nonzero(np.abs(by_chance) >= abs(found) - 1e-12)) / (1 + PERMUTATIONS)
     return {"correlation": found, "low": float(np.tanh(centre - reach)), "high": float(np.tanh(centre + reach)), "p": p}
 
@@ -164,4 +187,4 @@ def _keep_look_back(
     kept: dict[int, Tensor], layer: int, pattern: Float[Tensor, "batch head query key"], hook: HookPoint
 ) -> None:
     """How many tokens back each query attends on average, [batch, query, head], the first query left out."""
-    kept[layer] = look_back(pattern.detach().float())[..., 1:].transpose(1, 2)
+    kept[layer] = rearrange(look_back(pattern.detach().float())[..., 1:], "batch head query -> batch query head")

@@ -14,6 +14,7 @@ from jaxtyping import Float64, Int64
 
 from ..errors import PositionsError
 from ..former_names import getattr_with_former_names
+from ..interventions import Hooks
 from ..measure.corpus_reader import windows
 from ..measure.intervals import bootstrap_means, interval_of, resamples
 from ..measure.metrics import token_losses
@@ -52,6 +53,8 @@ def losses(model: HookedPositionTransformer, texts: str | Sequence[str], prepend
         with torch.no_grad():
             of_tokens = token_losses(model(rows), rows[:, 1:]).double().cpu()
         owners = [number for number, _, _ in batch]
+
+        # Unbuffered, as a document may have several windows in a batch.
         np.add.at(nats, owners, of_tokens.sum(1).numpy())
         np.add.at(tokens, owners, of_tokens.shape[1])
     return Losses(nats, tokens, np.array([len(text.encode()) for text in texts]))
@@ -62,6 +65,7 @@ def compare_losses(
     texts: str | Sequence[str],
     seed: int = 0,
     *,
+    hooks: Hooks | None = None,
     prepend_bos: bool | None = None,
 ) -> pd.DataFrame:
     """The loss of each model in nats per byte, and its difference to the first one's.
@@ -70,6 +74,7 @@ def compare_losses(
         models: one or more.
         texts: documents, as text, since bytes are counted.
         seed: of the resampling.
+        hooks: edits, with which the first model is measured again, as the model "..., edited".
         prepend_bos: as for `analysis.read_corpus`.
 
     Returns:
@@ -86,20 +91,27 @@ def compare_losses(
     [nan, 0.0]
     """
     texts = [texts] if isinstance(texts, str) else texts
+    names = [model.name for model in models]
     found = [losses(model, texts, prepend_bos) for model in models]
+    if hooks:
+        with models[0].hooks(fwd_hooks=hooks):
+            found.insert(1, losses(models[0], texts, prepend_bos))
+        names.insert(1, f"{names[0]}, edited")
     draws = resamples(len(texts), seed)
 
     def mean_of(nats: Float64[np.ndarray, " document"], name: str) -> dict[str, float]:
+        # Bytes of the text itself, which models with different tokenizers have in common.
         size = found[0].bytes
         low, high = interval_of(bootstrap_means(nats[:, None], size, draws)) if len(texts) > 1 else ([np.nan], [np.nan])
-        names = (name, f"{name}_low", f"{name}_high") if name == "difference" else (name, "low", "high")
-        return dict(zip(names, (nats.sum() / size.sum(), float(low[0]), float(high[0])), strict=True))
+        columns = (name, f"{name}_low", f"{name}_high") if name == "difference" else (name, "low", "high")
+        return dict(zip(columns, (nats.sum() / size.sum(), float(low[0]), float(high[0])), strict=True))
 
     rows = []
-    for model, of_model in zip(models, found, strict=True):
+    for name, of_model in zip(names, found, strict=True):
         counts = {"documents": len(texts), "bytes": int(of_model.bytes.sum()), "tokens": int(of_model.tokens.sum())}
-        rows.append({"model": model.name, **counts, **mean_of(of_model.nats, "loss")})
+        rows.append({"model": name, **counts, **mean_of(of_model.nats, "loss")})
         if of_model is not found[0]:
+            # Paired by document: what makes a document hard for both cancels.
             rows[-1] |= mean_of(of_model.nats - found[0].nats, "difference")
     return pd.DataFrame(rows)
 

@@ -55,6 +55,8 @@ class RotaryLayout:
         norms = states[..., self.pairs].square().sum(-1).sqrt()
         if not len(self.rest):
             return norms
+
+        # Twice the mean square, the square of an average pair, so that it compares with chunks of two.
         rest = (2 * states[..., self.rest].square().mean(-1, keepdim=True)).sqrt()
         return torch.cat([norms, rest], dim=-1)
 
@@ -63,6 +65,8 @@ class RotaryLayout:
     ) -> Float[Tensor, "batch pos head d_head"]:
         """Queries or keys after a rotation."""
         assert self.components is not None
+
+        # A head axis of one, as all heads of a layer turn alike here.
         cos, sin = rotation[..., None, :, self.components].to(states).unbind(-2)
         first, second = states[..., self.pairs[:, 0]], states[..., self.pairs[:, 1]]
         turned = states.clone()
@@ -95,6 +99,8 @@ def rotary_layout(model: TransformerBridge, layers: LayerIndices = None) -> dict
     angles: dict[int, tuple[Tensor, Tensor]] = {}
     held: dict[str, Tensor] = {}
     runs = []
+
+    # Two runs that differ in the rotation alone: what it does to queries shows which components it pairs.
     for turned in (False, True):
         seen: dict[int, Tensor] = {}
         hooks: Hooks = [
@@ -126,6 +132,8 @@ def _rotate_by_known_angles(
     """No rotation, or each frequency by an angle of its own between 0 and pi."""
     own = rotation_frequencies(hook)
     distinct, which = own.unique(return_inverse=True)
+
+    # Distinct angles strictly between 0 and pi: each tells its frequency, and none is its own inverse.
     known = math.pi * torch.arange(1, len(distinct) + 1, device=own.device) / (len(distinct) + 1)
     angles[layer] = known.where(distinct > 0, 0.0), distinct
     angle = angles[layer][0][which].to(rotation) * turned
@@ -140,10 +148,16 @@ def _layout(
     angles: Float[Tensor, " distinct"],
     frequencies: Float[Tensor, " distinct"],
 ) -> RotaryLayout:
-    """Pairs keep their energy while they turn, and turn by an angle that says which frequency is theirs."""
+    """Find the pairs: they keep their energy while they turn, and the angle that they turn by names their frequency."""
+    # Every token and head is one sample of the same map: [sample component].
     x, y = (states.double().flatten(0, 2) for states in (before, after))
     size = x.abs().amax(0)
+
+    # A component that stays is not turned (partial rotary).
     moves = (y - x).abs().amax(0) > 1e-4 * size.max()
+
+    # What one component of a pair gains the other loses, in every sample: x_i^2 + x_j^2 = y_i^2 + y_j^2. So partners
+    # are the components whose gains are each other's losses.
     energy = (y.square() - x.square()).T
     apart = torch.cdist(energy, -energy).fill_diagonal_(math.inf)
     apart[:, ~moves] = math.inf
@@ -154,6 +168,7 @@ def _layout(
         raise PositionsError(f"layer {layer} does not turn pairs of components; expected rotary positions.")
     found = []
     for i, j in pairs:
+        # The angle by which the pair was turned, over all samples; its sign depends on the order of the two.
         cos, sin = (x[:, i] * y[:, i] + x[:, j] * y[:, j]).sum(), (x[:, i] * y[:, j] - x[:, j] * y[:, i]).sum()
         away = (angles - torch.atan2(sin.abs(), cos)).abs()
         if away.min() > math.pi / (len(angles) + 1) / 4:
@@ -168,7 +183,7 @@ def _layout(
 
 
 def _layout_of_scores(model: TransformerBridge, tokens: Int[Tensor, "1 pos"], layer: int) -> RotaryLayout:
-    """Halves or neighbours: what gives the layer's own scores when queries and keys are turned so."""
+    """Try halves, then neighbours: the layout is the one that gives the layer's own scores."""
     sites = {what: names_of(model, layer, what) for what in ("rotation", "q", "k", "attn_scores")}
     seen: dict[str, Tensor] = {}
     frequencies: list[Tensor] = []
@@ -177,10 +192,14 @@ def _layout_of_scores(model: TransformerBridge, tokens: Int[Tensor, "1 pos"], la
     run_for_hooks(model, tokens, hooks)
     if len(seen) == len(sites) and seen["q"].ndim == seen["k"].ndim == 4 and seen["rotation"].ndim == 4:
         own = frequencies[0]
+
+        # cos and sin may name each frequency once or twice: the first of each.
         components = torch.tensor([i for i, w in enumerate(own) if w not in own[:i]])
         n = len(components)
         order = own[components].argsort(descending=True)
         indices = torch.arange(2 * n)
+
+        # Components i and i + n (halves), or 2i and 2i + 1 (neighbours).
         for pairs in (indices.view(2, n).T, indices.view(n, 2)):
             rest = torch.arange(2 * n, seen["q"].shape[-1])
             layout = RotaryLayout(own[components][order].double(), pairs[order], rest, components[order])
@@ -215,6 +234,8 @@ def score_factor(
     products = products_of(query, key, torch.arange(query.shape[-1]))
     seen = visible_keys(scores)
     ours, own = products[seen].double(), scores[seen].double()
+
+    # Least squares; then every single score must fit.
     factor = (ours @ own) / (ours @ ours).clamp_min(1e-30)
     tolerance = max(TOLERANCE, 8 * torch.finfo(scores.dtype).eps)
     close = (ours * factor - own).abs().max() <= tolerance * own.abs().max().clamp_min(1)
@@ -222,7 +243,8 @@ def score_factor(
 
 
 def products_of(query: Tensor, key: Tensor, components: Tensor) -> Float[Tensor, "batch head query key"]:
-    """Of some components, each query head with the key head that it shares."""
+    """The products of queries and keys over some components, each query head with the key head that it reads."""
+    # Query heads h, h + 1, ... of a group read one key head.
     shared = key[..., components].repeat_interleave(query.shape[2] // key.shape[2], dim=2)
     return torch.einsum("bqhd,bkhd->bhqk", query[..., components], shared)
 

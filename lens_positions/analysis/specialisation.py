@@ -5,6 +5,8 @@ follows the context, or nothing, a small one. As a control the same share is com
 tokens of each document.
 """
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float64, Int64
@@ -105,6 +107,8 @@ def _shares(corpus: CorpusIncrements, chosen: Bool[np.ndarray, "layer head token
     """The share of increments chosen, by layer, with its interval over documents."""
     documents = len(corpus.documents)
     sums, counts = document_sums(chosen.mean(axis=1, keepdims=True), corpus.document, documents)
+
+    # One document says nothing about others.
     low, high = np.full((2, len(chosen)), np.nan)
     if documents > 1:
         low, high = interval_of(bootstrap_means(sums[..., 0], counts, resamples(documents, seed)))
@@ -149,26 +153,36 @@ def specialisation(
     corpus = read_corpus(model, texts, attention_mask, prepend_bos)
     table = increments_by_category(model, corpus, seed=seed, alphabet=alphabet)
     names, kind = np.unique(corpus_kinds(model, corpus, alphabet), return_inverse=True)
+
+    # Within documents, so that what is left is what documents differ in by themselves.
     shuffled = kind[shuffle_within(corpus.document, seed)]
     documents = len(corpus.documents)
     draws = resamples(documents, seed) if documents > 1 else np.empty((0, 1), dtype=np.int64)
     whole = np.ones((1, documents), dtype=np.int64)
     rows = []
     for layer, values in zip(corpus.layers, corpus.increments.mean(axis=1), strict=True):
+        # The first draw takes each document once: the estimate, and behind it the resamples.
         drawn = _eta_squared(values, kind, len(names), corpus.document, np.concatenate([whole, draws]))
         low, high = interval_of(drawn[1:, None]) if documents > 1 else np.full((2, 1), np.nan)
         row = {"layer": layer, "n": len(values), "documents": documents, "explained": drawn[0]}
         row |= {"low": low[0], "high": high[0]}
         row["shuffled"] = _eta_squared(values, shuffled, len(names), corpus.document, whole)[0]
-        of_layer = table[(table["layer"] == layer) & (table["low"].notna() | (documents == 1))]
-        ranked = of_layer.sort_values("mean")
-        for end, found in (("farthest", ranked.iloc[-1]), ("nearest", ranked.iloc[0])):
-            row |= {end: found["kind"]} | {
-                f"{end}_{column.removeprefix('relative_')}": found[column]
-                for column in ("relative", "relative_low", "relative_high")
-            }
-        rows.append(row)
+
+        # A kind without an interval is of one document alone.
+        rows.append(row | _ends(table[(table["layer"] == layer) & (table["low"].notna() | (documents == 1))]))
     return pd.DataFrame(rows)
+
+
+def _ends(of_layer: pd.DataFrame) -> dict[str, Any]:
+    """The kinds that stand farthest from and nearest to the token before them, with what their means are."""
+    ranked = of_layer.sort_values("mean")
+    row: dict[str, Any] = {}
+    for end, found in (("farthest", ranked.iloc[-1]), ("nearest", ranked.iloc[0])):
+        row |= {end: found["kind"]} | {
+            f"{end}_{column.removeprefix('relative_')}": found[column]
+            for column in ("relative", "relative_low", "relative_high")
+        }
+    return row
 
 
 def _eta_squared(
@@ -180,6 +194,8 @@ def _eta_squared(
 ) -> Float64[np.ndarray, " draw"]:
     """Eta squared in each resample of documents, from sums of each document and kind."""
     values = values - values.mean()  # the sums of squares below are then of the size of the variance
+
+    # A number for each document and kind: sums of these cells are all that a resample needs.
     cell = owners * n_kinds + kind
     shape = (draws.shape[1], n_kinds)
     counts, sums, squares = (
@@ -187,6 +203,8 @@ def _eta_squared(
         for weights in (np.ones(len(values)), values, values**2)
     )
     n, total, square = draws @ counts, draws @ sums, (draws @ squares).sum(1)
+
+    # Sums of squares about the mean: between kinds, and in all.
     mean_square = total.sum(1) ** 2 / n.sum(1)
     between = np.divide(total**2, n, out=np.zeros_like(total), where=n > 0).sum(1) - mean_square
     variation = square - mean_square

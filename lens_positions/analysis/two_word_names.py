@@ -15,6 +15,7 @@ from itertools import product
 
 import numpy as np
 import pandas as pd
+from einops import reduce
 from jaxtyping import Float64
 from scipy import stats
 from scipy.optimize import linear_sum_assignment
@@ -144,6 +145,8 @@ CAPITALS = r"(?<=[a-z,;] )(?=([A-Z][a-z]+) ([A-Z][a-z]+)\b)"
 ALIKE = 1.5
 """The largest factor between the counts (plus one) of a name and of its ordinary pair, in either order."""
 
+COLUMNS = ["layer", "group", "n", "families", "real", "reversed", "difference", "low", "high", "smaller", "p", "q"]
+
 ROUNDING = 5
 """Decimals of an increment that do not depend on what it was computed together with, in float32."""
 
@@ -189,6 +192,52 @@ def entity_grouping(
     4          ordinary pairs  2         1
     5  names - ordinary pairs  2         1
     """
+    _check_names(names, carriers)
+    names = list(dict.fromkeys(names))
+    matched = training if isinstance(training, pd.DataFrame) else matched_pairs(training, names)
+    if len(matched) < 2:
+        raise PositionsError(
+            f"{len(matched)} of {len(names)} names have an ordinary pair of words as frequent; expected training text "
+            "in English that has them."
+        )
+    table = _grouping_table(model, names, matched, carriers, prepend_bos)
+    table["q"] = table.groupby("group")["p"].transform(stats.false_discovery_control)
+    return table[COLUMNS]
+
+
+def _grouping_table(
+    model: HookedPositionTransformer,
+    names: list[str],
+    matched: pd.DataFrame,
+    carriers: Sequence[str],
+    prepend_bos: bool | None,
+) -> pd.DataFrame:
+    """The rows of `entity_grouping`, without their correction for the number of layers."""
+    split = [tuple(name.split(" ")) for name in names]
+    of_ordinary = [tuple(pair.split(" ")) for pair in matched["ordinary"]]
+    partner = np.array([names.index(name) for name in matched["name"]])
+    # A difference between a name and its pair belongs to the families of both.
+    together = [split[i] + pair for i, pair in zip(partner, of_ordinary, strict=True)]
+
+    layers, spaces = _inner_spaces(model, [*names, *matched["ordinary"]], carriers, prepend_bos)
+    real, reversed_ = spaces[:, :, 0], spaces[:, :, 1]
+    rows = []
+    for i, layer in enumerate(layers):
+        of_pairs = real[i] - reversed_[i]
+        of_names, of_others = of_pairs[: len(names)], of_pairs[len(names) :]
+        for group, part, differences, words in (
+            ("names", slice(len(names)), of_names, split),
+            ("ordinary pairs", slice(len(names), None), of_others, of_ordinary),
+        ):
+            both = {"real": real[i, part].mean(), "reversed": reversed_[i, part].mean()}
+            rows.append({"layer": layer, "group": group, **both, **_difference_row(differences, _families(words))})
+        beyond = _difference_row(of_names[partner] - of_others, _families(together))
+        rows.append({"layer": layer, "group": "names - ordinary pairs", **beyond})
+    return pd.DataFrame(rows)
+
+
+def _check_names(names: Sequence[str], carriers: Sequence[str]) -> None:
+    """Refuse names that are not two words, carriers without a place for one, and too few of either."""
     for name in names:
         if len(name.split(" ")) != 2 or not all(name.split(" ")):
             raise PositionsError(f"the name {name!r} is not two words; expected one space between two.")
@@ -199,36 +248,6 @@ def entity_grouping(
         raise PositionsError(
             f"there are {len(set(names))} names and {len(carriers)} carriers; expected two names or more."
         )
-    names = list(dict.fromkeys(names))
-    split = [tuple(name.split(" ")) for name in names]
-    matched = training if isinstance(training, pd.DataFrame) else matched_pairs(training, names)
-    if len(matched) < 2:
-        raise PositionsError(
-            f"{len(matched)} of {len(names)} names have an ordinary pair of words as frequent; expected training text "
-            "in English that has them."
-        )
-    pairs = [*names, *matched["ordinary"]]
-    layers, spaces = _inner_spaces(model, pairs, carriers, prepend_bos)
-    real, reversed_ = spaces[:, :, 0], spaces[:, :, 1]
-    ordinary = slice(len(names), None)
-    partner = np.array([names.index(name) for name in matched["name"]])
-    of_ordinary = [tuple(pair.split(" ")) for pair in matched["ordinary"]]
-    together = [split[i] + pair for i, pair in zip(partner, of_ordinary, strict=True)]
-    rows = []
-    for i, layer in enumerate(layers):
-        of_pairs = real[i] - reversed_[i]
-        beyond = of_pairs[partner] - of_pairs[ordinary]
-        for group, chosen, words in (
-            ("names", slice(len(names)), split),
-            ("ordinary pairs", ordinary, of_ordinary),
-        ):
-            both = {"real": real[i, chosen].mean(), "reversed": reversed_[i, chosen].mean()}
-            rows.append({"layer": layer, "group": group, **both, **_difference_row(of_pairs[chosen], _families(words))})
-        rows.append({"layer": layer, "group": "names - ordinary pairs", **_difference_row(beyond, _families(together))})
-    table = pd.DataFrame(rows)
-    table["q"] = table.groupby("group")["p"].transform(stats.false_discovery_control)
-    columns = ["layer", "group", "n", "families", "real", "reversed", "difference", "low", "high", "smaller", "p", "q"]
-    return table[columns]
 
 
 def frequent_names(training: Iterable[str], most: int = 200) -> list[str]:
@@ -282,10 +301,12 @@ def matched_pairs(training: Iterable[str], names: Sequence[str] = NAMES, *, dist
     pairs, words = Counter[tuple[str, str]](), Counter[str]()
     for text in training:
         words.update(re.findall(r"[A-Za-z]+", text))
+        # The lookahead lets pairs overlap: of "a b c" both "a b" and "b c" are counted.
         pairs.update((found[1], found[2]) for found in re.finditer(r"\b(?=([A-Za-z]+) ([A-Za-z]+)\b)", text))
     of_names = [(name.split(" ")[0], name.split(" ")[1]) for name in names]
     known = [i for i, pair in enumerate(of_names) if pairs[pair]]
     names, of_names = [names[i] for i in known], [of_names[i] for i in known]
+    # A pair rarer than this is beyond the factor from every name; all pairs by all names would not fit in memory.
     least = min((pairs[pair] for pair in of_names), default=np.inf) / ALIKE - 1
     ordinary = [pair for pair, count in pairs.items() if count >= least and all(map(_is_ordinary, pair))]
     if not ordinary:
@@ -294,11 +315,13 @@ def matched_pairs(training: Iterable[str], names: Sequence[str] = NAMES, *, dist
         )
 
     def counts(of: Sequence[tuple[str, str]]) -> np.ndarray:
+        # Logs of counts plus one, so that a pair that never occurs reversed has a finite distance to others.
         found = [(pairs[a, b], pairs[b, a], words[a], words[b]) for a, b in of]
         return np.log(np.array(found) + 1)
 
     apart = np.abs(counts(of_names)[:, None] - counts(ordinary))
     both_orders, of_words = apart[..., :2].sum(-1), apart[..., 2:].sum(-1)
+    # A hundredth: the frequency of single words only decides between pairs that match equally well.
     cost = both_orders + of_words / 100
     chosen = _closest_distinct(cost, ordinary) if distinct else zip(*linear_sum_assignment(cost), strict=True)
     rows = []
@@ -337,6 +360,7 @@ def _inner_spaces(
     for pair, order, carrier in product(pairs, (1, -1), carriers):
         first, second = pair.split(" ")[::order]
         text = carrier.replace("{}", f"{first} {second}", 1)
+        # Spans count the text's own tokens; special ones that the model puts in front shift them.
         spans = character_spans(model.tokenizer, text)
         (tokens,) = prompts_of(model, text, None, prepend_bos, whole=True)
         in_front = len(tokens) - spans[-1][1]
@@ -344,13 +368,16 @@ def _inner_spaces(
         texts.append(text)
     corpus = read_corpus(model, texts, None, prepend_bos)
     found = corpus.at(np.arange(len(texts)), np.array(places)).mean(axis=1)
-    found = found.reshape(len(corpus.layers), len(pairs), 2, len(carriers)).mean(axis=-1)
+    # `product` ran over carriers fastest, then over the two orders, then over the pairs.
+    found = reduce(found, "layer (pair order carrier) -> layer pair order", "mean", pair=len(pairs), order=2)
+    # Two spaces that have read the same tokens should differ by exactly nothing: the signed-rank test counts signs.
     return corpus.layers, found.round(ROUNDING)
 
 
 def _families(pairs: Sequence[tuple[str, ...]]) -> np.ndarray:
     """The family of each pair: pairs that are linked by words in common have the same."""
     words = {word: i for i, word in enumerate(dict.fromkeys(word for pair in pairs for word in pair))}
+    # Words are the nodes of a graph, pairs its edges, and families its connected components.
     links = [(words[pair[0]], words[word]) for pair in pairs for word in pair]
     rows, columns = np.array(links).T
     graph = coo_array((np.ones(len(rows)), (rows, columns)), shape=(len(words), len(words)))
@@ -359,6 +386,7 @@ def _families(pairs: Sequence[tuple[str, ...]]) -> np.ndarray:
 
 
 def _difference_row(of_pairs: np.ndarray, families: np.ndarray) -> dict[str, float]:
+    # The mean of each family is one sample, as its members share measurements.
     _, family = np.unique(families, return_inverse=True)
     differences = np.bincount(family, of_pairs) / np.bincount(family)
     low, high = t_interval(differences)

@@ -33,10 +33,11 @@ from ..corpora import jieba_words
 from ..errors import PositionsError
 from ..measure.corpus_reader import WINDOW, read_corpus
 from ..measure.intervals import auc_interval, auc_within, resamples, shuffle_within
+from ..measure.kinds import is_han
 from ..model import HookedPositionTransformer
+from ..progress import track_progress
 from ..text import prompts_of
 from ..tokenizer import character_spans
-from .token_kinds import is_han
 
 Association = Callable[[str, str], float]
 
@@ -150,19 +151,20 @@ def gap_areas(
     increments = np.round(increments, TIES_AT)
 
     def add(measure: str, layer: float, values: np.ndarray, labels: np.ndarray, strata: Any = None) -> None:
+        # A line is the unit of sampling, as the words of one line depend on each other.
         low, high = auc_interval(values, labels, gaps.line, draws, strata) if lines > 1 else (math.nan, math.nan)
         auc = roc_auc_score(labels, values) if strata is None else auc_within(values, labels, strata)
         row = {"measure": measure, "layer": layer, "auc": auc, "low": low, "high": high}
         rows.append(row | {"n": len(labels), "boundaries": int(labels.sum()), "lines": lines})
 
-    for layer, values in zip(layers, increments, strict=True):
-        add("increment", layer, values, gaps.boundary)
+    # A thousand resamples for each area take longer than the model does.
+    of_layers: list[tuple[str, Any, Any]] = [("increment", gaps.boundary, None)]
     if controls:
-        for layer, values in zip(layers, increments, strict=True):
-            add("within token", layer, values, gaps.boundary, tokens)
-        for layer, values in zip(layers, increments, strict=True):
-            add("labels shuffled", layer, values, shuffled)
-
+        of_layers += [("within token", gaps.boundary, tokens), ("labels shuffled", shuffled, None)]
+    parts = [(*each, i) for each in of_layers for i in range(len(layers))]
+    for measure, labels, strata, i in track_progress(parts, "areas under curves", quick=len(gaps.line) < 10_000):
+        add(measure, layers[i], increments[i], labels, strata)
+    if controls:
         # A token's share of boundaries is the value of it that orders these gaps best.
         _, token = np.unique(tokens, return_inverse=True)
         add(BEST_ORDER, math.nan, (np.bincount(token, gaps.boundary) / np.bincount(token))[token], gaps.boundary)
@@ -198,15 +200,19 @@ def gaps_of(
     found: list[tuple[int, bool, tuple[str, str], int, int]] = []
     pieces: list[Int[Tensor, " _pos"]] = []
     for number, (text, of_line) in enumerate(zip(texts, words, strict=True)):
+        # A word list of another text would put every boundary in the wrong place, and give an area near one half.
         spelled = "".join(of_line)
         if spelled != text:
             raise PositionsError(f"the words of line {number} spell {spelled!r:.40}; expected its text, {text!r:.40}.")
         if not text:
             continue
+
+        # Words end after so many characters of the line.
         ends = set(np.cumsum([len(word) for word in of_line]).tolist())
         spans = character_spans(model.tokenizer, text)
         for start, stop, tokens, offset in _pieces(model, text, spans, prepend_bos):
             for i in range(start + 1, stop):
+                # Two characters in one token have no increment between them.
                 if is_han(text[i - 1]) and is_han(text[i]) and spans[i][0] >= spans[i - 1][1]:
                     found.append((number, i in ends, (text[i - 1], text[i]), len(pieces), spans[i][0] - offset))
             pieces.append(tokens)
@@ -216,6 +222,8 @@ def gaps_of(
             "Chinese text."
         )
     line, boundary, pair, piece, token = zip(*found, strict=True)
+
+    # An area under a curve needs both kinds.
     boundaries = sum(boundary)
     if boundaries in (0, len(boundary)):
         raise PositionsError(
@@ -236,11 +244,15 @@ def _pieces(
     while start < len(text):
         first = 0 if start == 0 else spans[start][0] + in_front
         stop = start + 1
+
+        # As many whole characters as fit; a character is never cut.
         while stop < len(text) and spans[stop][1] + in_front - first <= longest:
             stop += 1
         yield start, stop, tokens[first : spans[stop - 1][1] + in_front], first - in_front
         if stop == len(text):
             return
+
+        # The last character again, so that the gap between two pieces is in one of them.
         start = max(stop - 1, start + 1)
 
 
@@ -262,6 +274,8 @@ def mutual_information(texts: Iterable[str]) -> Association:
     total = pairs.total()
     if not total:
         raise PositionsError("the training text has no two Chinese characters side by side; expected Chinese text.")
+
+    # How often a character stands first, and second: the margins of the table of pairs.
     left, right = Counter[str](), Counter[str]()
     for (a, b), count in pairs.items():
         left[a] += count

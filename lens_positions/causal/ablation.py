@@ -12,6 +12,7 @@ Losses are paired: the same tokens with and without. A document is the unit of s
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any, Literal, cast
 
 import pandas as pd
@@ -22,17 +23,34 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from ..core.model_wrappers import base_model
+from ..core.per_head import of_query_heads
 from ..errors import PositionsError
-from ..interventions import HOOK, Hooks, LayerIndices, ablation_hooks, finite_number, hook_names, index_of, streams_of
+from ..interventions import (
+    HEAD_HOOK,
+    HOOK,
+    HeadKind,
+    Hooks,
+    LayerIndices,
+    ablation_hooks,
+    finite_number,
+    hook_names,
+    index_of,
+    query_heads,
+    streams_of,
+)
 from ..measure.corpus_reader import CorpusIncrements, Texts, read_corpus, rows_of, windows
 from ..measure.intervals import Tally, resamples
 from ..measure.metrics import look_back, token_losses
 from ..measure.partial_forward import Replay
 from ..model import HookedPositionTransformer
 from ..text import Mask
-from .sweeps import SITES
+from .prompt_tables import Prompts, documents_of
+from .sweeps import SITES, By, head_count
 
 To = float | Literal["mean", "shuffle", "token"]
+Ablated = tuple[int | str, int | None]
+"""A layer, or "all", and a head of it, or None for all of them."""
+
 ABLATION = 'a finite number, "mean", "shuffle" or "token"'
 INTERVENTIONS: tuple[To, ...] = (1.0, "mean", "shuffle")
 
@@ -63,12 +81,14 @@ class Ablations:
 
 def ablation_table(
     model: TransformerBridge,
-    corpus: Texts,
+    corpus: Prompts,
     layers: LayerIndices = None,
     to: Sequence[To] = INTERVENTIONS,
     seed: int = 0,
     means: Float[Tensor, "layer vocab *head"] | None = None,
     *,
+    by: By = "layer",
+    heads: HeadKind = "query",
     attention_mask: Mask = None,
     prepend_bos: bool | None = None,
 ) -> Ablations:
@@ -76,16 +96,21 @@ def ablation_table(
 
     Args:
         model: a bridge with position streams and a tokenizer.
-        corpus: documents, as text or as tokens; long ones are cut into windows.
+        corpus: documents, as text or as tokens; long ones are cut into windows. Of a table (pandas or `datasets`) its
+            column `clean`.
         layers: the model's own layer numbers, ablated one by one and together; None is all that rotate.
         to: the ablations; "mean" is best kept, for the reason above. Given `means`, "token" is always among them.
         seed: of the shuffle and the resampling.
         means: of other text, from `token_means`.
+        by: "layer", or "head": one head of one layer is ablated, and the other heads keep their increments.
+        heads: with by="head", "query" or "key_value" heads (all query heads that share their keys together).
         attention_mask, prepend_bos: as for `analysis.read_corpus`.
 
     Returns:
         Two tables, in nats per token and tokens; intervals are where 95% of 1,000 resamples of whole documents lie,
-        NaN for a single document. On a static model "1.0", "mean" and "shuffle" are what is there: a control of zeros.
+        NaN for a single document. By head there is a column `head` in the first and `ablated_head` in the second, which
+        then has the pattern of that head. On a static model "1.0", "mean" and "shuffle" are what is there: a control
+        of zeros.
 
     Raises:
         PositionsError: no streams, no such layer, no documents or one of fewer than two tokens, or "token" without
@@ -98,69 +123,143 @@ def ablation_table(
     1     0  mean       1.5     1.1
     """
     names = dict(hook_names(model, layers, SITES["pattern"][0]))
-    numbers = list(names)
+    to = _checked_ablations(model, to, means)
+    seed = index_of(seed, "seed", "a whole number from 0")
+    texts = documents_of(corpus)
+    documents, batches = windows(cast(HookedPositionTransformer, model), texts, attention_mask, prepend_bos)
+    patterns = {layer: name for layer, name in names.items() if name in model.hook_dict}
+    each = _each_ablation(model, list(names), by, heads)
+    run = _Run(model, list(names), patterns, heads, means)
+    tallies: dict[tuple[Ablated, To, int | None], Tally] = {}
+    base = Tally(len(documents))
+    what = f"ablating {len(each)} choices of layers in {len(to)} ways"
+    for number, (rows, owners) in enumerate(rows_of(documents, batches, what)):
+        baseline = _Baseline(model, rows, patterns)
+        base.add(owners, baseline.nats[..., None])
+        for ablated, how in product(each, to):
+            # A seed a batch: the same shuffle of every window would be one draw, not many.
+            for seen_at, values in run.changes(baseline, ablated, how, seed + number).items():
+                tallies.setdefault((ablated, how, seen_at), Tally(len(documents))).add(owners, values)
+    return _tables(tallies, base, len(documents), seed, by == "head", run)
+
+
+def _each_ablation(model: TransformerBridge, layers: list[int], by: By, heads: HeadKind) -> list[Ablated]:
+    """What is ablated: all layers together, then each layer, or each head of each, alone."""
+    of_layer = range(head_count(model, by, heads)) if by == "head" else [None]
+    return [("all", None), *((layer, head) for layer in layers for head in of_layer)]
+
+
+def _checked_ablations(
+    model: TransformerBridge, to: Sequence[To], means: Float[Tensor, "layer vocab *head"] | None
+) -> list[To]:
+    """The ablations, each once, with "token" among them where there are means."""
     if isinstance(to, str) or not isinstance(to, Sequence) or not to:
         raise PositionsError(f"to is {to!r}; expected a list of ablations, some of 1.0, 'mean' and 'shuffle'.")
     to = list(
         dict.fromkeys(how if how in ("mean", "shuffle", "token") else finite_number(how, "to", ABLATION) for how in to)
     )
     if means is not None:
-        to = list(dict.fromkeys([*to, "token"]))
         shape = (len(streams_of(model).layers), model.cfg.d_vocab)
         if means.shape[:2] != shape:
             raise PositionsError(f"means have shape {tuple(means.shape)}; expected {shape}, [layer, vocab].")
-    elif "token" in to:
+        return list(dict.fromkeys([*to, "token"]))
+    if "token" in to:
         raise PositionsError('to has "token" and no means were given; expected those of token_means.')
-    seed = index_of(seed, "seed", "a whole number from 0")
-    documents, batches = windows(cast(HookedPositionTransformer, model), corpus, attention_mask, prepend_bos)
-    patterns = {layer: name for layer, name in names.items() if name in model.hook_dict}
-    which: list[int | str] = ["all", *numbers]
-    ablated = [(layer, how) for layer in which for how in to]
-    tallies: dict[tuple[int | str, To, int | None], Tally] = {}
-    base = Tally(len(documents))
-    for number, (rows, owners) in enumerate(rows_of(documents, batches, "ablating")):
-        targets = rows[:, 1:]
-        own: dict[str, Tensor] = {}
-        record: Hooks = [(name, partial(_keep_pattern, own)) for name in patterns.values()]
-        replay = Replay(model, rows.to(base_model(model).device), hooks=record, tokens_too=False)
-        nats, best = token_losses(replay.logits, targets), replay.logits[:, :-1].argmax(-1)
-        base.add(owners, nats[..., None])
-        for layer, how in ablated:
-            seen = numbers if layer == "all" else [cast(int, layer)]
-            if how == "token":
-                hooks = _set_to(model, seen, cast(Tensor, means), rows)
-            else:
-                hooks = ablation_hooks(model, to=cast(Any, how), layers=seen, seed=seed + number)
-            compared: dict[str, Tensor] = {}
-            listen: Hooks = [(patterns[n], partial(_compare, own, compared)) for n in seen if n in patterns]
-            logits = replay.run(hooks + listen, {min(seen): 1})
-            changed = logits[:, :-1].argmax(-1) != best
-            tally = tallies.setdefault((layer, how, None), Tally(len(documents)))
-            tally.add(owners, torch.stack([token_losses(logits, targets) - nats, changed.to(nats)], dim=-1))
-            for n in filter(patterns.get, seen):
-                tally = tallies.setdefault((layer, how, n), Tally(len(documents)))
-                tally.add(owners, compared[patterns[n]])
-    draws = resamples(len(documents), seed)
+    return to
+
+
+class _Baseline:
+    """Some rows without ablation: what every ablation of them is compared with.
+
+    Attributes:
+        rows: the tokens; `targets` those that are predicted.
+        patterns: attention by hook name.
+        replay: runs them again from a layer on.
+        nats: the loss of each token that is predicted; `best` the most likely prediction.
+    """
+
+    def __init__(self, model: TransformerBridge, rows: Int[Tensor, "row pos"], patterns: dict[int, str]) -> None:
+        self.rows, self.targets = rows, rows[:, 1:]
+        self.patterns: dict[str, Tensor] = {}
+        record: Hooks = [(name, partial(_keep_pattern, self.patterns)) for name in patterns.values()]
+
+        # An ablation changes nothing below its first layer, so what enters that layer is kept and run on from there.
+        self.replay = Replay(model, rows.to(base_model(model).device), hooks=record, tokens_too=False)
+        self.nats = token_losses(self.replay.logits, self.targets)
+        self.best = self.replay.logits[:, :-1].argmax(-1)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What all ablations of a table share.
+
+    Attributes:
+        layers: the model's own numbers of those that are ablated.
+        patterns: the hook of each layer that has patterns.
+        heads: the kind of heads, where they are ablated one by one.
+        means: increments by token, for "token".
+    """
+
+    model: TransformerBridge
+    layers: list[int]
+    patterns: dict[int, str]
+    heads: HeadKind
+    means: Tensor | None
+
+    def changes(self, baseline: _Baseline, what: Ablated, how: To, seed: int) -> dict[int | None, Tensor]:
+        """What an ablation changes: loss and prediction (under None), and the patterns of each layer ablated."""
+        layer, head = what
+        seen = self.layers if layer == "all" else [cast(int, layer)]
+        if how == "token":
+            hooks = _set_to(self.model, seen, cast(Tensor, self.means), baseline.rows, self.heads_of(head))
+        else:
+            hooks = ablation_hooks(self.model, cast(Any, how), seen, heads=head, seed=seed, head_kind=self.heads)
+        compared: dict[str, Tensor] = {}
+        names = {n: self.patterns[n] for n in seen if n in self.patterns}
+        listen: Hooks = [(name, partial(_compare, baseline.patterns, compared)) for name in names.values()]
+        logits = baseline.replay.run(hooks + listen, {min(seen): 1})
+
+        # Paired by token: what texts differ in cancels.
+        of_loss = token_losses(logits, baseline.targets) - baseline.nats
+        changed = logits[:, :-1].argmax(-1) != baseline.best
+        found: dict[int | None, Tensor] = {None: torch.stack([of_loss, changed.to(of_loss)], dim=-1)}
+        which = slice(None) if head is None else self.heads_of(head)
+        return found | {n: compared[name][..., which] for n, name in names.items()}
+
+    def heads_of(self, head: int | None) -> list[int] | None:
+        """The query heads that one head is; None where all are ablated."""
+        return None if head is None else query_heads(streams_of(self.model), [head], self.heads)
+
+
+def _tables(
+    tallies: dict[tuple[Ablated, To, int | None], Tally],
+    base: Tally,
+    documents: int,
+    seed: int,
+    by_head: bool,
+    run: _Run,
+) -> Ablations:
+    """The table of losses and that of attention."""
+    draws = resamples(documents, seed)
     baseline = float(base.summary(draws)[0][0])
     losses, attention = [], []
-    for (layer, how, seen_at), tally in tallies.items():
-        row: dict[str, Any] = {
-            "layer": layer,
-            "to": str(how),
-            "n": int(tally.counts.sum()),
-            "documents": len(documents),
-        }
+    for ((layer, head), how, seen_at), tally in tallies.items():
+        n = int(tally.counts.sum())
         mean, low, high = tally.summary(draws)
+        whole = "all" if head is None else head
         if seen_at is None:
-            row |= {"baseline": baseline, "change": mean[0], "low": low[0], "high": high[0]}
+            row: dict[str, Any] = {"layer": layer} | ({"head": whole} if by_head else {}) | {"to": str(how)}
+            row |= {"n": n, "documents": documents, "baseline": baseline}
+            row |= {"change": mean[0], "low": low[0], "high": high[0]}
             row |= {"changed": mean[1], "changed_low": low[1], "changed_high": high[1]}
             losses.append(row)
             continue
-        for head in range(mean.shape[-1]):
-            of_head: dict[str, Any] = {"ablated": layer, "to": str(how), "layer": seen_at, "head": head, "n": row["n"]}
-            for i, column in enumerate(("distance", "look_back", "look_back_change")):
-                of_head |= {column: mean[i, head], f"{column}_low": low[i, head], f"{column}_high": high[i, head]}
-            attention.append(of_head)
+        for i, of_head in enumerate(run.heads_of(head) or range(mean.shape[-1])):
+            row = {"ablated": layer} | ({"ablated_head": whole} if by_head else {})
+            row |= {"to": str(how), "layer": seen_at, "head": of_head, "n": n}
+            for j, column in enumerate(("distance", "look_back", "look_back_change")):
+                row |= {column: mean[j, i], f"{column}_low": low[j, i], f"{column}_high": high[j, i]}
+            attention.append(row)
     return Ablations(pd.DataFrame(losses), pd.DataFrame(attention))
 
 
@@ -187,23 +286,40 @@ def token_means(
     of_token = torch.from_numpy(corpus_increments.ids())
     values = torch.from_numpy(corpus_increments.increments)
     shape = (*values.shape[:2], cast(Any, model.cfg.d_vocab))
+
+    # `index_add` counts every occurrence of an id; an assignment by index would keep the last.
     sums = torch.zeros(shape, dtype=values.dtype).index_add(2, of_token, values)
     counts = torch.bincount(of_token, minlength=shape[2])
+
+    # An id that the corpus lacks has no mean of its own.
     means = torch.where(counts > 0, sums / counts.clamp(min=1), values.mean(-1, keepdim=True)).float()
     return means.transpose(1, 2) if streams_of(model).config.per_head else means[:, 0]
 
 
 def _set_to(
-    model: TransformerBridge, layers: list[int], means: Float[Tensor, "layer vocab *head"], rows: Int[Tensor, "row pos"]
+    model: TransformerBridge,
+    layers: list[int],
+    means: Float[Tensor, "layer vocab *head"],
+    rows: Int[Tensor, "row pos"],
+    heads: list[int] | None,
 ) -> Hooks:
-    """Hooks that give every token of some rows the mean increment of its id."""
-    every = hook_names(model, None, HOOK.format("increments"))
+    """Hooks that give every token of some rows the mean increment of its id, in all heads or in some."""
+    every = hook_names(model, None, (HOOK if heads is None else HEAD_HOOK).format("increments"))
+
+    # Means are of every layer that has a stream, in their order.
     table = zip(every, means, strict=True)
-    return [(name, partial(_replace_rows, of_ids[rows.cpu()])) for (layer, name), of_ids in table if layer in layers]
+    return [
+        (name, partial(_replace_rows, of_ids[rows.cpu()], heads)) for (layer, name), of_ids in table if layer in layers
+    ]
 
 
-def _replace_rows(values: Tensor, increments: Tensor, hook: HookPoint) -> Tensor:
-    return values.to(increments)
+def _replace_rows(values: Tensor, heads: list[int] | None, given: Tensor, hook: HookPoint) -> Tensor:
+    values = values.to(given)
+    if heads is None:
+        return values
+    replaced = given.clone()
+    replaced[..., heads] = of_query_heads(values, given.shape[2])[..., heads]
+    return replaced
 
 
 def _keep_pattern(kept: dict[str, Tensor], pattern: Tensor, hook: HookPoint) -> None:

@@ -27,19 +27,22 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from ..core.model_state import evaluation_mode
 from ..errors import PositionsError
-from ..interventions import Hooks, LayerIndices, freeze, hook_names
+from ..interventions import HeadKind, Hooks, LayerIndices, freeze, hook_names
 from ..measure.intervals import t_interval
 from ..measure.metrics import Metric, metric_values, of_prompts
 from ..progress import track_progress
 from ..text import Mask, TextOrTokens, by_length, prompts_of
-from .sweeps import SITES
+from .prompts import PATHS, batched_mediation, many_prompts
+from .sweeps import SITES, By, head_count
 
-PATHS = ("total", "direct", "increments", "interaction")
+Held = tuple[int | None, int | None]
+"""A layer and its head; None is all of them."""
 
 Measure = Callable[[Int[Tensor, "row pos"], Float[Tensor, "row pos vocab"]], Float64[np.ndarray, " row"]]
 """From some rows and their logits to the metric of each."""
 
 
+@many_prompts(batched_mediation, lists=False)
 def mediation(
     model: TransformerBridge,
     clean: TextOrTokens,
@@ -47,6 +50,8 @@ def mediation(
     metric: Metric,
     layers: LayerIndices = None,
     *,
+    by: By = "layer",
+    heads: HeadKind = "query",
     attention_mask: Mask | tuple[Mask, Mask] = None,
     prepend_bos: bool | None = None,
 ) -> pd.DataFrame:
@@ -55,18 +60,22 @@ def mediation(
     Args:
         model: a bridge with position streams.
         clean, corrupted: pairs of prompts, as text or as tokens. The two of a pair have one length, so that token t
-            has the same place in both; pairs may differ in length.
+            has the same place in both; pairs may differ in length. A table of both, as `clean`, gives what
+            `over_prompts` does, with bootstrap intervals.
         metric: from logits [batch pos vocab] to one number a row; each row of both belongs to its pair. Pairs of
             another length run on their own, without padding, so that token -1 is each prompt's own last; the rows of
             the pairs that are not among them are then NaN.
         layers: the model's own layer numbers; None is all that rotate.
+        by: "layer", or "head": the increments of one head of one layer are held or changed, the other heads of that
+            layer respond.
+        heads: with by="head", "query" or "key_value" heads (all query heads that share their keys together).
         attention_mask: the real tokens of both, where they are padded tensors; or a pair of masks, one for each.
         prepend_bos: whether texts get the beginning-of-sequence token; None is TransformerLens' default.
 
     Returns:
-        Columns `layer` ("all" first: those layers together, then each alone), `path` (total, direct, increments,
-        interaction: see the module), `n` (pairs), `mean` (over the pairs, in the metric's unit) and `low` to `high`,
-        its 95% t interval (NaN for one pair).
+        Columns `layer` ("all" first: those layers together, then each alone), `head` (by head, "all" in the first
+        rows), `path` (total, direct, increments, interaction: see the module), `n` (pairs), `mean` (over the pairs, in
+        the metric's unit) and `low` to `high`, its 95% t interval (NaN for one pair).
 
     Raises:
         PositionsError: no streams, no such layer, a pair of different lengths, padding without a mask, or a metric
@@ -81,6 +90,29 @@ def mediation(
     """
     hooks = hook_names(model, layers, SITES["increments"][0])
     names, numbers = [name for _, name in hooks], list(dict(hooks))
+    held: list[Held] = [(None, None), *_each(model, numbers, by, heads)]
+    cleans, corrupteds = _pairs(model, clean, corrupted, attention_mask, prepend_bos)
+
+    # All layers together, then each layer or head alone.
+    effects = np.empty((len(held), len(PATHS), len(cleans)))
+    with evaluation_mode(model), torch.no_grad():
+        groups = by_length(cleans)
+        for pairs, rows in track_progress(groups, "mediating", quick=len(groups) * len(held) < 5):
+            others = torch.stack([corrupteds[pair] for pair in pairs])
+            measure = partial(_numbers, metric, pairs, len(cleans))
+            effects[..., pairs] = _effects(model, rows, others, measure, names, held, heads)
+    return _effects_table(held, effects, by)
+
+
+def _pairs(
+    model: TransformerBridge,
+    clean: TextOrTokens,
+    corrupted: TextOrTokens,
+    attention_mask: Mask | tuple[Mask, Mask],
+    prepend_bos: bool | None,
+) -> tuple[list[Int[Tensor, " _pos"]], list[Int[Tensor, " _pos"]]]:
+    """The tokens of the clean and of the corrupted prompts, pair by pair of one length."""
+    # Both prompts of a pair have one length, so one mask may serve both.
     masks = attention_mask if isinstance(attention_mask, tuple) else (attention_mask, attention_mask)
     if len(masks) != 2:
         raise PositionsError(f"attention_mask is a tuple of {len(masks)}; expected one mask, or one for each of two.")
@@ -88,21 +120,28 @@ def mediation(
         prompts_of(model, given, mask, prepend_bos) for given, mask in zip((clean, corrupted), masks, strict=True)
     )
     _check_pairs(cleans, corrupteds)
+    return cleans, corrupteds
 
-    effects = np.empty((1 + len(numbers), len(PATHS), len(cleans)))
-    with evaluation_mode(model), torch.no_grad():
-        groups = by_length(cleans)
-        for pairs, rows in track_progress(groups, "mediating", quick=len(groups) * len(numbers) < 4):
-            others = torch.stack([corrupteds[pair] for pair in pairs])
-            measure = partial(_numbers, metric, pairs, len(cleans))
-            effects[..., pairs] = _effects(model, rows, others, measure, names, numbers)
-    rows_of_table: list[dict[str, Any]] = []
-    for layer, of_layer in zip(["all", *numbers], effects, strict=True):
+
+def _effects_table(held: list[Held], effects: Float64[np.ndarray, "held path pair"], by: By) -> pd.DataFrame:
+    """The mean of each path over pairs, which are the samples, with its interval."""
+    rows: list[dict[str, Any]] = []
+    for (layer, head), of_layer in zip(held, effects, strict=True):
         for path, effect in zip(PATHS, of_layer, strict=True):
             low, high = t_interval(effect)
-            row: dict[str, Any] = {"layer": layer, "path": path, "n": len(effect)}
-            rows_of_table.append(row | {"mean": float(effect.mean()), "low": low, "high": high})
-    return pd.DataFrame(rows_of_table)
+            row: dict[str, Any] = {"layer": "all" if layer is None else layer}
+            if by == "head":
+                row["head"] = "all" if head is None else head
+            row |= {"path": path, "n": len(effect)}
+            rows.append(row | {"mean": float(effect.mean()), "low": low, "high": high})
+    return pd.DataFrame(rows)
+
+
+def _each(model: TransformerBridge, layers: list[int], by: By, heads: HeadKind) -> list[Held]:
+    """Each layer alone, or each head of each."""
+    if by == "layer":
+        return [(layer, None) for layer in layers]
+    return [(layer, head) for layer in layers for head in range(head_count(model, by, heads))]
 
 
 def _check_pairs(cleans: list[Int[Tensor, " _pos"]], corrupteds: list[Int[Tensor, " _pos"]]) -> None:
@@ -123,9 +162,11 @@ def _effects(
     corrupted: Int[Tensor, "pair pos"],
     measure: Measure,
     names: list[str],
-    layers: list[int],
-) -> Float64[np.ndarray, "layer_and_all path pair"]:
-    """The effects of pairs of one length: of all layers together, then of each alone."""
+    each: list[Held],
+    kind: HeadKind,
+) -> Float64[np.ndarray, "held path pair"]:
+    """The effects of pairs of one length: of all layers together, then of each layer or head alone."""
+    # Increments of both prompts, to be held at in the runs below.
     logits_clean, of_clean = model.run_with_cache(clean, names_filter=names)
     logits_corrupted, of_corrupted = model.run_with_cache(corrupted, names_filter=names)
     base = measure(clean, logits_clean)
@@ -136,9 +177,12 @@ def _effects(
             return measure(tokens, model(tokens, return_type="logits")) - base
 
     found = []
-    for layer in (None, *layers):
-        direct = held(corrupted, freeze(of_clean, layers=layer))
-        through = held(clean, freeze(of_corrupted, layers=layer))
+    for layer, head in each:
+        # The corrupted prompt with the increments of the clean one: what does not go through them. And the reverse.
+        direct = held(corrupted, freeze(of_clean, layers=layer, heads=head, head_kind=kind))
+        through = held(clean, freeze(of_corrupted, layers=layer, heads=head, head_kind=kind))
+
+        # What is left over is what both do together and neither does alone.
         found.append([total, direct, through, total - direct - through])
     return np.array(found)
 
@@ -148,6 +192,7 @@ def _numbers(
 ) -> Float64[np.ndarray, " row"]:
     """The metric of some of n pairs: it sees all rows, those of the others as NaN, as its rows belong to the pairs."""
     if len(pairs) < n:
+        # A metric may index rows by pair, so each pair has its row; the others hold NaN, which no mean can hide.
         some, of_some = logits, tokens
         logits, tokens = some.new_full((n, *some.shape[1:]), torch.nan), of_some.new_zeros((n, of_some.shape[1]))
         logits[pairs], tokens[pairs] = some, of_some

@@ -48,6 +48,7 @@ def in_pieces(model: TransformerBridge) -> Iterator[None]:
     restore: list[Callable[[], None]] = []
     try:
         for point in points.values():
+            # Hook functions may count, draw or write: they run once, though the block runs twice.
             for key, function in point._forward_hooks.items():
                 once = Once(function)
                 point._forward_hooks[key] = once
@@ -79,6 +80,7 @@ class Piece:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The block's output."""
+        # Other threads, passes without gradients and passes with a cache run the block as it is.
         step = self._current.get()
         ours = self._thread == threading.get_ident() and torch.is_grad_enabled() and step is not None
         if not ours or any(kwargs.get(name) is not None for name in CACHES):
@@ -93,6 +95,8 @@ class Run:
     def __init__(self, forward: Callable[..., Any], current: CurrentPass, step: ForwardPass) -> None:
         self._forward = forward
         self._current = current
+
+        # The pass goes on and changes; the second run needs it as the block met it.
         self._before = step.as_it_is()
         self._returned: list[tuple[Any, bool]] | None = None
 
@@ -102,6 +106,8 @@ class Run:
             self._returned = []
             with _hooks_of_block(Tape(self._returned, again=False)):
                 return self._forward(*args, **kwargs)
+
+        # A copy, as a backward pass may run the block more than once (retain_graph).
         tape = Tape(list(self._returned), again=True)
         with self._current.within(self._before.as_it_is()), _hooks_of_block(tape):
             return self._forward(*args, **kwargs)
@@ -125,6 +131,7 @@ class Tape:
 
     def next(self, output: Any) -> Any:
         """What the next function returned. Gradients flow in the graph of the block's first call, not into this."""
+        # Hook functions come by in the same order as the first time.
         returned, learns = self.returned.pop(0)
         tensor = output if returned is None else returned
         if learns and not tensor.requires_grad:
@@ -143,6 +150,8 @@ class Once:
         tape: Tape | None = getattr(_active_runs, "tape", None)
         if tape is None:
             return self._function(module, *given)
+
+        # PyTorch hands (module, args, output), and with keywords (module, args, kwargs, output).
         output = given[-1]
         if tape.again:
             return tape.next(output)
@@ -183,6 +192,7 @@ def _has_foreign_hooks(block: nn.Module) -> bool:
 
 
 def _where_from(hook: Any) -> str:
+    # A partial is where its function is.
     function = getattr(hook, "func", hook)
     return getattr(function, "__module__", None) or ""
 
@@ -191,6 +201,7 @@ def _undo_of(places: dict[Any, Any], key: Any, ours: Any, own: Any) -> Callable[
     """Undo one replacement, unless something else stands there by now."""
 
     def put_back() -> None:
+        # Another library may have put its own there since; that stays.
         if places.get(key) is ours:
             if own is None:
                 del places[key]

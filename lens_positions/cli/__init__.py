@@ -7,6 +7,7 @@ Colour says again what the printed numbers say, and is left out for a pipe, a du
 from .app import app, main
 from .cause import ablate, gaps, patch
 from .look import extremes, report, show
+from .map import map, summarise
 from .measure import boundaries, heads, kinds, names, saturation, specialisation
 from .rope import absolute, dispersion, frequencies
 
@@ -22,10 +23,12 @@ __all__ = [
     "heads",
     "kinds",
     "main",
+    "map",
     "names",
     "patch",
     "report",
     "saturation",
     "show",
     "specialisation",
+    "summarise",
 ]

@@ -20,6 +20,7 @@ import lens_positions as lp
 from .. import exits
 from ..errors import PositionsError
 from ..exits import command_outcome
+from ..progress import durations_said
 from ..terminal import print_line
 from ..viz import output as viz_output
 
@@ -43,6 +44,7 @@ STUDY = {"experiments": "The study of the repository: suites of runs, measuremen
 GROUPS = {
     "Look at increments": ("show", "extremes", "report"),
     "Ask what they cause": ("gaps", "patch", "ablate"),
+    "Map a corpus": ("map", "summarise"),
     "Measure them on held-out text": ("kinds", "boundaries", "names", "heads", "saturation", "specialisation"),
     "Ask how a model uses RoPE itself": ("frequencies", "absolute", "dispersion"),
     "Train": tuple(TRAINING),
@@ -67,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from ..training.commands import main as training
 
         return training(words)
-    with command_outcome(PROGRAM) as outcome:
+    with command_outcome(PROGRAM) as outcome, durations_said(complain):
         outcome.status = _experiments(words[1:]) if words[:1] == ["experiments"] else _run(words)
     return outcome.status
 

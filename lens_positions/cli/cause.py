@@ -103,6 +103,8 @@ def patch(
     loaded = lp.HookedPositionTransformer.from_pretrained(model)
     if site in ("increments", "positions"):
         check_learned(loaded, f"patching {site} does nothing", "another --site, or lens-positions gaps")
+
+    # Checked here and not in the sweep, so that the sentence names the options of the command.
     source, tokens = (one_prompt(loaded, prompt, prepend_bos=prepend_bos) for prompt in (clean, corrupted))
     if source.shape != tokens.shape:
         raise PositionsError(
@@ -112,6 +114,7 @@ def patch(
     metric, unit = _metric(loaded, tokens, answer, wrong)
     effects = lp.causal.patch_sweep(loaded, clean, corrupted, metric, site, layers or None, prepend_bos=prepend_bos)
     with torch.no_grad():
+        # What the effects stand between: the metric on either prompt, without any edit.
         ends = [float(metric(loaded(prompt))[0]) for prompt in (source, tokens)]
     what = (
         f"{loaded.name}: {site} of the clean prompt in the corrupted one; {unit} is {ends[0]:+.3f} in the clean one "
@@ -159,18 +162,15 @@ def ablate(
     texts = lp.corpora.heldout_excerpts(corpus, characters)
     means = None
     if tokens:
+        # Means of other text than that which is measured: its own would know the answer.
         training = lp.corpora.training_excerpts(corpus, characters)
         means = lp.causal.token_means(loaded, training, prepend_bos=prepend_bos)
     found = lp.causal.ablation_table(loaded, texts, layers or None, seed=seed, means=means, prepend_bos=prepend_bos)
     console = Console(highlight=False)
-    first = found.loss.iloc[0]
-    of_text = f"{first['n']:,} tokens of {first['documents']} held-out documents of {corpus}"
-    print_line(console, f"{loaded.name}: {loaded.position_config.source} increments ablated; {of_text}")
-    print_line(
-        console, f"loss without ablation {first['baseline']:.4f} nats per token; 95% intervals resample documents\n"
-    )
+    of_text = _print_ablated_text(console, loaded, found, corpus)
     _print_ablations(console, found)
     if csv is not None:
+        # Two tables of different columns: two files.
         beside = csv.with_name(f"{csv.stem}-attention{csv.suffix}")
         write_table(found.loss, csv)
         write_table(found.attention, beside)
@@ -198,6 +198,8 @@ def _metric(
 
 def _single_token(model: "lp.HookedPositionTransformer", text: str, option: str) -> int:
     check_text(text)
+
+    # The effect is on one logit, so the answer has to be one token.
     ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
         raise PositionsError(
@@ -221,6 +223,8 @@ def _show_effects(
     from rich.console import Console
 
     console = Console(highlight=False)
+
+    # In the order of the rows of the map.
     numbers = sorted(set(layers)) or model.position_layers
     labels = [viz_output.visible_text(label) for label in model.to_str_tokens(tokens[0])]
     print_line(console, what)
@@ -230,7 +234,10 @@ def _show_effects(
     print_grid(console, [f"layer {number}" for number in numbers], labels, cells)
     print_line(console, "largest effects")
     length = effects.shape[1]
+
+    # The list says in words what the colours say: where the effect is largest, and in which text.
     for i in effects.nan_to_num().abs().flatten().topk(min(8, effects.numel())).indices.tolist():
+        # The map was flattened to rank it.
         layer, t = divmod(i, length)
         around = "".join(labels[max(0, t - 4) : t]) + f"⟦{labels[t]}⟧" + "".join(labels[t + 1 : t + 3])
         print_line(console, f"  {float(effects[layer, t]):+.4f}  layer {numbers[layer]}, token {t}  {around}")
@@ -247,7 +254,22 @@ def _show_effects(
     if figure is not None:
         title = "Effect of each layer and token"
         with announce_figure(console, figure):
-            lp.viz.effect_map(effects, numbers, labels, title, f"change of {unit}", what, figure)
+            said = what.removeprefix(f"{model.name}: ")  # the figure says the model itself
+            lp.viz.effect_map(model, effects, tokens, numbers, title, f"change of {unit}", said, figure)
+
+
+def _print_ablated_text(
+    console: "Console", model: "lp.HookedPositionTransformer", found: "lp.causal.Ablations", corpus: str
+) -> str:
+    """Print what was ablated, and the loss without; return how to name the text that was read."""
+    # Counts and the baseline are the same in every row.
+    first = found.loss.iloc[0]
+    of_text = f"{first['n']:,} tokens of {first['documents']} held-out documents of {corpus}"
+    print_line(console, f"{model.name}: {model.position_config.source} increments ablated; {of_text}")
+    print_line(
+        console, f"loss without ablation {first['baseline']:.4f} nats per token; 95% intervals resample documents\n"
+    )
+    return of_text
 
 
 def _print_ablations(console: "Console", found: "lp.causal.Ablations") -> None:
@@ -276,6 +298,8 @@ def _print_ablations(console: "Console", found: "lp.causal.Ablations") -> None:
     print_grid(console, rows, columns, cells(lambda la, kind: f"{of[la, kind]['changed']:.1%}"))
     if attention.empty:
         return
+
+    # A number for each head is too much for a terminal: the mean over heads, and the largest.
     of_heads = attention.groupby(["ablated", "to"])
     summary = of_heads.agg(mean=("distance", "mean"), most=("distance", "max"), back=("look_back_change", "mean"))
     heads: Any = summary.to_dict("index")

@@ -15,9 +15,12 @@ from ..viz import output as viz_output
 from .app import BOS_OF_MODEL, Bos, announce_figure, app, check_outputs, complain, write_table
 
 if TYPE_CHECKING:
+    import pandas as pd
     from rich.console import Console
 
+    from ..measure.corpus_reader import CorpusIncrements
     from ..viz.spacing import Scale
+    from ..viz.text_positions import TextPositions
 
 
 @app.command
@@ -40,6 +43,8 @@ def show(
     """
     check_text(text)
     prepend_bos = bos.prepend()
+
+    # A figure that ends in .html is a page to explore.
     explored = figure is not None and figure.suffix.lower() in (".html", ".htm")
     if figure is not None and explored:
         viz_output.check_page(figure)
@@ -73,6 +78,7 @@ def show(
             if explored:
                 lp.viz.spacing_view(loaded, text, layers or None, prepend_bos=prepend_bos).save(figure)
             else:
+                # Signed increments may have a mean of zero or less, by which nothing can be divided.
                 divisible = all(text_positions.mean_increment(entry) > 0 for entry in rows)
                 scale: Scale = "relative" if divisible else "common"
                 lp.viz.spacing(loaded, text, layers or None, scale, figure, prepend_bos=prepend_bos)
@@ -108,25 +114,16 @@ def extremes(
     from rich.console import Console
     from rich.text import Text
 
-    from ..analysis.extremes import vocabulary_increments
-
     loaded = lp.HookedPositionTransformer.from_pretrained(model)
     texts = None if corpus is None else lp.corpora.heldout_excerpts(corpus, characters)
     corpus_increments = None if texts is None else lp.analysis.read_corpus(loaded, texts, prepend_bos=prepend_bos)
     found = lp.analysis.extreme_tokens(loaded, corpus_increments, top)
-    if texts is None or corpus_increments is None:
-        of_vocabulary = vocabulary_increments(loaded)
-        by_kind = of_vocabulary.groupby("kind", as_index=False).agg(n=("id", "size"), relative=("relative", "mean"))
-        by_kind = by_kind.assign(layer=0, relative_low=math.nan, relative_high=math.nan)
-        what, mean = f"{len(of_vocabulary):,} token ids, each once", of_vocabulary["increment"].mean()
-    else:
-        by_kind = lp.analysis.increments_by_category(loaded, corpus_increments)
-        what = f"{sum(map(len, texts)):,} characters of {len(texts)} held-out documents of {corpus}"
-        mean = math.nan
+    by_kind, what, mean = _extremes_by_kind(loaded, texts, corpus_increments, corpus)
     shown = layers or tuple(dict.fromkeys(found["layer"]))
     if missing := set(shown) - set(found["layer"]):
         known = ", ".join(map(str, dict.fromkeys(found["layer"])))
         raise PositionsError(f"layer {min(missing)} is not there; expected some of {known}.")
+
     console = Console(highlight=False)
     config = loaded.position_config
     print_line(console, f"{loaded.name}: {config.source} increments, the gap {config.gap} each token; {what}")
@@ -137,21 +134,46 @@ def extremes(
     for layer in shown:
         if texts is not None or len(shown) > 1:
             print_line(console, Text(f"layer {layer}", "bold"))
-        for end, rows in found[found["layer"] == layer].groupby("end"):
-            print_line(console, f"  {end}")
-            for row in rows.to_dict("records"):
-                where = row["context"] if "context" in row else f"⟦{row['token']}⟧  {row['kind']}"
-                where = "".join(c if c == " " else viz_output.visible_character(c) for c in where).replace("⟦ ⟧", "⟦␣⟧")
-                often = f"  n={row['n']}" if "n" in row else ""
-                print_line(console, f"    ×{row['relative']:.2f}  {row['increment']:.3f}{often}  {where}")
-        for row in by_kind[by_kind["layer"] == layer].sort_values("relative").to_dict("records"):
-            low, high = row["relative_low"], row["relative_high"]
-            interval = "" if math.isnan(low) else f" ({low:.3f} to {high:.3f})"
-            print_line(console, f"  {row['kind']} (n={row['n']:,}): ×{row['relative']:.3f}{interval}")
-        console.print()
+        _print_extremes(console, found[found["layer"] == layer], by_kind[by_kind["layer"] == layer])
     if csv is not None:
         write_table(found[found["layer"].isin(shown)], csv)
         print_line(console, f"tokens: {csv}")
+
+
+def _extremes_by_kind(
+    model: "lp.HookedPositionTransformer",
+    texts: list[str] | None,
+    corpus_increments: "CorpusIncrements | None",
+    corpus: str | None,
+) -> "tuple[pd.DataFrame, str, float]":
+    """Increments by kind, what they were measured on, and their mean (NaN where each layer has one of its own)."""
+    if texts is None or corpus_increments is None:
+        from ..analysis.extremes import vocabulary_increments
+
+        # A source without context: its vocabulary is all there is, so it has no documents and no intervals.
+        of_vocabulary = vocabulary_increments(model)
+        by_kind = of_vocabulary.groupby("kind", as_index=False).agg(n=("id", "size"), relative=("relative", "mean"))
+        by_kind = by_kind.assign(layer=0, relative_low=math.nan, relative_high=math.nan)
+        return by_kind, f"{len(of_vocabulary):,} token ids, each once", of_vocabulary["increment"].mean()
+    what = f"{sum(map(len, texts)):,} characters of {len(texts)} held-out documents of {corpus}"
+    return lp.analysis.increments_by_category(model, corpus_increments), what, math.nan
+
+
+def _print_extremes(console: "Console", found: "pd.DataFrame", by_kind: "pd.DataFrame") -> None:
+    """The nearest and the farthest tokens of a layer, and its kinds of token from near to far."""
+    for end, rows in found.groupby("end"):
+        print_line(console, f"  {end}")
+        for row in rows.to_dict("records"):
+            where = row["context"] if "context" in row else f"⟦{row['token']}⟧  {row['kind']}"
+            # Spaces between words stay as they are; a token that is a space alone would be an empty bracket.
+            where = "".join(c if c == " " else viz_output.visible_character(c) for c in where).replace("⟦ ⟧", "⟦␣⟧")
+            often = f"  n={row['n']}" if "n" in row else ""
+            print_line(console, f"    ×{row['relative']:.2f}  {row['increment']:.3f}{often}  {where}")
+    for row in by_kind.sort_values("relative").to_dict("records"):
+        low, high = row["relative_low"], row["relative_high"]
+        interval = "" if math.isnan(low) else f" ({low:.3f} to {high:.3f})"
+        print_line(console, f"  {row['kind']} (n={row['n']:,}): ×{row['relative']:.3f}{interval}")
+    console.print()
 
 
 @app.command
@@ -191,6 +213,8 @@ def report(
     loaded = lp.HookedPositionTransformer.from_pretrained(model)
     other = None if compare is None else lp.HookedPositionTransformer.from_pretrained(compare)
     options: list[tuple[str, Any]] = [("--text", text), ("--compare", compare), ("--corpus", corpus)]
+
+    # The report says how to make it again: this command, without what is by default.
     words = ["lens-positions", "report", model, "--output", str(output)]
     for option, value in options:
         words += [option, *([value] if isinstance(value, str) else value)] if value else []
@@ -200,6 +224,7 @@ def report(
     try:
         left_out = lp.viz.report(loaded, output, text, other, corpus, characters, seed, command, prepend_bos)
     except KeyboardInterrupt as interruption:
+        # Without a path nothing was written yet.
         if interruption.args:
             sentence = f"interrupted: {output} has the parts that were done."
             raise type(interruption)(sentence) from interruption
@@ -223,6 +248,8 @@ def _print_tokens(
     print_line(console, "1.00 is one step of standard RoPE; blue: nearer than the layer's mean, orange: farther\n")
     labels = [viz_output.visible_text(label) for label in text_positions.labels]
     increments = text_positions.increments.mean(-1)
+
+    # Tinted by the mean of the row's own layer, as layers differ in scale.
     cells = [[increment_cell(value, means[layer]) for value in increments[layer].tolist()] for layer in rows]
     print_grid(console, list(rows.values()), labels, cells)
 
@@ -237,6 +264,8 @@ def _print_kinds(
     """The mean and standard deviation of the increments by kind of token, a column a layer."""
     table = lp.analysis.increments_by_category(model, text_positions.corpus_increments())
     print_line(console, "by kind of token (how many): mean ± standard deviation\n")
+
+    # Tables have the model's own numbers of layers; rows are entries of the streams.
     entry_of = {model.position_layers[entry]: entry for entry in rows}
     by_kind = table[table["layer"].isin(list(entry_of))].groupby("kind", sort=False)
     names = [f"{kind} ({of_kind['n'].iloc[0]})" for kind, of_kind in by_kind]

@@ -100,6 +100,8 @@ def boundaries(
     if lines is not None:
         if lines < 1:
             raise PositionsError(f"--lines is {lines}; expected at least 1.")
+
+        # Every so many lines, so that all parts of the text are in.
         kept = range(0, len(texts), max(1, math.ceil(len(texts) / lines)))
         texts = [texts[i] for i in kept]
         segmented = segmented if isinstance(segmented, str) else [segmented[i] for i in kept]
@@ -112,6 +114,8 @@ def boundaries(
         f"{loaded.name}: word boundaries, {first['boundaries']:,} of {what}",
         "area under the ROC curve, 0.5 is chance; 95% intervals resample lines",
     )
+
+    # What has no layer, as the statistic of the text, gets a row of its own.
     layers = table.assign(layer=[f"layer {layer:.0f}" if layer == layer else "no layer" for layer in table["layer"]])
     _grid(console, layers, "layer", "measure", lambda row: _with_interval(row, "auc", ""))
     write_if_asked(console, table, csv)
@@ -195,6 +199,8 @@ def heads(
     table = lp.analysis.head_profile(loaded, texts, seed, prepend_bos=prepend_bos)
     console = print_heading(f"{loaded.name}: heads, {what}", f"mean increment, and look-back in tokens; {PER_TOKEN}")
     named = table.assign(head=[f"{layer}.{head}" for layer, head in zip(table["layer"], table["head"], strict=True)])
+
+    # The two columns of each head as two rows, which is the form that the grid takes.
     both = pd.concat(
         [
             named.assign(what=column, value=named[column], low=named[f"{column}_low"], high=named[f"{column}_high"])
@@ -204,6 +210,7 @@ def heads(
     _grid(console, both, "head", "what", lambda row: _with_interval(row, "value", ""))
     write_if_asked(console, table, csv)
     try:
+        # Too few heads for a correlation is no error of the command: the table stands.
         correlations = lp.analysis.head_correlations(table, seed)
     except PositionsError as error:
         complain(f"no correlation: {error}")
@@ -227,6 +234,8 @@ def saturation(
     check_outputs(csv, None)
     prepend_bos = bos.prepend()
     loaded, texts, what = read_heldout(model, corpus, characters)
+
+    # Without an activation there is no cap to sit at, and increments may be negative.
     if loaded.position_config.learned and loaded.position_config.activation == "none":
         table = lp.analysis.below_zero(loaded, texts, seed, prepend_bos=prepend_bos)
         console = print_heading(f"{loaded.name}: increments below zero, {what}", PER_TOKEN)
@@ -285,6 +294,8 @@ def _word_segmentation(words: str, corpus: str | None) -> tuple[list[str], Any, 
     """Lines, their words (or "jieba"), and how to name them."""
     if corpus is not None and words != "jieba":
         raise PositionsError(f"--corpus was given with --words {words}; expected it with --words jieba alone.")
+
+    # The lines are the same for both, so that people and jieba compare.
     if words in ("human", "jieba") and corpus is None:
         segmented = lp.corpora.heldout_segmentation()
         whose = "segmented by people" if words == "human" else "segmented by jieba"
@@ -322,6 +333,8 @@ def _grid(
     from rich.text import Text
 
     rows, columns = _unique(table[row]), _unique(table[column])
+
+    # Cells by row and column; a kind may be missing in some layer.
     of: dict[tuple[Hashable, Hashable], Any] = {(getattr(r, row), getattr(r, column)): r for r in table.itertuples()}
     cells = [[Text(cell(of[r, c]) if (r, c) in of else "") for c in columns] for r in rows]
     labels = [f"layer {c}" if column == "layer" else str(c) for c in columns]

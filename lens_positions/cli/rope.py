@@ -42,7 +42,6 @@ def frequencies(
     prepend_bos = bos.prepend()
 
     import pandas as pd
-    from rich.text import Text
 
     from ..analysis.frequencies import SIDES
 
@@ -53,14 +52,11 @@ def frequencies(
         f"{loaded.name}: mean 2-norm of queries and keys by rotary frequency, {what}",
         "mean over tokens, heads and the frequencies of a quarter",
     )
+
+    # Dozens of frequencies are too many columns for a terminal.
     norms["band"] = lp.analysis.frequency_quarters(norms).map(dict(enumerate(BANDS)))
-    layers = list(dict.fromkeys(norms["layer"]))
     for side in SIDES:
-        own = norms[norms["side"] == side]
-        bands = [band for band in BANDS if (own["band"] == band).any()]
-        means = own.groupby(["layer", "band"])["norm"].mean()
-        cells = [[Text(f"{means[layer, band]:.2f}") for band in bands] for layer in layers]
-        print_grid(console, [f"{side}, layer {layer}" for layer in layers], bands, cells)
+        _print_norms(console, side, norms[norms["side"] == side])
     found = heads[heads["positional"]]
     print_line(console, f"{len(found)} of {len(heads)} heads give over half of their attention to one offset, whatever")
     print_line(console, "the tokens are (share of attention, and with the tokens in another order; 95% intervals):\n")
@@ -69,6 +65,8 @@ def frequencies(
         print_line(
             console, f"  layer {head['layer']} head {head['head']}: {head['offset']} back, {' and '.join(shares)}"
         )
+
+    # A model with NoPE layers alone has nothing to compare.
     turns = bool((norms["frequency"] > 0).any())
     use = lp.analysis.high_frequency_use(norms, heads) if turns else pd.DataFrame()
     rows: Any = use.itertuples()
@@ -86,6 +84,17 @@ def frequencies(
         caption = f"{loaded.name}; {what}. Means over heads and tokens."
         with announce_figure(console, figure):
             lp.viz.norms_map(norms, caption, figure)
+
+
+def _print_norms(console: "Console", side: str, norms: "pd.DataFrame") -> None:
+    """The mean norm of queries or keys, a row a layer, a column for each quarter of the frequencies that there is."""
+    from rich.text import Text
+
+    layers = list(dict.fromkeys(norms["layer"]))
+    bands = [band for band in BANDS if (norms["band"] == band).any()]
+    means = norms.groupby(["layer", "band"])["norm"].mean()
+    cells = [[Text(f"{means[layer, band]:.2f}") for band in bands] for layer in layers]
+    print_grid(console, [f"{side}, layer {layer}" for layer in layers], bands, cells)
 
 
 @app.command
@@ -111,33 +120,20 @@ def absolute(
     if texts < 2:
         raise PositionsError(f"--texts is {texts}; expected at least 2, for intervals.")
 
-    from rich.text import Text
-
-    from ..analysis.absolute_position import QUARTERS
-
     loaded = lp.HookedPositionTransformer.from_pretrained(model)
     given = lp.corpora.heldout_pieces(corpus, texts)
     hooks = lp.ablate(loaded, to="mean", site="positions") if hold else None
     table = lp.analysis.absolute_variation(loaded, given, hooks=hooks, block=block, seed=seed, prepend_bos=prepend_bos)
     drops = lp.analysis.replacement_effects(loaded, given, hooks=hooks, block=block, seed=seed, prepend_bos=prepend_bos)
     found = lp.analysis.attention_sinks(loaded, given, hooks=hooks, seed=seed, prepend_bos=prepend_bos)
-    sinks = found[found["first"] == found["first"].iloc[0]].groupby("layer")["share"]
-    overall = table[(table["head"] == "all") & (table["layer"] != "all")]
     what = f"the beginnings of {len(given)} pieces of held-out {corpus}, repeated"
     console = print_heading(
         f"{loaded.name}: variance of log attention over absolute positions, {what}",
         "nats squared, mean over heads, early and late quarter of the repeats; attention to position 0 (largest head); "
         "95% intervals resample pieces",
     )
-    sides = {"early": overall[overall["quarter"] == 0], "late": overall[overall["quarter"] == QUARTERS - 1]}
-    layers = list(dict.fromkeys(overall["layer"]))
-    columns = [f"{part}, {name}" for part in ("residual", "mask") for name in sides]
-    cells = []
-    for layer in layers:
-        rows = [(own[own["layer"] == layer].iloc[0], part) for part in ("residual", "mask") for own in sides.values()]
-        values = [with_interval(row, part, ".4f", f"{part}_") for row, part in rows]
-        cells.append([Text(value) for value in (*values, f"{sinks.mean()[layer]:.0%} ({sinks.max()[layer]:.0%})")])
-    print_grid(console, [f"layer {layer}" for layer in layers], [*columns, "sink"], cells)
+
+    _print_parts(console, table, found)
     print_line(console, "the residual part that goes when the embedding at position 0 is replaced (95% intervals):\n")
     for row in drops[drops["layer"] == "all"].to_dict("records"):
         drop = "nothing to lose" if math.isnan(row["drop"]) else with_interval(row, "drop", "+.0%")
@@ -147,6 +143,28 @@ def absolute(
         caption = f"{loaded.name}; {what}. Means over heads. log attention = score (residual) - log Z (mask)."
         with announce_figure(console, figure):
             lp.viz.absolute_chart(table, caption, figure)
+
+
+def _print_parts(console: "Console", table: "pd.DataFrame", found: "pd.DataFrame") -> None:
+    """The residual and the mask part at early and late queries, and the attention to position 0, a row a layer."""
+    from rich.text import Text
+
+    from ..analysis.absolute_position import QUARTERS
+
+    # With the common first token, where the model has one; it comes first in the table.
+    sinks = found[found["first"] == found["first"].iloc[0]].groupby("layer")["share"]
+    overall = table[(table["head"] == "all") & (table["layer"] != "all")]
+
+    # The first and the last quarter are enough to see what changes along the text.
+    sides = {"early": overall[overall["quarter"] == 0], "late": overall[overall["quarter"] == QUARTERS - 1]}
+    layers = list(dict.fromkeys(overall["layer"]))
+    columns = [f"{part}, {name}" for part in ("residual", "mask") for name in sides]
+    cells = []
+    for layer in layers:
+        rows = [(own[own["layer"] == layer].iloc[0], part) for part in ("residual", "mask") for own in sides.values()]
+        values = [with_interval(row, part, ".4f", f"{part}_") for row, part in rows]
+        cells.append([Text(value) for value in (*values, f"{sinks.mean()[layer]:.0%} ({sinks.max()[layer]:.0%})")])
+    print_grid(console, [f"layer {layer}" for layer in layers], [*columns, "sink"], cells)
 
 
 @app.command
@@ -180,6 +198,8 @@ def dispersion(
     cells = [
         [Text(with_interval(groups.loc[(layer, n)], "entropy", ".2f", "entropy_")) for n in items] for layer in layers
     ]
+
+    # What attention would have that is spread evenly: the row to compare with.
     even = means.groupby("items")["log_items"].mean()
     cells.append([Text(f"{even[n]:.2f}") for n in items])
     print_grid(console, [*(f"layer {layer}" for layer in layers), "even"], [f"{n:,}" for n in items], cells)

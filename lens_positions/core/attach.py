@@ -26,12 +26,21 @@ from transformer_lens.model_bridge import TransformerBridge
 from ..errors import PositionsError
 from .devices import device_of, floating_dtype
 from .find_attention import RotaryAttention, Site, links_to, parameters
+from .head_trial import refuse_inexact_heads
 from .increments import PositionConfig, build_sources
 from .model_wrappers import base_model, unwrap_model
-from .per_head import hook_projections, projections_of, refuse_inexact_heads
 from .position_streams import PositionStreams, refuse_attached
 from .stream import PositionStream
 from .transformer_lens_internals import hook_registry, scan_hook_points
+
+STREAM_HOOKS = (
+    "hook_increments",
+    "hook_positions",
+    "hook_head_increments",
+    "hook_head_positions",
+    "hook_rotation",
+)
+"""The hook points of a stream, in the order in which they run."""
 
 
 def attach_positions(
@@ -42,12 +51,12 @@ def attach_positions(
 ) -> PositionStreams:
     """Make the increments and positions of every rotary layer of a model activations of their own.
 
-    A fresh source gives increments of exactly 1.0, so the model computes what it computed before, to the bit
-    (per_head: to rounding). In a bridge the hook points are `blocks.{l}.attn.hook_increments`, `hook_positions` and
-    `hook_rotation`, and `hook_increments` at the root for a shared or frozen source. Layers without RoPE have none; a
-    forward pass over three tokens, in eval mode, shows which those are (hooks that are registered already run then).
-    Outside a bridge, a hook that edits embeddings or the residual stream is seen by a source if it was registered
-    before attaching; a bridge's hook points are always seen.
+    A fresh source gives increments of exactly 1.0, so the model computes what it computed before, to the bit. In a
+    bridge the hook points are `blocks.{l}.attn.hook_increments`, `hook_positions` and `hook_rotation`, the first two
+    again for each query head (`hook_head_increments`, `hook_head_positions`: [batch pos head]), and `hook_increments`
+    at the root for a shared or frozen source. Layers without RoPE have none; a forward pass over three tokens, in eval
+    mode, shows which those are (hooks that are registered already run then). Outside a bridge, a hook that edits
+    embeddings or the residual stream is seen by a source if it was registered before attaching; a bridge's always is.
 
     Args:
         model: a `transformers` causal language model with rotary positions, or a TransformerBridge on one. A pipeline
@@ -106,8 +115,7 @@ def _build(config: PositionConfig, base: Any, attention: RotaryAttention, table:
     n_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     embedding = base.get_input_embeddings()
     if config.per_head:
-        for site in attention.sites:
-            refuse_inexact_heads(site.attention, attention.rotary, text.hidden_size, floating_dtype(base))
+        refuse_inexact_heads(base, attention.sites, n_heads, text.num_attention_heads)
     sources = build_sources(
         config,
         n_layers=len(own),
@@ -122,7 +130,11 @@ def _build(config: PositionConfig, base: Any, attention: RotaryAttention, table:
     places = [site.layer for site in own] if config.source == "per_layer" else [embedding]
     for source, place in zip(sources, places, strict=False):
         source.to(device_of(place, base))
-    return PositionStreams(config, sources, [site.number for site in own], n_heads)
+
+    # The streams know the model's own numbers of layers, which hook names have; their own places count streams.
+    streams = PositionStreams(config, sources, [site.number for site in own], n_heads, text.num_attention_heads)
+    streams._sites = attention.sites
+    return streams
 
 
 def _with_stream(attention: RotaryAttention) -> list[Site]:
@@ -134,6 +146,8 @@ def _hook(streams: PositionStreams, base: Any, attention: RotaryAttention) -> No
     """Make streams part of a model's forward pass; `streams.detach` undoes what was done, also half of it."""
     for handle in _hook_handles(streams, base, attention):
         streams._undo.append(handle.remove)
+
+    # Part of the model, so that weights train, move and are saved with it.
     base.add_module("position_streams", streams)
     streams._undo.append(partial(_remove_module, base, "position_streams"))
 
@@ -156,8 +170,6 @@ def _hook_model(streams: PositionStreams, base: Any, attention: RotaryAttention)
     """Hook the model, its decoder, its embeddings and its rotary modules."""
     own, embedding = _with_stream(attention), base.get_input_embeddings()
     hooked = [embedding] if streams.config.source == "shared" else []
-    if streams.config.per_head:
-        hooked += [projection for site in own for projection in projections_of(site.attention)]
 
     # An adapter that takes the place of one of these is refused at the next pass.
     links = links_to(base, hooked)
@@ -187,8 +199,6 @@ def _hook_layer(streams: PositionStreams, i: int, site: Site) -> Iterator[Any]:
     yield layer.register_forward_pre_hook(note, with_kwargs=True)
     yield site.wrapper.register_forward_pre_hook(partial(streams._enter_attention, site), with_kwargs=True)
     yield from site.hook(partial(streams._rotation_of, i))
-    if streams.config.per_head:
-        yield from hook_projections(site.attention, partial(streams._heads_of, i))
 
 
 def _drop_graphs() -> None:
@@ -243,10 +253,11 @@ def _add_hook_points(bridge: Any, streams: PositionStreams, attention: RotaryAtt
             component = nn.Module()
             block._modules["attn"] = component
             added.append((block, "attn"))
-        for name in ("hook_increments", "hook_positions", "hook_rotation"):
+        for name in STREAM_HOOKS:
             component.add_module(name, getattr(stream, name))
             added.append((component, name))
 
+    # The registry is built when a bridge is made: hook points that came later are not in it.
     scan_hook_points(bridge)
     streams._undo.append(partial(_remove_hook_points, bridge, added))
 

@@ -25,6 +25,7 @@ def device_of(module: nn.Module, around: nn.Module | None = None) -> torch.devic
             if not tensor.is_meta:
                 return tensor.device
 
+    # Nothing of it has a place: what surrounds it does, or everything is on the CPU.
     return torch.device("cpu") if around is None or around is module else device_of(around)
 
 

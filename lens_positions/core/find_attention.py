@@ -49,6 +49,8 @@ class Site:
         self.wrapper = wrapper
         self.layer = layer
         self.parameters = parameters(attention)
+
+        # A layer is the first number in a name such as "model.layers.3.self_attn".
         self.number = next((int(part) for part in name.split(".") if part.isdigit()), 0)
         self.leader: int | None = None
 
@@ -84,6 +86,7 @@ class InsideSite(Site):
         self._states.entering = argument(self.parameters, args, kwargs, "hidden_states")
 
     def _forget(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+        # An attention that runs outside its layer later finds nothing, and not the states of another pass.
         self._states.entering = None
 
     def _leave_rotary(
@@ -117,6 +120,8 @@ class TableSite(Site):
 
     def _enter(self, replace: Replace, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         states = argument(self.parameters, args, kwargs, "hidden_states")
+
+        # Held until `_restore`: the table is one attribute of the module, and all threads read it.
         self._lock.acquire()
         self._put_back()  # an interrupt passes by hooks, and would have left the table of its batch
 
@@ -128,6 +133,8 @@ class TableSite(Site):
         cos, sin = rotation
         self._own[:] = [own]
         setattr(self.attention, self.table, torch.cat([sin, cos], dim=-1).flatten(0, 1))
+
+        # The new table has a row for each token of the batch, one after another, so ids just count.
         rows = torch.arange(cos.shape[0] * cos.shape[1], device=ids.device).view(cos.shape[:2])
         return with_argument(self.parameters, args, kwargs, "position_ids", rows)
 
@@ -190,6 +197,8 @@ class RotaryAttention:
     def __init__(self, base: Any) -> None:
         kind = self._kind = type(base).__name__
         _refuse_other_models(base, kind)
+
+        # From each of the model's own modules to the bridge component that stands around it.
         self._wrappers = {id(m.original_component): m for m in base.modules() if is_wrapper(m)}
         self._own = {name: m for name, m in base.named_modules() if not is_wrapper(m)}
 
@@ -202,6 +211,7 @@ class RotaryAttention:
         callers = {name: self._caller(base, m) for name, m in rotary.items()}
         self.rotary = [m for name, m in rotary.items() if _takes(callers[name], "input_ids")]
 
+        # Names decide nothing yet: a candidate counts if its rotation is seen to act.
         candidates = self._candidates(decoder, rotary, callers)
         _refuse_positions_of_blocks(kind, candidates)
         self.sites = _sites_with_effect(base, candidates)
@@ -259,6 +269,8 @@ class RotaryAttention:
     def _ancestor(self, name: str, parameter: str, otherwise: nn.Module | None = None) -> Any:
         """The innermost module around this one whose forward takes a parameter."""
         around = [m for n, m in self._own.items() if (name.startswith(n + ".") or n == "") and n != name]
+
+        # Modules are named from the outside in, so the innermost comes last.
         for module in reversed(around):
             if not parameter or _takes(module, parameter):
                 return module
@@ -281,6 +293,7 @@ def parameters(module: nn.Module) -> list[str]:
 
 @cache
 def _parameters(kind: Any) -> list[str]:
+    # Without `self`.
     return list(inspect.signature(kind.forward).parameters)[1:]
 
 
@@ -288,6 +301,8 @@ def argument(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any], na
     """Return the argument of this name, passed by position or by name; None where it was not passed."""
     if name in kwargs:
         return kwargs[name]
+
+    # A model may pass arguments by position, and fewer than its forward takes.
     return args[names.index(name)] if name in names and names.index(name) < len(args) else None
 
 
@@ -316,6 +331,7 @@ def _sinusoids(module: nn.Module) -> str | None:
     """Return the name of a module's table of sines and cosines: its row 0 is all sin 0, then all cos 0."""
     for name, table in module.named_buffers(recurse=False):
         if _takes(module, "position_ids") and table.ndim == 2 and len(table) > 1 and table.is_floating_point():
+            # At position 0 every angle is 0, whatever the frequencies are.
             sin, cos = table[0].chunk(2)
             if not table.is_meta and sin.eq(0).all() and cos.eq(1).all():
                 return name
@@ -340,6 +356,7 @@ def _decoder(base: Any) -> nn.Module:
 
 def _refuse_positions_of_blocks(kind: str, sites: list[Site]) -> None:
     """Refuse attention that has a second rotation inside, as that of compressed keys."""
+    # Exactly `Site`: an attention that takes cos and sin, and has another rotary module inside it.
     keyword = [site.name for site in sites if type(site) is Site]
     for site in sites:
         if isinstance(site, InsideSite) and any(site.name.startswith(name + ".") for name in keyword):
@@ -393,6 +410,7 @@ def _rotations_behind(base: Any, sites: list[Site]) -> dict[int, set[int]]:
     hooks = []
     embedding = base.get_input_embeddings()
     try:
+        # Pre-hooks run in the order of registration: states are detached before the rotation becomes a leaf.
         for i, site in enumerate(sites):
             hooks += [
                 site.wrapper.register_forward_pre_hook(partial(_detach_states, site), with_kwargs=True),
@@ -405,6 +423,7 @@ def _rotations_behind(base: Any, sites: list[Site]) -> dict[int, set[int]]:
             torch.enable_grad(),
             torch.compiler.set_stance("force_eager"),
         ):
+            # Several tokens, as at one position alone every rotation gives the same scores.
             tokens = torch.arange(3, device=device_of(embedding, base))[None] % len(embedding.weight)
             base(input_ids=tokens, use_cache=False)
     finally:
@@ -423,6 +442,8 @@ def _rotation_as_leaf(
 ) -> Any:
     """Replace a rotation by a copy that autograd graphs end at, and note which site it belongs to."""
     own = call.at(call.position_ids.float()) if rotation is None and call is not None else rotation
+
+    # A clone for each site: models hand one and the same (cos, sin) to all of them.
     fresh = [t.detach().clone().requires_grad_() for t in ((own,) if isinstance(own, Tensor) else own)]
     leaves.update({id(leaf): (i, leaf) for leaf in fresh})  # which keeps them, so that no id is used again
     return fresh[0] if isinstance(own, Tensor) else tuple(fresh)
@@ -440,6 +461,8 @@ def _note_leaves(
 ) -> None:
     """Note which sites' rotations are behind the output of an attention, if it is one and was handed a leaf."""
     states = argument(site.parameters, args, kwargs, "hidden_states")
+
+    # Attention returns its output, or a tuple of it and its weights; what returns something else is no attention.
     result = output[0] if isinstance(output, tuple) else output
     if not isinstance(result, Tensor) or result.shape != states.shape or i not in {n for n, _ in leaves.values()}:
         return
@@ -459,6 +482,8 @@ def _leaves_behind(result: Tensor) -> set[int]:
         if node is None or node in seen:
             continue
         seen.add(node)
+
+        # Only an AccumulateGrad node has a `variable`; the id of None is that of no leaf.
         leaves.add(id(getattr(node, "variable", None)))
         waiting += [before for before, _ in node.next_functions]
     return leaves

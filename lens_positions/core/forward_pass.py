@@ -18,7 +18,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .positions import CosSin
 from .rotation import RotaryCall, Rotation
 from .visible_tokens import Visible
 
@@ -49,6 +48,7 @@ class ForwardPass:
 
     Attributes:
         tokens, embeddings: what the model reads.
+        sequence: the ids of all tokens so far, those of the cache before these; None where they are not known.
         mask: the attention mask as the model was given it.
         ids_given: whether the caller chose position ids.
         cache, past_length: the key-value cache, and its tokens before this pass.
@@ -60,7 +60,7 @@ class ForwardPass:
         shared_positions: positions that several layers share.
         shared_surplus: the same for what goes into the cache: increments, surplus before and surplus with them.
         of_leaders: positions, call and rotation of a layer that others follow, by stream.
-        of_heads: cos and sin of a layer whose heads have positions of their own, by stream.
+        undo: what ends with the attention that runs.
         paged: the cache holds pages of several texts.
         checkpointed: layers run a second time in the backward pass.
         held: parts of it are kept (`as_it_is`), to run a second time in the backward pass.
@@ -71,6 +71,7 @@ class ForwardPass:
     """
 
     tokens: Int[Tensor, "batch pos"] | None = None
+    sequence: Int[Tensor, "batch total"] | None = None
     mask: Any = None
     ids_given: bool = False
     cache: Any = None
@@ -84,7 +85,7 @@ class ForwardPass:
     shared_positions: list[SharedPositions] = field(default_factory=list)
     shared_surplus: list[tuple[Tensor, Tensor | None, Tensor]] = field(default_factory=list)
     of_leaders: dict[int, tuple[Tensor, RotaryCall, Rotation]] = field(default_factory=dict)
-    of_heads: dict[int, CosSin] = field(default_factory=dict)
+    undo: list[Callable[[], object]] = field(default_factory=list)
     paged: bool = False
     checkpointed: bool = False
     held: bool = False
@@ -108,6 +109,7 @@ class ForwardPass:
 
         The inputs of a checkpointed layer are all that reaches its second run, so they must bring the pass along.
         """
+        # An attribute on the tensor: nothing else that a checkpointed layer keeps is ours.
         tensor._position_pass = self, call  # type: ignore[attr-defined]
 
     def finish(self) -> None:
@@ -127,8 +129,8 @@ class ForwardPass:
 
         # A later layer may add a rotation to what is shared.
         shared = [replace(positions) for positions in self.shared_positions]
-        kept = replace(self, shared_positions=shared, outer=None, finished=False)
-        for name in ("calls", "residuals", "of_leaders", "of_heads", "rotary_calls", "shared_surplus"):
+        kept = replace(self, shared_positions=shared, undo=[], outer=None, finished=False)
+        for name in ("calls", "residuals", "of_leaders", "rotary_calls", "shared_surplus"):
             setattr(kept, name, getattr(self, name).copy())
         return kept
 

@@ -22,16 +22,23 @@ class HookedTokens:
         ids: the model's own whole positions.
         visible: which tokens a position sums over.
         frequencies: at a rotation, of each component of its cos and sin, in radians per position.
+        sequence: the ids of all tokens so far, those of a key-value cache before those of this pass, padding included;
+            None where they are not known (embeddings were passed, or the cache was filled without the streams).
     """
 
     past: int
     ids: Int[Tensor, "#batch pos"]
     visible: Line | Documents | Tree
     frequencies: Float[Tensor, " d_rotary"] | None = None
+    sequence: Int[Tensor, "#batch total"] | None = None
 
     def real(self) -> Bool[Tensor, "#batch pos"]:
         """The tokens that are not padding."""
         return self.visible.real_now()
+
+    def real_so_far(self) -> Bool[Tensor, "#batch total"] | None:
+        """The tokens that are not padding, those of the cache included; None: all are, or it is not known of them."""
+        return self.visible.real if isinstance(self.visible, Line) else None
 
     def between(self) -> Bool[Tensor, "#batch pos"]:
         """The tokens whose increment lies between two real tokens: all but the first (gap "after": the last)."""
@@ -73,7 +80,11 @@ class StreamHookPoint(HookPoint):
 
 
 def run_hook(
-    hook: HookPoint, activation: Float[Tensor, "batch pos *rest"], tokens: HookedTokens | None = None
+    hook: HookPoint,
+    activation: Float[Tensor, "batch pos *rest"],
+    tokens: HookedTokens | None = None,
+    *,
+    watched: bool = True,
 ) -> Float[Tensor, "batch pos *rest"]:
     """Pass an activation through its hook point.
 
@@ -84,6 +95,8 @@ def run_hook(
         hook: the hook point.
         activation: increments, positions or a rotation.
         tokens: what hook functions may know of the tokens, where the hook point belongs to a layer.
+        watched: whether a copy with a gradient comes back although no function changed it, as one may have kept it to
+            ask for that gradient. Otherwise only where the gradient is a function's doing.
 
     Raises:
         PositionsError: a hook function returned another shape, or NaN or infinite values.
@@ -97,6 +110,8 @@ def run_hook(
 
     # PyTorch counts the changes in place of a tensor, except in inference mode.
     version = None if given.is_inference() else given._version
+
+    # A hook function has one way to learn more than the activation: the `ctx` of its hook point.
     hook.ctx["tokens"] = tokens
     try:
         returned = hook(given)
@@ -104,8 +119,10 @@ def run_hook(
         hook.ctx.pop("tokens", None)
 
     if returned is given and version is not None and given._version == version:
-        return given if given.requires_grad else activation
+        asked = watched or bool(hook.bwd_hooks) or not activation.requires_grad
+        return given if given.requires_grad and asked else activation
 
+    # An edit of another shape would broadcast in the sum, and give numbers that mean nothing.
     if not isinstance(returned, Tensor) or returned.shape != activation.shape:
         shape = tuple(returned.shape) if isinstance(returned, Tensor) else type(returned).__name__
         raise PositionsError(
@@ -118,4 +135,5 @@ def run_hook(
 
 def has_hooks(hook: HookPoint) -> bool:
     """Whether a hook point has hook functions."""
+    # PyTorch's own records: TransformerLens lists only the hooks that were added through it.
     return bool(hook._forward_hooks or hook._backward_hooks)

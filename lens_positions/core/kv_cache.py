@@ -9,8 +9,11 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+OF_HEADS = "query heads"
+"""Marks, behind the stream and its call, what query heads differ by from the increments that they share."""
 
 
 class PositionMemory:
@@ -18,24 +21,27 @@ class PositionMemory:
 
     Attributes:
         surplus: d - 1 of each token, by stream and by the number of its call in a forward pass, of which a looped
-            model makes several.
+            model makes several; with `OF_HEADS` behind these, what each query head adds to that.
         real: the tokens that are not padding; None: all are.
         ancestors: which tokens each one sums over, where a mask made a tree of them; None: they stand in a row.
+        tokens: their ids; None where they are not known.
     """
 
-    surplus: dict[tuple[int, int], Float[Tensor, "batch past *head"]]
+    surplus: dict[tuple[Any, ...], Float[Tensor, "batch past *head"]]
     real: Bool[Tensor, "#batch past"] | None
     ancestors: Bool[Tensor, "#batch past past"] | None
+    tokens: Int[Tensor, "#batch past"] | None
 
     def __reduce__(self) -> Any:
         """Pickle and copy by the class that the cache had: the mixed one has no name to import."""
+        # The order of the drawing in `with_memory`: the mixed class, the memory, and what the cache was.
         _mixed, _memory, cache_class = type(self).__mro__[:3]
         return _unpickled, (cache_class, self.__dict__)
 
     def _each_row(self, change: Callable[[Tensor], Tensor]) -> None:
         """Change the rows of a batch alike everywhere."""
         self._each_surplus(change)
-        for name in ("real", "ancestors"):
+        for name in ("real", "ancestors", "tokens"):
             values = getattr(self, name)
             if values is not None and len(values) > 1:  # one row stands for all
                 setattr(self, name, change(values))
@@ -46,13 +52,14 @@ class PositionMemory:
         Layers of a shared source have one tensor, not equal ones. Tensors compare by value, so they are told apart by
         `id`, which is safe while `surplus` holds them.
         """
+        # One change for each tensor, however many layers hold it.
         changed = {id(values): change(values) for values in self.surplus.values()}
         self.surplus = {key: changed[id(values)] for key, values in self.surplus.items()}
 
     def reset(self) -> None:
         """Forget all tokens."""
         super().reset()  # type: ignore[misc]
-        self.surplus, self.real, self.ancestors = {}, None, None
+        self.surplus, self.real, self.ancestors, self.tokens = {}, None, None, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow a beam search."""
@@ -71,11 +78,14 @@ class PositionMemory:
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Drop the last tokens."""
+        # A cache may be told a length to keep or, with a minus, one to drop: it knows what is left.
         super().crop(*args, **kwargs)  # type: ignore[misc]
         length = int(self.get_seq_length())  # type: ignore[attr-defined]
         self._each_surplus(lambda values: values[:, :length])
         if self.real is not None:
             self.real = self.real[:, :length]
+        if self.tokens is not None:
+            self.tokens = self.tokens[:, :length]
         if self.ancestors is not None:
             self.ancestors = self.ancestors[:, :length, :length]
 
@@ -96,7 +106,7 @@ def with_memory(kv_cache: Any) -> PositionMemory:
     """
     if not isinstance(kv_cache, PositionMemory):
         kv_cache.__class__ = _class_with_memory(kv_cache.__class__)
-        kv_cache.surplus, kv_cache.real, kv_cache.ancestors = {}, None, None
+        kv_cache.surplus, kv_cache.real, kv_cache.ancestors, kv_cache.tokens = {}, None, None, None
     return kv_cache
 
 
@@ -106,6 +116,7 @@ def _class_with_memory(cache_class: type) -> type:
 
 
 def _unpickled(cache_class: type, state: dict[str, Any]) -> Any:
+    # Not through `__init__`, which would make an empty cache.
     kv_cache: Any = object.__new__(_class_with_memory(cache_class))
     kv_cache.__dict__.update(state)
     return kv_cache

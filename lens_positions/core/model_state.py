@@ -29,6 +29,8 @@ def restored_on_failure(*models: Any) -> Iterator[None]:
     roots = [model for model in models if isinstance(model, nn.Module)]
     modules = {id(module): module for root in roots for module in root.modules()}
     configs = [model.config for model in models if getattr(model, "config", None) is not None]
+
+    # A configuration is no module, so `modules` does not have it.
     attributes = [(vars(owner), _attribute_copies(vars(owner))) for owner in (*modules.values(), *configs)]
     learns = [(parameter, parameter.requires_grad) for root in roots for parameter in root.parameters()]
     try:
@@ -47,6 +49,7 @@ def _attribute_copies(attributes: dict[str, Any]) -> dict[str, tuple[Any, dict[A
 
 
 def _put_back(attributes: dict[str, Any], noted: dict[str, tuple[Any, dict[Any, Any] | None]]) -> None:
+    # What the block added has to go as well.
     attributes.clear()
     for name, (value, content) in noted.items():
         # The same dict as before: handles of hooks refer to it.

@@ -27,6 +27,7 @@ def unwrap_model(model: Any) -> Any:
     if not isinstance(model, nn.Module) and isinstance(getattr(model, "model", None), nn.Module):
         return unwrap_model(model.model)  # a pipeline of transformers
     if isinstance(model, OptimizedModule):
+        # torch.compile keeps the module that it was given as `_orig_mod`.
         return unwrap_model(model._orig_mod)
 
     kind = type(model).__name__
@@ -64,6 +65,7 @@ def base_model(model: Any) -> Any:
     if not isinstance(model, PeftModel | PeftMixedModel | BaseTuner):
         return model
 
+    # Any adapter of the model, also one that is not active now: it may be switched on later.
     configs: dict[str, Any] = model.peft_config
     for name, config in configs.items():
         if config.is_prompt_learning or config.is_adaption_prompt:
@@ -71,4 +73,6 @@ def base_model(model: Any) -> Any:
                 f"the adapter {name!r} of the model is {config.peft_type.value}, which puts tokens of its own in "
                 "front; expected one that adapts weights, such as LoRA."
             )
+
+    # A PeftModel holds a tuner, which holds the model.
     return model.model if isinstance(model, BaseTuner) else base_model(model.base_model)

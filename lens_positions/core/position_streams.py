@@ -6,7 +6,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -17,9 +17,10 @@ from transformer_lens.hook_points import HookPoint
 from ..errors import PositionsError
 from .find_attention import Link, Site, argument
 from .forward_pass import CurrentPass, ForwardPass, tagged_pass
+from .head_trial import refuse_inexact_heads
 from .hook_points import StreamHookPoint, run_hook
 from .increments import PositionConfig
-from .per_head import identity_like, refuse_split_inputs
+from .per_head import head_rotation, repeat_keys
 from .positions import CosSin
 from .rotation import RotaryCall, Rotation, move_to_device, tensors_of
 from .stream import PositionStream, full_precision, rotate
@@ -37,6 +38,7 @@ class PositionStreams(nn.Module):
         shared_source: the source of all layers, where it is shared or frozen.
         layers: a `PositionStream` for each layer that rotates by positions of its own.
         hook_increments: the hook point of the shared source.
+        n_query, n_key_value: how many query heads and key-value heads a layer has.
 
     >>> streams = model.position_streams
     >>> [stream.layer for stream in streams.layers]
@@ -45,14 +47,23 @@ class PositionStreams(nn.Module):
     True
     """
 
-    def __init__(self, config: PositionConfig, sources: nn.ModuleList, numbers: list[int], n_heads: int) -> None:
+    def __init__(
+        self, config: PositionConfig, sources: nn.ModuleList, numbers: list[int], n_heads: int, n_query: int
+    ) -> None:
         super().__init__()
         self.config = config
         self.shared_source = sources[0] if len(sources) == 1 and config.source != "per_layer" else None
         own: list[nn.Module | None] = list(sources) if config.source == "per_layer" else [None] * len(numbers)
-        self.layers = nn.ModuleList(PositionStream(config, i, n, own[i], n_heads) for i, n in enumerate(numbers))
+        self.layers = nn.ModuleList(
+            PositionStream(config, i, n, own[i], n_heads, n_query) for i, n in enumerate(numbers)
+        )
         self.hook_increments = StreamHookPoint()
         self.hook_increments.name = "hook_increments"
+        self.n_query = n_query
+        self.n_key_value = n_heads
+        # Whether query heads can have rotations of their own is tried when one shall.
+        self._sites: list[Site] = []
+        self._query_heads: PositionsError | Literal["untried", "exact"] = "untried"
         self._current = CurrentPass()
         self._undo: list[Callable[[], object]] = []
 
@@ -66,6 +77,28 @@ class PositionStreams(nn.Module):
         while self._undo:  # the last first: names before hooks, layers before the model
             self._undo.pop()()
         self._current = CurrentPass()
+
+    def try_query_heads(self, base: nn.Module) -> None:
+        """Find out, once, whether query heads can have rotations of their own in this model (`head_trial.py`).
+
+        A function may only look at what heads have, so that a refusal waits for one that edits.
+        """
+        if self._query_heads != "untried":
+            return
+        self._query_heads = "exact"  # as the trial runs the model
+        try:
+            refuse_inexact_heads(base, self._sites, self.n_query, self.n_query)
+        except PositionsError as error:
+            self._query_heads = error
+
+    def refuse_query_heads(self) -> None:
+        """Refuse edits of query heads where the trial found that they would not be exact.
+
+        Raises:
+            PositionsError: why.
+        """
+        if isinstance(self._query_heads, PositionsError):
+            raise PositionsError(*self._query_heads.args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PositionStreams":
         """Move with the model, and keep float32 where the model becomes bf16 or float16."""
@@ -84,21 +117,25 @@ class PositionStreams(nn.Module):
     ) -> None:
         """Begin a pass: the model is called, which may embed tokens and images before it calls its decoder."""
         # Before any refusal: `_end` is called in either case, and must find this pass and not one around it.
-        self._current.begin(
-            ForwardPass(
-                tokens=argument(names, args, kwargs, "input_ids"),
-                mask=argument(names, args, kwargs, "attention_mask"),
-                ids_given=argument(names, args, kwargs, "position_ids") is not None,
-            )
+        forward_pass = ForwardPass(
+            tokens=argument(names, args, kwargs, "input_ids"),
+            mask=argument(names, args, kwargs, "attention_mask"),
+            ids_given=argument(names, args, kwargs, "position_ids") is not None,
         )
+        self._current.begin(forward_pass)
 
         if module._modules.get("position_streams") is not self:
             raise PositionsError(
                 "the model's position_streams are a copy of those that run (as peft's modules_to_save and DataParallel "
                 "make them), so what trains would not act; expected the model without that copy."
             )
+
+        # Checked in each pass: an adapter may be added, or a module exchanged, at any time.
         for link in links:
             link.refuse_replaced()
+        by_head = any(cast(PositionStream, stream).has_head_hooks() for stream in self.layers)
+        if by_head and self._query_heads == "untried" and not torch.compiler.is_compiling():
+            self.try_query_heads(module)
 
     def _start(
         self,
@@ -130,6 +167,8 @@ class PositionStreams(nn.Module):
 
         forward_pass.ids_given = forward_pass.ids_given or argument(names, args, kwargs, "position_ids") is not None
         forward_pass.cache = argument(names, args, kwargs, "past_key_values")
+
+        # The cache as it is before this pass: attention adds to it layer by layer.
         forward_pass.past_length = 0 if forward_pass.cache is None else int(forward_pass.cache.get_seq_length())
         forward_pass.embeddings = argument(names, args, kwargs, "inputs_embeds")
 
@@ -253,12 +292,22 @@ class PositionStreams(nn.Module):
             )
 
         by_stream = own(states, rotation, call, forward_pass)
-        if by_stream is None or not self.config.per_head:
+        if by_stream is None or isinstance(by_stream, Tensor) or by_stream[0].ndim == 3:
             return by_stream
+        if by_stream[0].shape[2] == self.n_query and not (own.heads and own.heads[0] == self.n_query):
+            self._repeat_keys(stream, forward_pass)
+        return head_rotation(by_stream)
 
-        # The projections rotate, and the attention is handed a rotation that changes nothing.
-        forward_pass.of_heads[stream] = by_stream
-        return identity_like(rotation)
+    def _repeat_keys(self, stream: int, forward_pass: ForwardPass) -> None:
+        """Let an attention have keys of each query head, until it returns."""
+        self.refuse_query_heads()
+        if self._query_heads == "untried":
+            raise PositionsError(
+                "query heads have rotations of their own in a pass that began without them; expected the model to be "
+                "called as a whole, and not compiled before its first edit by head."
+            )
+        attention = [site for site in self._sites if site.leader is None][stream].attention
+        forward_pass.undo += repeat_keys(attention, self.n_query, forward_pass.cache)
 
     def _follow(self, leader: int, states: Tensor, rotation: Any, call: RotaryCall | None) -> Rotation | None:
         """Return the rotation of a layer that attends to another layer's keys: by the positions of that layer.
@@ -284,7 +333,8 @@ class PositionStreams(nn.Module):
         if isinstance(of_leader, Tensor):
             return move_to_device(of_leader[:, last], states.device)
         cos, sin = of_leader
-        return move_to_device((cos[:, last], sin[:, last]), states.device)
+        cos_sin = cast(CosSin, move_to_device((cos[:, last], sin[:, last]), states.device))
+        return cos_sin if cos.ndim == 3 else head_rotation(cos_sin)
 
     def _enter_attention(self, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the cache that an attention writes to."""
@@ -293,19 +343,14 @@ class PositionStreams(nn.Module):
             forward_pass.cache = argument(site.parameters, args, kwargs, "past_key_values")
             if forward_pass.cache is None:
                 forward_pass.cache = argument(site.parameters, args, kwargs, "layer_past")
-        if self.config.per_head:
-            refuse_split_inputs(module)
 
     def _leave_attention(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
-        """Leave a pass that was entered again for a checkpointed layer."""
+        """Undo what was for this call, and leave a pass that was entered again for a checkpointed layer."""
         forward_pass = self._current.get()
+        while forward_pass is not None and forward_pass.undo:
+            forward_pass.undo.pop()()
         if forward_pass is not None and forward_pass.finished:
             self._current.resume(None)
-
-    def _heads_of(self, stream: int) -> CosSin | None:
-        """Return the rotation of a layer's heads in the pass that runs; None where it is the model's own."""
-        forward_pass = self._current.get()
-        return None if forward_pass is None else forward_pass.of_heads.get(stream)
 
     @contextmanager
     def recorded(self) -> Iterator[list[Float[Tensor, "rows pos *head"]]]:
@@ -346,6 +391,7 @@ def refuse_attached(base: Any) -> None:
 def belongs_to_streams(hook: Any) -> bool:
     """Whether a hook of a module is a method of streams, or a partial around one."""
     if isinstance(hook, partial):
+        # Hooks are partials around methods, and may be partials around partials.
         return any(belongs_to_streams(part) for part in (hook.func, *hook.args))
     return isinstance(getattr(hook, "__self__", None), PositionStreams)
 
@@ -363,6 +409,7 @@ def _call_behind(rotation: Any, forward_pass: ForwardPass) -> RotaryCall | None:
     """Return the rotary call that a layer's rotation is from; None where it cannot be told."""
     calls = forward_pass.rotary_calls
     for call in calls:
+        # The very tensors that a rotary module returned, in nearly all models.
         if any(own is given for own in call.tensors() for given in tensors_of(rotation)):
             return call
     if len(calls) == 1:  # moved to another device, or cut

@@ -50,6 +50,8 @@ class RotaryCall:
     def of(cls, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], rotation: Any) -> "RotaryCall":
         """Describe the call of `module.forward(x, position_ids, ...)` that returned this rotation."""
         rest = dict(kwargs)
+
+        # transformers calls its rotary modules by position or by name, in either order.
         states = rest.pop("x") if "x" in rest else args[0]
         ids = rest.pop("position_ids") if "position_ids" in rest else args[1]
 
@@ -64,6 +66,7 @@ class RotaryCall:
 
     def origin(self, visible: Visible) -> Float[Tensor, "#batch pos"]:
         """Return the model's own position ids less the standard steps that are summed over, once for all layers."""
+        # Layers on another device have tokens of their own, and so an origin of their own.
         if self._origin is None or self._origin[0] is not visible:
             self._origin = visible, self.position_ids - visible.steps()
         return self._origin[1]
@@ -82,6 +85,7 @@ class RotaryCall:
         return (rotation.real, rotation.imag) if isinstance(rotation, Tensor) else rotation
 
     def _cos_sin_at(self, positions: Tensor, states: Tensor) -> CosSin:
+        # `forward` and not the module itself, whose hooks (`_note_rotary` is one) are for the model's own call.
         return self.cos_sin(self.module.forward(states, positions, *self.args, **self.kwargs))
 
     def in_module_form(self, cos_sin: CosSin) -> Rotation:
@@ -125,6 +129,7 @@ class SinusoidTable:
 
     def forward(self, states: Tensor, positions: Float[Tensor, "batch pos"]) -> CosSin:
         """Return cos and sin, each of half the table's width."""
+        # Positions before the first row or after the last keep the rest of their distance in the fraction.
         whole = positions.floor().clamp(0, len(self.table) - 1).long()
         (sin, cos), (sin_1, cos_1) = self.table[whole].chunk(2, dim=-1), self.table[1].chunk(2)
 
@@ -166,6 +171,7 @@ def run_rotation_hook(
     Returns:
         The rotation after the hook point; None where it was None and no function changed it.
     """
+    # One activation for a hook function, so that it edits cos and sin together.
     own = torch.stack(call.cos_sin(model_rotation if rotation is None else rotation), dim=-2)
 
     # A hook function is given a row for each text, so that it can edit one of them.

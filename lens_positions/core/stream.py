@@ -4,6 +4,13 @@
     positions   p[batch, pos]   the model's own position ids + running sum of d - 1   hook_positions
     cos, sin    the model's own rotary module, called with these positions              hook_rotation
 
+Each query head can have its own, whatever the source:
+
+    of heads    d[batch, pos, head]   those of all heads, once for each query head       hook_head_increments
+                p[batch, pos, head]   positions + running sum of what heads differ by    hook_head_positions
+
+Where no function changes them there, heads share what they shared before, to the bit.
+
 The arithmetic is in `positions.py`; this file decides when it runs and on what. Without padding and cache, positions
 are p_0 = 0, p_t = d_1 + ... + d_t (gap "before") or p_t = d_0 + ... + d_{t-1} (gap "after").
 
@@ -17,14 +24,15 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..errors import PositionsError
 from .forward_pass import ForwardPass, SharedPositions
 from .hook_points import HookedTokens, StreamHookPoint, has_hooks, run_hook
 from .increments import PositionConfig
-from .kv_cache import memory_of, with_memory
+from .kv_cache import OF_HEADS, memory_of, with_memory
+from .per_head import of_query_heads
 from .positions import cos_and_sin, positions_at
 from .rotation import RotaryCall, Rotation, move_to_device, run_rotation_hook
 from .visible_tokens import Line, Tree, Visible, visible_tokens
@@ -39,19 +47,25 @@ class PositionStream(nn.Module):
         layer: the model's own number of its layer.
         followed: whether other layers attend to this layer's keys, and so need its positions.
         heads: the shape of the head axis; empty where all heads share.
+        n_query: how many query heads there are.
         source: of this layer alone; None where it is static, shared or frozen.
     """
 
-    def __init__(self, config: PositionConfig, index: int, layer: int, source: nn.Module | None, n_heads: int) -> None:
+    def __init__(
+        self, config: PositionConfig, index: int, layer: int, source: nn.Module | None, n_heads: int, n_query: int
+    ) -> None:
         super().__init__()
         self.config = config
         self.index = index
         self.layer = layer
         self.followed = False
         self.heads = (n_heads,) if config.per_head else ()
+        self.n_query = n_query
         self.source = source
         self.hook_increments = StreamHookPoint()
         self.hook_positions = StreamHookPoint()
+        self.hook_head_increments = StreamHookPoint()
+        self.hook_head_positions = StreamHookPoint()
         self.hook_rotation = StreamHookPoint()
 
     def forward(
@@ -68,7 +82,7 @@ class PositionStream(nn.Module):
 
         Returns:
             cos and sin [batch pos d_rotary], in the form that the rotary module gives them, with a "head" axis
-            before d_rotary where per head.
+            before d_rotary where per head, or where a function gave query heads their own.
 
         Raises:
             PositionsError: the layer runs outside a forward pass of its model, gradients would be lost, or the mask
@@ -80,18 +94,20 @@ class PositionStream(nn.Module):
 
         # Nothing can differ from the model's own: no arithmetic, and the model's own rotation to the bit.
         static = self.config.source == "static"
-        hooks = has_hooks(self.hook_increments) or has_hooks(self.hook_positions) or has_hooks(self.hook_rotation)
-        if static and surplus is None and not hooks:
+        apart = self._heads_before(forward_pass, key)
+        if static and surplus is None and apart is None and not self.has_hooks():
             return None
 
         call = self._checked(call, forward_pass)
         with full_precision(states.device.type):
             increments, positions, shared, tokens = self._positions(states, call, surplus, forward_pass)
+            by_head = self._by_head(increments, positions, apart, tokens, forward_pass, key)
 
             # A static stream that hooks only looked at leaves the rotation to the model.
             unedited = static and surplus is None and shared.increments is increments
             rotation: Rotation | None
-            if positions is not shared.positions:  # edited at this layer alone
+            if by_head is not None or positions is not shared.positions:  # edited at this layer alone
+                positions = positions if by_head is None else by_head
                 rotation = rotate(positions, call)
             elif unedited:
                 rotation = None
@@ -119,7 +135,7 @@ class PositionStream(nn.Module):
         ids = call.position_ids
         from_source = self._from_source(states, forward_pass).to(ids.device)
         visible = _visible(forward_pass, call, self.config.gap, from_source)
-        tokens = HookedTokens(forward_pass.past_length, ids, visible)
+        tokens = HookedTokens(forward_pass.past_length, ids, visible, sequence=_sequence(forward_pass))
         increments = run_hook(self.hook_increments, from_source, tokens)
 
         # Increments of all layers that no hook changed give all layers the same positions. A checkpointed layer
@@ -127,6 +143,8 @@ class PositionStream(nn.Module):
         shares = from_source is forward_pass.increments and increments is from_source and not forward_pass.checkpointed
         candidates = forward_pass.shared_positions if shares else []
         found = [known for known in candidates if known.are_of(increments, surplus, call)]
+
+        # All layers with one source sum the same increments: the sum is made once, and so are cos and sin.
         if found:
             shared = found[0]
         else:
@@ -137,6 +155,60 @@ class PositionStream(nn.Module):
                 forward_pass.shared_positions.append(shared)
 
         return increments, run_hook(self.hook_positions, shared.positions, tokens), shared, tokens
+
+    def has_hooks(self) -> bool:
+        """Whether a function may change something at this layer."""
+        points = (self.hook_increments, self.hook_positions, self.hook_rotation)
+        return any(map(has_hooks, points)) or self.has_head_hooks()
+
+    def has_head_hooks(self) -> bool:
+        """Whether a function may give query heads their own increments or positions."""
+        return has_hooks(self.hook_head_increments) or has_hooks(self.hook_head_positions)
+
+    def _heads_before(self, forward_pass: ForwardPass, key: tuple[int, int]) -> Float[Tensor, "batch past head"] | None:
+        """What query heads differ by in the tokens of the cache; None where they share all increments."""
+        memory = memory_of(forward_pass.cache)
+        return None if memory is None else memory.surplus.get((*key, OF_HEADS))
+
+    def _by_head(
+        self,
+        increments: Float[Tensor, "batch pos *head"],
+        positions: Float[Tensor, "batch pos *head"],
+        before: Float[Tensor, "batch past head"] | None,
+        tokens: HookedTokens,
+        forward_pass: ForwardPass,
+        key: tuple[int, int],
+    ) -> Float[Tensor, "batch pos head"] | None:
+        """The positions of each query head, after the hooks; None where heads share those that they are given."""
+        if before is None and not self.has_head_hooks():
+            return None
+        shared, of_heads = (of_query_heads(values, self.n_query) for values in (increments, positions))
+        own = run_hook(self.hook_head_increments, shared, tokens, watched=False)
+        found = of_heads
+        if own is not shared or before is not None:
+            # The running sum of what heads differ by is exactly 0 for a head that does not.
+            apart = own.to(wide_dtype(own)) - shared
+            if before is None and tokens.past:
+                before = apart.new_zeros(len(apart), tokens.past, self.n_query)
+            total = tokens.visible.sum(apart, before)
+            found = (of_heads.to(total) + total).to(positions.dtype)
+        else:
+            apart = torch.zeros_like(shared, dtype=wide_dtype(shared))
+        found = run_hook(self.hook_head_positions, found, tokens, watched=False)
+        if found is of_heads:
+            return None
+
+        if self.followed:
+            raise PositionsError(
+                f"other layers attend to the keys of layer {self.layer}, whose query heads cannot have positions of "
+                "their own; expected an edit of all heads."
+            )
+        if forward_pass.cache is not None:  # from here on its keys are those of query heads
+            memory = with_memory(forward_pass.cache)
+            before = apart.new_zeros(len(apart), tokens.past, self.n_query) if before is None else before
+            memory.surplus[*key, OF_HEADS] = torch.cat([before.to(apart.device), apart.detach()], dim=1)
+            _remember_structure(forward_pass)
+        return found
 
     def _from_source(self, states: Tensor, forward_pass: ForwardPass) -> Float[Tensor, "batch pos *head"]:
         """The increments of this layer before its hook."""
@@ -217,7 +289,7 @@ def wide_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _visible(forward_pass: ForwardPass, call: RotaryCall, gap: str, increments: Tensor) -> Visible:
-    """Return which tokens see which, found out once a pass."""
+    """Return which tokens see which: computed once a pass, and shared by its layers."""
     ids = call.position_ids
 
     # Of a model on several devices, once for each device.
@@ -241,9 +313,22 @@ def _visible(forward_pass: ForwardPass, call: RotaryCall, gap: str, increments: 
     return forward_pass.visible
 
 
+def _sequence(forward_pass: ForwardPass) -> Int[Tensor, "batch total"] | None:
+    """Return the ids of all tokens so far, put together once a pass; None where those of the cache are not known."""
+    if forward_pass.sequence is None and forward_pass.tokens is not None:
+        now = forward_pass.tokens
+        memory = memory_of(forward_pass.cache)
+        before = None if memory is None else memory.tokens
+        if forward_pass.past_length == 0:
+            forward_pass.sequence = now
+        elif before is not None and before.shape[1] == forward_pass.past_length and len(before) in (1, len(now)):
+            forward_pass.sequence = torch.cat([before.to(now).expand(len(now), -1), now], dim=1)
+    return forward_pass.sequence
+
+
 def _remember(forward_pass: ForwardPass, key: tuple[int, int], increments: Tensor, surplus: Tensor | None) -> None:
     """Keep d - 1 of all tokens in the cache that holds their keys, and which of them see which."""
-    memory, visible = with_memory(forward_pass.cache), forward_pass.visible
+    memory = with_memory(forward_pass.cache)
 
     # Layers that share their increments share one tensor here too.
     shared = [whole for known, past, whole in forward_pass.shared_surplus if known is increments and past is surplus]
@@ -254,6 +339,13 @@ def _remember(forward_pass: ForwardPass, key: tuple[int, int], increments: Tenso
         whole = whole if surplus is None else torch.cat([surplus.to(whole.device), whole], dim=1)
         forward_pass.shared_surplus.append((increments, surplus, whole))
     memory.surplus[key] = whole
+    _remember_structure(forward_pass)
+
+
+def _remember_structure(forward_pass: ForwardPass) -> None:
+    """Keep which tokens of the cache see which."""
+    memory, visible = with_memory(forward_pass.cache), forward_pass.visible
+    memory.tokens = _sequence(forward_pass)
 
     # A line without padding needs no record.
     if isinstance(visible, Line) and visible.real is not None:

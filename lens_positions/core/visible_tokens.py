@@ -76,6 +76,7 @@ class Line:
         """
         start = None
         if surplus is not None:
+            # The cache stands before everything of this pass, so its sum is where the sum of this pass starts.
             start = (surplus * beside_heads(self.counted[:, : self.past], surplus)).sum(1, keepdim=True)
         return running_sum(increments, self._now, gap=self.gap, start=start)
 
@@ -155,6 +156,7 @@ class Tree:
     wide: Tensor
 
     def __post_init__(self) -> None:
+        # Counted over all tokens: one whose only ancestors are in the cache is no root.
         self.roots = self.every.sum(2) == 1
         if self.gap == "before":
             counted = self.ancestors & ~self.roots[:, None]
@@ -338,6 +340,7 @@ def _as_padding(
     seen: Bool[Tensor, "#batch pos total"], past: int, real: Bool[Tensor, "#batch past"] | None
 ) -> Bool[Tensor, "#batch total"] | None:
     """Return the padding mask that says the same, or None where there is none."""
+    # A padding mask has one number a token: whether anything sees it.
     columns = seen.any(1)
     known = torch.ones_like(columns[:1, :past]) if real is None else real
     if not torch.equal(*torch.broadcast_tensors(columns[:, :past], known)):

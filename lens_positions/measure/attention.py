@@ -32,6 +32,7 @@ def attention_names(model: TransformerBridge, layers: LayerIndices, what: str) -
     if missing := [layer for layer, name in names.items() if name not in model.hook_dict]:
         raise PositionsError(f"layer {missing[0]} shows no {what} in TransformerLens; expected attention that does.")
     if what == "attn_scores":
+        # Scores that are known and differ from the model's: a pattern that does not follow them is not made from them.
         edits: Hooks = [(name, _by_place) for name in names.values()]
         run_for_hooks(model, torch.zeros(1, 3, dtype=torch.long), [*edits, *softmax_checks(names)])
     return names
@@ -49,7 +50,9 @@ def softmax_checks(names: dict[int, str]) -> Hooks:
     for layer, name in names.items():
         seen: list[Tensor] = []
 
+        # `seen` as a default argument, so that each layer has its own: a closure would see the last one.
         def note(scores: Tensor, hook: HookPoint, seen: list[Tensor] = seen) -> None:
+            # Two queries are enough to tell, and all of them would double the memory of a pass.
             seen[:] = [scores[:, :, [scores.shape[2] // 2, -1]].detach()]
 
         def check(pattern: Tensor, hook: HookPoint, seen: list[Tensor] = seen, layer: int = layer) -> None:
@@ -59,6 +62,8 @@ def softmax_checks(names: dict[int, str]) -> Hooks:
                     "them would change nothing; expected attention that goes through its hook points."
                 )
             own = pattern[:, :, [pattern.shape[2] // 2, -1]].detach().float()
+
+            # A hundredth lets half precision pass, and nothing that a model does on purpose.
             if (seen.pop().float().softmax(-1) - own).abs().max() > 1e-2:
                 raise PositionsError(
                     f"the patterns of layer {layer} are not the softmax of its scores (it may have a sink of its own); "
@@ -79,6 +84,8 @@ def hooked_evaluation(model: TransformerBridge, hooks: Hooks) -> Iterator[None]:
 def run_for_hooks(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], hooks: Hooks) -> None:
     """Run rows for what hooks see of them; their logits are of no use."""
     base = base_model(model)
+
+    # The logits of a whole batch may take more memory than everything else.
     fewer = {"logits_to_keep": 1} if "logits_to_keep" in parameters(base) else {}
     with hooked_evaluation(model, hooks):
         model(tokens.to(base.device), return_type=None, use_cache=False, **fewer)
@@ -86,6 +93,7 @@ def run_for_hooks(model: TransformerBridge, tokens: Int[Tensor, "batch pos"], ho
 
 def hidden_keys(scores: Float[Tensor, "*rows key"]) -> Bool[Tensor, "*rows key"]:
     """Which keys a mask hides, whether by minus infinity or by the least number."""
+    # Half of the least number: models add masks to scores, which moves the sum off the least.
     return scores <= torch.finfo(scores.dtype).min / 2
 
 

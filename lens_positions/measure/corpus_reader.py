@@ -50,6 +50,7 @@ class CorpusIncrements:
 
     def ids(self) -> Int64[np.ndarray, " token"]:
         """The id of each token measured."""
+        # Where each document begins among all tokens.
         starts = np.cumsum([0, *map(len, self.documents)])
         return torch.cat(self.documents).cpu().numpy()[starts[self.document] + self.index]
 
@@ -57,6 +58,7 @@ class CorpusIncrements:
         self, document: Int64[np.ndarray, " asked"], index: Int64[np.ndarray, " asked"]
     ) -> Float64[np.ndarray, "layer head asked"]:
         """The increments of certain tokens, by document and index."""
+        # One number for document and index together, as a search needs one key.
         longest = max(map(len, self.documents))
         keys = self.document * longest + self.index
         order = np.argsort(keys)
@@ -96,10 +98,14 @@ def read_corpus(
             )
         return texts
     documents, batches = windows(model, texts, attention_mask, prepend_bos)
+
+    # The one increment of a window that lies between no two of its tokens is left out.
     kept = model.position_config.effective
     values, owners, places = [], [], []
     for batch in track_progress(batches, "reading", quick=sum(map(len, documents)) < 2 * TOKENS_A_BATCH):
         rows = torch.stack([documents[number][start:stop] for number, start, stop in batch])
+
+        # A mask of ones, as windows are of equal length: tokens that look like padding are text here.
         with torch.no_grad():
             increments = model.increments(rows, torch.ones_like(rows))[:, :, kept]
         values.append(increments.flatten(1, 2).double().cpu().numpy())
@@ -108,6 +114,8 @@ def read_corpus(
             places.append(place)
             owners.append(np.full(len(place), number))
     value = np.concatenate(values, axis=1)
+
+    # Layers, tokens and, of increments per head, heads; without them one head stands for all.
     value = value.transpose(0, 2, 1) if value.ndim == 3 else value[:, None]
     return CorpusIncrements(documents, np.concatenate(owners), np.concatenate(places), model.position_layers, value)
 
@@ -148,9 +156,12 @@ def _documents(
     model: HookedPositionTransformer, texts: Texts, attention_mask: Mask, prepend_bos: bool | None
 ) -> list[Int[Tensor, " _pos"]]:
     """Each document as tokens, at least two of them."""
+    # `whole`: longer than the context is fine, as windows cut it.
     documents = prompts_of(model, texts, attention_mask, prepend_bos, whole=True)
     if is_byte_tokenizer(model.tokenizer) and not isinstance(texts, Tensor):
         given = [texts] if isinstance(texts, str) else texts
+
+        # As in training, where each document ends with this token and is asked to predict it.
         end = documents[0].new_tensor([END_OF_DOCUMENT])
         documents = [
             torch.cat([tokens, end]) if isinstance(text, str) else tokens
@@ -164,12 +175,16 @@ def _documents(
 
 def _batches(documents: list[Int[Tensor, " _pos"]], length: int) -> Iterator[list[tuple[int, int, int]]]:
     """All windows of the documents (document, start, stop), in batches of equal length, so that none is padded."""
+    # Windows as long as the context, and each document's rest: few lengths, most windows of the first.
     by_length: dict[int, list[tuple[int, int, int]]] = {}
     for number, document in enumerate(documents):
+        # A step of one less than the length: the last token of a window is the first of the next, which predicts from
+        # it.
         for start in range(0, len(document) - 1, length - 1):
             stop = min(start + length, len(document))
             by_length.setdefault(stop - start, []).append((number, start, stop))
     for size, of_size in by_length.items():
+        # About as many tokens in each batch, whatever the length of its windows.
         together = max(1, TOKENS_A_BATCH // size)
         for first in range(0, len(of_size), together):
             yield of_size[first : first + together]

@@ -67,6 +67,7 @@ def log_probability(answer: int, at: int = -1) -> AtToken:
 
 
 def _of(logits: Float[Tensor, "batch vocab"], token: int) -> Float[Tensor, " batch"]:
+    # Checked here, where the vocabulary is known: a metric is made before the model is.
     vocab = logits.shape[1]
     return logits[:, index_of(token, "a token of the metric", f"an id from 0 to {vocab - 1}", most=vocab - 1)]
 
@@ -90,6 +91,8 @@ class Loss:
         """One number a row."""
         if self.tokens is None:
             raise PositionsError("loss() was called without a prompt; expected loss(tokens), outside of a measurement.")
+
+        # A broadcast of the wrong prompt would give a loss, and no error.
         length = self.tokens.shape[1]
         if logits.shape[1] != length or length < 2:
             raise PositionsError(
@@ -132,6 +135,7 @@ def token_losses(
     logits: Float[Tensor, "batch pos vocab"], targets: Int[Tensor, "batch next"]
 ) -> Float[Tensor, "batch next"]:
     """The loss of each token but the first of a row, in nats."""
+    # cross_entropy takes classes as axis 1, and the logits of a token predict the next.
     predicted = _wide(logits[:, :-1]).transpose(1, 2)
     return torch.nn.functional.cross_entropy(predicted, targets.to(logits.device), reduction="none")
 
@@ -146,6 +150,8 @@ def metric_values(
     """
     if not callable(metric):
         raise PositionsError(f"the metric is {metric!r}; expected a function from logits to one number a row.")
+
+    # The metric may be any function of the user, so nothing about its result is certain.
     value: Any = metric(logits)
     if not isinstance(value, Tensor) or value.shape != logits.shape[:1]:
         given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
@@ -160,7 +166,7 @@ def metric_values(
 
 
 def baseline_of(metric: Metric, logits: Float[Tensor, "1 pos vocab"]) -> float:
-    """The metric of a prompt, asked for with two equal rows: a metric that mixes its rows is found out."""
+    """The metric of a prompt. It is evaluated on two equal rows, which catches a metric that mixes its rows."""
     return float(metric_values(metric, logits.expand(2, -1, -1))[0].detach())
 
 

@@ -46,6 +46,7 @@ class Replay:
         last_only: bool = False,
         tokens_too: bool = True,
         resume: bool = True,
+        how: Mapping[str, Any] | None = None,
     ) -> None:
         """Run the baseline.
 
@@ -56,13 +57,21 @@ class Replay:
             last_only: compute the logits of the last token alone.
             tokens_too: keep what is needed to resume at a token after the first.
             resume: False runs the whole prompt every time.
+            how: further arguments of the model's calls, such as a mask of padding; then one copy joins at a time.
         """
         self.model = model
         self.tokens = tokens
         self._blocks: Sequence[Any] = cast(Any, getattr(model, "blocks", ()))
+
+        # Not every architecture can leave logits out.
         forward = inspect.signature(type(model.original_model).forward).parameters
         self._last_only = last_only
-        self._keep = {"logits_to_keep": 1} if last_only and "logits_to_keep" in forward else {}
+        self._how: dict[str, Any] = {**(how or {})}
+        if last_only and "logits_to_keep" in forward:
+            self._how["logits_to_keep"] = 1
+
+        # What enters each block, and what it returns: a run that starts at a block needs the first, and skips by the
+        # second.
         self._inputs: list[Tensor] = []
         self._outputs: list[Any] = []
         self._cache = DynamicCache() if tokens_too and len(tokens) == 1 and tokens.shape[1] > 1 else None
@@ -74,6 +83,7 @@ class Replay:
             except Exception:  # recurrent layers, say, want a cache of another kind
                 self.exact = False
         if not self.exact:
+            # A pass that failed may have left half a cache; the baseline runs again without one.
             self._cache = None
             self.logits = self._baseline(hooks or [])
             why = self._try_again() if resume else None
@@ -120,7 +130,11 @@ class Replay:
         """Run the middle of the prompt again without any edit: why that fails, or None."""
         if not self._blocks:
             return "it has no row of blocks"
+
+        # The middle: what works at the first or last block alone is not enough.
         layer = len(self._blocks) // 2
+
+        # Two rows that join at different blocks, as edits do.
         joining = {layer: 1} if len(self.tokens) > 1 else {layer: 1, len(self._blocks) - 1: 1}
         token = 0 if self._cache is None else self.tokens.shape[1] // 2
         try:
@@ -128,12 +142,15 @@ class Replay:
                 again = self._resumed([], joining, token)
         except Exception as error:  # the model's own code meets input that it need not be made for
             return " ".join(str(error).split())[:200]
+
+        # Relative to the largest logit, as rounding is; a thousand units in the last place are many layers of it.
         own = self.logits[:, -again.shape[1] :]
         off = float((again - own).abs().max() / own.abs().max().clamp(min=1e-30))
         rounding = min(1e3 * torch.finfo(own.dtype).eps, 0.05)
         return None if off <= rounding else f"its logits are then off by {off:.1e} of their size"
 
     def _resumed(self, hooks: Hooks, joining: Mapping[int, int], token: int) -> Tensor:
+        # How many rows are in the batch at each block: those that joined there or before.
         present = list(accumulate(joining.get(i, 0) for i in range(len(self._blocks))))
         first = min(joining)
         handles = [
@@ -152,6 +169,7 @@ class Replay:
     def _join(
         self, layer: int, copies: int, token: int, alone: bool, _block: Any, args: Any, kwargs: dict[str, Any]
     ) -> Any:
+        # What the baseline had at this block, of the tokens that run; the first rows replace the batch, others join it.
         joined = self._inputs[layer][:, token:].repeat(copies, 1, 1)
         if args:
             return (joined if alone else torch.cat([args[0], joined]), *args[1:]), kwargs
@@ -162,21 +180,28 @@ class Replay:
 
     def _prefix(self, token: int, present: list[int]) -> Any:
         """The key-value cache of the tokens before one, with as many rows at each layer as are present there."""
+        # A run adds keys to its cache, and the next one needs that of the baseline.
         cache: Any = copy.deepcopy(self._cache)
+
+        # A negative number drops so many of the last tokens.
         cache.crop(token - self.tokens.shape[1])
+
+        # Each layer has keys for the rows that are there when it runs; for layers that are skipped, for none.
         for layer, rows in zip(cache.layers, present, strict=False):
             if rows:
                 layer.batch_repeat_interleave(rows)
         streams: Any = streams_of(self.model).layers
+
+        # The streams' own record of the cached tokens has rows as well.
         memory = memory_of(cache)
         surplus = {} if memory is None else memory.surplus
-        for (index, call), values in surplus.items():
-            surplus[index, call] = values.repeat_interleave(max(present[streams[index].layer], 1), dim=0)
+        for key, values in surplus.items():
+            surplus[key] = values.repeat_interleave(max(present[streams[key[0]].layer], 1), dim=0)
         return cache
 
     def _logits(self, tokens: Tensor, cache: Any) -> Tensor:
         how = {"use_cache": False} if cache is None else {"past_key_values": cache}
-        logits = self.model(tokens, return_type="logits", **how, **self._keep)
+        logits = self.model(tokens, return_type="logits", **how, **self._how)
         return logits[:, -1:] if self._last_only else logits
 
     def _keep_input(self, _block: Any, args: Any, kwargs: dict[str, Any]) -> None:

@@ -32,6 +32,8 @@ def read_description(run: Path) -> RunDescription:
     """
     described: RunDescription = read_json(run / "training.json", RunDescription)
     checkpoint = newest_checkpoint(run)
+
+    # The checkpoint holds the digest of the description that it was trained under.
     if checkpoint is not None and read_state(checkpoint)["run"] != digest_of(described):
         raise PositionsError(
             f"{run / 'training.json'} was changed after {checkpoint} was written; expected what the run was started "
@@ -47,6 +49,8 @@ def refuse_other(run: Path, described: dict[str, Any]) -> None:
         PositionsError: it does, or it is damaged.
     """
     saved: Any = read_description(run)
+
+    # Through JSON, as the file went: tuples are lists there.
     if any(changes(saved, json.loads(json.dumps(described)))):
         raise PositionsError(f"{run} was started with another configuration or text; expected its training.json.")
 
@@ -59,6 +63,8 @@ def newest_checkpoint(run: Path) -> Path | None:
     """
     if not (run / "training.json").exists():
         raise PositionsError(f"{run} has no run to resume; expected a folder that training wrote.")
+
+    # A folder of another name is one that was being written.
     found = [p for p in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{8}", p.name)]
     return max(found, default=None)
 
@@ -101,6 +107,7 @@ def refuse_damaged(checkpoint: Path, state: CheckpointState, expected: dict[str,
     Raises:
         PositionsError: a file of it was changed, is missing or was added; or its state.json says something else.
     """
+    # Missing, added and changed files alike: nothing that is loaded is unchecked.
     found = {path.relative_to(checkpoint).as_posix() for path in _files(checkpoint)} - {STATE}
     for name in sorted(found ^ set(state["files"])):
         what = "was added" if name in found else "is missing"
@@ -110,6 +117,7 @@ def refuse_damaged(checkpoint: Path, state: CheckpointState, expected: dict[str,
             raise PositionsError(f"the checkpoint {checkpoint} is damaged: {name} was changed after it was written.")
     said: Any = state
     for field, value in expected.items():
+        # As JSON, where 1 and 1.0 differ and the order of keys does not count.
         if json.dumps(said[field], sort_keys=True) != json.dumps(value, sort_keys=True):
             raise PositionsError(
                 f"the checkpoint {checkpoint} is damaged: its {field} is not what the configuration gives at step "
@@ -137,6 +145,8 @@ def read_optimizer(checkpoint: Path, parameters: list[nn.Parameter]) -> dict[int
         number, _, key = name.partition(".")
         if not number.isdecimal() or int(number) >= len(parameters):
             raise PositionsError(f"the checkpoint {checkpoint} is damaged: {path.name} has the unknown tensor {name}.")
+
+        # AdamW's step is a number; its two moments are shaped as the parameter.
         if key != "step" and tensor.shape != parameters[int(number)].shape:
             raise PositionsError(f"the checkpoint {checkpoint} is damaged: {name} in {path.name} is misshapen.")
         moments.setdefault(int(number), {})[key] = tensor
@@ -157,10 +167,13 @@ def read_log(run: Path, step: int, is_evaluated: Callable[[int], bool]) -> list[
         PositionsError: a step or an evaluation is missing, or there twice, or a line between them is damaged.
     """
     lines = _lines(run) if step else []
+
+    # Which evaluations a run up to this step must have logged.
     due = {n for n in range(1, step + 1) if is_evaluated(n)}
     seen: dict[str, set[int]] = {"loss": set(), "increments": set()}
     kept = []
     for number, line in enumerate(lines, 1):
+        # Everything up to the checkpoint is there: the rest is of a run that was killed.
         if len(seen["loss"]) == step and seen["increments"] >= due:
             break
         record = _record(run, number, line)

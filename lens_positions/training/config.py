@@ -102,6 +102,8 @@ class RunConfig:
         check_number("weight_decay", self.weight_decay, zero=True)
         if self.max_bytes is not None:
             check_whole("max_bytes", self.max_bytes, 1, 1 << 62)
+
+        # Parts of different size would count the tokens of the small one more.
         if self.batch_size % self.accumulate:
             raise PositionsError(
                 f"batch_size {self.batch_size} is no multiple of accumulate {self.accumulate}; expected equal parts."
@@ -133,6 +135,8 @@ class TrainConfig(RunConfig):
         if self.model.n_ctx < 2:
             raise PositionsError("model.n_ctx is 1; expected at least 2, so that there is a gap between tokens.")
         positions = self.model.positions
+
+        # A table that nothing looks up would be a setting without effect.
         for name in ("frozen_from", "head_increments"):
             if getattr(self, name) is not None and positions.source != "frozen":
                 raise PositionsError(f"{name} is given for the source {positions.source!r}; expected source 'frozen'.")
@@ -193,6 +197,8 @@ class GraftConfig(RunConfig):
             raise PositionsError(
                 f"the source {self.positions.source!r} has nothing to learn; expected 'shared' or 'per_layer'."
             )
+
+        # A step may be smaller than the distance between two bf16 numbers of a weight's size, and is then lost.
         if self.adapt == "full" and self.dtype == "bf16":
             raise PositionsError(
                 "dtype is bf16 with adapt full; expected float32, since bf16 weights do not move at small learning "
@@ -258,6 +264,8 @@ def _of_type(expected: Any, value: Any, wrong: str) -> Any:
     """A value of JSON or TOML as its field has it: a list as a tuple, a path from its text."""
     if expected == Path | None and isinstance(value, str) and "\0" not in value:
         return Path(value)
+
+    # JSON and TOML know no tuples.
     if isinstance(value, list):
         value = tuple(value)
     try:
@@ -267,7 +275,7 @@ def _of_type(expected: Any, value: Any, wrong: str) -> Any:
 
 
 def to_json(config: RunConfig) -> dict[str, Any]:
-    """The configuration as plain values, which `updated` reads back."""
+    """The configuration as plain values, which `update_config` reads back."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
 
 
@@ -278,6 +286,7 @@ def changes(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> 
     """
     for name, value in after.items():
         if isinstance(value, dict):
+            # A nested configuration that was not there before counts as one without fields.
             known = before.get(name)
             yield from changes(known if isinstance(known, dict) else {}, value, f"{prefix}{name}.")
         elif value != before.get(name):

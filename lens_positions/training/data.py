@@ -118,6 +118,8 @@ def tokenize_corpus(
     if max_bytes is not None and max_bytes < 1:
         raise PositionsError(f"max_bytes is {max_bytes}: expected at least 1 byte")
     request = {"corpus": corpus, "text_column": text_column, "max_bytes": max_bytes, "tokenizer": encoding.name}
+
+    # A packed corpus stands for its text, which may not be on this machine.
     packed = _packed_corpus(cache_dir, request)
     if packed is not None:
         return packed
@@ -125,6 +127,8 @@ def tokenize_corpus(
         if max_bytes is None:
             raise PositionsError(f"{corpus!r} is streamed from the hub without end: expected max_bytes to cap it")
         splits = None
+
+        # The text of a hub dataset is not here to be hashed.
         fingerprint = _fingerprint(known)
     else:
         splits = corpora.load(corpus, text_column=text_column)
@@ -150,6 +154,7 @@ def cache_folder(cache_dir: Path, corpus: str, fingerprint: str) -> Path:
 
 def _packed_corpus(cache_dir: Path, request: dict[str, Any]) -> TokenizedCorpus | None:
     """The corpus that was packed by this name, with this tokenizer and this cap, if there is one."""
+    # Sixteen of any character, as the fingerprint cannot be computed without the text.
     anywhere = cache_folder(cache_dir, request["corpus"], "?" * 16)
     found = []
     for path in sorted(anywhere.parent.glob(f"{anywhere.name}/{PACKED}")):
@@ -158,6 +163,8 @@ def _packed_corpus(cache_dir: Path, request: dict[str, Any]) -> TokenizedCorpus 
             found.append((path.parent, described))
     if not found:
         return None
+
+    # Two texts by one name: which one is meant cannot be told.
     if len(found) > 1:
         folders = " and ".join(str(folder) for folder, _ in found)
         raise PositionsError(f"{request['corpus']!r} is packed in {folders}; expected one of them.")
@@ -174,6 +181,8 @@ def _open_packed(folder: Path, described: PackedCorpus) -> TokenizedCorpus:
         f"the packed corpus {folder} is damaged; expected what lens-positions pack wrote, copied whole."
     )
     values = {name: value for name, value in described.items() if name != "sha256"}
+
+    # The description has a digest of itself; the folder name has the fingerprint again.
     if digest_of(values) != described["sha256"] or not folder.name.endswith(f"-{described['fingerprint']}"):
         raise damaged
 
@@ -209,6 +218,8 @@ def batch(
         raise PositionsError(
             f"batch got seed {seed}, n {n}, batch_size {batch_size}: expected seed >= 0, n >= 0 and batch_size >= 1"
         )
+
+    # A generator of its own for each batch: batch n does not depend on the batches before it.
     starts = np.random.default_rng([seed, n]).integers(len(tokens) - n_ctx, size=batch_size)
     return _windows(tokens, starts, n_ctx)
 
@@ -226,7 +237,11 @@ def heldout_windows(tokens: UInt[np.ndarray, " stream"], n_ctx: int, max_windows
 def heldout_documents(corpus: TokenizedCorpus, n_ctx: int, max_windows: int) -> Int[Tensor, "window pos_less_one"]:
     """The number of the document that each predicted token of `heldout_windows` belongs to."""
     offsets = _heldout_offsets(corpus.heldout, n_ctx, max_windows)
+
+    # The first token of a window is not predicted in it.
     predicted = offsets[:, None] + np.arange(1, n_ctx + 1)
+
+    # The last document that begins at or before the token.
     return torch.from_numpy(np.searchsorted(corpus.heldout_starts, predicted, side="right") - 1)
 
 
@@ -235,6 +250,8 @@ def heldout_sources(config: RunConfig, corpus: TokenizedCorpus) -> list[str]:
     if corpus.heldout_sources is not None:
         return list(corpus.heldout_sources)
     rows = corpora.load(config.corpus, text_column=config.text_column)["heldout"]
+
+    # Documents without text were left out of the tokens, and a cap may have cut the last ones off.
     return list(islice((row["source"] for row in rows if row["text"]), len(corpus.heldout_starts)))
 
 
@@ -242,6 +259,8 @@ def _heldout_offsets(tokens: UInt[np.ndarray, " stream"], n_ctx: int, max_window
     _check_window(tokens, n_ctx)
     if max_windows < 1:
         raise PositionsError(f"max_windows is {max_windows}: expected at least 1")
+
+    # Windows of n_ctx predictions each; the last token of one is the first of the next.
     available = (len(tokens) - 1) // n_ctx
     kept = min(available, max_windows)
     return np.arange(kept) * available // kept * n_ctx
@@ -266,6 +285,7 @@ def _fingerprint(known: tuple[object, ...], splits: Splits | None = None) -> str
         for split in ("train", "heldout"):
             digest.update(split.encode())
             for document in _documents(splits[split]):
+                # With its length, so that moving a boundary between documents changes the digest.
                 digest.update(len(document).to_bytes(8, "little") + document)
     return digest.hexdigest()[:16]
 
@@ -278,6 +298,7 @@ def _documents(split: Dataset | IterableDataset) -> Iterator[bytes]:
 def _read(folder: Path) -> dict[str, np.ndarray] | None:
     """The arrays in `folder` as memory maps, or None where one is missing, cut short or altered."""
     try:
+        # Written last: a cache without them was interrupted.
         digests = json.loads((folder / "digests.json").read_text())
     except (FileNotFoundError, ValueError, RecursionError):
         return None
@@ -298,6 +319,8 @@ def _write(folder: Path, splits: Splits, max_bytes: int | None, encoding: _Encod
     """Tokenise both splits into `folder`; the digests, which make the arrays valid, are written last."""
     heldout_bytes = max_bytes and max_bytes // corpora.HELDOUT_EVERY
     train_bytes = max_bytes and max_bytes - max_bytes // corpora.HELDOUT_EVERY
+
+    # A hub dataset may repeat a document in both splits. Digests of the held-out ones fit in memory; the texts may not.
     heldout_texts: set[bytes] = set()
 
     def heldout() -> Iterator[bytes]:
@@ -310,6 +333,7 @@ def _write(folder: Path, splits: Splits, max_bytes: int | None, encoding: _Encod
             if hashlib.blake2b(document, digest_size=16).digest() not in heldout_texts:
                 yield document
 
+    # Held-out text first, as its digests keep it out of the training text.
     _write_stream(folder, "heldout", heldout(), encoding)
     _write_stream(folder, "train", _first_bytes(train(), train_bytes), encoding)
     digests = json.dumps({name: sha256_of_file(folder / f"{name}.npy") for name in ARRAYS})
@@ -338,9 +362,13 @@ def _write_stream(folder: Path, split: str, documents: Iterator[bytes], encoding
             documents, f"tokenising {split}", console=console, transient=True, disable=not console.is_terminal
         ):
             starts.append(length)
+
+            # Written as it comes: a corpus may be larger than memory.
             tokens = np.append(encoding.encode(document), encoding.end).astype(encoding.dtype)
             file.write(tokens.tobytes())
             length += len(tokens)
+
+        # The length is known now; the header has the size that it had.
         file.seek(0)
         _write_header(file, length, encoding.dtype)
 
@@ -358,6 +386,7 @@ def _write_header(file: IO[bytes], length: int, dtype: str) -> None:
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Write under a temporary name in the same folder and rename, so that `path` never holds half a file."""
+    # In the same folder, as a rename between file systems is a copy that can be interrupted.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         staging = Path(folder) / "new"
         with staging.open("wb") as file:

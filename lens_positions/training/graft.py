@@ -60,11 +60,18 @@ class GraftedModel(Subject):
         context = getattr(self.model.config, "max_position_embeddings", None)
         if context is not None and config.n_ctx > context:
             raise PositionsError(f"n_ctx is {config.n_ctx}; expected at most {context}, the context of {config.base}.")
+
+        # Before anything is added: what a graft is resumed on must be this base.
         self.base_sha256 = fingerprint(self.model)
         self.byte_tokens = is_byte_tokenizer(self.tokenizer)
+
+        # Whether the tokenizer puts BOS in front is seen by asking it.
         starts_texts = self.tokenizer("a")["input_ids"][:1] == [self.tokenizer.bos_token_id]
         self.bos = self.tokenizer.bos_token_id if starts_texts and not self.byte_tokens else None
         self.model.requires_grad_(config.adapt == "full")
+
+        # LoRA weights first and the source after them, each from the seed: with and without a source, LoRA starts
+        # alike.
         torch.manual_seed(config.seed)
         if config.adapt == "lora":
             self._add_lora()
@@ -75,8 +82,11 @@ class GraftedModel(Subject):
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def _add_lora(self) -> None:
+        # peft wants names; attention is found as modules.
         names = {id(module): name for name, module in self.model.named_modules()}
         sites = RotaryAttention(self.model).sites
+
+        # All linear maps of attention that rotates, by what they are and not by name: families name them differently.
         projections = [m for site in sites for m in site.attention.modules() if isinstance(m, nn.Linear)]
         if not projections:
             raise PositionsError(f"{self.config.base} has no linear projections in its attention; expected some.")
@@ -85,6 +95,7 @@ class GraftedModel(Subject):
         self.model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=targets))
         for parameter in self.model.parameters():
             if parameter.requires_grad:
+                # Beside a bf16 base: a bf16 weight is not moved by small steps.
                 parameter.data = parameter.data.float()
 
     def groups(self) -> list[tuple[list[nn.Parameter], float]]:
@@ -141,6 +152,8 @@ def graft(
     for part in PARTS if resume else ():
         if (folder / part / "training.json").exists():
             refuse_other(folder / part, {"config": to_json(config)})
+
+    # A part whose held-out table is written is finished.
     left = [part for part in PARTS if not (folder / part / "heldout.csv").exists()]
     with ExitStack() as holding:
         for part in left:
@@ -168,6 +181,8 @@ def _prepare_run(config: GraftConfig, part: str, folder: Path, cache_dir: Path) 
     accelerator = new_accelerator(config, folder / part)
     subject = GraftedModel(config, positions)
     corpus = tokenize_corpus_once(config, cache_dir, accelerator, subject.tokenizer)
+
+    # An id beyond the embeddings fails on a GPU with an error that says nothing.
     rows = len(subject.model.get_input_embeddings().weight)
     largest = max(int(corpus.train.max()), int(corpus.heldout.max()))
     if largest >= rows:
@@ -190,6 +205,8 @@ def compare(folder: Path) -> dict[str, Any]:
     for part in PARTS:
         if not (folder / part / "heldout.csv").is_file():
             raise PositionsError(f"{folder} has no finished {part}; expected a folder that graft wrote to the end.")
+
+    # Paired by document: both parts predicted the same tokens.
     ours, theirs = (_read_heldout(folder / part / "heldout.csv") for part in PARTS)
     unit = ours.columns[0]
     if unit not in theirs or not ours[unit].equals(theirs[unit]):
@@ -219,6 +236,7 @@ def _read_heldout(path: Path) -> pd.DataFrame:
 
 def document_difference(ours: "pd.Series[float]", theirs: "pd.Series[float]") -> dict[str, float | int | None]:
     """A difference of losses by document: `mean`, its 95% t interval `low` to `high` (None for one), `documents`."""
+    # A document all of whose tokens are uncounted has no loss.
     difference = (ours - theirs).dropna()
     low, high = t_interval(difference.to_numpy()) if len(difference) > 1 else (None, None)
     return {"mean": float(difference.mean()), "low": low, "high": high, "documents": len(difference)}

@@ -77,6 +77,7 @@ class DivergedError(PositionsError):
     """The loss stopped being a number at this step."""
 
     def __init__(self, loss: float, step: int, run: Path) -> None:
+        # Names what a person can go back to.
         checkpoint = newest_checkpoint(run)
         kept = "there is no checkpoint from before" if checkpoint is None else f"{checkpoint} is from before"
         super().__init__(f"the loss is {loss} at step {step}; expected a number. Try a lower learning_rate; {kept}.")
@@ -113,7 +114,7 @@ def train(config: TrainConfig, run: Path, *, resume: bool = False, cache_dir: Pa
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Keep other processes from working on a folder; the lock of one that was killed does not.
+    """Lock a folder against other processes; one that is killed leaves no lock behind.
 
     Raises:
         PositionsError: another process has it.
@@ -121,12 +122,16 @@ def lock_folder(folder: Path) -> Iterator[None]:
     if not PartialState().is_main_process:  # of joint processes, the one that writes
         yield
         return
+
+    # One folder by two names is one lock.
     folder = folder.resolve()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         reason = os.strerror(errno.ENOTDIR) if isinstance(error, FileExistsError) else error.strerror
         raise PositionsError(f"{folder} cannot be written ({reason}); expected a place in a folder.") from error
+
+    # Beside the folder: a new run needs the folder itself empty.
     lock = FileLock(folder.with_name(f"{folder.name}.lock"), timeout=0)
     try:
         lock.acquire()
@@ -158,6 +163,7 @@ def tokenize_corpus_once(
     config: RunConfig, cache_dir: Path, accelerator: Accelerator, tokenizer: Any = None
 ) -> TokenizedCorpus:
     """The corpus as tokens; with several processes the first one writes the cache and the others read it."""
+    # The cache is written once; the others wait, and find it.
     with accelerator.main_process_first():
         return tokenize_corpus(
             config.corpus, cache_dir, text_column=config.text_column, max_bytes=config.max_bytes, tokenizer=tokenizer
@@ -195,6 +201,9 @@ class FreshModel(Subject):
     def __init__(self, config: TrainConfig, corpus: TokenizedCorpus) -> None:
         model = config.model
         width, mlp = model.d_model, model.d_mlp or 4 * model.d_model
+
+        # Four attention projections and three of the MLP in each layer, in bytes of float32: enough to refuse a typing
+        # error.
         weights = model.n_layers * width * (4 * width + 3 * mlp)
         refuse_too_large(4 * weights, f"a model of {model.n_layers} layers and width {width}")
         self.model = build_model(config.model, seed=config.seed, table=fixed_table(config, corpus))
@@ -240,6 +249,7 @@ class Run:
         whole: Path | None = None,
     ) -> None:
         """Args as attributes; `whole` is what a person resumes, where the run is a part of it."""
+        # Each process takes its share of a batch, in as many parts as are accumulated.
         parts = config.accumulate * accelerator.num_processes
         if config.batch_size % parts:
             raise PositionsError(
@@ -255,6 +265,7 @@ class Run:
         self.windows = heldout_windows(corpus.heldout, self.n_ctx, config.eval_windows)
         groups: list[dict[str, Any]] = []
         for parameters, rate in subject.groups():
+            # Weight decay is for matrices; it would pull norms and biases to zero.
             matrices = [p for p in parameters if p.ndim >= 2]
             vectors = [p for p in parameters if p.ndim < 2]
             groups += [{"params": matrices, "lr": rate}, {"params": vectors, "lr": rate, "weight_decay": 0.0}]
@@ -262,10 +273,14 @@ class Run:
             # Over several processes, torch.compile would cut the graph at the buckets of gradients that DDP sends, so
             # that sending overlaps with computing. The sums are the same without: one graph, on one process as on many.
             torch._dynamo.config.optimize_ddp = False
+
+        # The model and its loss as one module, so that DDP sees the whole of a step.
         self.prepared = accelerator.prepare(TokenNats(self.model))
         self.learns = any(group["params"] for group in groups)
         if self.learns:
             groups = [group for group in groups if group["params"]]
+
+            # fused: one kernel for all parameters instead of several for each.
             optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
             self.schedule = get_cosine_schedule_with_warmup(optimizer, config.warmup_steps, config.steps)
             self.optimizer = accelerator.prepare(optimizer)
@@ -287,6 +302,8 @@ class Run:
         """Train to the end and return the last evaluation."""
         self._open(resume)
         config, accelerator = self.config, self.accelerator
+
+        # Losses stay on the device until they are logged: reading one makes a GPU wait.
         pending: list[Tensor] = []
         evaluation: dict[str, Any] = {}
         self.model.train()
@@ -295,8 +312,12 @@ class Run:
             while self.learns and self.step < config.steps:
                 pending.append(self._train_step())
                 self.step += 1
+
+                # With several processes all of them must stop at the same step, or one waits for the others for ever.
                 stop = self._any(interrupted) if accelerator.num_processes > 1 else bool(interrupted)
                 last = stop or self.step == config.steps
+
+                # Always before a checkpoint, so that its log holds every step up to it.
                 if last or self.step % LOG_EVERY == 0 or self.step % config.save_every == 0:
                     speed = (self.step - began_at) * config.batch_size * self.n_ctx / (time.monotonic() - began)
                     show(self._log_losses(pending, speed))
@@ -311,6 +332,8 @@ class Run:
                     self._save()
                 if stop:
                     break
+
+            # A baseline that learns nothing is done before its first step.
             done = self.step == config.steps or not self.learns
             if done and not evaluation:  # nothing was left to train
                 evaluation = self.evaluate(show)
@@ -332,12 +355,14 @@ class Run:
 
     def _train_step(self) -> Float[Tensor, ""]:
         """One optimizer step, eager from here on where the compiler fails; the mean loss."""
+        # Nothing is compiled, or no longer.
         if self.step_nats is token_nats:
             return self._optimized_step()
         try:
             return self._optimized_step()
         # OSError: its cache cannot be written. What else fails so fails again without the compiler, and is raised.
         except (torch._dynamo.exc.TorchDynamoException, OSError) as error:
+            # The first line; the compiler's own message runs over pages.
             reason = str(error).strip().splitlines()[0].rstrip(".")
             self._say(f"{self.name}: torch.compile failed ({reason}); training goes on without it")
             self.step_nats = token_nats
@@ -349,14 +374,20 @@ class Run:
         size = config.batch_size
         # Dropout, where a base has it, draws the same in a run that is resumed.
         torch.manual_seed((config.seed << 32) + (self.step << 8) + accelerator.process_index)
+
+        # A function of seed and step alone: a run that is resumed sees the rows that it would have seen.
         rows = batch(self.corpus.train, seed=config.seed, n=self.step, batch_size=size, n_ctx=self.n_ctx)
         share = size // accelerator.num_processes
+
+        # The same batch whatever the number of processes, cut among them.
         rows = rows[accelerator.process_index * share :][:share].to(accelerator.device, non_blocking=True)
         total = torch.zeros((), device=accelerator.device)
         parts = rows.chunk(config.accumulate)
         for i, part in enumerate(parts):
+            # Gradients are exchanged between processes once a step, with the last part.
             more = i + 1 < len(parts)
             with accelerator.no_sync(self.prepared) if more else nullcontext():
+                # The mean over the batch is the mean over parts of one size.
                 loss = self._nats(part, self.step_nats).mean() / len(parts)
                 accelerator.backward(loss)
             total += loss.detach()
@@ -369,6 +400,8 @@ class Run:
     def _nats(self, rows: Int[Tensor, "batch pos"], nats: Nats) -> Float[Tensor, "batch pos_less_one"]:
         bf16 = self.config.precision == "bf16"
         if self.subject.bos is not None:
+            # Windows are cut anywhere; a model that always saw its BOS first gets it here too, in the place of the
+            # first token.
             rows = torch.cat([torch.full_like(rows[:, :1], self.subject.bos), rows[:, 1:]], dim=1)
         with torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16, enabled=bf16):
             return cast(Tensor, self.prepared(rows, nats))
@@ -380,13 +413,20 @@ class Run:
         cap = streams.config.max_increment if streams.config.activation == "sigmoid" else math.inf
         training, found = self.model.training, []
         self.model.eval()
+
+        # A bare model has no cache of activations: the streams record themselves.
         with streams.recorded() as seen:
+            # Always eager: a window batch of another size would compile a graph of its own.
             for rows in self.windows.split(self.config.batch_size):
                 found.append(self._nats(rows.to(self.accelerator.device), token_nats).double().cpu())
                 if show:
                     show({"windows": sum(map(len, found))})
+
+        # An evaluation in the middle of training leaves dropout as it was.
         self.model.train(training)
         self.heldout_nats = torch.cat(found)
+
+        # Per byte: the tokens that end documents are predicted, and are no bytes.
         count = int(self._counted().sum())
         nats = self.heldout_nats.sum().item() / count
         return {
@@ -405,6 +445,8 @@ class Run:
     def _write_heldout(self) -> None:
         """The newest evaluation by document: a row each with its predicted tokens and their nats."""
         assert self.heldout_nats is not None
+
+        # By document, as these are the samples that a difference of two runs is tested over.
         documents = heldout_documents(self.corpus, self.n_ctx, self.config.eval_windows)
         columns = {"document": documents, self.unit + "s": self._counted().int(), "nats": self.heldout_nats}
         table = pd.DataFrame({name: values.flatten().numpy() for name, values in columns.items()})
@@ -427,6 +469,8 @@ class Run:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 text = json.dumps(described, indent=2) + "\n"
                 write_whole(self.folder / "training.json", lambda file: file.write(text.encode()))
+
+            # The log is cut back to the checkpoint: what was logged after it happens again.
             lines = "".join(line + "\n" for line in kept)
             write_whole(self.folder / LOG, lambda file: file.write(lines.encode()))
         if self.config.trackers:
@@ -438,6 +482,8 @@ class Run:
             "corpus_fingerprint": self.corpus.fingerprint,
             **self.subject.identity(),
         }
+
+        # As it reads when it comes back from the file: tuples as lists.
         return dict(json.loads(json.dumps(described)))
 
     def _is_evaluated(self, step: int) -> bool:
@@ -452,6 +498,7 @@ class Run:
             self.accelerator.log(flat, step=record["step"])
 
     def _log_losses(self, pending: list[Tensor], speed: float) -> dict[str, Any]:
+        # One wait for the device, for all losses since the last reading.
         losses = torch.stack(pending).tolist()
         first = self.step - len(losses) + 1
         newest: dict[str, Any] = {}
@@ -472,11 +519,15 @@ class Run:
             with replacement_folder(checkpoint) as folder:
                 self.subject.save(folder / "model")
                 state = self.optimizer.state_dict()
+
+                # safetensors holds no nested state: number of the parameter, then name of the moment.
                 tensors = {f"{i}.{k}": v.contiguous() for i, s in state["state"].items() for k, v in s.items()}
                 save_file(tensors, folder / OPTIMIZER)
                 schedule = self.schedule.state_dict()
                 described = describe_state(folder, self.step, self.digest, schedule, state["param_groups"])
                 (folder / STATE).write_text(json.dumps(described), "utf-8")
+
+            # Only after the new one is whole.
             for other in checkpoints.iterdir():
                 if other != checkpoint:
                     shutil.rmtree(other, ignore_errors=True)
@@ -501,6 +552,7 @@ class Run:
 
     def _load(self, checkpoint: Path, state: CheckpointState) -> None:
         """Take over a checkpoint that was checked."""
+        # In the order in which the optimizer numbers them.
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         moments = read_optimizer(checkpoint, parameters)
         try:
@@ -514,6 +566,8 @@ class Run:
     def _decided(self, step: int) -> dict[str, Any]:
         """The schedule and the groups of parameters after a step, which the configuration decides."""
         schedule, groups = self.schedule.state_dict(), self.optimizer.state_dict()["param_groups"]
+
+        # What the schedule would be at that step, computed anew: a state.json that says otherwise was edited.
         rates = [
             rate * factor(step) for rate, factor in zip(schedule["base_lrs"], self.schedule.lr_lambdas, strict=True)
         ]

@@ -14,7 +14,7 @@ from ..large_corpus import default_folder
 
 @dataclass(frozen=True)
 class CorpusConfig:
-    """What is downloaded to where.
+    """What to download, and where to.
 
     Args:
         name: the corpus.
@@ -28,7 +28,7 @@ class CorpusConfig:
 
 @dataclass(frozen=True)
 class PackConfig:
-    """What is packed for where.
+    """What to pack, and for which machine.
 
     Args:
         output: the folder that is made; a new one.

@@ -87,7 +87,7 @@ lens-positions experiments measure reads text, which is not here: it is for a ma
 
 
 def pack(options: PackConfig) -> dict[str, int]:
-    """Make the folder, or nothing.
+    """Make the folder; a failure leaves nothing behind.
 
     Returns:
         The bytes of each wheel, of each corpus and of the project, by name.
@@ -98,6 +98,8 @@ def pack(options: PackConfig) -> dict[str, int]:
     """
     if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
         raise PositionsError(f"{options.output} exists already; expected a new or empty folder.")
+
+    # A packed project is no checkout, and has no history to name.
     head = None if (ROOT / COMMIT).exists() else commit()
     if head is None:
         raise PositionsError(f"{ROOT} is no git checkout; expected one of lens-positions, to pack what it holds.")
@@ -141,7 +143,7 @@ def size_of(folder: Path) -> int:
 
 
 def pack_corpus(config: TrainConfig, cache_dir: Path, into: Path) -> Path:
-    """Write a corpus of bytes for where its text is not, and return its folder.
+    """Write the tokens of a corpus for a machine that does not have its text, and return their folder.
 
     Args:
         config: the corpus, its column and its cap.
@@ -189,6 +191,7 @@ def download_wheels(options: PackConfig, wheels: Path) -> None:
     command += ["--only-binary=:all:", "--implementation", "cp", "--python-version", options.python]
     found = subprocess.run([*command, *platforms, "--dest", wheels, *wanted], capture_output=True, text=True)
     if found.returncode:
+        # pip says much; the line that begins with ERROR is the reason.
         lines = [line for line in found.stderr.splitlines() if line.strip()] or ["no word of why"]
         said = next((line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR:")), lines[-1])
         if "connection broken" in found.stderr:
@@ -203,6 +206,7 @@ def _copy_project(folder: Path) -> None:
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *PROJECT]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     for name in filter(None, listed.stdout.split("\0")):
+        # Shipped weights are most of the project.
         is_weights = name.startswith(f"{SHIPPED}/") and Path(name).parent != Path(SHIPPED)
         if not is_weights and (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -35,6 +35,8 @@ def commit(root: Path = ROOT) -> Commit | None:
 def code_digest(root: Path) -> str:
     """SHA-256 of the code and the presets in a project's folder."""
     digest = hashlib.sha256()
+
+    # Only what computes: a changed README changes no result.
     paths = [path for package in CODE for path in (root / package).rglob("*")]
     for path in sorted(path for path in paths if path.suffix in (".py", ".toml")):
         content = path.read_bytes()

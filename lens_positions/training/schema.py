@@ -93,7 +93,7 @@ class PackedCommit(Commit):
 
 @with_config(STRICT)
 class PackedCorpus(TypedDict):
-    """packed.json: by what a corpus was asked for when it was tokenised, and what its text alone could say."""
+    """packed.json: the request that a corpus was tokenised for, and what only its text could tell."""
 
     format: Annotated[int, Field(ge=FORMAT, le=FORMAT)]
     corpus: str

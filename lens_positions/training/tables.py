@@ -28,6 +28,7 @@ def fixed_table(config: TrainConfig, corpus: TokenizedCorpus) -> Float[Tensor, "
         PositionsError: the model that they come from is missing, or has no shared or frozen source.
     """
     if config.head_increments is not None:
+        # One row for each id: 256 bytes and the end of a document.
         return torch.tensor(config.head_increments).repeat(END_OF_DOCUMENT + 1, 1)
     if config.frozen_from is None:
         return None
@@ -40,6 +41,7 @@ def fixed_table(config: TrainConfig, corpus: TokenizedCorpus) -> Float[Tensor, "
 
 def mean_step(table: Float[Tensor, "vocab *head"], corpus: TokenizedCorpus) -> Float[Tensor, "vocab *head"]:
     """The mean increment of the training text, for every token."""
+    # Weighted by how often each byte occurs: the mean distance between tokens stays what it was.
     counts = torch.from_numpy(np.bincount(corpus.train, minlength=len(table)))
     mean = torch.tensordot(counts.double(), table.double(), dims=1) / counts.sum()
     return mean.to(table.dtype).expand_as(table).contiguous()

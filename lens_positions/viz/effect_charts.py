@@ -8,13 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..errors import PositionsError
+from ..interventions import Hooks, LayerIndices, describe, hook_names
+from ..model import HookedPositionTransformer
+from ..text import Mask, TextOrTokens, one_prompt
 from . import style
+from .output import visible_text
 
 DIVERGING = LinearSegmentedColormap.from_list("effects", [style.BLUE, style.SKY, "#ffffff", "#f2a15f", style.ORANGE])
 LABEL_LENGTH = 14
@@ -25,34 +29,81 @@ ABLATION_LABELS = {"shuffle": "shuffled", "token": "to token's mean"}
 
 
 def effect_map(
+    model: HookedPositionTransformer,
     effects: Float[Tensor, "layer pos"],
-    layers: Sequence[int],
-    tokens: Sequence[str],
-    title: str,
-    unit: str,
+    text: TextOrTokens,
+    layers: LayerIndices = None,
+    title: str = "Effect of each layer and token",
+    unit: str = "change of the metric",
     caption: str = "",
     path: str | Path | None = None,
+    *,
+    hooks: Hooks | None = None,
+    attention_mask: Mask = None,
+    prepend_bos: bool | None = None,
 ) -> Figure:
     """Draw the effect of every layer and token.
 
     Args:
+        model: the model that was measured.
         effects: from `causal.gap_sweep`, `patch_sweep` or `attribution`; NaN is left blank.
-        layers: the model's own number of each row; layer 0 is at the bottom, where the text comes in.
-        tokens: the text of each token.
+        text: the prompt, as text or as tokens.
+        layers: the layers that were measured, as they were given there; layer 0 is at the bottom, where the text comes
+            in.
         title: what was changed.
         unit: of the effects.
-        caption: what is shown, of which model and text.
+        caption: what else is to be known; the model and the edits stand there in any case.
         path: where to write the figure as well, as .png, .svg or .pdf.
+        hooks: edits that were active while the effects were measured.
+        attention_mask, prepend_bos: as for `causal.gap_sweep`.
 
     Raises:
         PositionsError: layers or tokens that are not as many as the effects have, a path that cannot be written, or
             (MissingFontError) Chinese and no font that can draw it.
 
     >>> effects = lp.causal.gap_sweep(model, "The cat", lp.causal.loss())
-    >>> tokens = model.to_str_tokens("The cat")
-    >>> figure = lp.viz.effect_map(effects, model.position_layers, tokens, "A longer gap", "nats per token")
+    >>> figure = lp.viz.effect_map(model, effects, "The cat", unit="nats per token")
     >>> figure.axes[0].get_ylabel()
     'layer'
+    """
+    if not isinstance(model, HookedPositionTransformer):
+        raise PositionsError(
+            f"the model is a {type(model).__name__}; expected the model that was measured, then its effects and the "
+            "prompt."
+        )
+    numbers = [number for number, _ in hook_names(model, layers, "")]
+    prompt = one_prompt(model, text, attention_mask, prepend_bos)[0]
+    known = getattr(model, "tokenizer", None) is not None
+    tokens = list(model.to_str_tokens(prompt)) if known else [str(token) for token in prompt.tolist()]
+    said = f"{model.name}. {f'Edits: {describe(hooks)}. ' if hooks else ''}{caption}".strip()
+    figure = map_of(effects, numbers, [visible_text(token) for token in tokens], title, unit, said)
+    if path is not None:
+        style.save(figure, path)
+    return figure
+
+
+def map_of(
+    effects: Float[Tensor, "layer pos"],
+    layers: Sequence[int],
+    tokens: Sequence[str],
+    title: str,
+    unit: str,
+    caption: str = "",
+    sure: Bool[np.ndarray, "layer pos"] | None = None,
+    above: Sequence[str] = (),
+) -> Figure:
+    """Draw a map of layers by tokens.
+
+    Args:
+        effects: NaN is left blank.
+        layers: the model's own number of each row.
+        tokens: the label of each column.
+        title, unit, caption: as they are written.
+        sure: cells that get a dot.
+        above: what is written small above each column.
+
+    Raises:
+        PositionsError: layers or tokens that are not as many as the effects have.
     """
     if effects.shape != (len(layers), len(tokens)):
         raise PositionsError(
@@ -66,8 +117,17 @@ def effect_map(
     with style.context():
         wide, high = max(0.22 * len(tokens), 3.0), max(0.16 * len(layers), 0.9)
         below = 0.35 + 0.075 * max(map(len, tokens))
-        figure, axes = style.frame_figure((wide, high), title, unit, caption, (0.75, 1.05, 0.75, below))
+        top = 0.75 + (0.05 + 0.06 * max(map(len, above)) if above else 0)
+        figure, axes = style.frame_figure((wide, high), title, unit, caption, (0.75, 1.05, top, below))
         image = axes.imshow(values, cmap=DIVERGING, vmin=-most, vmax=most, aspect="auto", origin="lower")
+        if sure is not None:
+            rows, columns = sure.nonzero()
+            axes.plot(columns, rows, "o", color=style.INK, markersize=1.8, linestyle="none")
+        for column, said in enumerate(above):
+            axes.annotate(
+                said, (column, 1), (0, 2), xycoords=axes.get_xaxis_transform(), textcoords="offset points",
+                ha="center", va="bottom", fontsize=6, color=style.QUIET, rotation=90,
+            )  # fmt: skip
         axes.set_ylabel("layer")
         step = max(1, round(len(layers) / 10))
         axes.set_yticks(range(0, len(layers), step), [str(layers[i]) for i in range(0, len(layers), step)])
@@ -77,6 +137,55 @@ def effect_map(
         for label, (_, font) in zip(axes.get_xticklabels(), labels, strict=True):
             label.set_fontproperties(font)
             label.set_fontsize(8)
+        axes.tick_params(length=0)
+        style.colour_bar(figure, axes, image)
+    return figure
+
+
+def head_map(
+    effects: Float[Tensor, "layer head *pos"],
+    layers: Sequence[int],
+    title: str,
+    unit: str,
+    caption: str = "",
+    path: str | Path | None = None,
+) -> Figure:
+    """Draw the effect of every layer and head; of each head over a prompt, the one at the token where it is largest.
+
+    `effect_map(model, effects[:, head], text)` draws one head at every token.
+
+    Args:
+        effects: from a sweep or an attribution with by="head", or from `causal.path_sweep`; NaN counts for nothing.
+        layers: the model's own number of each row; layer 0 is at the bottom, where the text comes in.
+        title, unit, caption, path: as for `effect_map`.
+
+    Raises:
+        PositionsError: layers that are not as many as the effects have, no head axis, or a path that cannot be written.
+
+    >>> effects = lp.causal.gap_sweep(model, "The cat", lp.causal.loss(), by="head")
+    >>> figure = lp.viz.head_map(effects, model.position_layers, "A longer gap", "nats per token")
+    >>> figure.axes[0].get_xlabel()
+    'head'
+    """
+    if effects.ndim not in (2, 3) or len(effects) != len(layers):
+        raise PositionsError(
+            f"effects have shape {tuple(effects.shape)}, with {len(layers)} layers; expected [layer, head] or "
+            "[layer, head, pos] to match."
+        )
+    values = effects.detach().cpu().nan_to_num().numpy()
+    if values.ndim == 3:  # with its sign
+        largest = np.abs(values).argmax(-1, keepdims=True)
+        values = np.take_along_axis(values, largest, axis=-1)[..., 0]
+        unit += ", at the token where it is largest"
+    most = float(np.abs(values).max()) or 1.0
+    with style.context():
+        size = (max(0.22 * values.shape[1], 3.0), max(0.16 * len(layers), 0.9))
+        figure, axes = style.frame_figure(size, title, unit, caption, (0.75, 1.05, 0.75, 0.5))
+        image = axes.imshow(values, cmap=DIVERGING, vmin=-most, vmax=most, aspect="auto", origin="lower")
+        axes.set(ylabel="layer", xlabel="head")
+        for axis, names in ((axes.xaxis, range(values.shape[1])), (axes.yaxis, layers)):
+            step = max(1, round(len(names) / 10))
+            axis.set_ticks(range(0, len(names), step), [str(names[i]) for i in range(0, len(names), step)])
         axes.tick_params(length=0)
         style.colour_bar(figure, axes, image)
     if path is not None:

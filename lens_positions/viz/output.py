@@ -30,6 +30,8 @@ def visible_character(character: str) -> str:
         return marks[character]
     if unicodedata.category(character) == "Zs":
         return "␣"
+
+    # An accent alone would stand on the character before it.
     if unicodedata.combining(character):
         return "◌" + character
     return character if character.isprintable() else SUBSTITUTE

@@ -26,6 +26,7 @@ from ..analysis.losses import compare_losses
 from ..analysis.token_kinds import increments_by_category
 from ..checkpoint import fingerprint
 from ..errors import PositionsError
+from ..interventions import Hooks, describe
 from ..measure.corpus_reader import WINDOW
 from ..model import HookedPositionTransformer
 from ..progress import announce_parts
@@ -57,6 +58,8 @@ def report(
     seed: int = 0,
     command: str = "",
     prepend_bos: bool | None = None,
+    *,
+    hooks: Hooks | None = None,
 ) -> list[str]:
     """Write a report on a model, and on another beside it.
 
@@ -71,13 +74,16 @@ def report(
         seed: of the resampling and the shuffles.
         command: how to make it again, as it stands in the report.
         prepend_bos: whether every text gets the beginning-of-sequence token; None is TransformerLens' default.
+        hooks: edits: texts are drawn without and with them, and the loss is measured with them too. What is measured
+            on kinds of token and by ablation is the model's own.
 
     Returns:
         What was cut or left out, a sentence each. Interrupted, it writes the parts that are done, says so in the page,
         and raises KeyboardInterrupt with the path.
 
     Raises:
-        PositionsError: an empty text, a path that cannot be written, or a corpus that was named and is not there.
+        PositionsError: an empty text, a path that cannot be written, a corpus that was named and is not there, or
+            edits beside another model.
 
     >>> left_out = lp.viz.report(model, folder / "report.html", texts="The cat sat.", corpus=str(corpus))
     >>> (folder / "report.html").read_text("utf-8")[:15]
@@ -85,18 +91,22 @@ def report(
     """
     check_page(path)
     models = [model] if compare is None else [model, compare]
+    if hooks and compare is not None:
+        raise PositionsError(
+            "hooks were given with a model to compare; expected one of the two, as edits are of one model."
+        )
     texts = [texts] if isinstance(texts, str) else list(texts) or [ENGLISH, CHINESE]
     if not all(texts):
         raise PositionsError("a text is empty; expected at least one character.")
     held_out, of_corpus = _held_out(corpus, characters)
 
     planned: list[tuple[str, Callable[[], Iterator[Piece]]]] = [
-        ("The model" if compare is None else "The models", lambda: _facts(models)),
-        ("Characters at their positions", lambda: _spacing(models, texts, prepend_bos)),
-        ("Tokens tinted by increment", lambda: _tints(models, texts, prepend_bos)),
-        ("Attention beside increments", lambda: _attention(models, texts, prepend_bos)),
+        ("The model" if compare is None else "The models", lambda: _facts(models, hooks)),
+        ("Characters at their positions", lambda: _spacing(models, texts, prepend_bos, hooks)),
+        ("Tokens tinted by increment", lambda: _tints(models, texts, prepend_bos, hooks)),
+        ("Attention beside increments", lambda: _attention(models, texts, prepend_bos, hooks)),
         ("Increments by kind of token", lambda: _kinds(models, held_out, of_corpus, seed, prepend_bos)),
-        ("Loss on held-out text", lambda: _losses(models, held_out, of_corpus, seed, prepend_bos)),
+        ("Loss on held-out text", lambda: _losses(models, held_out, of_corpus, seed, prepend_bos, hooks)),
         ("What the increments are needed for", lambda: _ablations(models, held_out, of_corpus, seed, prepend_bos)),
         ("How to make this report again", lambda: _again(models, of_corpus, seed, command)),
     ]
@@ -125,8 +135,10 @@ def report(
     return left_out if held_out else [*left_out, of_corpus]
 
 
-def _facts(models: list[HookedPositionTransformer]) -> Iterator[Piece]:
-    """What each model is."""
+def _facts(models: list[HookedPositionTransformer], hooks: Hooks | None) -> Iterator[Piece]:
+    """What each model is, and which edits are shown."""
+    if hooks:
+        yield _note(f"Edits: {describe(hooks)}. Texts are drawn without and with them.")
     columns = [_facts_of(model) for model in models]
     names = list(dict.fromkeys(name for column in columns for name in column))
     yield _table(["", *(model.name for model in models)], [[n, *(c.get(n, "") for c in columns)] for n in names])
@@ -178,22 +190,28 @@ def _training_facts(folder: Path) -> dict[str, str]:
         return {}
 
 
-def _spacing(models: list[HookedPositionTransformer], texts: list[str], bos: bool | None) -> Iterator[Piece]:
+def _spacing(
+    models: list[HookedPositionTransformer], texts: list[str], bos: bool | None, hooks: Hooks | None
+) -> Iterator[Piece]:
     yield _text("Each character stands as far from the last as the model puts it, one row a layer.")
     for text in texts:
         if len(text) > SNIPPET:
             yield {"kind": "quote", "text": text}
         for model in models:
-            yield _view(spacing_view(model, text, prepend_bos=bos), text, model, models)
+            yield _view(spacing_view(model, text, hooks=hooks, prepend_bos=bos), text, model, models)
 
 
-def _tints(models: list[HookedPositionTransformer], texts: list[str], bos: bool | None) -> Iterator[Piece]:
+def _tints(
+    models: list[HookedPositionTransformer], texts: list[str], bos: bool | None, hooks: Hooks | None
+) -> Iterator[Piece]:
     for text in texts:
         for model in models:
-            yield _view(tokens_view(model, text, prepend_bos=bos), text, model, models)
+            yield _view(tokens_view(model, text, hooks=hooks, prepend_bos=bos), text, model, models)
 
 
-def _attention(models: list[HookedPositionTransformer], texts: list[str], bos: bool | None) -> Iterator[Piece]:
+def _attention(
+    models: list[HookedPositionTransformer], texts: list[str], bos: bool | None, hooks: Hooks | None
+) -> Iterator[Piece]:
     yield _text(
         "The same attention on two rulers: tokens as far apart as the layer has them, and counted. What is near on the "
         "upper ruler is near for this layer, whatever stands between."
@@ -201,7 +219,7 @@ def _attention(models: list[HookedPositionTransformer], texts: list[str], bos: b
     for text in texts:
         for model in models:
             try:
-                yield _view(attention_view(model, text, prepend_bos=bos), text, model, models)
+                yield _view(attention_view(model, text, hooks=hooks, prepend_bos=bos), text, model, models)
             except PositionsError as error:
                 yield _note(str(error))
 
@@ -229,23 +247,35 @@ def _kinds(
 
 
 def _losses(
-    models: list[HookedPositionTransformer], texts: list[str], of: str, seed: int, bos: bool | None
+    models: list[HookedPositionTransformer],
+    texts: list[str],
+    of: str,
+    seed: int,
+    bos: bool | None,
+    hooks: Hooks | None,
 ) -> Iterator[Piece]:
     if not texts:
         yield _note(of)
         return
-    table = compare_losses(models, texts, seed, prepend_bos=bos)
+    try:
+        table = compare_losses(models, texts, seed, hooks=hooks, prepend_bos=bos)
+    except PositionsError as error:
+        if not hooks:
+            raise
+        yield _note(f"The edits are not made for this text, which is measured without them: {error}")
+        table = compare_losses(models, texts, seed, prepend_bos=bos)
+    several = len(table) > 1
     rows = []
     for row in table.to_dict("records"):
         loss = f"{row['loss']:.4f}{_interval(row['low'], row['high'], '.4f')}"
         cells = [str(row["model"]), loss, f"{row['bytes']:,}", str(row["documents"])]
-        if len(models) > 1:
+        if several:
             value = row["difference"]
             ends = _interval(row["difference_low"], row["difference_high"], "+.4f")
             cells.append("" if math.isnan(value) else f"{value:+.4f}{ends}")
         rows.append(cells)
     columns = ["model", "nats per byte (95%)", "bytes", "documents"]
-    yield _table([*columns, f"minus {models[0].name} (95%, paired)"] if len(models) > 1 else columns, rows)
+    yield _table([*columns, f"minus {models[0].name} (95%, paired)"] if several else columns, rows)
     yield _text(
         f"{of[0].upper()}{of[1:]}; intervals resample documents, seed {seed}. A model reads "
         f"windows of its context, at most {WINDOW} tokens; a byte model also predicts where a document ends."

@@ -35,6 +35,8 @@ def norms_map(norms: pd.DataFrame, caption: str = "", path: str | Path | None = 
         raise PositionsError("no frequency of these norms turns; expected rotary positions, to draw them by frequency.")
     means = turned.groupby(["side", "layer", "index"])["norm"].mean()
     amounts = {f"{side} norm": torch.tensor(means[side].unstack().to_numpy()) for side in SIDES}
+
+    # Some models turn local and global layers at different frequencies: then only their order can be an axis.
     same = turned.groupby("index")["frequency"].nunique().eq(1).all()
     wavelengths = 2 * np.pi / turned.groupby("index")["frequency"].first().to_numpy() if same else None
     layers = [int(layer) for layer in dict.fromkeys(turned["layer"])]
@@ -93,9 +95,13 @@ def entropy_chart(table: pd.DataFrame, caption: str = "", path: str | Path | Non
     """
     own = table[table["head"] == "all"].rename(columns={"items": "at"})
     layers, items = list(dict.fromkeys(own["layer"])), sorted(set(own["at"]))
+
+    # Three lines can be told apart; thirty cannot.
     shown = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
     columns = {"entropy": "value", "entropy_low": "low", "entropy_high": "high"}
     lines = [own[own["layer"] == layer].rename(columns=columns).assign(measure=f"layer {layer}") for layer in shown]
+
+    # The entropy of attention that is spread evenly is the log of the number of items.
     even = own.groupby("at")["log_items"].mean().rename("value").reset_index()
     lines.append(even.assign(measure="even: log n", low=math.nan, high=math.nan))
     drawn = pd.concat([line[["measure", "at", "value", "low", "high"]] for line in lines])

@@ -21,11 +21,11 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 
 from ..errors import PositionsError
-from ..interventions import LayerIndices
+from ..interventions import Hooks, LayerIndices
 from ..model import HookedPositionTransformer
 from ..text import Mask, TextOrTokens
 from . import style
-from .text_positions import TextPositions, layers_to_show, position_text
+from .text_positions import TextPositions, before_and_after, edits_in_words, rows_to_show
 
 TITLE = "Characters at their learned positions"
 MAX_PANELS = 8
@@ -44,13 +44,14 @@ def spacing(
     scale: Scale = "relative",
     path: str | Path | None = None,
     *,
+    hooks: Hooks | None = None,
     attention_mask: Mask = None,
     prepend_bos: bool | None = None,
 ) -> Figure:
     """Draw a text with each character at its learned position, one row a layer.
 
     Layers that share their increments share one row. In subword models a token is drawn whole, at its position. The
-    same as a page to explore is `views.spacing_view`.
+    same as a page to explore is `spacing_view`.
 
     Args:
         model: the model.
@@ -59,6 +60,7 @@ def spacing(
         layers: the layers to draw; None is all of them.
         scale: "relative" divides each row by its mean increment, "common" keeps steps of standard RoPE.
         path: where to write the figure as well, as .png, .svg or .pdf.
+        hooks: edits, whose rows stand below those without them, layer by layer.
         attention_mask, prepend_bos: as for `text_positions.position_text`.
 
     Raises:
@@ -74,11 +76,11 @@ def spacing(
         raise PositionsError(f'scale is {scale!r}; expected "relative" or "common".')
     if path is not None:
         style.check_path(path)
-    text_positions = position_text(model, text, attention_mask=attention_mask, prepend_bos=prepend_bos)
-    rows = rows_of(text_positions, layers_to_show(model, layers, text_positions.positions), scale)
-    fonts = style.fonts_for("".join(text_positions.units))
+    placed, after = before_and_after(model, text, hooks, attention_mask=attention_mask, prepend_bos=prepend_bos)
+    rows = rows_of(placed, after, rows_to_show(model, layers, placed, after, "positions"), scale)
+    fonts = style.fonts_for("".join(placed.units))
     with style.context():
-        figure = _draw(text_positions, rows, scale, fonts)
+        figure = _draw(placed, after, rows, scale, fonts)
     if path is not None:
         style.save(figure, path)
     return figure
@@ -86,38 +88,57 @@ def spacing(
 
 @dataclass(frozen=True)
 class Row:
-    """Where each unit of a text begins and ends in one row, in steps of standard RoPE or in mean increments."""
+    """Where each unit of a text begins and ends in one row, in steps of standard RoPE or in mean increments.
+
+    Attributes:
+        name: of its layer.
+        mean_increment: in steps of standard RoPE.
+        first, last: places of each unit.
+        edited: whether edits were active.
+    """
 
     name: str
     mean_increment: float
     first: list[float]
     last: list[float]
+    edited: bool = False
 
 
-def rows_of(text_positions: TextPositions, layers: dict[int, str], scale: Scale) -> list[Row]:
+def rows_of(
+    placed: TextPositions, after: TextPositions | None, shown: list[tuple[int, str, bool]], scale: Scale
+) -> list[Row]:
     """The rows to draw, in units of the axis.
+
+    Args:
+        placed, after: the text without and with edits.
+        shown: from `rows_to_show`.
+        scale: see the module.
 
     Raises:
         PositionsError: a mean increment that is not positive, by which the relative scale would divide.
     """
     rows = []
-    for layer, name in layers.items():
-        positions = text_positions.positions[layer].mean(-1)
-        mean = text_positions.mean_increment(layer)
+    for layer, name, edited in shown:
+        source = after if after is not None and edited else placed
+        positions, mean = source.positions[layer].mean(-1), source.mean_increment(layer)
         if scale == "relative" and mean <= 0:
             raise PositionsError(
                 f'the mean increment of {name} is {mean:.3g}; expected a positive one, by which scale="relative" '
                 'divides: use scale="common".'
             )
         positions = positions / mean if scale == "relative" else positions
-        rows.append(Row(name, mean, positions[text_positions.first].tolist(), positions[text_positions.last].tolist()))
+        first, last = positions[placed.first].tolist(), positions[placed.last].tolist()
+        rows.append(Row(name, mean, first, last, edited))
     return rows
 
 
-def caption_of(text_positions: TextPositions, rows: list[Row], scale: Scale) -> list[str]:
+def caption_of(placed: TextPositions, after: TextPositions | None, rows: list[Row], scale: Scale) -> list[str]:
     """What a reader must know to read the picture, a sentence each."""
-    said = text_positions.convention()
-    if text_positions.config.source != "static":
+    said = placed.convention()
+    if after is not None:
+        said += edits_in_words(after, [(0, row.name, row.edited) for row in rows])
+    edited = any(row.edited for row in rows)
+    if placed.config.source != "static" or edited:
         if scale == "relative":
             said.append("Each row is divided by its mean increment, printed at its left in steps of standard RoPE.")
         else:
@@ -126,7 +147,7 @@ def caption_of(text_positions: TextPositions, rows: list[Row], scale: Scale) -> 
         said.append("Lines follow a character from row to row.")
     if any(row.first != row.last for row in rows):
         said.append("A character of several tokens stands at its first; the line under it runs to its last.")
-    if any(map(is_boundary, text_positions.units)):
+    if any(map(is_boundary, placed.units)):
         said.append("Orange: whitespace (␣, ⏎) and punctuation.")
     return said
 
@@ -136,8 +157,10 @@ def is_boundary(unit: str) -> bool:
     return not any(character.isalnum() for character in unit)
 
 
-def _draw(text_positions: TextPositions, rows: list[Row], scale: Scale, fonts: list[FontProperties]) -> Figure:
-    units = text_positions.units
+def _draw(
+    placed: TextPositions, after: TextPositions | None, rows: list[Row], scale: Scale, fonts: list[FontProperties]
+) -> Figure:
+    units = placed.units
     needed = _points_needed(units, rows)
     extent = max(max(row.last) - min(row.first) for row in rows)
     n_panels = math.ceil(needed * extent / (PANEL_WIDTH[1] * POINTS_PER_INCH))
@@ -149,12 +172,12 @@ def _draw(text_positions: TextPositions, rows: list[Row], scale: Scale, fonts: l
     width = min(max(1.4 * needed * extent / POINTS_PER_INCH, PANEL_WIDTH[0]), PANEL_WIDTH[1])
     margin = max(extent, 1e-6) * 0.13 / width
 
-    said = caption_of(text_positions, rows, scale)
+    said = caption_of(placed, after, rows, scale)
     if any(style.draw_text(unit, fonts)[0] != style.visible_text(unit) for unit in set(units)):
         said.append(f"{style.SUBSTITUTE} stands for a character that no installed font draws.")
-    said += filter(None, [text_positions.cut(panels[-1].stop)])
+    said += filter(None, [placed.cut(panels[-1].stop)])
     caption = textwrap.wrap(" ".join(said), width=int((width + 0.9) * 17))
-    left, right, top, between = 1.1, 0.25, 0.5, 0.45
+    left, right, top, between = 1.4 if after else 1.1, 0.25, 0.5, 0.45
     bottom = 0.75 + 0.16 * len(caption)
     panel_height = ROW_HEIGHT * len(rows)
     height = top + len(panels) * (panel_height + between) - between + bottom
@@ -228,7 +251,8 @@ def _draw_panel(axes: Axes, all_units: list[str], rows: list[Row], panel: range,
         label = f"{row.name}\nmean {row.mean_increment:.2f}"
         axes.annotate(
             label, (0, r), (-8, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset points",
-            ha="right", va="center", fontsize=8, color=style.QUIET, linespacing=1.25, annotation_clip=False,
+            ha="right", va="center", fontsize=8, color=style.BLUE if row.edited else style.QUIET, linespacing=1.25,
+            annotation_clip=False,
         )  # fmt: skip
         ends = [row.last[i] - row.first[panel.start] for i in panel]
         joined = [[(a, r + 0.32), (b, r + 0.32)] for a, b in zip(x[r], ends, strict=True) if a != b]

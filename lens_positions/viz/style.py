@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import LogFormatter
 
-from ..analysis.token_kinds import is_chinese_punctuation, is_han
+from ..measure.kinds import is_chinese_punctuation, is_han
 from .output import SUBSTITUTE, MissingFontError, check_path, visible_text, write_whole
 
 INK = "#1d2129"
@@ -98,6 +98,8 @@ def fonts_for(text: str) -> list[FontProperties]:
 def draw_text(text: str, fonts: list[FontProperties]) -> tuple[str, FontProperties]:
     """A text as it is drawn, and the font that draws most of it; what that font lacks becomes a substitute."""
     shown = visible_text(text)
+
+    # One font for the whole text: characters of several would not stand on one line.
     font = max(fonts, key=lambda candidate: sum(ord(c) in _code_points(candidate) for c in shown))
     return "".join(c if ord(c) in _code_points(font) else SUBSTITUTE for c in shown), font
 
@@ -122,6 +124,8 @@ def frame_figure(
         margins: left, right, above and below the axes, in inches; the caption's lines come on top of the last.
     """
     left, right, top, below = margins
+
+    # Sizes are given for the axes, so that figures with longer captions keep their drawing.
     width = left + size[0] + right
     lines = textwrap.wrap(caption, width=int(width * 15))
     bottom = below + 0.15 * len(lines)
@@ -159,6 +163,7 @@ def colour_bar(figure: Figure, axes: Axes, image: Any) -> None:
 
 def render_figure(figure: Figure, kind: str, dpi: float = RC["savefig.dpi"]) -> bytes:
     """A figure as the content of a png, svg or pdf file, the same at every time."""
+    # Without the date, the same figure is the same file.
     undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": None}
     content = BytesIO()
     with context():
@@ -181,6 +186,7 @@ def _chinese_font() -> FontProperties | None:
     """The best installed font for Chinese; one installed since matplotlib made its list is found too."""
     font = _listed_chinese_font()
     if font is None:
+        # matplotlib keeps its list of fonts from the first time that it ran.
         for file in _unlisted_chinese_files():
             font_manager.fontManager.addfont(file)
         font = _listed_chinese_font()

@@ -9,6 +9,7 @@
 
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from ..causal.sweeps import SITES
 from ..core.increments import PositionConfig
 from ..errors import PositionsError
-from ..interventions import LayerIndices, hook_names, index_of, indices_of
+from ..interventions import Hooks, LayerIndices, describe, hook_names, index_of, indices_of
 from ..measure.corpus_reader import CorpusIncrements
 from ..model import HookedPositionTransformer
 from ..text import Mask, TextOrTokens, prompts_of
@@ -55,6 +56,7 @@ class TextPositions:
         patterns: attention from each token to each, where it was asked for and the model shows it.
         whole: characters of the text, those that were cut included.
         limit: why it was cut; empty where it was not.
+        edits: what the hooks did that were active, in words; empty where there were none.
     """
 
     name: str
@@ -71,6 +73,7 @@ class TextPositions:
     patterns: Float[Tensor, "layer query_head pos pos"] | None
     whole: int
     limit: str
+    edits: str = ""
 
     def mean_increment(self, entry: int) -> float:
         """The mean step between the tokens of the text at an entry of `layers`; of one token alone, its increment."""
@@ -123,6 +126,7 @@ def position_text(
     *,
     patterns: bool = False,
     most: int = MOST_DRAWN,
+    hooks: Hooks | None = None,
     attention_mask: Mask = None,
     prepend_bos: bool | None = None,
 ) -> TextPositions:
@@ -133,6 +137,7 @@ def position_text(
         text: a text, or the tokens of one as they are, special ones in front included.
         patterns: keep the attention patterns as well.
         most: tokens at most; the context in any case.
+        hooks: edits, active while the model runs.
         attention_mask: the real tokens of a padded row; the padding is left out.
         prepend_bos: whether a text gets the beginning-of-sequence token; None is TransformerLens' default.
 
@@ -156,17 +161,18 @@ def position_text(
     tokens = tokens[: spans[kept - 1][1]] if kept < len(units) else tokens
 
     wanted = ["increments", "positions", *(["pattern"] if patterns else [])]
-    hooks = {site: [name for _, name in hook_names(model, None, SITES[site][0])] for site in wanted}
-    names = [name for of_site in hooks.values() for name in of_site if name in model.hook_dict]
-    with torch.no_grad():
+    sites = {site: [name for _, name in hook_names(model, None, SITES[site][0])] for site in wanted}
+    names = [name for of_site in sites.values() for name in of_site if name in model.hook_dict]
+    # Edits come before the looking on, which is added last.
+    with torch.no_grad(), model.hooks(fwd_hooks=hooks or []):
         _, cache = model.run_with_cache(tokens[None], names_filter=names, return_type=None)
     increments, positions = (
-        torch.stack([cache[name][0] for name in hooks[site]]).detach().cpu().double()
+        torch.stack([cache[name][0] for name in sites[site]]).detach().cpu().double()
         for site in ("increments", "positions")
     )
     if increments.ndim == 2:
         increments, positions = increments[..., None], positions[..., None]
-    seen = patterns and all(name in cache for name in hooks["pattern"])
+    seen = patterns and all(name in cache for name in sites["pattern"])
     return TextPositions(
         name=model.name,
         config=model.position_config,
@@ -179,10 +185,71 @@ def position_text(
         last=[stop - 1 for _, stop in spans[:kept]],
         increments=increments,
         positions=positions,
-        patterns=torch.stack([cache[name][0].float().cpu() for name in hooks["pattern"]]) if seen else None,
+        patterns=torch.stack([cache[name][0].float().cpu() for name in sites["pattern"]]) if seen else None,
         whole=sum(sizes),
         limit=limit if kept < len(units) else "",
+        edits=describe(hooks or []),
     )
+
+
+def before_and_after(
+    model: HookedPositionTransformer, text: TextOrTokens, hooks: Hooks | None, **how: Any
+) -> tuple[TextPositions, TextPositions | None]:
+    """A text as the model places it, and as it does with edits, where there are some.
+
+    Args:
+        model, text: as for `position_text`.
+        hooks: the edits; None or an empty list: there are none.
+        how: further arguments of `position_text`.
+    """
+    if hooks is not None and not isinstance(hooks, list):
+        raise PositionsError(f"hooks is a {type(hooks).__name__}; expected a list, as `ablate` and others return it.")
+    return position_text(model, text, **how), position_text(model, text, hooks=hooks, **how) if hooks else None
+
+
+def rows_to_show(
+    model: HookedPositionTransformer,
+    layers: LayerIndices,
+    before: TextPositions,
+    after: TextPositions | None,
+    what: str,
+) -> list[tuple[int, str, bool]]:
+    """The rows of a picture: the entry of the layer, the row's name, and whether it is that after the edits.
+
+    A layer that the edits change has two rows, one below the other. The others keep theirs, as one where they are
+    alike.
+
+    Args:
+        model, layers: as for `layers_to_show`.
+        before, after: the text without and with edits.
+        what: "increments" or "positions", whose change counts.
+    """
+    values: Tensor = getattr(before, what)
+    if after is None:
+        return [(entry, name, False) for entry, name in layers_to_show(model, layers, values).items()]
+    edited: Tensor = getattr(after, what)
+    shown = layers_to_show(model, layers, torch.cat([values, edited], dim=-1))
+    changed = [entry for entry in shown if not torch.equal(values[entry], edited[entry])]
+    rows, same = [], [entry for entry in shown if entry not in changed]
+    alike = len(same) > 1 and all(torch.equal(values[entry], values[same[0]]) for entry in same)
+    for entry, name in shown.items():
+        if entry in changed:
+            rows += [(entry, name, False), (entry, f"{name}, edited", True)]
+        elif not alike:
+            rows.append((entry, name, False))
+        elif entry == same[0]:
+            rows.append((entry, "other layers" if changed else "all layers", False))
+    return rows
+
+
+def edits_in_words(after: TextPositions | None, rows: list[tuple[int, str, bool]] | None = None) -> list[str]:
+    """What a caption says of the edits."""
+    if after is None:
+        return []
+    said = [f"Edits: {after.edits}."]
+    if rows is not None and not any(edited for _, _, edited in rows):
+        said.append("They change nothing that is drawn here.")
+    return said
 
 
 def layers_to_show(

@@ -11,7 +11,8 @@ from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 import lens_positions as lp
-from lens_positions.analysis.token_kinds import increments_by_category, kinds
+from lens_positions.analysis.token_kinds import increments_by_category
+from lens_positions.measure.kinds import kinds
 from lens_positions.tokenizer import END_OF_DOCUMENT, byte_tokenizer
 
 LEAD, REST = "Chinese lead byte", "Chinese continuation byte"

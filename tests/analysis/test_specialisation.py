@@ -6,8 +6,9 @@ import torch
 
 import lens_positions as lp
 from lens_positions.analysis.specialisation import below_zero, saturation, specialisation
-from lens_positions.analysis.token_kinds import CODE_KINDS, corpus_kinds, increments_by_category, kinds
+from lens_positions.analysis.token_kinds import corpus_kinds, increments_by_category
 from lens_positions.measure.corpus_reader import read_corpus
+from lens_positions.measure.kinds import CODE_KINDS, kinds
 from lens_positions.tokenizer import byte_tokenizer
 
 TEXTS = [

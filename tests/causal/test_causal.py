@@ -421,8 +421,6 @@ def refusals(model):
         "the metric returned NaN or infinite": lambda: sweep(model, TOKENS, lambda logits: logits[:, 0, 0] * math.nan),
         "the metric reads token 9; expected one of the prompt's 9 tokens":
             lambda: sweep(model, TOKENS, causal.log_probability(5, at=9)),
-        "tokens are shape (2, 9); expected the token ids of one prompt": lambda: sweep(model, pair, LOSS),
-        "2 prompts; expected the token ids of one prompt": lambda: sweep(model, ["a text", "another"], LOSS),
         "tokens go from 300 to 300; expected ids from 0 to 256":
             lambda: sweep(model, torch.tensor([[300, 300]]), LOSS),
         "by is 0.0; expected": lambda: sweep(model, TOKENS, LOSS, by=0.0),

@@ -270,10 +270,11 @@ def refusals(model, cache):
         "positions has shape (2, 9) and dtype torch.int64": lambda: lp.scale(model, 2.0, positions=TOKENS),
         "the mask of tokens has length 9; expected 5":
             lambda: run(short, fwd_hooks=lp.scale(model, 2.0, positions=TOKENS > 9)),
-        "heads is 1; expected none, as the increments of this model are not per head":
-            lambda: lp.scale(model, 2.0, heads=1),
-        "heads is 1; expected none, as the recorded increments are not per head": lambda: lp.freeze(cache, heads=1),
-        "there is no head 4; expected heads from 0 to 3": lambda: lp.freeze(of_heads, heads=4),
+        "there is no head 4; expected query heads from 0 to 3": lambda: lp.freeze(of_heads, heads=4),
+        "there is no head 5; expected key-value heads from 0 to 3":
+            lambda: lp.scale(model, 2.0, heads=5, head_kind="key_value"),
+        'head_kind is \'keys\'; expected "query" or "key_value"':
+            lambda: lp.scale(model, 2.0, heads=1, head_kind="keys"),
         "to is 'zero'; expected a finite number": lambda: lp.ablate(model, to="zero"),
         "to is [1.0]": lambda: lp.ablate(model, to=[1.0]),
         "seed is 0.5; expected a whole number": lambda: lp.ablate(model, to="shuffle", seed=0.5),

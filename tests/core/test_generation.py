@@ -267,3 +267,118 @@ def test_sliding_window_cache(source, randomize):
     randomize(model)
     texts = [model.generate(TOKENS, max_new_tokens=10, do_sample=False, use_cache=cached) for cached in (True, False)]
     assert torch.equal(*texts)
+
+
+def newlines(ids):
+    return ids == 7
+
+
+def after_the_third(ids):
+    """All tokens after the third one that can be divided by 3, whenever it comes."""
+    return (ids % 3 == 0).cumsum(1).roll(1, 1).index_fill(1, torch.tensor([0]), 0) > 2
+
+
+def edits_that_start_later(model):
+    even = dict(positions=lambda ids: ids % 2 == 0)
+    return {
+        "a slice past the prompt": lp.ablate(model, to=3.0, positions=slice(15, None)),
+        "a slice with steps": lp.scale(model, 4.0, positions=slice(5, 22, 3)),
+        "positions of a slice": lp.scale(model, 1.5, positions=slice(14, None), site="positions"),
+        "a function": lp.ablate(model, to=0.2, **even) + lp.scale(model, 2.0, layers=0, positions=slice(16, 18)),
+        "a function of the past": lp.scale(model, 4.0, positions=after_the_third),
+        "gaps from a token on": lp.add_gap(model, before=slice(14, None), by=2.5),
+    }
+
+
+@pytest.mark.parametrize("source", ["static", "per_layer"])
+@pytest.mark.parametrize("gap", ["before", "after"])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_edits_that_start_later_generate_alike_with_and_without_a_cache(tiny_model, source, gap, per_head):
+    """Greedily, of a tiny Llama; the logits of the cached steps are those of one whole pass with the same edit."""
+    model = tiny_model(source=source, gap=gap, per_head=per_head).to(torch.float64, print_details=False)
+    prompt = TOKENS[:1]
+    greedy = dict(max_new_tokens=12, do_sample=False, verbose=False, stop_at_eos=False)
+    plain = model(model.generate(prompt, **greedy))
+    changed = 0
+    for name, hooks in edits_that_start_later(model).items():
+        runs = [model.generate(prompt, use_past_kv_cache=c, fwd_hooks=hooks, **greedy) for c in (True, False)]
+        assert torch.equal(*runs), name
+        (ids,), step = runs[:1], len(prompt[0])
+        with model.hooks(fwd_hooks=hooks):
+            whole, cache, pieces = model(ids), None, []
+            for start, stop in ((0, step), *((t, t + 1) for t in range(step, ids.shape[1]))):
+                out = model.original_model(ids[:, start:stop], past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                pieces.append(out.logits)
+        assert (torch.cat(pieces, 1) - whole).abs().max() < 1e-5 * whole.abs().max(), name
+        changed += (whole - model(ids)).abs().max() > 1e-4
+    assert changed == 6
+    assert plain.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["bilingual-rope", "bilingual-shared", "bilingual-per-layer"])
+def test_shipped_models_generate_alike_with_edits_that_start_past_the_prompt(name):
+    model = lp.HookedPositionTransformer.from_pretrained(name)
+    prompt = model.to_tokens("The President of the United")
+    greedy = dict(max_new_tokens=24, do_sample=False, verbose=False, stop_at_eos=False)
+    plain = model.generate(prompt, **greedy)
+    spaces = dict(before=lambda ids: ids == ord(" "), by=3.0)
+    for hooks in (lp.add_gap(model, **spaces), lp.ablate(model, to=2.5, positions=slice(prompt.shape[1] + 4, None))):
+        runs = [model.generate(prompt, use_past_kv_cache=c, fwd_hooks=hooks, **greedy) for c in (True, False)]
+        assert torch.equal(*runs)
+        start = prompt.shape[1] + (5 if hooks[0][1].positions.__class__ is slice else 0)
+        assert torch.equal(runs[0][:, :start], plain[:, :start])
+        assert not torch.equal(runs[0], plain)
+
+
+def test_rows_of_a_batch_meet_a_condition_each_at_its_own_token(tiny_model):
+    """Padded on the left, with a beam search's reordering beneath: as each row alone."""
+    model = tiny_model(source="per_layer")
+    hooks = lp.scale(model, 5.0, positions=after_the_third)
+    whole, cache = [], None
+    with model.hooks(fwd_hooks=hooks):
+        for start, stop in ((0, 6), (6, 7), (7, 12)):
+            given = {"attention_mask": MASK[:, :stop], "position_ids": ids_of(MASK)[:, start:stop]}
+            out = model.original_model(TOKENS[:, start:stop], past_key_values=cache, use_cache=True, **given)
+            cache = out.past_key_values
+            if stop == 6:  # there and back
+                cache.reorder_cache(torch.tensor([2, 0, 1]))
+                cache.reorder_cache(torch.tensor([1, 2, 0]))
+            whole.append(out.logits)
+        for row, mask in enumerate(MASK.bool()):
+            alone = model(TOKENS[row][mask][None])
+            assert (torch.cat(whole, 1)[row][mask] - alone[0]).abs().max() < 1e-5 * alone.abs().max()
+
+
+def has_a_next(ids):
+    return torch.nn.functional.pad(ids[:, 1:] >= 0, (0, 1))
+
+
+def test_choices_that_a_generation_would_break_are_refused(tiny_model):
+    model, after = tiny_model(source="per_layer"), tiny_model(source="per_layer", gap="after")
+    ids = TOKENS[:1]
+    last = lp.scale(
+        model, 2.0, positions=lambda ids: torch.nn.functional.pad(ids[:, 1:] == ids[:, 1], (0, 1), value=True)
+    )
+    refused = {
+        "chooses others among the first 11 once a token follows": lambda: model(ids, fwd_hooks=last),
+        "returned torch.int64 .1, 12. for ids of shape .1, 12.; expected booleans": lambda: model.run_with_hooks(
+            ids, fwd_hooks=lp.scale(model, 2.0, positions=lambda ids: ids)
+        ),
+        "returned a list for ids": lambda: model.run_with_hooks(
+            ids, fwd_hooks=lp.scale(model, 2.0, positions=lambda ids: [True])
+        ),
+        "an end of the slice positions is -3; expected": lambda: lp.scale(model, 2.0, positions=slice(-3, None)),
+        "an end of the slice before is 0": lambda: lp.add_gap(model, before=slice(2, 9, 0)),
+        "to is 'mean' and positions has no end": lambda: lp.ablate(model, to="mean", positions=slice(3, None)),
+        "to is 'shuffle' and positions has no end": lambda: lp.ablate(model, to="shuffle", positions=newlines),
+        'before is a function and this model has gap "after"': lambda: lp.add_gap(after, before=newlines),
+    }
+    for message, run in refused.items():
+        with pytest.raises(lp.PositionsError, match=message):
+            run()
+    with (
+        model.hooks(fwd_hooks=lp.scale(model, 2.0, positions=newlines)),
+        pytest.raises(lp.PositionsError, match="does not know them all; expected ids rather than embeddings"),
+    ):
+        model.original_model(inputs_embeds=model.original_model.get_input_embeddings()(ids))

@@ -1,5 +1,6 @@
 """Effects drawn and printed: every number in its place, in figures, terminal and files; mistakes are one sentence."""
 
+import inspect
 import math
 
 import numpy as np
@@ -11,7 +12,8 @@ from conftest import drawn_weights
 import lens_positions as lp
 from lens_positions import causal, cli
 from lens_positions.viz import style
-from lens_positions.viz.effect_charts import ablation_bars, effect_map
+from lens_positions.viz.effect_charts import ablation_bars, effect_map, map_of
+from lens_positions.viz.prompt_charts import prompts_chart
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def run(capsys, monkeypatch):
 def test_a_map_has_every_effect_in_its_place():
     effects = torch.arange(-6.0, 6.0).view(3, 4)
     effects[0, 2] = math.nan
-    figure = effect_map(effects, [0, 4, 7], ["a", "中", "<script>", "$x^2$"], "Title $1", "nats", "caption " * 30)
+    figure = map_of(effects, [0, 4, 7], ["a", "中", "<script>", "$x^2$"], "Title $1", "nats", "caption " * 30)
     axes, bar = figure.axes
     (image,) = axes.get_images()
     np.testing.assert_array_equal(image.get_array().filled(math.nan), effects.numpy())
@@ -77,9 +79,38 @@ def test_a_map_has_every_effect_in_its_place():
 
 
 def test_a_map_of_nothing_is_drawn():
-    effect_map(torch.zeros(1, 3), [0], ["a", "b", "c"], "Nothing", "nats")
+    map_of(torch.zeros(1, 3), [0], ["a", "b", "c"], "Nothing", "nats")
     with pytest.raises(lp.PositionsError, match=r"effects have shape \(1, 3\), with 2 layers and 3 tokens"):
-        effect_map(torch.zeros(1, 3), [0, 1], ["a", "b", "c"], "Nothing", "nats")
+        map_of(torch.zeros(1, 3), [0, 1], ["a", "b", "c"], "Nothing", "nats")
+
+
+def test_a_map_needs_the_model_the_effects_and_the_text_alone(model):
+    effects = causal.gap_sweep(model, "a text", causal.loss(), layers=[0, 1])
+    hooks = lp.scale(model, 2.0, layers=0)
+    figure = effect_map(model, effects, "a text", [0, 1], hooks=hooks)
+    labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert labels[1:] == ["a", "␣", "t", "e", "x", "t"]
+    said = " ".join(" ".join(text.get_text() for text in figure.texts).split())
+    assert "Edits: increments times 2 in layer 0." in said
+    with pytest.raises(lp.PositionsError, match="effects have shape"):
+        effect_map(model, effects, "a text")
+    with pytest.raises(lp.PositionsError, match="the model is a Tensor; expected the model that was measured"):
+        inspect.unwrap(effect_map)(effects, effects, "a text")
+
+
+def test_many_prompts_are_drawn_with_their_numbers(model):
+    found = causal.over_prompts(causal.attribution, model, ["a cat", "a dog sat"], causal.loss())
+    figure = prompts_chart(found, caption="Two texts.")
+    (image,) = figure.axes[0].get_images()
+    expected = found.table.pivot(index="layer", columns="token", values="mean")
+    np.testing.assert_allclose(image.get_array(), expected.to_numpy())
+    assert [text.get_text() for text in figure.axes[0].texts] == ["2"] * 6 + ["1"] * 4
+    pairs = pd.DataFrame({"clean": ["a cat", "a dog"], "corrupted": ["a dog", "a cow"]})
+    bars = prompts_chart(causal.mediation(model, pairs, metric=causal.loss()))
+    legend = [text.get_text() for text in bars.axes[0].get_legend().get_texts()]
+    assert legend == ["total", "direct", "increments", "interaction"]
+    with pytest.raises(lp.PositionsError, match="head is 2; expected none, as the effects are not by head"):
+        prompts_chart(found, head=2)
 
 
 def test_bars_have_their_heights_and_intervals(model):
@@ -206,3 +237,15 @@ def test_without_a_chinese_font_the_map_says_why(run, folder, tmp_path, monkeypa
     assert code == 0
     assert "largest effects" in out
     assert "no figure was drawn" in err
+
+
+def test_a_map_of_heads_shows_the_largest_effect_of_each_with_its_sign():
+    effects = torch.zeros(2, 3, 5)
+    effects[0, 1, 2], effects[0, 1, 4], effects[1, 2, 0] = -3.0, 2.0, 1.0
+    figure = lp.viz.head_map(effects, [4, 7], "A longer gap", "nats")
+    drawn = figure.axes[0].images[0]
+    assert drawn.get_array().tolist() == [[0.0, -3.0, 0.0], [0.0, 0.0, 1.0]]
+    assert drawn.get_clim() == (-3.0, 3.0)
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["4", "7"]
+    with pytest.raises(lp.PositionsError, match=r"effects have shape \(2, 3, 5\), with 3 layers"):
+        lp.viz.head_map(effects, [0, 1, 2], "A longer gap", "nats")

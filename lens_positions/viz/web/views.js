@@ -174,7 +174,8 @@
         const unit = state.scale === "relative" ? row.mean : 1;
         return { ...row, x: row.first.map((p) => p / unit), end: row.last.map((p) => p / unit) };
       });
-      const left = rows.length > 1 || rows[0].name.length > 6 ? 74 : 62;
+      const longest = Math.max(...rows.map((row) => row.name.length));
+      const left = rows.length > 1 || longest > 6 ? Math.max(74, 6 * longest + 14) : 62;
       const width = Math.max(holder.clientWidth - left - 16, 120);
       const needed = pixelsNeeded(data.units, rows);
       let extent = 0;

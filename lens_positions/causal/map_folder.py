@@ -1,0 +1,235 @@
+"""The folder that a map is written to: what it holds, and how it is read.
+
+    map.json               what the map is of: model, weights, corpus, windows; written first, and never changed
+    gaps-000000.parquet    a shard: every gap of so many windows, at every layer; whole, or not there
+    end.json               how many shards, documents and gaps the corpus has; written when its end was reached
+
+A shard is written aside and renamed, so that a process that is killed leaves whole shards alone. What a shard holds
+depends on map.json and its number only, not on who wrote it: any number of processes may share the work.
+"""
+
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.dataset
+import pyarrow.parquet
+import torch
+from accelerate.utils import align_module_device
+
+from ..core.model_wrappers import base_model
+from ..errors import PositionsError
+
+FORMAT = 1
+"""Version of map.json."""
+
+DIGEST = b"lens_positions.windows"
+"""Under this name a shard's metadata have the digest of its windows."""
+
+SHARD = "gaps-{:06d}.parquet"
+
+
+@dataclass(frozen=True)
+class GapMap:
+    """A map on disk, which may still be in the making.
+
+    Attributes:
+        folder: where it is.
+
+    >>> found = lp.causal.gap_map(model, texts, folder / "map", progress=False)
+    >>> found == lp.causal.GapMap(folder / "map")
+    True
+    >>> found.end["gaps"], len(found.table(["gradient"]))  # six layers
+    (526, 3156)
+    """
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", Path(self.folder))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the map is of.
+
+        Raises:
+            PositionsError: there is no map.
+        """
+        return _read(self.folder / "map.json")
+
+    @property
+    def end(self) -> dict[str, int] | None:
+        """How many `shards`, `documents` and `gaps` the corpus has; None until somebody has reached its end."""
+        return _read(self.folder / "end.json") if (self.folder / "end.json").exists() else None
+
+    @property
+    def shards(self) -> list[Path]:
+        """The shards that are there, in order."""
+        return sorted(self.folder.glob("gaps-*.parquet"))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every gap of the corpus is there."""
+        return self.end is not None and len(self.shards) == self.end["shards"]
+
+    def table(self, columns: list[str] | None = None) -> pd.DataFrame:
+        """Every row, with these columns: all of a large map may not fit in memory.
+
+        Raises:
+            PositionsError: there is no map, no shard, or one that is damaged.
+        """
+        return pd.concat(self.tables(columns), ignore_index=True)
+
+    def tables(self, columns: list[str] | None = None) -> Iterator[pd.DataFrame]:
+        """The rows shard by shard; errors as `table`."""
+        _ = self.settings
+        if not self.shards:
+            raise PositionsError(f"the map in {self.folder} has no shard yet; expected at least one.")
+        for path in self.shards:
+            try:
+                yield pyarrow.parquet.read_table(path, columns=columns).to_pandas()
+            except (pa.ArrowException, OSError) as error:
+                raise _damaged(path, error) from error
+
+
+def begin(folder: Path, settings: dict[str, Any]) -> GapMap:
+    """The map of a new folder, or of one that was begun with the same settings.
+
+    Raises:
+        PositionsError: the folder has other files or a map of something else, or cannot be written.
+    """
+    settings = {"format": FORMAT, **settings}
+    if folder.exists() and not folder.is_dir():
+        raise PositionsError(f"{folder} is a file; expected a folder to write the map to.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "map.json").exists():
+            if others := [path.name for path in folder.iterdir() if not path.name.startswith(".map.json")]:
+                raise PositionsError(f"{folder} has other files ({sorted(others)[0]}); expected a new folder or a map.")
+            write_whole(folder / "map.json", json.dumps(settings, indent=2).encode() + b"\n")
+    except OSError as error:
+        raise _unwritten(folder, error) from error
+    found = GapMap(folder)
+    before = found.settings
+    for name, given in settings.items():
+        if before.get(name) != given and name not in ("model", "version"):
+            of = f"{before.get('model')} and {before.get('corpus')}"
+            raise PositionsError(
+                f"{folder} holds a map of {of}, with {name} {_short(before.get(name))} where this one has "
+                f"{_short(given)}; expected another folder, or the same again."
+            )
+    return found
+
+
+def digest_of(path: Path) -> str:
+    """The digest of the windows that a shard is of.
+
+    Raises:
+        PositionsError: it is damaged.
+    """
+    try:
+        metadata = pyarrow.parquet.read_schema(path).metadata or {}
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(path, error) from error
+    return metadata.get(DIGEST, b"").decode()
+
+
+def write_shard(folder: Path, number: int, rows: pa.Table, digest: str) -> None:
+    """Write a shard, whole or not at all.
+
+    Raises:
+        PositionsError: the folder cannot be written or has no room.
+    """
+    buffer = pa.BufferOutputStream()
+    pyarrow.parquet.write_table(rows.replace_schema_metadata({DIGEST: digest.encode()}), buffer, compression="zstd")
+    try:
+        write_whole(folder / SHARD.format(number), buffer.getvalue())
+    except OSError as error:
+        raise _unwritten(folder, error) from error
+
+
+def write_end(folder: Path, counts: dict[str, int]) -> None:
+    """Note that the corpus ends here; every process that gets there writes the same.
+
+    Raises:
+        PositionsError: the folder cannot be written or has no room.
+    """
+    try:
+        write_whole(folder / "end.json", json.dumps(counts, indent=2).encode() + b"\n")
+    except OSError as error:
+        raise _unwritten(folder, error) from error
+
+
+def write_whole(path: Path, content: Any) -> None:
+    """Write a file aside and rename it; what a killed process left of it goes."""
+    for left in path.parent.glob(f".{path.name}.*.partial"):
+        with suppress(OSError):
+            left.unlink()
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def weights_digest(model: Any) -> str:
+    """SHA-256 of all parameters and of the tables of the streams, wherever they wait."""
+    hashed = hashlib.sha256()
+    for name, module in sorted(base_model(model).named_modules(), key=lambda item: item[0]):
+        with align_module_device(module, torch.device("cpu")):
+            tensors = {**dict(module.named_parameters(recurse=False)), **_tables(name, module)}
+            for own, tensor in sorted(tensors.items()):
+                values = tensor.detach().to("cpu").contiguous()
+                hashed.update(f"{own} {values.dtype} {tuple(values.shape)}".encode())
+                hashed.update(values.reshape(-1).view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
+
+
+def _tables(name: str, module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return dict(module.named_buffers(recurse=False)) if "position_streams" in name else {}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise PositionsError(f"there is no map in {path.parent}; expected a folder that lens-positions map wrote.")
+    try:
+        read = json.loads(path.read_text("utf-8"))
+        if not isinstance(read, dict):
+            raise ValueError("it is no JSON object")
+    except (ValueError, OSError) as error:
+        raise _damaged(path, error) from error
+    if path.name == "map.json" and read.get("format") != FORMAT:
+        raise PositionsError(f"{path} has format {read.get('format')!r}; expected {FORMAT}, of this lens-positions.")
+    return read
+
+
+def _short(value: Any) -> str:
+    return f"{value!s:.40}" if isinstance(value, str) else f"{value!r:.80}"
+
+
+def _damaged(path: Path, error: Exception) -> PositionsError:
+    reason = " ".join(str(error).split())[:120]
+    return PositionsError(
+        f"{path} is damaged ({reason}); expected it as it was written (without it, it is made again)."
+    )
+
+
+def _unwritten(folder: Path, error: OSError) -> PositionsError:
+    count = len(GapMap(folder).shards) if folder.is_dir() else 0
+    return PositionsError(
+        f"the map cannot be written to {folder} ({error.strerror}); expected a writable folder with room: its {count} "
+        "whole shards can be read, and the same call goes on after them."
+    )
