@@ -431,12 +431,10 @@ def word_boundaries(suite: Suite) -> Finding:
     if any(table.empty for table in within.values()):
         best = ", ".join(f"{areas(t)[areas(t)['layer'] > 0]['auc'].max():.3f}" for t in tables.values())
         sentence = f"Not measured within lead bytes here; with them the best layer above 0 has {best} (by seed)."
-        files = [suite.results.path("boundaries")]
-        return Finding(title, reported, "untested", sentence, rule, [_areas_by_layer(everyone), note + "."], files)
+        blocks: list[Block] = [_areas_by_layer(everyone), f"{note}."]
+        return Finding(title, reported, "untested", sentence, rule, blocks, [suite.results.path("boundaries")])
     above = {seed: table[table["layer"] > 0]["auc"] for seed, table in within.items()}
     found = over_seeds([float((auc - 0.5).abs().max()) for auc in above.values()])
-    layer_0 = max(abs(float(table[table["layer"] == 0]["auc"].iloc[0]) - 0.5) for table in within.values())
-    order = areas(first, "best order of tokens")["auc"].iloc[0]
     entropy = areas(first, "branching entropy")["auc"].iloc[0]
     ends = f"{min(auc.min() for auc in above.values()):.3f} to {max(auc.max() for auc in above.values()):.3f}"
     each = ", ".join(f"{value:.3f}" for value in found.values)
@@ -444,16 +442,12 @@ def word_boundaries(suite: Suite) -> Finding:
         f"AUC within a lead byte {ends} over layers and seeds; largest distance from 0.5 {found.text('.3f')}, by seed "
         f"{each}"
     )
-    control = (
-        f"lead bytes alone, in any order, {1 - order:.3f} to {order:.3f}; layer 0 within one, off by {layer_0:.3f}; "
-        f"branching entropy after the character before {entropy:.3f}"
-    )
-    count = sum(len(auc) for auc in above.values())
+    control = _boundary_control(first, within)
     call = judge(found, KNOWN, KNOWN_A_LITTLE)
-    power = f"a distance of {seen(found, KNOWN_A_LITTLE):.3f} would have counted. {count} areas above layer 0."
-    power += _would_decide(found, KNOWN_A_LITTLE, call)
+    power = f"a distance of {seen(found, KNOWN_A_LITTLE):.3f} would have counted."
+    power += f" {sum(map(len, above.values()))} areas above layer 0.{_would_decide(found, KNOWN_A_LITTLE, call)}"
     beyond = sum(_is_beyond(table) for table in within.values())
-    blocks: list[Block] = [
+    blocks = [
         _areas_by_layer(everyone),
         f"{note}; of the one before alone, {entropy:.3f}. Rows of a first byte compare gaps before the same one only.",
     ]
@@ -469,6 +463,16 @@ def word_boundaries(suite: Suite) -> Finding:
         ours=ours,
         control=control,
         power=power if found.n > 1 else "",
+    )
+
+
+def _boundary_control(table: pd.DataFrame, within: dict[int, pd.DataFrame]) -> str:
+    """What lead bytes alone, layer 0 and a statistic of the text reach."""
+    order = areas(table, "best order of tokens")["auc"].iloc[0]
+    layer_0 = max(abs(float(own[own["layer"] == 0]["auc"].iloc[0]) - 0.5) for own in within.values())
+    return (
+        f"lead bytes alone, in any order, {1 - order:.3f} to {order:.3f}; layer 0 within one, off by {layer_0:.3f}; "
+        f"branching entropy after the character before {areas(table, 'branching entropy')['auc'].iloc[0]:.3f}"
     )
 
 
