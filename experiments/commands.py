@@ -12,6 +12,7 @@ from lens_positions.exits import exit_status
 from lens_positions.training.config import preset_names
 
 from .options import (
+    QUESTION_TABLES,
     ROPE_TABLES,
     ROPE_VARIANTS,
     RUN_TABLES,
@@ -20,6 +21,7 @@ from .options import (
     GatherConfig,
     MaximumConfig,
     MeasureConfig,
+    QuestionsConfig,
     ResultsConfig,
     RopeConfig,
     RowConfig,
@@ -39,6 +41,13 @@ MEASURE = """Measure the increments of the runs that a suite has finished, and k
 The measurements are %s. What is measured already is left as it is.
 """
 
+QUESTIONS = """Answer four questions about increments from the runs of a suite, and write them as a page.
+
+Do word boundaries enter increments with training? What is an increment for? Do gaps before words matter more than other
+gaps? Do heads that step farther look back less? The measurements are %s; what is measured already is
+left as it is, and where no weights are here the page is written from the tables alone.
+"""
+
 SHIP = """Put finished, scored runs of a suite into the package in half precision, each with a card of what it is.
 
 The models are %s.
@@ -54,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         "rope": rope_command,
         "maximum": maximum_command,
         "gather": gather_command,
+        "questions": questions_command,
         "results": results_command,
         "row": row_command,
         "ship": ship_command,
@@ -125,6 +135,17 @@ def row_command(argv: list[str]) -> int:
     from .results import claim_rows
 
     print("\n".join(claim_rows(config)))
+    return 0
+
+
+def questions_command(argv: list[str]) -> int:
+    """Answer the four questions."""
+    description = QUESTIONS % ", ".join(QUESTION_TABLES)
+    config = tyro.cli(QuestionsConfig, prog="lens-positions experiments questions", description=description, args=argv)
+
+    from .questions import questions
+
+    print(questions(config))
     return 0
 
 

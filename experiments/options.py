@@ -82,6 +82,9 @@ ROPE_TABLES = (
 )
 """What `measure_rope` measures of a model."""
 
+QUESTION_TABLES = ("probes", "gap_effects", "head_reach")
+"""What `questions` measures of a run."""
+
 
 STAGED = Path("runs/results")
 """Where suites and measurements leave their files until they are gathered."""
@@ -229,6 +232,27 @@ class RowConfig:
     key: tyro.conf.Positional[str] = ""
     results: Path = GATHERED
     preset: str = "long"
+
+
+@dataclass(frozen=True)
+class QuestionsConfig:
+    """What is asked of which suite.
+
+    Args:
+        suite: the suite whose runs are asked.
+        runs: the folder of the runs; runs/suite/SUITE where none is given.
+        files: what suites and measurements left; runs/results where none is given.
+        tables: some of the measurements, such as probes; all if none is named.
+        results: the folder of the tidy tables.
+        output: the page to write.
+    """
+
+    suite: str = "long"
+    runs: Path | None = None
+    files: Path | None = None
+    tables: tuple[str, ...] = ()
+    results: Path = GATHERED
+    output: Path = Path("docs/findings-questions.md")
 
 
 @dataclass(frozen=True)

@@ -358,14 +358,13 @@ def patch(
                 f"source has token {max(there)}; expected tokens below {values.shape[1]}, the length of the recorded "
                 "input."
             )
-        words = f"{site} of another input put in"
-        hooks.append((name, _hook_function(partial(_put_recorded, values, there, here), here, heads, words)))
+        edit = partial(_put_recorded, values, there, here)
+        hooks.append((name, _hook_function(edit, here, heads, f"{site} of another input put in")))
         plain = plain and bool((values if there is None else values[:, there]).eq(1).all())
     if plain:
         raise PositionsError(
-            "the cache is of a static model, whose increments are all 1.0, so that patching them into it changes "
-            "nothing; expected the cache of a model with learned increments, or ablate(model, to=1.0) to put 1.0 into "
-            "such a model."
+            "the cache is of a static model, whose increments are all 1.0; expected that of a model with learned "
+            "increments, or ablate(model, to=1.0) to put 1.0 into such a model."
         )
     return hooks
 

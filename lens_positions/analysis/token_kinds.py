@@ -7,7 +7,7 @@ See `lens_positions.measure.corpus_reader` for which tokens count.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd

@@ -96,8 +96,7 @@ def ablation_table(
 
     Args:
         model: a bridge with position streams and a tokenizer.
-        corpus: documents, as text or as tokens; long ones are cut into windows. Of a table (pandas or `datasets`) its
-            column `clean`.
+        corpus: documents, as text or as tokens, or a table with a column `clean`; long ones are cut into windows.
         layers: the model's own layer numbers, ablated one by one and together; None is all that rotate.
         to: the ablations; "mean" is best kept, for the reason above. Given `means`, "token" is always among them.
         seed: of the shuffle and the resampling.
@@ -125,15 +124,14 @@ def ablation_table(
     names = dict(hook_names(model, layers, SITES["pattern"][0]))
     to = _checked_ablations(model, to, means)
     seed = index_of(seed, "seed", "a whole number from 0")
-    texts = documents_of(corpus)
-    documents, batches = windows(cast(HookedPositionTransformer, model), texts, attention_mask, prepend_bos)
+    bridge, texts = cast(HookedPositionTransformer, model), documents_of(corpus)
+    documents, batches = windows(bridge, texts, attention_mask, prepend_bos)
     patterns = {layer: name for layer, name in names.items() if name in model.hook_dict}
     each = _each_ablation(model, list(names), by, heads)
     run = _Run(model, list(names), patterns, heads, means)
     tallies: dict[tuple[Ablated, To, int | None], Tally] = {}
     base = Tally(len(documents))
-    what = f"ablating {len(each)} choices of layers in {len(to)} ways"
-    for number, (rows, owners) in enumerate(rows_of(documents, batches, what)):
+    for number, (rows, owners) in enumerate(rows_of(documents, batches, f"ablating in {len(each) * len(to)} ways")):
         baseline = _Baseline(model, rows, patterns)
         base.add(owners, baseline.nats[..., None])
         for ablated, how in product(each, to):

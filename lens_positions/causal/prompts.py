@@ -116,21 +116,17 @@ def over_prompts(
     """Measure each of many prompts, and average over them by place.
 
     Args:
-        measurement: of one prompt: `(model, tokens, metric)` to a tensor [layer pos] or [layer head pos], or to a
-            table with columns of keys and `mean`. One with a parameter `source` or `corrupted` gets the other prompt
-            of the pair there.
+        measurement: of one prompt: `(model, tokens, metric)` to a tensor [layer pos] or [layer head pos], or a table
+            with columns of keys and `mean`. A parameter `source` or `corrupted` gets the other prompt of the pair.
         model: a bridge with position streams.
         prompts: a list of texts or tokens of any lengths, or a table (pandas or `datasets`) with columns `clean`,
             `corrupted` for pairs, and `answer` and `wrong`, one token each as text or id.
         metric: of every prompt; None takes the table's: the logit of `answer` minus that of `wrong` after the last
             token, or the log probability of `answer` where there is no `wrong`.
-        template: a text with {names} of the table's columns, by whose spans tokens are aligned, over prompts and
-            within a pair; see `prompt_tables`.
+        template: a text with {names} of columns, by whose spans tokens are aligned; see `prompt_tables`.
         count_from: count tokens from the "start" (0, 1, ...) or the "end" (-1, -2, ...) of a prompt or of each span.
-        tokens_a_batch: of the batches, for memory's sake; results do not depend on it.
-        seed: of the resampling.
-        attention_mask, prepend_bos: as for `gap_sweep`.
-        arguments: passed on to the measurement.
+        tokens_a_batch: for memory's sake; results do not depend on it. `seed` is that of the resampling.
+        attention_mask, prepend_bos: as for `gap_sweep`. `arguments` are passed on to the measurement.
 
     Raises:
         PositionsError: an empty table, a column or span that is missing, pairs that do not align, no metric, or what
@@ -152,19 +148,17 @@ def over_prompts(
     streams_of(model)
     size = index_of(tokens_a_batch, "tokens_a_batch", "a whole number from 1", least=1)
     read = read_prompts(model, prompts, template, count_from, attention_mask, prepend_bos)
-    metrics = _metrics(read, metric)
-    roles = _roles(measurement, read, arguments)
+    metrics, roles = _metrics(read, metric), _roles(measurement, read, arguments)
     batched: Batched | None = getattr(measurement, "batched", None)
     hooked = any(point.has_hooks("fwd") for point in model.hook_dict.values())
     found = None if hooked or batched is None else _in_batches(batched, model, read, metrics, size, arguments)
     if found is None:
         pairs = track_progress(list(zip(read, metrics, strict=True)), "prompts", quick=len(read) < 4)
         found = [_alone(measurement, model, roles, arguments, *pair) for pair in pairs]
-    name = getattr(measurement, "__name__", type(measurement).__name__)
     of_prompts = _long(model, read, found, arguments.get("layers"))
-    table = _summary(of_prompts, len(read), seed)
     words = ", ".join(f"{key}={value!r:.60}" for key, value in arguments.items() if value is not None)
-    return PromptEffects(table, of_prompts, name, getattr(model, "name", type(model).__name__), count_from, words)
+    name, of_model = (getattr(x, key, type(x).__name__) for x, key in ((measurement, "__name__"), (model, "name")))
+    return PromptEffects(_summary(of_prompts, len(read), seed), of_prompts, name, of_model, count_from, words)
 
 
 def many_prompts(batched: Batched | None = None, lists: bool = True) -> Callable[[Function], Function]:

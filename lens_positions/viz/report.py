@@ -47,6 +47,9 @@ SNIPPET = 80
 
 Piece = dict[str, Any]
 
+Part = tuple[str, Callable[[], Iterator[Piece]]]
+"""The title of a part, and what computes it."""
+
 
 def report(
     model: HookedPositionTransformer,
@@ -71,15 +74,11 @@ def report(
         corpus: held-out text for the kinds of token, the loss and the ablations: a name, a file or a folder. None is
             "bilingual" where the packages with its text are installed.
         characters: at most so much of it, taken evenly from the held-out documents.
-        seed: of the resampling and the shuffles.
-        command: how to make it again, as it stands in the report.
+        seed: of the resampling and the shuffles. `command` is how to make it again, as it stands in the report.
         prepend_bos: whether every text gets the beginning-of-sequence token; None is TransformerLens' default.
-        hooks: edits: texts are drawn without and with them, and the loss is measured with them too. What is measured
-            on kinds of token and by ablation is the model's own.
+        hooks: edits, without and with which texts are drawn and the loss is measured; all else is the model's own.
 
-    Returns:
-        What was cut or left out, a sentence each. Interrupted, it writes the parts that are done, says so in the page,
-        and raises KeyboardInterrupt with the path.
+    Returns what was cut or left out, a sentence each. Interrupted, it writes what is done and raises KeyboardInterrupt.
 
     Raises:
         PositionsError: an empty text, a path that cannot be written, a corpus that was named and is not there, or
@@ -90,17 +89,14 @@ def report(
     '<!doctype html>'
     """
     check_page(path)
-    models = [model] if compare is None else [model, compare]
-    if hooks and compare is not None:
-        raise PositionsError(
-            "hooks were given with a model to compare; expected one of the two, as edits are of one model."
-        )
+    models = _models(model, compare, hooks)
     texts = [texts] if isinstance(texts, str) else list(texts) or [ENGLISH, CHINESE]
     if not all(texts):
         raise PositionsError("a text is empty; expected at least one character.")
     held_out, of_corpus = _held_out(corpus, characters)
 
-    planned: list[tuple[str, Callable[[], Iterator[Piece]]]] = [
+    # Each part is computed when it is its turn, so that an interruption keeps those before it.
+    planned: list[Part] = [
         ("The model" if compare is None else "The models", lambda: _facts(models, hooks)),
         ("Characters at their positions", lambda: _spacing(models, texts, prepend_bos, hooks)),
         ("Tokens tinted by increment", lambda: _tints(models, texts, prepend_bos, hooks)),
@@ -110,29 +106,51 @@ def report(
         ("What the increments are needed for", lambda: _ablations(models, held_out, of_corpus, seed, prepend_bos)),
         ("How to make this report again", lambda: _again(models, of_corpus, seed, command)),
     ]
+    parts, interrupted = _finished_parts(planned)
+    write_page(_page(models, parts, [title for title, _ in planned[len(parts) :]]), path)
+    if interrupted is not None:
+        raise type(interrupted)(str(path)) from interrupted
+    return [*_cut_views(parts), *([] if held_out else [of_corpus])]
+
+
+def _models(
+    model: HookedPositionTransformer, compare: HookedPositionTransformer | None, hooks: Hooks | None
+) -> list[HookedPositionTransformer]:
+    """The models of the report, in order."""
+    if hooks and compare is not None:
+        raise PositionsError("hooks came with a model to compare; expected one of them, as edits are of one model.")
+    return [model] if compare is None else [model, compare]
+
+
+def _cut_views(parts: list[dict[str, Any]]) -> list[str]:
+    """What views leave out of their texts, a sentence each."""
+    views = [piece for part in parts for piece in part["pieces"] if piece["kind"] == "view" and piece["view"].cut]
+    return [f"{piece['title']}: {piece['view'].title}: {piece['view'].cut}" for piece in views]
+
+
+def _finished_parts(planned: list[Part]) -> tuple[list[dict[str, Any]], KeyboardInterrupt | None]:
+    """The parts, or those before an interruption, and the interruption."""
     parts: list[dict[str, Any]] = []
-    interrupted: KeyboardInterrupt | None = None
     for title, pieces in announce_parts(planned, "report"):
         try:
             parts.append({"title": title, "id": title.lower().replace(" ", "-"), "pieces": list(pieces())})
         except KeyboardInterrupt as interruption:
-            interrupted = interruption
-            break
+            return parts, interruption
+    return parts, None
+
+
+def _page(models: list[HookedPositionTransformer], parts: list[dict[str, Any]], missing: list[str]) -> str:
+    """The page with everything in it; `missing` are the titles of parts that were not reached."""
+    names = " and ".join(model.name for model in models)
     loader = Environment(loader=PackageLoader("lens_positions.viz", "web"), autoescape=True)
-    page = loader.get_template("report.html").render(
-        title=f"does {model.name} think its" if compare is None else f"do {model.name} and {compare.name} think their",
+    return loader.get_template("report.html").render(
+        title=f"does {names} think its" if len(models) == 1 else f"do {names} think their",
         styles=_own_text(styles()),
         scripts=_own_text(scripts()),
         parts=parts,
-        missing=[title for title, _ in planned[len(parts) :]],
+        missing=missing,
         version=__version__,
     )
-    write_page(page, path)
-    if interrupted is not None:
-        raise type(interrupted)(str(path)) from interrupted
-    views = [piece for part in parts for piece in part["pieces"] if piece["kind"] == "view" and piece["view"].cut]
-    left_out = [f"{piece['title']}: {piece['view'].title}: {piece['view'].cut}" for piece in views]
-    return left_out if held_out else [*left_out, of_corpus]
 
 
 def _facts(models: list[HookedPositionTransformer], hooks: Hooks | None) -> Iterator[Piece]:

@@ -145,34 +145,16 @@ def position_text(
         PositionsError: an empty text, several texts, a model without a tokenizer, no such tokens, padding without a
             mask, or a first character that alone is too long.
     """
-    if getattr(model, "tokenizer", None) is None:
-        raise PositionsError("the model has no tokenizer; expected one, to tell what its tokens are.")
+    tokens, given = _one_text(model, text, attention_mask, prepend_bos)
     room = min(model.cfg.n_ctx, index_of(most, "most", "at least one token", least=1))
-    prompts = prompts_of(model, text, attention_mask, prepend_bos, whole=True)
-    if len(prompts) != 1:
-        raise PositionsError(f"{len(prompts)} texts were given; expected one text, or its token ids [pos].")
-    tokens = prompts[0]
-    (given,) = [text] if isinstance(text, str | Tensor) else text
-    units, sizes, spans = _units(model, tokens, given if isinstance(given, str) else None)
+    units, sizes, spans = _units(model, tokens, given)
     kept = sum(stop <= room for _, stop in spans)
     if not kept:
         raise PositionsError(f"the first character takes more than {room} tokens; expected a text that begins in them.")
     limit = f"the model's context is {room:,} tokens" if room == model.cfg.n_ctx else f"they are {room:,} tokens"
     tokens = tokens[: spans[kept - 1][1]] if kept < len(units) else tokens
 
-    wanted = ["increments", "positions", *(["pattern"] if patterns else [])]
-    sites = {site: [name for _, name in hook_names(model, None, SITES[site][0])] for site in wanted}
-    names = [name for of_site in sites.values() for name in of_site if name in model.hook_dict]
-    # Edits come before the looking on, which is added last.
-    with torch.no_grad(), model.hooks(fwd_hooks=hooks or []):
-        _, cache = model.run_with_cache(tokens[None], names_filter=names, return_type=None)
-    increments, positions = (
-        torch.stack([cache[name][0] for name in sites[site]]).detach().cpu().double()
-        for site in ("increments", "positions")
-    )
-    if increments.ndim == 2:
-        increments, positions = increments[..., None], positions[..., None]
-    seen = patterns and all(name in cache for name in sites["pattern"])
+    increments, positions, attention = _recorded(model, tokens, patterns, hooks or [])
     return TextPositions(
         name=model.name,
         config=model.position_config,
@@ -185,11 +167,52 @@ def position_text(
         last=[stop - 1 for _, stop in spans[:kept]],
         increments=increments,
         positions=positions,
-        patterns=torch.stack([cache[name][0].float().cpu() for name in sites["pattern"]]) if seen else None,
+        patterns=attention,
         whole=sum(sizes),
         limit=limit if kept < len(units) else "",
         edits=describe(hooks or []),
     )
+
+
+def _one_text(
+    model: HookedPositionTransformer, text: TextOrTokens, attention_mask: Mask, prepend_bos: bool | None
+) -> tuple[Int[Tensor, " pos"], str | None]:
+    """The tokens of the one text that was given, and the text itself where it was given as one."""
+    if getattr(model, "tokenizer", None) is None:
+        raise PositionsError("the model has no tokenizer; expected one, to tell what its tokens are.")
+    prompts = prompts_of(model, text, attention_mask, prepend_bos, whole=True)
+    if len(prompts) != 1:
+        raise PositionsError(f"{len(prompts)} texts were given; expected one text, or its token ids [pos].")
+    (given,) = [text] if isinstance(text, str | Tensor) else text
+    return prompts[0], given if isinstance(given, str) else None
+
+
+def _recorded(
+    model: HookedPositionTransformer, tokens: Int[Tensor, " pos"], patterns: bool, edits: Hooks
+) -> tuple[
+    Float64[Tensor, "layer pos head"],
+    Float64[Tensor, "layer pos head"],
+    Float[Tensor, "layer query_head pos pos"] | None,
+]:
+    """Increments and positions after edits; attention patterns where they are wanted and every layer shows them."""
+    wanted = ["increments", "positions", *(["pattern"] if patterns else [])]
+    sites = {site: [name for _, name in hook_names(model, None, SITES[site][0])] for site in wanted}
+    names = [name for of_site in sites.values() for name in of_site if name in model.hook_dict]
+
+    # Edits come before the recording, which is added last.
+    with torch.no_grad(), model.hooks(fwd_hooks=edits):
+        _, cache = model.run_with_cache(tokens[None], names_filter=names, return_type=None)
+
+    increments, positions = (
+        torch.stack([cache[name][0] for name in sites[site]]).detach().cpu().double()
+        for site in ("increments", "positions")
+    )
+    # One increment for all heads has no axis of heads: an axis of one is what all that draws expects.
+    if increments.ndim == 2:
+        increments, positions = increments[..., None], positions[..., None]
+    if not patterns or not all(name in cache for name in sites["pattern"]):
+        return increments, positions, None
+    return increments, positions, torch.stack([cache[name][0].float().cpu() for name in sites["pattern"]])
 
 
 def before_and_after(

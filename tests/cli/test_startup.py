@@ -102,7 +102,7 @@ def test_help_and_wrong_arguments_import_no_library():
 
 
 def test_help_and_wrong_arguments_of_training_import_no_library():
-    study = ["suite", "measure", "results", "ship", "rope", "maximum"]
+    study = ["suite", "measure", "questions", "results", "ship", "rope", "maximum"]
     names = ["train", "graft", "resume", "corpus", "pack", *(f"experiments {name}" for name in study)]
     wrong = [["tarin"], ["train", "--preset", "huge"], ["train", "--stpes", "3"], ["train", "--steps", "0"]]
     wrong += [["resume"], ["experiments"], ["experiments", "siute"]]
