@@ -187,15 +187,16 @@ def cap() -> Row:
 def causes() -> Row:
     """What ablations of layer 0 cost."""
     rows = table("ablation", variant="per_layer")
-    rows = rows[rows["layer"].astype(str) == "0"]
-    numbers = []
-    for column in (("mean", "best constant"), ("token", "shuffle")):
-        for corpus in ("english", "chinese"):
-            numbers += ["0"] if "mean" in column else []
-            for to in column:
-                own = rows[(rows["corpus"] == corpus) & (rows["to"].astype(str) == to)].sort_values("seed")
-                numbers += printed(interval(own["change"]), "+.3f")
-    return numbers, "new"
+    cost = rows.set_index(["corpus", rows["layer"].astype(str), rows["to"].astype(str), "seed"])["change"]
+    ours, control = [], []
+    for corpus in ("english", "chinese"):
+        mean, best, token, shuffled = (
+            printed(interval(cost.loc[(corpus, layer, to)].sort_index()), "+.3f")
+            for layer, to in (("0", "mean"), ("0", "best constant"), ("all", "token"), ("0", "shuffle"))
+        )
+        ours += ["0", *mean, *best]
+        control += [*token, "0", *shuffled]
+    return [*ours, *control], "new"
 
 
 def graft() -> Row:

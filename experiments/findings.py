@@ -23,7 +23,7 @@ from lens_positions.training.schema import RunResults
 
 from .calls import Call, Estimate, judge, judge_cost, over_seeds, seeds_needed, seen
 from .markdown import grid
-from .options import VARIANTS
+from .options import CONSTANTS, VARIANTS
 from .suite import diverged_at, loss_table, scores_by_seed
 from .tables import Tables
 
@@ -109,6 +109,12 @@ CLAIMS = {
     "A graft on a pretrained model costs nothing": ("graft", "+0.001 nats per token"),
 }
 """By title, the key of a claim in the table that opens RESULTS.md, and what was reported, in short."""
+
+
+BOUNDARIES_REPORTED = (
+    "against jieba, shared 0.50; per layer L0 0.50, L1 0.54, L2 0.68, L3 0.37, L4 0.63, L5 0.47 (a rerun: 0.52, 0.53, "
+    "0.63, 0.41, 0.72, 0.41)."
+)
 
 
 @dataclass(frozen=True)
@@ -303,6 +309,10 @@ def longer_texts(suite: Suite) -> Finding:
         if found is not None and variant != "static":
             parts[variant] = f"{NAMES[variant]} {found.text('+.3f')}"
     ours = ", ".join(parts[variant] for variant in ("shared", "per_layer") if variant in parts)
+    others = {name: Suite(suite.results, name) for name in (*CODE.values(), "paper") if suite.name in CODE}
+    found_there = {name: own.differences("per_layer", contexts=4).get("all") for name, own in others.items()}
+    there = [f"in `{name}` {found.text('+.3f')}" for name, found in found_there.items() if found]
+    elsewhere = f"Per layer, at four contexts, {', '.join(there)}." if there else ""
     return Finding(
         title,
         "nothing: said to be missing.",
@@ -312,7 +322,7 @@ def longer_texts(suite: Suite) -> Finding:
         else "Not run yet.",
         "no figure to compare with: an observation of its own, on the same bytes at every length; in brackets the "
         "difference to static at the same seeds.",
-        [grid(["increments", "seeds", "1 context", "2 contexts", "4 contexts", "difference at 4"], table)],
+        [grid(["increments", "seeds", "1 context", "2 contexts", "4 contexts", "difference at 4"], table), elsewhere],
         [suite.results.path("heldout")],
         ours=ours or "none",
         control=parts.get("constant", "none"),
@@ -412,10 +422,7 @@ def word_boundaries(suite: Suite) -> Finding:
         f"its own): asked is {KNOWN}, the smallest that counts {KNOWN_A_LITTLE}. The largest of several layers is "
         "somewhat above what one layer would have."
     )
-    reported = (
-        "against jieba, shared 0.50; per layer L0 0.50, L1 0.54, L2 0.68, L3 0.37, L4 0.63, L5 0.47 (a rerun: 0.52, "
-        "0.53, 0.63, 0.41, 0.72, 0.41)."
-    )
+    reported = BOUNDARIES_REPORTED
     tables = suite.tables("per_layer", "boundaries")
     if not tables:
         return Finding(title, reported, *_not_run("per_layer", suite), rule)
@@ -449,7 +456,8 @@ def word_boundaries(suite: Suite) -> Finding:
     beyond = sum(_is_beyond(table) for table in within.values())
     blocks = [
         _areas_by_layer(everyone),
-        f"{note}; of the one before alone, {entropy:.3f}. Rows of a first byte compare gaps before the same one only.",
+        f"{note}; of the one before alone, {entropy:.3f}. What a probe of the residual stream knows there is the first "
+        "of [four questions](docs/findings-questions.md). Rows of a first byte compare gaps before the same one only.",
     ]
     return Finding(
         title,
@@ -718,8 +726,9 @@ def what_increments_cause(suite: Suite) -> Finding:
     """What the loss needs of each layer's increments: their scale, the identity of the token, or more."""
     tables = suite.tables("per_layer", "ablation")
     rule = (
-        "no figure to compare with. What the mean costs may be scale; what the best constant costs (found in training "
-        "text) is structure; what the token's mean costs is more than identity; a shuffle gives every increment to "
+        "no figure to compare with. What the mean costs may be scale; what the best constant costs (of "
+        f"{', '.join(f'{constant:g}' for constant in CONSTANTS)}, found in training text) is structure; what the "
+        "token's mean costs is more than identity, which layer 0 cannot know; a shuffle gives every increment to "
         "another token."
     )
     reported = "nothing: no increment was ablated, patched or frozen in the trained models."
@@ -734,16 +743,17 @@ def what_increments_cause(suite: Suite) -> Finding:
             cells = [with_interval(by.loc[to], "change", "+.4f") if to in by.index else "" for to in ABLATIONS]
             rows.append([f"per_layer-{seed}", corpus, str(layer), *cells])
     n = next(iter(tables.values())).groupby("corpus")["documents"].first()
-    parts = {to: _over_layer_0(tables, to) for to in ABLATIONS}
+    parts = {to: _cost_of(tables, "0", to) for to in (*CAUSES, "shuffle")}
+    identity = _cost_of(tables, "all", "token")
     ours = "; ".join(
         f"{corpus.capitalize()}, layer 0: "
         + ", ".join(f"{ABLATIONS[to]} {parts[to][corpus].text('+.3f')}" for to in CAUSES if corpus in parts[to])
         for corpus in parts["mean"]
     )
     control = "; ".join(
-        f"{corpus.capitalize()}: the token's mean {parts['token'][corpus].text('+.3f')}, shuffled "
+        f"{corpus.capitalize()}: the token's mean in all layers {identity[corpus].text('+.3f')}, layer 0 shuffled "
         f"{parts['shuffle'][corpus].text('+.3f')}"
-        for corpus in parts["token"]
+        for corpus in identity
     )
     layers = next(iter(tables.values()))["layer"].astype(str)
     some = layers[layers != "all"].nunique()
@@ -770,11 +780,11 @@ def what_increments_cause(suite: Suite) -> Finding:
 CAUSES = ("mean", "best constant")
 
 
-def _over_layer_0(tables: dict[int, pd.DataFrame], to: str) -> dict[str, Estimate]:
-    """What an ablation of layer 0 costs over seeds, by corpus; nothing where it was not measured."""
+def _cost_of(tables: dict[int, pd.DataFrame], layer: str, to: str) -> dict[str, Estimate]:
+    """What an ablation of a layer, or of all, costs over seeds, by corpus; nothing where it was not measured."""
     values: dict[str, list[float]] = {}
     for table in tables.values():
-        own = table[(table["layer"].astype(str) == "0") & (table["to"].astype(str) == to)]
+        own = table[(table["layer"].astype(str) == layer) & (table["to"].astype(str) == to)]
         for row in own.to_dict("records"):
             values.setdefault(row["corpus"], []).append(float(row["change"]))
     return {corpus: over_seeds(each) for corpus, each in values.items()}

@@ -51,7 +51,7 @@ from lens_positions.training.data import write_whole
 from lens_positions.training.loop import are_bytes
 
 from .gather import read_measured
-from .options import OF_STATIC, STAGED, MeasureConfig
+from .options import CONSTANTS, OF_STATIC, STAGED, MeasureConfig
 from .suite import commit, is_finished, print_progress, read_results, weights_of
 
 CHARACTERS = 60_000
@@ -61,9 +61,6 @@ ABLATED_CHARACTERS = {"english": 12_000, "chinese": 4_000}
 
 PIECE = 500
 """Characters of each document of it at most, so that there are many."""
-
-CONSTANTS = (0.8, 1.0, 1.2, 1.5, 2.0, 3.0, 5.0)
-"""The increments among which the best constant of a layer is looked for, in positions."""
 
 CHOSEN_CHARACTERS = 1_500
 """Training text that it is looked for in, of each language."""

@@ -86,6 +86,9 @@ QUESTION_TABLES = ("probes", "gap_effects", "head_reach")
 """What `questions` measures of a run."""
 
 
+CONSTANTS = (0.8, 1.0, 1.2, 1.5, 2.0, 3.0, 5.0)
+"""The increments among which the best constant of a layer is looked for, in positions."""
+
 STAGED = Path("runs/results")
 """Where suites and measurements leave their files until they are gathered."""
 
