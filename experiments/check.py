@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -90,7 +91,7 @@ def loss() -> Row:
     other = table("english")
     numbers.append(str(other["document"].nunique()))
     sums = other.groupby(["variant", "seed"])[["nats", "bytes"]].sum()
-    per_byte = (sums["nats"] / sums["bytes"]).unstack("seed")
+    per_byte: Any = (sums["nats"] / sums["bytes"]).unstack("seed")
     for variant in ("shared", "per_layer"):
         numbers += printed(interval((per_byte.loc[variant] - per_byte.loc["static"]).dropna()), "+.4f")
     return numbers, call_of_costs(costs)
@@ -187,11 +188,12 @@ def cap() -> Row:
 def causes() -> Row:
     """What ablations of layer 0 cost."""
     rows = table("ablation", variant="per_layer")
-    cost = rows.set_index(["corpus", rows["layer"].astype(str), rows["to"].astype(str), "seed"])["change"]
+    rows = rows.assign(layer=rows["layer"].astype(str), to=rows["to"].astype(str))
+    cost: Any = rows.set_index(["corpus", "layer", "to", "seed"])["change"].sort_index()
     ours, control = [], []
     for corpus in ("english", "chinese"):
         mean, best, token, shuffled = (
-            printed(interval(cost.loc[(corpus, layer, to)].sort_index()), "+.3f")
+            printed(interval(cost.loc[(corpus, layer, to)]), "+.3f")
             for layer, to in (("0", "mean"), ("0", "best constant"), ("all", "token"), ("0", "shuffle"))
         )
         ours += ["0", *mean, *best]

@@ -716,7 +716,7 @@ def caps(suite: Suite) -> Finding:
 ABLATIONS = {
     "1.0": "to 1.0",
     "mean": "to the mean",
-    "best constant": "to the best constant",
+    "best constant": "to the best constant tried",
     "token": "to the token's mean",
     "shuffle": "shuffled",
 }
@@ -726,8 +726,8 @@ def what_increments_cause(suite: Suite) -> Finding:
     """What the loss needs of each layer's increments: their scale, the identity of the token, or more."""
     tables = suite.tables("per_layer", "ablation")
     rule = (
-        "no figure to compare with. What the mean costs may be scale; what the best constant costs (of "
-        f"{', '.join(f'{constant:g}' for constant in CONSTANTS)}, found in training text) is structure; what the "
+        "no figure to compare with. What the mean costs may be scale; what the best constant tried costs (of "
+        f"{', '.join(f'{constant:g}' for constant in CONSTANTS)}, found in little training text: the mean may be better) is structure; what the "
         "token's mean costs is more than identity, which layer 0 cannot know; a shuffle gives every increment to "
         "another token."
     )

@@ -130,7 +130,8 @@ def _page(suites: list[Suite], rope_results: RopeResults, options: ResultsConfig
     figures = [*_draw_sentences(options), *_draw_losses(suite, options), *_draw_boundaries(suite, options)]
     values = {
         "models": grid(
-            ["suite", "model", "bytes seen", "corpus", "runs", "loss", "per layer minus RoPE"], _cells(trained)
+            ["suite", "model", "bytes seen", "corpus", "runs", "minutes a run", "loss of RoPE", "per layer minus RoPE"],
+            _cells(trained),
         ),
         "claims": [_claim(finding) for finding in findings],
         "rules": RULES,
@@ -166,7 +167,7 @@ def _cells(trained: list[tuple[Suite, dict[str, Any]]]) -> list[list[str]]:
         for variant, count in seeds.items():
             counts.setdefault(count, []).append(variant)
         runs = "; ".join(f"{n} of {', '.join(names)}" for n, names in sorted(counts.items(), reverse=True) if n)
-        cells = [suite.name, size, f"{seen / 1e6:.1f}M", str(config["corpus"]), runs]
+        cells = [suite.name, size, f"{seen / 1e6:.1f}M", str(config["corpus"]), runs, _minutes(suite, seen)]
         cells.append("" if static is None else f"{static['loss']:.4f}")
         if paired is None:
             cells.append("")
@@ -176,6 +177,14 @@ def _cells(trained: list[tuple[Suite, dict[str, Any]]]) -> list[list[str]]:
             cells.append(f"{paired['difference']:+.4f} ({ends}, over {over})")
         rows.append(cells)
     return rows
+
+
+def _minutes(suite: Suite, seen: int) -> str:
+    """How long the steps of a run took, by the median of its last speeds, and on what."""
+    runs = [run for variant in VARIANTS for run in suite.runs(variant).values()]
+    speeds = [run["tokens_per_second"] for run in runs if run.get("tokens_per_second")]
+    minutes = f"{seen / float(np.median(speeds)) / 60:.0f}, " if speeds else ""
+    return minutes + ("CPU" if "CPU" in runs[0]["device"] else runs[0]["device"])
 
 
 def _draw_figures(findings: Iterable[Finding], options: ResultsConfig) -> dict[str, Figure]:

@@ -499,7 +499,7 @@ def test_what_increments_cause_is_told_of_layer_0_over_seeds(results):
         pd.DataFrame(rows).to_csv(results / f"results/tiny/per_layer-{seed}/ablation.csv", index=False)
     found = what_increments_cause(tiny_of(results))
     assert found.verdict == "new"
-    assert "to the mean +0.910 (+0.885 to +0.935), to the best constant +0.210 (+0.185 to +0.235)" in found.ours
+    assert "to the mean +0.910 (+0.885 to +0.935), to the best constant tried +0.210 (+0.185 to +0.235)" in found.ours
     assert "the token's mean in all layers +0.020" in found.control
     assert "cannot reach p = 0.05" in found.blocks[1]
 
