@@ -727,8 +727,8 @@ def what_increments_cause(suite: Suite) -> Finding:
     tables = suite.tables("per_layer", "ablation")
     rule = (
         "no figure to compare with. What the mean costs may be scale; what the best constant tried costs (of "
-        f"{', '.join(f'{constant:g}' for constant in CONSTANTS)}, found in little training text: the mean may be better) "
-        "is structure; what the "
+        f"{', '.join(f'{constant:g}' for constant in CONSTANTS)}, found in little training text: the mean may be "
+        "better) is structure; what the "
         "token's mean costs is more than identity, which layer 0 cannot know; a shuffle gives every increment to "
         "another token."
     )

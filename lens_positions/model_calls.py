@@ -14,10 +14,14 @@ name or a hook function that nothing hears is refused before the model runs.
 
 TransformerLens pads texts of different length itself, and hands on no mask of that padding, or one that it guesses from
 the tokens. Here such texts go on as tokens beside their mask, so that each gives what it gives alone.
+
+Several threads may run one model, each with hooks of its own: what is given to a call (`fwd_hooks`, a cache) belongs to
+that call's passes. Hooks of `with model.hooks(...)` and `add_hook` are the model's, and act in every thread.
 """
 
 import difflib
 import inspect
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -31,7 +35,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import GenerationConfig, GenerationMixin
 from transformers.utils import TransformersKwargs
 
-from .core.transformer_lens_internals import build_alias_to_canonical_map, hook_registry, runs_before_blocks
+from .core.own_thread import OwnHookPoint, in_this_thread
+from .core.transformer_lens_internals import OwnHandles, build_alias_to_canonical_map, hook_registry, runs_before_blocks
 from .errors import PositionsError
 from .text import pad_prompts, prompts_of
 
@@ -48,12 +53,23 @@ OF_THE_PROMPT = {"position_ids", "past_key_values", "labels", "inputs_embeds"}
 """Keywords of a forward pass that `generate` would hand over with the prompt and forget at the next token."""
 
 
+_CACHING = threading.local()
+"""Which models each thread fills a cache of."""
+
 COUNT_PADDING = {"repetition_penalty": 1.0, "freq_penalty": 0.0, "no_repeat_ngram_size": 0, "min_length": 0}
 """Settings of a generation that count the padding among the tokens of a prompt, and what they are when they are off."""
 
 
-class HookedCalls(TransformerBridge):
+class HookedCalls(OwnHandles, TransformerBridge):
     """A TransformerBridge that hears hooks in every call and refuses keywords that nothing hears."""
+
+    @property
+    def hook_dict(self) -> Any:
+        """The hook points by name; while this thread fills a cache, as its own pass alone meets them."""
+        points = super().hook_dict
+        if id(self) not in getattr(_CACHING, "models", ()):
+            return points
+        return {name: OwnHookPoint(point) for name, point in points.items()}
 
     def forward(
         self, input: Any, *args: Any, fwd_hooks: HookPairs = (), bwd_hooks: HookPairs = (), **kwargs: Any
@@ -112,7 +128,7 @@ class HookedCalls(TransformerBridge):
             start = kwargs["start_at_layer"] % len(self.blocks)
             forward, backward = (self._from_layer(start, pairs) for pairs in (forward, backward))
         keep = {name: kwargs[name] for name in ("reset_hooks_end", "clear_contexts") if name in kwargs}
-        with self._hooked(forward, backward, kwargs, **keep):
+        with self._hooked(forward, backward, kwargs, **keep), _caching(self):
             return super().run_with_cache(input, **kwargs)
 
     def generate(
@@ -503,11 +519,22 @@ def _refuse_for_tokens(method: str, kwargs: Mapping[str, Any]) -> None:
 
 
 @contextmanager
+def _caching(model: Any) -> Iterator[None]:
+    """For as long as this thread adds the hooks of a cache to a model and runs it."""
+    inside = getattr(_CACHING, "models", ())
+    _CACHING.models = (*inside, id(model))
+    try:
+        yield
+    finally:
+        _CACHING.models = inside
+
+
+@contextmanager
 def _listened(pairs: list[Any], kwargs: Mapping[str, Any]) -> Iterator[list[Any]]:
     """The same hooks; at the end, a word of those that were not called by a whole forward pass."""
     # A hook that is never called looks like one that does nothing: a null result that is none.
     calls = [0] * len(pairs)
-    yield [(name, partial(_counted, calls, i, function)) for i, (name, function) in enumerate(pairs)]
+    yield [(name, in_this_thread(partial(_counted, calls, i, function))) for i, (name, function) in enumerate(pairs)]
     in_part = any(kwargs.get(name) is not None for name in ("start_at_layer", "stop_at_layer"))
     missed = [repr(name) for (name, _), n in zip(pairs, calls, strict=True) if n == 0 and isinstance(name, str)]
     if missed and not in_part:

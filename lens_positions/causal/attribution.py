@@ -30,6 +30,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from ..core.model_state import evaluation_mode
+from ..core.own_thread import hooks_of_this_thread, in_this_thread
 from ..errors import PositionsError
 from ..interventions import HeadKind, Hooks, ablation_hooks, hook_names, streams_of
 from ..measure.metrics import Metric, metric_values, of_prompts
@@ -136,7 +137,7 @@ def _gradient(
         found[str(hook.name)].append(increments if increments.requires_grad else increments.requires_grad_())
         return increments.view_as(increments)  # another tensor: heads have rotations of their own where one is put in
 
-    with model.hooks(fwd_hooks=[(name, note) for name in names]), in_pieces(model):
+    with model.hooks(fwd_hooks=[(name, in_this_thread(note)) for name in names]), in_pieces(model):
         logits = model(prompt, return_type="logits", use_cache=False)
         every = [increments for calls in found.values() for increments in calls]
         gradients = iter(torch.autograd.grad(_differentiable(metric, logits)[0], every, materialize_grads=True))
@@ -253,13 +254,13 @@ def _differentiable(metric: Metric, logits: Tensor) -> Tensor:
 
 
 def _hook_that_sets(values: Tensor) -> Callable[..., Tensor]:
-    return lambda _given, hook: values
+    return in_this_thread(lambda _given, hook: values)
 
 
 def _increments(
     model: TransformerBridge, prompt: Int[Tensor, "1 pos"], names: list[str], hooks: Hooks
 ) -> Float[Tensor, "layer pos *head"]:
     """The increments at every layer after some hooks."""
-    with model.hooks(fwd_hooks=hooks):
+    with model.hooks(fwd_hooks=hooks_of_this_thread(hooks)):
         _, cache = model.run_with_cache(prompt, names_filter=names, return_type=None)
     return torch.stack([cache[name][0] for name in names])

@@ -6,7 +6,7 @@ Colour says again what the printed numbers say, and is left out for a pipe, a du
 
 from .app import app, main
 from .cause import ablate, gaps, patch
-from .look import extremes, report, show
+from .look import explore, extremes, report, show
 from .map import map, summarise
 from .measure import boundaries, heads, kinds, names, saturation, specialisation
 from .rope import absolute, dispersion, frequencies
@@ -17,6 +17,7 @@ __all__ = [
     "app",
     "boundaries",
     "dispersion",
+    "explore",
     "extremes",
     "frequencies",
     "gaps",

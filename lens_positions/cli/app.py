@@ -42,7 +42,7 @@ TRAINING = {
 STUDY = {"experiments": "The study of the repository: suites of runs, measurements of them, findings."}
 
 GROUPS = {
-    "Look at increments": ("show", "extremes", "report"),
+    "Look at increments": ("show", "explore", "extremes", "report"),
     "Ask what they cause": ("gaps", "patch", "ablate"),
     "Map a corpus": ("map", "summarise"),
     "Measure them on held-out text": ("kinds", "boundaries", "names", "heads", "saturation", "specialisation"),

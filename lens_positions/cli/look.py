@@ -1,4 +1,4 @@
-"""What increments are: `show`, `extremes` and `report`."""
+"""What increments are: `show`, `explore`, `extremes` and `report`."""
 
 import math
 import shlex
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from ..measure.corpus_reader import CorpusIncrements
     from ..viz.spacing import Scale
     from ..viz.text_positions import TextPositions
+
+SHIPPED = ("bilingual-per-layer", "bilingual-shared", "bilingual-rope")
+"""Models that come with the package; the explorer opens with the first."""
 
 
 @app.command
@@ -232,6 +235,49 @@ def report(
     for sentence in left_out:
         complain(sentence)
     print_line(Console(highlight=False), f"report: {output} ({output.stat().st_size / 1e6:.1f} MB)")
+
+
+@app.command
+def explore(
+    model: Annotated[Positional[tuple[str, ...]], arg(metavar="MODEL ...")] = (),
+    host: str = "127.0.0.1",
+    port: int = 0,
+    open: bool = True,
+) -> None:
+    """Pull tokens apart in a browser and see what the model does; ready in about ten seconds.
+
+    Tokens stand on the ruler of each layer. Drag one, or set a gap to a number, and the next token, the loss of each
+    token and the attention of a head are shown before and after. Ctrl+C ends it. Nothing but this machine reaches it.
+
+    Args:
+        model: one or several: a folder, the name of a shipped model, or a model of the hub; the three shipped ones if
+            none is named. The page can ask for no other.
+        host: the address to listen on; any other than 127.0.0.1 lets other machines in.
+        port: the port to listen on; any free one if it is 0.
+        open: open the page in a browser.
+    """
+    names = model or SHIPPED
+    if not 0 <= port < 1 << 16:
+        raise PositionsError(f"port is {port}; expected a number from 0 to 65535.")
+
+    from rich.console import Console
+
+    from ..viz.explorer.server import Models, Server, is_local
+
+    console = Console(highlight=False)
+    first = lp.HookedPositionTransformer.from_pretrained(names[0])
+    server = Server(Models(names, [first]), host, port)
+    if not is_local(host):
+        complain(
+            f"listening on {host}: whoever reaches this machine and has the address below can read and change what the "
+            "page shows and keep this machine busy, and the connection is not encrypted."
+        )
+    print_line(console, f"the explorer is at {server.address} (Ctrl+C ends it)")
+    if open:
+        import webbrowser
+
+        webbrowser.open(server.address)
+    server.run()
 
 
 def _print_tokens(

@@ -10,13 +10,19 @@ from torch import nn
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Switch a model to eval mode, in which dropout is off, and each module back to its own mode at the end."""
-    modes = [(module, module.training) for module in model.modules()]
+    # Of a model that is in eval mode already nothing is written: threads may share it, and writing takes longer than
+    # a small model's forward pass.
+    # A bridge keeps the model that it stands for outside its own modules.
+    roots = {id(root): root for root in (model, getattr(model, "original_model", None)) if isinstance(root, nn.Module)}
+    every = {id(module): module for root in roots.values() for module in root.modules()}
+    trained = [module for module in every.values() if module.training]
     try:
-        model.eval()
+        if trained:
+            model.eval()
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module in trained:
+            module.training = True
 
 
 @contextmanager

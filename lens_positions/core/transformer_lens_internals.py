@@ -5,8 +5,7 @@ with what it stands for and what would break without it; nothing else in the pac
 of TransformerLens 4, to which the package's dependency is bounded.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import threading
 from typing import Any
 
 from torch import nn
@@ -14,7 +13,7 @@ from transformer_lens.hook_points import HookPoint
 
 # The second names of hook points, such as hook_attn_out. Hooks may be named by either; without this, hooks by a second
 # name would be refused as unknown.
-from transformer_lens.model_bridge.bridge_core import build_alias_to_canonical_map
+from transformer_lens.model_bridge.bridge_core import BridgeCore, build_alias_to_canonical_map
 
 # How TransformerLens describes a transformers model to itself, and sets a tokenizer up (it may load another one, that
 # puts a BOS in front). `from_transformers` builds bridges around models in memory with them; boot_transformers, the
@@ -23,6 +22,7 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_c
 
 __all__ = [
     "ORIGINAL",
+    "OwnHandles",
     "build_alias_to_canonical_map",
     "build_bridge_config_from_hf",
     "configure_tokenizer",
@@ -30,11 +30,12 @@ __all__ = [
     "hook_registry",
     "is_wrapper",
     "own_name",
-    "return_known_outputs",
     "runs_before_blocks",
     "scan_hook_points",
     "skips_embeddings",
 ]
+
+_HANDLES = threading.Lock()
 
 # The name under which a bridge component holds the transformers module that it stands for. State dicts of a bridged
 # model have it in every key: without it, neither digests nor adapters would find a weight by the model's own name.
@@ -83,34 +84,15 @@ def has_processed_weights(model: Any) -> bool:
     return bool(getattr(model, "_weights_processed", False))
 
 
-@contextmanager
-def return_known_outputs(blocks: Iterable[nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
-    """Replace what some blocks compute by outputs that are known, for the time being.
+class OwnHandles:
+    """What a bridge does with the handles of its hooks, one thread at a time."""
 
-        block(x) -> nn.Module.__call__ -> hooks before -> forward -> hooks after
-                                                             |
-                                                  replaced here: gives the output
-
-    A bridge runs its blocks in a row and has no way to leave some out (`start_at_layer` would start from a residual
-    stream of one batch, where here rows join at several layers). An instance attribute `forward` hides that of the
-    class. A bridge component has a `__setattr__` of its own and may have such an attribute already, so it is put into
-    `__dict__` and what was there comes back.
-    """
-    replaced = [vars(block) for block in blocks]
-    own = [attributes.get("forward") for attributes in replaced]
-    try:
-        for attributes, output in zip(replaced, outputs, strict=False):
-            attributes["forward"] = _returns(output)
-        yield
-    finally:
-        for attributes, forward in zip(replaced, own, strict=True):
-            attributes.pop("forward", None)
-            if forward is not None:
-                attributes["forward"] = forward
-
-
-def _returns(result: Any) -> Callable[..., Any]:
-    return lambda *_args, **_kwargs: result
+    @staticmethod
+    def _remove_temporary_hook(hook_point: Any, direction: Any, handle: Any) -> None:
+        # TransformerLens takes a call's handles out of a hook point's list by writing a new list. Two threads that do
+        # so at once would put back what the other took out, and the list, with all that its functions hold, would grow.
+        with _HANDLES:
+            BridgeCore._remove_temporary_hook(hook_point, direction, handle)
 
 
 def own_name(name: str) -> str:

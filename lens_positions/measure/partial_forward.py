@@ -7,6 +7,8 @@ key-value cache, with what the streams remember of them in it.
 
 Whether that holds in a model is tried, not assumed: the middle of the prompt is run again without any edit, and where
 it does not give the baseline's logits back, every run is one of the whole prompt (with a warning).
+
+Several threads may run parts of one model at once: what a run puts into the model acts in its own thread alone.
 """
 
 import copy
@@ -25,7 +27,7 @@ from transformers import DynamicCache
 
 from ..core.kv_cache import memory_of
 from ..core.model_state import evaluation_mode
-from ..core.transformer_lens_internals import return_known_outputs
+from ..core.own_thread import hooks_of_this_thread, in_this_thread, return_known_outputs
 from ..interventions import Hooks, streams_of
 
 
@@ -110,17 +112,17 @@ class Replay:
         with evaluation_mode(self.model), torch.no_grad():
             if self.exact:
                 return self._resumed(hooks, joining, self.start(token))
-            with self.model.hooks(fwd_hooks=hooks):
+            with self.model.hooks(fwd_hooks=hooks_of_this_thread(hooks)):
                 return self._logits(self.tokens.repeat(sum(joining.values()), 1), None)
 
     def _baseline(self, hooks: Hooks) -> Tensor:
         self._inputs, self._outputs = [], []
         handles = []
         for block in self._blocks:
-            handles.append(block.register_forward_pre_hook(self._keep_input, with_kwargs=True))
-            handles.append(block.register_forward_hook(self._keep_output))
+            handles.append(block.register_forward_pre_hook(in_this_thread(self._keep_input), with_kwargs=True))
+            handles.append(block.register_forward_hook(in_this_thread(self._keep_output)))
         try:
-            with evaluation_mode(self.model), torch.no_grad(), self.model.hooks(fwd_hooks=hooks):
+            with evaluation_mode(self.model), torch.no_grad(), self.model.hooks(fwd_hooks=hooks_of_this_thread(hooks)):
                 return self._logits(self.tokens, self._cache)
         finally:
             for handle in handles:
@@ -155,12 +157,17 @@ class Replay:
         first = min(joining)
         handles = [
             self._blocks[layer].register_forward_pre_hook(
-                partial(self._join, layer, copies, token, layer == first), with_kwargs=True, prepend=True
+                in_this_thread(partial(self._join, layer, copies, token, layer == first)),
+                with_kwargs=True,
+                prepend=True,
             )
             for layer, copies in joining.items()
         ]
         try:
-            with return_known_outputs(self._blocks[:first], self._outputs), self.model.hooks(fwd_hooks=hooks):
+            with (
+                return_known_outputs(self._blocks[:first], self._outputs),
+                self.model.hooks(fwd_hooks=hooks_of_this_thread(hooks)),
+            ):
                 return self._logits(self.tokens[:, token:], self._prefix(token, present) if token else None)
         finally:
             for handle in handles:

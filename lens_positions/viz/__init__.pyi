@@ -8,6 +8,7 @@ from .prompt_charts import prompts_chart
 from .report import report
 from .rope_charts import absolute_chart, entropy_chart, norms_map
 from .spacing import spacing
+from .widget import explore
 
 __all__ = [
     "MissingFontError",
@@ -20,6 +21,7 @@ __all__ = [
     "differences_chart",
     "effect_map",
     "entropy_chart",
+    "explore",
     "frequency_map",
     "head_map",
     "kinds_chart",

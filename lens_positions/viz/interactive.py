@@ -314,7 +314,7 @@ def styles() -> str:
 
 def scripts(circuits: bool = True) -> str:
     """The scripts that draw the views of a page, to stand once at its end."""
-    texts = [_circuitsvis()] if circuits else []
+    texts = [circuitsvis_script()] if circuits else []
     return "".join(f"<script>{text}</script>" for text in [*texts, _web("views.js")])
 
 
@@ -351,7 +351,7 @@ def _web(name: str) -> str:
 
 
 @cache
-def _circuitsvis() -> str:
+def circuitsvis_script() -> str:
     """circuitsvis' own script, as the package ships it, without the address of its source map."""
     script = resources.files("circuitsvis").joinpath("dist", "cdn", "iife.js").read_text("utf-8")
     return script.split("//# sourceMappingURL=")[0].replace("</script", "<\\/script")

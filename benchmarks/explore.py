@@ -1,0 +1,176 @@
+"""How long the explorer takes from the release of a drag to the last update of its page, and whether its memory grows.
+
+A real Chromium drags tokens of a page that a real server answers, both on this machine; the browser takes its share of
+the cores. Timed is from the release of the mouse to the second frame after the last answer was drawn.
+
+    python -m benchmarks.explore                     the shipped model, 200 drags; then 30 edits a second for a minute
+    python -m benchmarks.explore --model smollm2-135m-instruct --tokens 30 --drags 40
+
+Measured (2 CPU cores, torch 2.13, Chromium headless): see docs/measurements.md.
+"""
+
+import argparse
+import random
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import psutil
+import torch
+from playwright.sync_api import Page, sync_playwright
+
+from lens_positions import HookedPositionTransformer
+from lens_positions.viz.explorer.engine import Explorer
+from lens_positions.viz.explorer.server import Models, Server
+
+TEXT = "The cat sat on the mat, and the dog by the door saw it. When Mary and John met, John thanked Mary for it. "
+LIMITS = {"bilingual": (50, 120), "smollm2": (400, float("inf"))}
+"""Milliseconds that the median and the 95th percentile may take."""
+
+# The page draws within the task in which it gets an answer, so two frames later it is on the screen.
+WATCH = """
+() => {
+  window.released = null;
+  window.updates = [];
+  const main = document.querySelector("main");
+  addEventListener("pointerup", (e) => e.target.closest(".lp-ruler") && (window.released = performance.now()), true);
+  new MutationObserver(() => {
+    if (main.getAttribute("aria-busy") !== "false" || window.released === null) return;
+    const from = window.released;
+    requestAnimationFrame(() =>
+      requestAnimationFrame(() => {
+        window.updates.push(performance.now() - from);
+        main.dataset.updates = window.updates.length;
+      }),
+    );
+    window.released = null;
+  }).observe(main, { attributes: true, attributeFilter: ["aria-busy"] });
+}
+"""
+
+
+@contextmanager
+def opened(model: HookedPositionTransformer, text: str) -> Iterator[Page]:
+    server = Server(Models([], [model]))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": 1440, "height": 1000})
+        page.goto(server.address)
+        page.wait_for_selector("main[aria-busy=false] .lp-next tbody tr")
+        page.get_by_label("Text", exact=True).fill(text)
+        page.wait_for_selector("main[aria-busy=true]")
+        page.wait_for_selector("main[aria-busy=false]", timeout=60_000)
+        page.wait_for_timeout(5_000)  # the slopes, and what loads late
+        yield page
+        browser.close()
+    server.stop()
+    thread.join()
+
+
+def drags(page: Page, count: int, layers: int, tokens: int) -> np.ndarray:
+    """The milliseconds of each drag: of a random token of a random layer, by a random distance, undone at the end."""
+    draw, done = random.Random(0), 0
+    page.evaluate(WATCH)
+    for i in range(count):
+        row = page.locator(".lp-ruler").nth(draw.randrange(layers))
+        row.scroll_into_view_if_needed()
+        token = row.locator(f'.lp-token[data-i="{draw.randrange(1, tokens)}"]')
+        if not token.count():
+            continue
+        box = token.bounding_box()
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        page.mouse.move(x, y)
+        page.mouse.down()
+        page.mouse.move(x + draw.choice([-1, 1]) * draw.randrange(5, 60), y, steps=6)
+        page.mouse.up()
+        done += 1
+        page.wait_for_selector(f'main[data-updates="{done}"]', timeout=30_000)
+        page.wait_for_timeout(60)
+        if i % 4 == 3:  # edits add up, as they do when somebody plays
+            while page.get_by_role("button", name="Undo").is_enabled():
+                page.get_by_role("button", name="Undo").click()
+                page.wait_for_selector("main[aria-busy=false]")
+    return np.array(page.evaluate("window.updates"))
+
+
+def processor_time(page: Page, explorer: Explorer, text: str, tokens: int, edits: int = 40) -> tuple[float, float]:
+    """Milliseconds of one core that an edit takes in the engine and in the page, whatever else the machine does."""
+    draw, layers = random.Random(1), explorer.model.position_layers
+    known = explorer.run({"text": text})["key"]
+    start = time.process_time()
+    for _ in range(edits):
+        edit = {"kind": "gap", "layers": [draw.choice(layers)], "token": draw.randrange(1, tokens), "by": 1.5}
+        explorer.run({"text": text, "edits": [edit], "known": known})
+    engine = (time.process_time() - start) / edits
+
+    devtools = page.context.new_cdp_session(page)
+    devtools.send("Performance.enable", {"timeDomain": "threadTicks"})
+
+    def spent() -> float:
+        found = {metric["name"]: metric["value"] for metric in devtools.send("Performance.getMetrics")["metrics"]}
+        return found["TaskDuration"]
+
+    page.locator(".lp-ruler svg").first.focus()
+    before = spent()
+    for _ in range(edits):
+        page.keyboard.press("ArrowUp")
+        page.wait_for_selector("main[aria-busy=false]")
+    return 1000 * engine, 1000 * (spent() - before) / edits
+
+
+def memory(explorer: Explorer, text: str, tokens: int, seconds: int, rate: int) -> list[float]:
+    """MiB of this process at the end of each tenth of the time, under so many edits a second."""
+    draw, process = random.Random(0), psutil.Process()
+    layers = explorer.model.position_layers
+    found, edits, start = [], 0, time.perf_counter()
+    for part in range(10):
+        while edits < (part + 1) * seconds * rate / 10:
+            edit = {
+                "kind": "gap",
+                "layers": [draw.choice(layers)],
+                "token": draw.randrange(1, tokens),
+                "by": draw.uniform(-2, 5),
+            }
+            explorer.run({"text": text, "edits": [edit]})
+            edits += 1
+            time.sleep(max(0.0, start + edits / rate - time.perf_counter()))
+        found.append(process.memory_info().rss / 2**20)
+    took = time.perf_counter() - start
+    print(f"{edits} edits in {took:.1f} s, {edits / took:.1f} a second; memory in MiB: {[round(m) for m in found]}")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="bilingual-per-layer")
+    parser.add_argument("--tokens", type=int, default=40)
+    parser.add_argument("--drags", type=int, default=200)
+    parser.add_argument("--seconds", type=int, default=60, help="of edits for the memory; 0 leaves it out")
+    parser.add_argument("--rate", type=int, default=30, help="edits a second")
+    options = parser.parse_args()
+    model = HookedPositionTransformer.from_pretrained(options.model)
+    text = model.tokenizer.decode(model.to_tokens(TEXT)[0, 1 : options.tokens])
+    tokens = model.to_tokens(text).shape[1]
+    if options.drags:
+        with opened(model, text) as page:
+            took = drags(page, options.drags, len(model.position_layers), tokens)
+            engine, drawing = processor_time(page, Explorer(model), text, tokens)
+        median, late = np.median(took), np.quantile(took, 0.95)
+        print(f"{options.model}, {tokens} tokens, {torch.get_num_threads()} threads, n = {len(took)} drags:")
+        print(f"from release to the last update: median {median:.0f} ms, 95% within {late:.0f} ms")
+        print(f"processor time of an edit: {engine:.0f} ms of one core in the engine, {drawing:.0f} ms in the page")
+        limits = next((limits for name, limits in LIMITS.items() if name in options.model), (float("inf"),) * 2)
+        print("within the limits" if median <= limits[0] and late <= limits[1] else f"LIMITS ARE {limits}")
+    if options.seconds:
+        found = memory(Explorer(model), text, tokens, options.seconds, options.rate)
+        print(f"from the second tenth to the last: {found[-1] - found[1]:+.1f} MiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+// Elements, numbers as they are written, and circuitsvis. Text only ever becomes text nodes: nothing in it can run.
+
+const SVG = "http://www.w3.org/2000/svg";
+
+function filled(node, attributes, children) {
+  for (const [name, value] of Object.entries(attributes)) {
+    if (typeof value === "function") node.addEventListener(name, value);
+    else if (value !== false && value !== null && value !== undefined) node.setAttribute(name, value === true ? "" : value);
+  }
+  node.append(...children.filter((child) => child !== null));
+  return node;
+}
+
+export function html(tag, attributes = {}, ...children) {
+  return filled(document.createElement(tag), attributes, children);
+}
+
+export function svg(tag, attributes = {}, ...children) {
+  return filled(document.createElementNS(SVG, tag), attributes, children);
+}
+
+// A menu in its label: options are [value, text] pairs.
+export function menu(label, options, value, changed) {
+  const select = html("select", { "aria-label": label, change: () => changed(select.value) });
+  for (const [key, text] of options) select.append(html("option", { value: key }, text));
+  select.value = value;
+  return html("label", { class: "lp-field" }, html("span", {}, label), select);
+}
+
+// ---- numbers --------------------------------------------------------------------------------------------------------
+
+export const written = (value) => (Math.abs(value) >= 100 ? value.toFixed(1) : value.toFixed(2));
+export const signed = (value, digits = 2) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(digits);
+export const percent = (log) => {
+  const share = 100 * Math.exp(log);
+  return share >= 10 ? share.toFixed(0) + "%" : share >= 0.1 ? share.toFixed(1) + "%" : "<0.1%";
+};
+
+// ---- widths ---------------------------------------------------------------------------------------------------------
+
+const WIDE = /[\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe4f\uff00-\uff60\u{1f000}-\u{1faff}]/u;
+const LONGEST = 12;
+
+// A long label in short: a special token as brackets, other text by its beginning. Titles have all of it.
+export function short(label) {
+  const characters = [...label];
+  if (/^<.{4,}>$/.test(label)) return "⟨…⟩";
+  return characters.length > LONGEST ? characters.slice(0, LONGEST - 1).join("") + "…" : label;
+}
+
+export function widthOf(label, size) {
+  let width = 0;
+  for (const c of short(label)) width += WIDE.test(c) ? 1.05 : 0.62;
+  return width * size;
+}
+
+// Marks of an axis: round numbers, at least `apart` pixels from each other, between two ends.
+export function marks(low, high, perUnit, apart) {
+  const least = apart / perUnit;
+  const power = 10 ** Math.floor(Math.log10(least));
+  const step = [1, 2, 5, 10].map((k) => k * power).find((s) => s >= least) ?? 10 * power;
+  const found = [];
+  for (let k = Math.ceil(low / step); k * step <= high + 1e-9 && found.length < 400; k++) found.push(k * step);
+  return found.map((at) => Number(at.toPrecision(10)));
+}
+
+// ---- circuitsvis ----------------------------------------------------------------------------------------------------
+
+let made = 0;
+
+export function circuits(parent, component, props) {
+  const id = `lp-explorer-circuits-${made++}`;
+  parent.replaceChildren(html("div", { id }));
+  globalThis.CircuitsVis.render(id, globalThis.CircuitsVis[component], props);
+}
+
+// Lower triangles of whole numbers up to 65535, as engine.py packs them.
+export function unpack(text, length) {
+  const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+  const values = new Uint16Array(bytes.buffer);
+  let at = 0;
+  return Array.from({ length }, (_, query) => Array.from({ length }, (_, key) => (key <= query ? values[at++] / 65535 : 0)));
+}
