@@ -182,7 +182,7 @@ def _cells(trained: list[tuple[Suite, dict[str, Any]]]) -> list[list[str]]:
 def _minutes(suite: Suite, seen: int) -> str:
     """How long the steps of a run took, by the median of its last speeds, and on what."""
     runs = [run for variant in VARIANTS for run in suite.runs(variant).values()]
-    speeds = [run["tokens_per_second"] for run in runs if run.get("tokens_per_second")]
+    speeds = [speed for run in runs if (speed := run.get("tokens_per_second"))]
     minutes = f"{seen / float(np.median(speeds)) / 60:.0f}, " if speeds else ""
     return minutes + ("CPU" if "CPU" in runs[0]["device"] else runs[0]["device"])
 
