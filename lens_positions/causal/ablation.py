@@ -11,7 +11,7 @@ Losses are paired: the same tokens with and without. A document is the unit of s
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from typing import Any, Literal, cast
@@ -23,6 +23,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
+from ..core.model_state import evaluation_mode
 from ..core.model_wrappers import base_model
 from ..core.per_head import of_query_heads
 from ..errors import PositionsError
@@ -136,13 +137,17 @@ def ablation_table(
     run = _Run(model, list(names), patterns, heads, means)
     tallies: dict[tuple[Ablated, To, int | None], Tally] = {}
     base = Tally(len(documents))
-    for number, (rows, owners) in enumerate(rows_of(documents, batches, f"ablating in {len(each) * len(to)} ways")):
-        baseline = _Baseline(model, rows, patterns)
-        base.add(owners, baseline.nats[..., None])
-        for together in run.groups(baseline, list(product(each, to))):
-            # A seed a batch: the same shuffle of every window would be one draw, not many.
-            for key, values in run.changes(baseline, together, seed + number).items():
-                tallies.setdefault(key, Tally(len(documents))).add(owners, values)
+
+    # Once for all passes, as each would switch every module there and back.
+    with evaluation_mode(model):
+        for number, (rows, owners) in enumerate(rows_of(documents, batches, f"ablating in {len(each) * len(to)} ways")):
+            baseline = run.baseline(rows)
+            base.add(owners, baseline.nats[..., None])
+            for together in run.groups(baseline, list(product(each, to))):
+                # A seed a batch: the same shuffle of every window would be one draw, not many.
+                for key, values in run.changes(baseline, together, seed + number).items():
+                    tallies.setdefault(key, Tally(len(documents))).add(owners, values)
+
     # In the order of what is ablated, whatever ran together.
     order = {(ablated, how): place for place, (ablated, how) in enumerate(product(each, to))}
     tallies = dict(sorted(tallies.items(), key=lambda item: order[item[0][:2]]))
@@ -184,13 +189,15 @@ class _Baseline:
         nats: the loss of each token that is predicted; `best` the most likely prediction.
     """
 
-    def __init__(self, model: TransformerBridge, rows: Int[Tensor, "row pos"], patterns: dict[int, str]) -> None:
+    def __init__(
+        self, model: TransformerBridge, rows: Int[Tensor, "row pos"], patterns: dict[int, str], tried: bool
+    ) -> None:
         self.rows, self.targets = rows, rows[:, 1:]
         self.patterns: dict[str, Tensor] = {}
         record: Hooks = [(name, partial(_keep_pattern, self.patterns)) for name in patterns.values()]
 
         # An ablation changes nothing below its first layer, so what enters that layer is kept and run on from there.
-        self.replay = Replay(model, rows.to(base_model(model).device), hooks=record, tokens_too=False)
+        self.replay = Replay(model, rows.to(base_model(model).device), hooks=record, tokens_too=False, tried=tried)
         self.nats = token_losses(self.replay.logits, self.targets)
         self.best = self.replay.logits[:, :-1].argmax(-1)
 
@@ -204,6 +211,7 @@ class _Run:
         patterns: the hook of each layer that has patterns.
         heads: the kind of heads, where they are ablated one by one.
         means: increments by token, for "token".
+        exact: whether batches of one row (False), and of several (True), were found to resume exactly.
     """
 
     model: TransformerBridge
@@ -211,6 +219,15 @@ class _Run:
     patterns: dict[int, str]
     heads: HeadKind
     means: Tensor | None
+    exact: set[bool] = field(default_factory=set)
+
+    def baseline(self, rows: Int[Tensor, "row pos"]) -> _Baseline:
+        """Some rows without ablation. That a pass can be resumed is tried once with one row, and once with several."""
+        several = len(rows) > 1
+        baseline = _Baseline(self.model, rows, self.patterns, several in self.exact)
+        if baseline.replay.exact:
+            self.exact.add(several)
+        return baseline
 
     def groups(self, baseline: _Baseline, ablations: list[tuple[Ablated, To]]) -> list[list[tuple[Ablated, To]]]:
         """The ablations in groups that run as one batch, of about `TOKENS_A_BATCH` tokens; the lowest layer first."""

@@ -49,6 +49,7 @@ class Replay:
         last_only: bool = False,
         tokens_too: bool = True,
         resume: bool = True,
+        tried: bool = False,
         how: Mapping[str, Any] | None = None,
     ) -> None:
         """Run the baseline.
@@ -61,6 +62,8 @@ class Replay:
             last_only: compute the logits of the last token alone.
             tokens_too: keep what is needed to resume at a token after the first.
             resume: False runs the whole prompt every time.
+            tried: another prompt of this model, with as many rows or as several, was found to resume exactly; where
+                `tokens_too` is False, this one is taken to do so too.
             how: further arguments of the model's calls, such as a mask of padding; then one copy joins at a time.
         """
         self.model = model
@@ -90,7 +93,7 @@ class Replay:
             # A pass that failed may have left half a cache; the baseline runs again without one.
             self._cache = None
             self.logits = self._baseline(hooks or [])
-            why = self._try_again() if resume else None
+            why = self._try_again() if resume and not (tried and not tokens_too) else None
             self.exact = resume and why is None
             if why is not None and tokens_too:
                 warnings.warn(
