@@ -10,7 +10,7 @@ Losses are paired: the same tokens with and without. A document is the unit of s
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -135,23 +135,32 @@ def ablation_table(
     patterns = {layer: name for layer, name in names.items() if attention and name in model.hook_dict}
     each = _each_ablation(model, list(names), by, heads)
     run = _Run(model, list(names), patterns, heads, means)
-    tallies: dict[tuple[Ablated, To, int | None], Tally] = {}
-    base = Tally(len(documents))
+    what = f"ablating in {len(each) * len(to)} ways"
+    base, tallies = _tallies(run, list(product(each, to)), len(documents), rows_of(documents, batches, what), seed)
+    return _tables(tallies, base, len(documents), seed, by == "head", run)
+
+
+def _tallies(
+    run: "_Run",
+    ablations: list[tuple[Ablated, To]],
+    documents: int,
+    batches: Iterable[tuple[Int[Tensor, "row pos"], list[int]]],
+    seed: int,
+) -> tuple[Tally, dict[tuple[Ablated, To, int | None], Tally]]:
+    """The losses without ablation, and what each ablation changes, in the order of the ablations."""
+    base, tallies = Tally(documents), dict[tuple[Ablated, To, int | None], Tally]()
 
     # Once for all passes, as each would switch every module there and back.
-    with evaluation_mode(model):
-        for number, (rows, owners) in enumerate(rows_of(documents, batches, f"ablating in {len(each) * len(to)} ways")):
+    with evaluation_mode(run.model):
+        for number, (rows, owners) in enumerate(batches):
             baseline = run.baseline(rows)
             base.add(owners, baseline.nats[..., None])
-            for together in run.groups(baseline, list(product(each, to))):
+            for together in run.groups(baseline, ablations):
                 # A seed a batch: the same shuffle of every window would be one draw, not many.
                 for key, values in run.changes(baseline, together, seed + number).items():
-                    tallies.setdefault(key, Tally(len(documents))).add(owners, values)
-
-    # In the order of what is ablated, whatever ran together.
-    order = {(ablated, how): place for place, (ablated, how) in enumerate(product(each, to))}
-    tallies = dict(sorted(tallies.items(), key=lambda item: order[item[0][:2]]))
-    return _tables(tallies, base, len(documents), seed, by == "head", run)
+                    tallies.setdefault(key, Tally(documents)).add(owners, values)
+    order = {ablation: place for place, ablation in enumerate(ablations)}
+    return base, dict(sorted(tallies.items(), key=lambda item: order[item[0][:2]]))
 
 
 def _each_ablation(model: TransformerBridge, layers: list[int], by: By, heads: HeadKind) -> list[Ablated]:

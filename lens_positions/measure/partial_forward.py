@@ -56,14 +56,12 @@ class Replay:
 
         Args:
             model: a bridge with position streams.
-            tokens: one prompt, or several of equal length (which can be resumed at layers only); of those, a copy is
-                a copy of them all.
+            tokens: one prompt, or several of equal length, copied together (which can be resumed at layers only).
             hooks: for the baseline pass, to record from it.
             last_only: compute the logits of the last token alone.
             tokens_too: keep what is needed to resume at a token after the first.
             resume: False runs the whole prompt every time.
-            tried: another prompt of this model, with as many rows or as several, was found to resume exactly; where
-                `tokens_too` is False, this one is taken to do so too.
+            tried: where `tokens_too` is False, resuming is exact, as it was for another prompt, or several others.
             how: further arguments of the model's calls, such as a mask of padding; then one copy joins at a time.
         """
         self.model = model
