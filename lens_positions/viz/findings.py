@@ -58,7 +58,7 @@ def of_ablations(name: str, loss: pd.DataFrame, unit: str) -> str:
     )
     if len(layers) < 2:
         return said
-    most = layers.loc[layers["change"].idxmax()]
+    most: dict[Any, Any] = max(layers.to_dict("records"), key=lambda row: row["change"])
     return f"{said}, most in layer {most['layer']} alone: {most['change']:+.4f}{_ends(most, 'low', 'high', '+.4f')}"
 
 
