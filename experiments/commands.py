@@ -24,6 +24,7 @@ from .options import (
     QuestionsConfig,
     ResultsConfig,
     RopeConfig,
+    RowConfig,
     ShipConfig,
     SuiteConfig,
 )
@@ -64,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         "gather": gather_command,
         "questions": questions_command,
         "results": results_command,
+        "row": row_command,
         "ship": ship_command,
     }
 
@@ -122,6 +124,17 @@ def results_command(argv: list[str]) -> int:
     from .results import write_results
 
     print(write_results(config))
+    return 0
+
+
+def row_command(argv: list[str]) -> int:
+    """Compute a row of the table that opens RESULTS.md again, and print it."""
+    description = "Compute a row of the table that opens RESULTS.md from the tables of results, and print it."
+    config = tyro.cli(RowConfig, prog="lens-positions experiments row", description=description, args=argv)
+
+    from .results import claim_rows
+
+    print("\n".join(claim_rows(config)))
     return 0
 
 

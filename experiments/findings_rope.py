@@ -25,7 +25,8 @@ from lens_positions.training.schema import Measured
 from lens_positions.viz.charts import lines_chart
 from lens_positions.viz.rope_charts import absolute_chart, entropy_chart, norms_map
 
-from .findings import Block, Finding, Suite, Verdict, ends_of
+from .calls import Call
+from .findings import Block, Finding, Suite, ends_of
 from .markdown import grid
 from .maximum import MOST, accuracy_table
 from .options import ROPE_TABLES, SHIPPED
@@ -39,9 +40,6 @@ REPLACEMENTS = {"token": "another token", "mean": "the mean", "zeros": "zeros", 
 
 MOST_HEADS = 0.1
 """The share of all heads up to which positional heads are a few."""
-
-HALF_OF_REPORTED = 0.2
-"""What a replaced first embedding must take away at early queries: half of the 40% that are reported."""
 
 A_SINK = 0.3
 """The share of attention on position 0 from which a head is a sink."""
@@ -61,7 +59,7 @@ class RopeResults:
     suite: Suite
 
     def table(self, model: str, name: str) -> pd.DataFrame | None:
-        """A table of a model; None where it was not measured."""
+        """A table of a model; None where it was untested."""
         return self.results.table(name, run_of_model(model))
 
     def tables(self, name: str, *models: str) -> dict[str, Any]:
@@ -106,9 +104,9 @@ def low_frequencies(of: RopeResults) -> Finding:
     """Queries and keys are larger at low frequencies."""
     norms = of.table(SMOLLM2, "norms")
     rule = (
-        "reproduced where on both sides the lowest quarter of the frequencies has the largest norm of the four in at "
-        "least three quarters of the layers; not reproduced where on neither side it has a larger one than the highest "
-        "quarter in at least half of them; different otherwise."
+        "agrees where on both sides the lowest quarter of the frequencies has the largest norm of the four in at "
+        "least three quarters of the layers; contrary where on neither side it has a larger one than the highest "
+        "quarter in at least half of them; weaker otherwise."
     )
     title = "Queries and keys are largest at the lowest frequencies"
     reported = "in Gemma 7B the mean 2-norm of their chunks is largest at the lowest frequencies."
@@ -132,11 +130,11 @@ def low_frequencies(of: RopeResults) -> Finding:
             cells += [f"{chosen[part].sum()} of {len(part)} layers" for chosen in (above, largest)]
             rows.append([side, f"{part[0]} to {part[-1]}", *cells])
     longest = 2 * math.pi / turned["frequency"].min()
-    verdict: Verdict = "different"
+    verdict: Call = "weaker"
     if min(mosts) >= 0.75:
-        verdict = "reproduced"
+        verdict = "agrees"
     elif max(shares) < 0.5:
-        verdict = "not reproduced"
+        verdict = "contrary"
     n = norms.iloc[0]
     what = f"{display_name(SMOLLM2)}, {n['n']:,} tokens of {n['documents']} held-out documents"
     columns = ["side", "layers", "highest quarter", "second", "third", "lowest quarter"]
@@ -157,9 +155,9 @@ def heads_by_position(of: RopeResults) -> Finding:
     norms, heads = of.table(SMOLLM2, "norms"), of.table(SMOLLM2, "positional")
     rule = (
         f"positional are heads with over half of their attention at one offset, with the tokens in another order too. "
-        f"Reproduced where there are some, at most {MOST_HEADS:.0%} of all, and the highest quarter of the frequencies "
+        f"Agrees where there are some, at most {MOST_HEADS:.0%} of all, and the highest quarter of the frequencies "
         "has a larger share of the squares of their norms than of the other heads', on both sides (Mann-Whitney, p < "
-        "0.05); not reproduced where there are none; different otherwise."
+        "0.05); absent where there are none; weaker otherwise. Two tests."
     )
     title = "A few heads attend by position whatever the tokens, and use the highest frequencies"
     reported = "in Gemma 7B the highest frequencies are used by a few heads, on the diagonal or the previous token."
@@ -169,7 +167,7 @@ def heads_by_position(of: RopeResults) -> Finding:
     files, n = of.files(["norms", "positional"], SMOLLM2), heads.iloc[0]
     if found.empty:
         sentence = f"None of {display_name(SMOLLM2)}'s {len(heads)} heads does."
-        return Finding(title, reported, "not reproduced", sentence, rule, [], files)
+        return Finding(title, reported, "absent", sentence, rule, [], files)
     rows = []
     for row in found.sort_values("shuffled", ascending=False).head(12).to_dict("records"):
         cells = [with_interval(row, name, ".0%", f"{name}_") for name in ("share", "shuffled")]
@@ -191,7 +189,7 @@ def heads_by_position(of: RopeResults) -> Finding:
         f"{n['documents']} documents, which the intervals resample. At offset 0 a shuffle says less: every token still "
         f"stands on its own diagonal. Of heads that look back alone the highest quarter makes {looking_back}.",
     ]
-    verdict: Verdict = "reproduced" if all(more) and len(found) <= MOST_HEADS * len(heads) else "different"
+    verdict: Call = "agrees" if all(more) and len(found) <= MOST_HEADS * len(heads) else "weaker"
     counts = found["offset"].value_counts().sort_index()
     offsets = ", ".join(f"{count} at {offset}" for offset, count in counts.items())
     sentence = (
@@ -261,16 +259,15 @@ def p_rope(of: RopeResults) -> Finding:
     )
     rule = (
         "four statements: 0.75 loses less than RoPE, 0.25 more, none more, and none more than 0.25; each holds, or is "
-        "contradicted, where its interval over seeds lies on one side of 0. Reproduced where all hold, not reproduced "
-        "where one is contradicted and none holds, different where one is contradicted and another holds, undecided "
-        "otherwise."
+        "contradicted, where its interval over seeds lies on one side of 0. Agrees where all hold, contrary where one "
+        "is contradicted, undecided otherwise. Four intervals."
     )
     pairs = {"0.75 minus RoPE": ("rope_75", "static", -1), "0.25 minus RoPE": ("rope_25", "static", 1)}
     pairs |= {"none minus RoPE": ("rope_0", "static", 1), "none minus 0.25": ("rope_0", "rope_25", 1)}
     found = {name: suite.difference(ours, base) for name, (ours, base, _) in pairs.items()}
     if any(row is None for row in found.values()):
         gone = "; ".join(f"{name} diverged: {at}" for name in FRACTIONS if (at := suite.diverged(name)))
-        return Finding(title, reported, "not measured", gone or "Not every fraction has been trained yet.", rule)
+        return Finding(title, reported, "untested", gone or "Not every fraction has been trained yet.", rule)
     rows = []
     for variant, name in FRACTIONS.items():
         row, paired = suite.loss(variant), suite.paired(variant)
@@ -302,7 +299,7 @@ def p_rope(of: RopeResults) -> Finding:
     return Finding(title, reported, verdict, f"In nats per byte, over seeds: {each}.", rule, blocks, files)
 
 
-def _verdict(statements: dict[str, tuple[Any, int]]) -> tuple[Verdict, str]:
+def _verdict(statements: dict[str, tuple[Any, int]]) -> tuple[Call, str]:
     """The verdict over differences that should be above 0 (sign 1) or below (-1), what they are, and how many hold."""
     holds, contradicted, parts = [], [], []
     for name, (row, sign) in statements.items():
@@ -310,11 +307,11 @@ def _verdict(statements: dict[str, tuple[Any, int]]) -> tuple[Verdict, str]:
         holds.append(low > 0 if sign > 0 else high < 0)
         contradicted.append(high < 0 if sign > 0 else low > 0)
         parts.append(f"{name} {row['difference']:+.4f} ({ends_of(low, high) or 'one seed'})")
-    verdict: Verdict = "undecided"
+    verdict: Call = "undecided"
     if all(holds):
-        verdict = "reproduced"
+        verdict = "agrees"
     elif any(contradicted):
-        verdict = "different" if any(holds) else "not reproduced"
+        verdict = "contrary"
     return verdict, f"{'; '.join(parts)}. {sum(holds)} of {len(holds)} statements hold"
 
 
@@ -326,7 +323,7 @@ def absolute_position(of: RopeResults) -> Finding:
         "a larger base suppresses the residual part where at early queries its share of both parts, over layers, has "
         "its whole interval below RoPE's; a window lets it grow where at early queries the last layer's residual part "
         "has its whole interval above layer 1's, by a larger factor than RoPE's; each at every seed, two at least. "
-        "Reproduced where both hold, not reproduced where neither does, different otherwise; undecided with one seed."
+        "Agrees where both hold, absent where neither does, weaker where one does; undecided with one seed."
     )
     runs = {variant: of.runs(variant) for variant in ARCHITECTURES}
     tables: Any = {
@@ -378,7 +375,7 @@ def _parts_by_layer(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     return grid([*columns, "share of residual, early"], rows)
 
 
-def _verdict_on_architectures(seeds: dict[int, dict[str, pd.DataFrame]]) -> tuple[Verdict, list[str]]:
+def _verdict_on_architectures(seeds: dict[int, dict[str, pd.DataFrame]]) -> tuple[Call, list[str]]:
     """The verdict over the architectures of every seed, and what each seed says."""
     lower, grows, parts = [], [], []
     for seed, tables in seeds.items():
@@ -395,13 +392,13 @@ def _verdict_on_architectures(seeds: dict[int, dict[str, pd.DataFrame]]) -> tupl
             + "; last layer over layer 1 "
             + ", ".join(f"{name} {growth[v][0]:.1f}" for v, name in ARCHITECTURES.items())
         )
-    verdict: Verdict = "different"
+    verdict: Call = "weaker"
     if len(seeds) < 2:
         verdict = "undecided"
     elif all(lower) and all(grows):
-        verdict = "reproduced"
+        verdict = "agrees"
     elif not all(lower) and not all(grows):
-        verdict = "not reproduced"
+        verdict = "absent"
     return verdict, parts
 
 
@@ -425,9 +422,8 @@ def first_embedding(of: RopeResults) -> Finding:
     title = "Replacing the first embedding takes away a part of the residual part"
     reported = "replacing that of BOS before the forward pass took 40% away, at early queries."
     rule = (
-        f"reproduced where in SmolLM2-135M every replacement takes away over {HALF_OF_REPORTED:.0%} (half of what is "
-        "reported) at early queries, with its whole interval; not reproduced where none takes away more than nothing "
-        "so; different otherwise."
+        "untested: what is reported is about models whose texts all begin with a token of their own (BOS), and no "
+        "model here has one. What these lose is given beside it."
     )
     runs = {f"{name}, seed {s}": m for v, name in ARCHITECTURES.items() for s, m in of.runs(v).items()}
     models = {display_name(SMOLLM2): SMOLLM2, "bilingual-rope": "bilingual-rope"} | runs
@@ -442,11 +438,6 @@ def first_embedding(of: RopeResults) -> Finding:
             rows.append([name, queries, *_drops(by.xs(queries, level="queries"))])
         drops[name] = by
     own = drops[display_name(SMOLLM2)].xs("early", level="queries")
-    verdict: Verdict = "different"
-    if (own["low"] > HALF_OF_REPORTED).all():
-        verdict = "reproduced"
-    elif not (own["low"] > 0).any():
-        verdict = "not reproduced"
     n = own["documents"].iloc[0]
     layered: Any = tables[display_name(SMOLLM2)]
     layered = layered[(layered["layer"].astype(str) != "all") & (layered["queries"] == "early")]
@@ -463,9 +454,12 @@ def first_embedding(of: RopeResults) -> Finding:
         grid(["layer", *REPLACEMENTS.values()], by_layer),
     ]
     each = ", ".join(f"{name} {with_interval(own.loc[how], 'drop', '+.0%')}" for how, name in REPLACEMENTS.items())
-    sentence = f"Of {display_name(SMOLLM2)}'s residual part at early queries these take away: {each} (n = {n})."
+    sentence = (
+        f"No model here has a BOS of its own. Of {display_name(SMOLLM2)}'s residual part at early queries a replaced "
+        f"first token of a text takes away: {each} (n = {n})."
+    )
     files = of.files(["drops"], *(models[name] for name in tables))
-    return Finding(title, reported, verdict, sentence, rule, blocks, files)
+    return Finding(title, reported, "untested", sentence, rule, blocks, files)
 
 
 def _drops(by: Any) -> list[str]:
@@ -479,16 +473,16 @@ def sinks_carry_a_fingerprint(of: RopeResults) -> Finding:
     title = "The states at the sink say which token is at position 0"
     reported = "sinks carry a fingerprint of it: the same for every input where it is BOS, else varying with the token."
     rule = (
-        f"with the texts' own first tokens: reproduced where in SmolLM2-135M some head gives over {A_SINK:.0%} of its "
+        f"with the texts' own first tokens: agrees where in SmolLM2-135M some head gives over {A_SINK:.0%} of its "
         f"attention to position 0 (whole interval) and the values there have a mean cosine below {ALIKE} (whole "
-        "interval) in most of the layers that have such heads; different where they do not; not reproduced where there "
-        "is no such head. With a common first token the cosine is 1, as it must be in a causal model."
+        "interval) in most of the layers that have such heads; contrary where they do not; absent where there is no "
+        "such head. With a common first token the cosine is 1, as it must be in a causal model."
     )
     sinks, prints = (of.tables(name, SMOLLM2, *SHIPPED) for name in ("sinks", "fingerprints"))
     if SMOLLM2 not in sinks or SMOLLM2 not in prints:
         return Finding(title, reported, *_not_measured("sinks and fingerprints"), rule)
     rows = []
-    verdict: Verdict = "not reproduced"
+    verdict: Call = "absent"
     sentence = f"With the texts' own first tokens {display_name(SMOLLM2)} has no such head."
     for model in [model for model in sinks if model in prints]:
         cells = []
@@ -504,7 +498,7 @@ def sinks_carry_a_fingerprint(of: RopeResults) -> Finding:
         rows.append([display_name(model), *cells])
         if model == SMOLLM2 and len(found):
             varied = own["first_token_high"] < ALIKE
-            verdict = "reproduced" if varied.mean() > 0.5 else "different"
+            verdict = "agrees" if varied.mean() > 0.5 else "contrary"
             sentence = (
                 f"With the texts' own first tokens {len(found)} of {display_name(model)}'s {len(heads)} heads are "
                 f"sinks; the values at position 0 have a mean cosine of {alike['v']:.3f} between texts in the "
@@ -530,10 +524,9 @@ def maximum_task(of: RopeResults) -> Finding:
     title = "A head that is sharp on few items disperses on many; an adaptive temperature makes it better"
     reported = "so in the task of finding the largest of n items, trained at up to 16, without further training."
     rule = (
-        f"reproduced where from four times the training size on, {4 * MOST} items, accuracy with the temperature is "
+        f"agrees where from four times the training size on, {4 * MOST} items, accuracy with the temperature is "
         "above that without at most of the sizes (whole interval over seeds) and below it at none, and the entropy "
-        "grows with every doubling; not reproduced where it is above at no size; different otherwise; undecided with "
-        "one seed."
+        "grows with every doubling; absent where it is above at no size; weaker otherwise; undecided with one seed."
     )
     tested = of.tests()
     if tested.empty:
@@ -548,13 +541,13 @@ def maximum_task(of: RopeResults) -> Finding:
     )
     beyond = table[table["items"] >= 4 * MOST]
     above, below = beyond["difference_low"] > 0, beyond["difference_high"] < 0
-    verdict: Verdict = "different"
+    verdict: Call = "weaker"
     if seeds < 2:
         verdict = "undecided"
     elif above.mean() > 0.5 and not below.any() and (np.diff(table["entropy"]) > 0).all():
-        verdict = "reproduced"
+        verdict = "agrees"
     elif not above.any():
-        verdict = "not reproduced"
+        verdict = "absent"
     first, last = table.iloc[0], table.iloc[-1]
     sentence = (
         f"Accuracy is {first['learned']:.1%} at {first['items']:.0f} items and {last['learned']:.1%} at "
@@ -599,10 +592,8 @@ def heads_disperse(of: RopeResults) -> Finding:
     title = "Sharp heads of a language model disperse with the number of items"
     reported = "heads that are sharp in training disperse: with bounded scores every weight falls like 1/n."
     rule = (
-        f"sharp are heads with less than half of the entropy of even attention at {FEWEST} items. Reproduced where in "
-        "SmolLM2-135M at least three quarters of them have a larger entropy at the most items, with intervals apart, "
-        "and the largest weight of the median one falls at least half as fast as 1/n; not reproduced where fewer than "
-        "half have; different otherwise. All within the lengths it was trained at."
+        f"untested: the claim is about more items than a model was trained with, and the most here lie well within the "
+        f"training length. Sharp are heads with less than half of the entropy of even attention at {FEWEST} items."
     )
     tables = of.tables("dispersion", SMOLLM2, *SHIPPED)
     if SMOLLM2 not in tables:
@@ -614,14 +605,10 @@ def heads_disperse(of: RopeResults) -> Finding:
         "held-out English.",
     ]
     own = _dispersal(tables[SMOLLM2])
-    verdict: Verdict = "different"
-    if own["share"] >= 0.75 and own["falls"] <= -0.5:
-        verdict = "reproduced"
-    elif not own["share"] >= 0.5:
-        verdict = "not reproduced"
     sentence = (
         f"{own['share']:.0%} of the {own['sharp']:.0f} sharp heads (of {own['heads']:.0f}) of {display_name(SMOLLM2)} "
-        f"have a larger entropy at {own['to']:.0f} items than at {FEWEST}. It grows by {own['slope']:.2f} of what even "
+        f"have a larger entropy at {own['to']:.0f} items than at {FEWEST}, intervals apart. It grows by "
+        f"{own['slope']:.2f} of what even "
         f"attention's does in the median sharp head (quartiles {own['low']:.2f} to {own['high']:.2f}), by "
         f"{own['others']:.2f} in the others; the largest weight of the median sharp head falls like n to the power "
         f"{own['falls']:.2f}."
@@ -631,7 +618,7 @@ def heads_disperse(of: RopeResults) -> Finding:
         "over documents."
     )
     figure = ("dispersion", "Entropy of attention by number of items", partial(entropy_chart, tables[SMOLLM2], caption))
-    return Finding(title, reported, verdict, sentence, rule, blocks, of.files(["dispersion"], *tables), figure)
+    return Finding(title, reported, "untested", sentence, rule, blocks, of.files(["dispersion"], *tables), figure)
 
 
 def _few_and_many(table: pd.DataFrame) -> tuple[Any, Any, Any]:
@@ -732,7 +719,7 @@ def _share_of_norm(quarter: int, of: RopeResults, model: str) -> float | None:
 
 
 def _steps(of: RopeResults, model: str) -> Any:
-    """The mean increment of each layer, or of all; None where it was not measured."""
+    """The mean increment of each layer, or of all; None where it was untested."""
     if _standard(of, model):
         return 1.0
     increments = of.table(model, "increments")
@@ -872,7 +859,7 @@ class SourceDifferences:
             pairs = [(read(self.of, self.runs[variant][s]), read(self.of, self.runs["static"][s])) for s in seeds]
             differences = np.array([ours - base for ours, base in pairs if ours is not None and base is not None])
             if len(differences) < 2:
-                cells.append("not measured")
+                cells.append("untested")
                 continue
             low, high = t_interval(differences)
             row = {"difference": differences.mean(), "low": low, "high": high}
@@ -920,5 +907,5 @@ ROPE_FINDINGS: tuple[Callable[[RopeResults], Finding], ...] = (
 )
 
 
-def _not_measured(tables: str) -> tuple[Verdict, str]:
-    return "not measured", f"Not measured yet: {tables} (lens-positions experiments rope, maximum)."
+def _not_measured(tables: str) -> tuple[Call, str]:
+    return "untested", f"Not measured yet: {tables} (lens-positions experiments rope, maximum)."

@@ -2,6 +2,7 @@
 `gather` makes tidy tables of them.
 
     tiny/per_layer-0/boundaries.csv      word boundaries in Chinese, segmented by people and by jieba
+    tiny/per_layer-0/english.csv         the loss on other writers' English, of static runs too
     tiny/per_layer-0/kinds.csv           increments by kind of byte
     tiny/per_layer-0/kinds_code.csv      the same in program text
     tiny/per_layer-0/names.csv           the space inside two-word names, and inside ordinary pairs
@@ -13,8 +14,9 @@
     tiny/per_layer-0/ablation.csv        the loss without the structure of increments, in English and Chinese
     tiny/per_layer-0/measured.json       the weights, command, text and time of each
 
-All text is held out; what is only counted (pairs of words and of characters, each byte's mean increment) comes from the
-training text. Nothing here is tuned: every option is the default of its command.
+All text is held out; what is only counted or chosen (pairs of words and of characters, each byte's mean increment, the
+best constant of each layer) comes from the training text. Nothing else is tuned: every option is the default of its
+command.
 """
 
 import json
@@ -26,24 +28,48 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
 from lens_positions import causal, corpora
 from lens_positions.analysis.heads import head_correlations, head_profile
 from lens_positions.analysis.specialisation import below_zero, saturation, specialisation
 from lens_positions.analysis.token_kinds import increments_by_category
-from lens_positions.analysis.two_word_names import NAMES, entity_grouping, matched_pairs
-from lens_positions.analysis.word_boundaries import Association, gap_areas, gap_increments, gaps_of, mutual_information
+from lens_positions.analysis.two_word_names import entity_grouping, frequent_names, matched_pairs
+from lens_positions.analysis.word_boundaries import (
+    Association,
+    branching_entropy,
+    gap_areas,
+    gap_increments,
+    gaps_of,
+    mutual_information,
+)
 from lens_positions.errors import PositionsError
-from lens_positions.measure.corpus_reader import CorpusIncrements, read_corpus
+from lens_positions.measure.corpus_reader import CorpusIncrements, read_corpus, rows_of, windows
+from lens_positions.measure.metrics import token_losses
 from lens_positions.model import HookedPositionTransformer
 from lens_positions.training.data import write_whole
+from lens_positions.training.loop import are_bytes
 
 from .gather import read_measured
-from .options import STAGED, MeasureConfig
+from .options import CONSTANTS, OF_STATIC, STAGED, MeasureConfig
 from .suite import commit, is_finished, print_progress, read_results, weights_of
 
 CHARACTERS = 60_000
-ABLATED_CHARACTERS = 10_000
+COUNTED_CHARACTERS = 12_000
+ABLATED_CHARACTERS = {"english": 12_000, "chinese": 4_000}
+"""Held-out text whose increments are ablated: a Chinese character is three tokens."""
+
+PIECE = 500
+"""Characters of each document of it at most, so that there are many."""
+
+CHOSEN_CHARACTERS = 1_500
+"""Training text that it is looked for in, of each language."""
+
+OTHER_ENGLISH = ("anthropology", "economics", "eltec", "pepys")
+"""The English sources of `bilingual-large` that `bilingual` does not have."""
+
+DOCUMENTS, DOCUMENT_CHARACTERS = 96, 1000
+"""How many of their documents are read, and how much from the beginning of each."""
 
 
 class Text:
@@ -70,9 +96,31 @@ class Text:
         return mutual_information(corpora.load("chinese")["train"]["text"])
 
     @cached_property
+    def entropy(self) -> Callable[[str], float]:
+        """Of what follows a Chinese character, in the training text."""
+        return branching_entropy(corpora.load("chinese")["train"]["text"])
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Two-word names of the training text that share no word."""
+        return frequent_names(corpora.load("english")["train"]["text"])
+
+    @cached_property
     def pairs(self) -> pd.DataFrame:
         """Names and the ordinary pairs of words that are as frequent in the training text."""
-        return matched_pairs(corpora.load("english")["train"]["text"])
+        return matched_pairs(corpora.load("english")["train"]["text"], self.names, distinct=True)
+
+    @cached_property
+    def other_english(self) -> list[tuple[str, str]]:
+        """Source and text of English documents by other writers, an equal number of each source where it has them."""
+        train = corpora.load("bilingual-large")["train"]
+        of_source: dict[str, list[str]] = {source: [] for source in OTHER_ENGLISH}
+        for source, text in zip(train["source"], train["text"], strict=True):
+            if source in of_source:
+                of_source[source].append(text[:DOCUMENT_CHARACTERS])
+        share = DOCUMENTS // len(OTHER_ENGLISH)
+        spread = {source: texts[:: max(1, len(texts) // share)][:share] for source, texts in of_source.items()}
+        return [(source, text) for source, texts in spread.items() for text in texts]
 
     @cached_property
     def prose(self) -> list[str]:
@@ -85,12 +133,15 @@ class Text:
         return corpora.heldout_excerpts("code", CHARACTERS)
 
     @cached_property
-    def ablated(self) -> dict[str, tuple[list[str], list[str]]]:
-        """By language, training text for each byte's mean increment, and held-out text."""
-        size = ABLATED_CHARACTERS
+    def ablated(self) -> dict[str, tuple[list[str], list[str], list[str]]]:
+        """By language, training text for each byte's mean increment, some of it for constants, and held-out text."""
         return {
-            corpus: (corpora.training_excerpts(corpus, size), corpora.heldout_excerpts(corpus, size))
-            for corpus in ("english", "chinese")
+            corpus: (
+                corpora.training_excerpts(corpus, COUNTED_CHARACTERS),
+                corpora.training_excerpts(corpus, CHOSEN_CHARACTERS),
+                [text[:PIECE] for text in corpora.heldout_excerpts(corpus, size)],
+            )
+            for corpus, size in ABLATED_CHARACTERS.items()
         }
 
 
@@ -122,7 +173,9 @@ def _boundaries(subject: Subject) -> pd.DataFrame:
     layers, increments = gap_increments(model, human)  # of the same gaps, whoever finds the words
     jieba = gaps_of(model, text.lines, text.by_jieba)
     tables = [
-        gap_areas(gaps, layers, increments, text.association).assign(words=words)
+        gap_areas(gaps, layers, increments, text.association, entropy=text.entropy, controls=words == "human").assign(
+            words=words
+        )
         for words, gaps in (("human", human), ("jieba", jieba))
     ]
     return pd.concat(tables, ignore_index=True)
@@ -136,10 +189,41 @@ def _specialisation(subject: Subject) -> pd.DataFrame:
 
 def _ablation(subject: Subject) -> pd.DataFrame:
     tables = []
-    for corpus, (counted, texts) in subject.text.ablated.items():
+    for corpus, (counted, chosen, texts) in subject.text.ablated.items():
         means = causal.token_means(subject.model, counted)
-        tables.append(causal.ablation_table(subject.model, texts, means=means).loss.assign(corpus=corpus))
+        table = causal.ablation_table(subject.model, texts, means=means).loss
+        tables += [table.assign(corpus=corpus), _best_constants(subject.model, chosen, texts).assign(corpus=corpus)]
     return pd.concat(tables, ignore_index=True)
+
+
+def _best_constants(model: HookedPositionTransformer, chosen: list[str], texts: list[str]) -> pd.DataFrame:
+    """Ablations of each layer to the constant that costs least in other text: rows with `to` "best constant".
+
+    The mean is no fair constant where a few increments are large: attention may want most tokens where they are.
+    """
+    tried = causal.ablation_table(model, chosen, to=CONSTANTS).loss
+    tried = tried[tried["layer"] != "all"]
+    best = tried.loc[tried.groupby("layer")["change"].idxmin()]
+    tables = []
+    for layer, constant in zip(best["layer"], best["to"], strict=True):
+        of_layer = causal.ablation_table(model, texts, layers=int(layer), to=[float(constant)]).loss
+        tables.append(of_layer[of_layer["layer"] == layer].assign(to="best constant", constant=float(constant)))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _english(subject: Subject) -> pd.DataFrame:
+    """The loss on other writers' English: bytes and nats of each document, cut at the context."""
+    rows = []
+    for number, (source, text) in enumerate(subject.text.other_english):
+        documents, batches = windows(subject.model, [text])
+        nats, size = 0.0, 0
+        for tokens, _ in rows_of(documents, batches, "english"):
+            with torch.no_grad():
+                losses = token_losses(subject.model(tokens), tokens[:, 1:])
+            counted = are_bytes(tokens[:, 1:])
+            nats, size = nats + float(losses.double()[counted].sum()), size + int(counted.sum())
+        rows.append({"document": number, "source": source, "bytes": size, "nats": round(nats, 3)})
+    return pd.DataFrame(rows)
 
 
 MEASUREMENTS: dict[str, tuple[Callable[[Subject], pd.DataFrame], str]] = {
@@ -149,13 +233,14 @@ MEASUREMENTS: dict[str, tuple[Callable[[Subject], pd.DataFrame], str]] = {
         lambda s: increments_by_category(s.model, s.code, alphabet="code"),
         "kinds {model} --corpus code --alphabet code",
     ),
-    "names": (lambda s: entity_grouping(s.model, s.text.pairs, NAMES), "names {model}"),
+    "names": (lambda s: entity_grouping(s.model, s.text.pairs, s.text.names), "experiments measure --tables names"),
     "heads": (lambda s: s.heads, "heads {model}"),
     "correlations": (lambda s: head_correlations(s.heads), "heads {model}"),
     "saturation": (lambda s: saturation(s.model, s.prose), "saturation {model}"),
     "below_zero": (lambda s: below_zero(s.model, s.prose), "saturation {model}"),
     "specialisation": (_specialisation, "specialisation {model}"),
-    "ablation": (_ablation, f"ablate {{model}} --corpus english --characters {ABLATED_CHARACTERS} --tokens"),
+    "ablation": (_ablation, "experiments measure --tables ablation"),
+    "english": (_english, "experiments measure --tables english"),
 }
 """Each measurement, and the command that prints it (or the first half of it, where two texts are measured)."""
 
@@ -164,7 +249,8 @@ def measure(options: MeasureConfig) -> list[str]:
     """Measure what is not measured yet, and return the names of the runs that are measured and whose weights are here.
 
     A file is written when its measurement is done, so that an interruption loses one measurement at most. A run whose
-    weights have changed since is measured anew; one whose weights are not here keeps the files that it has.
+    weights have changed since is measured anew; one whose weights are not here keeps the files that it has. The loss on
+    other writers' English, which needs text that is downloaded, is measured where it is asked for by its name.
 
     Raises:
         PositionsError: no scored run with increments of its own, or an unknown one, or an unknown measurement.
@@ -177,22 +263,31 @@ def measure(options: MeasureConfig) -> list[str]:
     if unknown := set(options.only) - {folder.name for folder in scored}:
         raise PositionsError(f"{results} has no scored run {min(unknown)!r}; expected one that the suite has finished.")
     chosen = [folder for folder in scored if not options.only or folder.name in options.only]
-    chosen = [folder for folder in chosen if read_results(folder / "run.json", "variant")["variant"] != "static"]
+    names = [name for name in MEASUREMENTS if name in (options.tables or set(MEASUREMENTS) - set(OF_STATIC))]
+    if not set(names) & set(OF_STATIC):
+        chosen = [folder for folder in chosen if not _is_static(folder)]
     if not chosen:
         raise PositionsError(
             f"{results} has no scored run with increments to measure (those of static are all 1); expected "
             "lens-positions experiments suite before."
         )
     text, measured = Text(), []
-    names = [name for name in MEASUREMENTS if name in options.tables or not options.tables]
+    if "english" in names:
+        text.other_english  # noqa: B018 (refused here where it is not downloaded, as no matter of a model)
     for number, folder in enumerate(chosen, 1):
         run = runs / folder.name
         if not is_finished(run):
             print_progress(f"{folder.name}: its weights are not in {run}; what was measured stays")
             continue
-        _measure(run, folder, text, names, f"{folder.name} ({number} of {len(chosen)})")
+        of_run = [name for name in names if name in OF_STATIC or not _is_static(folder)]
+        _measure(run, folder, text, of_run, f"{folder.name} ({number} of {len(chosen)})")
         measured.append(folder.name)
     return measured
+
+
+def _is_static(folder: Path) -> bool:
+    """Whether the increments of a scored run are all 1."""
+    return bool(read_results(folder / "run.json", "variant")["variant"] == "static")
 
 
 def _measure(run: Path, folder: Path, text: Text, names: list[str], title: str) -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import tyro
+
 from lens_positions.config import PositionConfig
 
 VARIANTS: dict[str, PositionConfig] = {
@@ -58,8 +60,12 @@ RUN_TABLES = (
     "below_zero",
     "specialisation",
     "ablation",
+    "english",
 )
 """What `measure` measures of a run."""
+
+OF_STATIC = ("english",)
+"""Those that a run with increments of 1 has too."""
 
 ROPE_TABLES = (
     "increments",
@@ -79,6 +85,9 @@ ROPE_TABLES = (
 QUESTION_TABLES = ("probes", "gap_effects", "head_reach")
 """What `questions` measures of a run."""
 
+
+CONSTANTS = (0.8, 1.0, 1.2, 1.5, 2.0, 3.0, 5.0)
+"""The increments among which the best constant of a layer is looked for, in positions."""
 
 STAGED = Path("runs/results")
 """Where suites and measurements leave their files until they are gathered."""
@@ -199,17 +208,33 @@ class ResultsConfig:
     Args:
         results: the folder of the tidy tables.
         preset: the suite that findings are taken from.
-        beside: a suite whose findings are told after them, if it has results; how RoPE itself is used comes last, if
-            it was measured.
+        beside: suites of models that were trained less, whose findings are told after them where they have results.
+        rope: the suite whose runs show how RoPE itself is used, which comes last, if it was measured.
         output: the text to write.
         figures: the folder of figures, beside it.
     """
 
     results: Path = GATHERED
-    preset: str = "tiny"
-    beside: str = "base"
+    preset: str = "long"
+    beside: tuple[str, ...] = ("base", "tiny")
+    rope: str = "tiny"
     output: Path = Path("RESULTS.md")
     figures: Path = Path("docs")
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """Which row of the table that opens RESULTS.md is computed again.
+
+    Args:
+        key: the word that stands beside the claim, such as boundaries; all rows if none is given.
+        results: the folder of the tidy tables.
+        preset: the suite that findings are taken from.
+    """
+
+    key: tyro.conf.Positional[str] = ""
+    results: Path = GATHERED
+    preset: str = "long"
 
 
 @dataclass(frozen=True)

@@ -15,28 +15,30 @@ import pandas as pd
 from lens_positions.checkpoint import shipped_names
 from lens_positions.errors import PositionsError
 from lens_positions.model import HookedPositionTransformer
+from lens_positions.training.config import preset_names
 from lens_positions.training.data import write_whole
-from lens_positions.training.schema import Commit
 from lens_positions.viz.charts import auc_chart, differences_chart
 from lens_positions.viz.spacing import spacing
 from lens_positions.viz.style import MissingFontError
 
+from .calls import POWER, RULES
 from .findings import (
+    CLAIMS,
+    CODE,
     FINDINGS,
     NAMES,
     Finding,
     Suite,
     areas,
+    ends_of,
     grafts,
     loss_neutral,
     losses,
     paired_seeds,
-    what_increments_cause,
-    word_boundaries,
 )
 from .findings_rope import ROPE_FINDINGS, RopeResults
 from .markdown import grid, page
-from .options import ROPE_VARIANTS, VARIANTS, ResultsConfig
+from .options import ROPE_VARIANTS, VARIANTS, ResultsConfig, RowConfig
 from .suite import print_progress
 from .tables import MEASURED, RUNS, read_tables
 
@@ -49,8 +51,8 @@ SENTENCES = {
 }
 """Those of the demo, which were written before any model was trained."""
 
-DETAILED = (word_boundaries, what_increments_cause)
-"""Findings that are given whole for the second suite too: these depend on the layer."""
+LARGER = ("paper",)
+"""Suites of larger models, of which only the loss is told."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,8 @@ def write_results(options: ResultsConfig) -> Path:
             f"{options.output} or {options.figures} cannot be written; expected existing folders for both."
         )
     try:
-        suite, beside = Suite(results, options.preset), Suite(results, options.beside)
-        text = _page(suite, beside, RopeResults(results, suite), options)
+        suites = [Suite(results, name) for name in (options.preset, *options.beside)]
+        text = _page(suites, RopeResults(results, Suite(results, options.rope)), options)
     except (KeyError, IndexError) as error:
         raise PositionsError(
             f"a file in {options.results} lacks {error}; expected what suite, measure, rope and maximum wrote."
@@ -94,31 +96,95 @@ def write_results(options: ResultsConfig) -> Path:
     return options.output
 
 
-def _page(suite: Suite, beside: Suite, rope_results: RopeResults, options: ResultsConfig) -> str:
+def claim_rows(options: RowConfig) -> list[str]:
+    """Rows of the table that opens RESULTS.md, from the tables of results.
+
+    Raises:
+        PositionsError: there is no such row, or there are no results.
+    """
+    keys = [key for key, _ in CLAIMS.values()]
+    if options.key and options.key not in keys:
+        raise PositionsError(f"there is no row {options.key!r}; expected one of {', '.join(keys)}.")
+    suite = Suite(read_tables(options.results), options.preset)
+    if not suite.runs("static"):
+        raise PositionsError(f"{options.results} has no results of runs of {options.preset}; expected some.")
+    found = [find(suite) for find in FINDINGS]
+    return [_claim(finding) for finding in found if options.key in ("", CLAIMS[finding.title][0])]
+
+
+def _claim(finding: Finding) -> str:
+    """A row of the table that opens RESULTS.md."""
+    key, reported = CLAIMS[finding.title]
+    claim = f"[{finding.title}](RESULTS.md#{finding.title.lower().replace(' ', '-')}) `{key}`"
+    return f"| {claim} | {reported} | {finding.ours} | **{finding.verdict}** | {finding.control} |"
+
+
+def _page(suites: list[Suite], rope_results: RopeResults, options: ResultsConfig) -> str:
     """The text of RESULTS.md; its figures are drawn."""
-    setting = _setting(suite)  # this and the traces first, so that no figure is drawn where a description is damaged
-    traces = _traces([suite, beside], rope_results, options)
+    suite = suites[0]
+    trained = _trained([*suites, *(Suite(suite.results, name) for name in (*CODE.values(), *LARGER))])
+    traces = _traces([own for own, _ in trained], rope_results, options)  # refused before a figure is drawn
     findings, rope = [find(suite) for find in FINDINGS], [find(rope_results) for find in ROPE_FINDINGS]
-    if all(finding.verdict == "not measured" for finding in rope):
+    if not any(finding.blocks for finding in rope):
         rope = []
     figures = [*_draw_sentences(options), *_draw_losses(suite, options), *_draw_boundaries(suite, options)]
-    drawn = _draw_figures([*findings, *rope], options)
-    told = _beside(beside, options) if beside.runs("static") else None
-    values = {"setting": setting, "findings": findings, "figures": figures, "drawn": drawn, "beside": told}
+    values = {
+        "models": grid(
+            ["suite", "model", "bytes seen", "corpus", "runs", "minutes a run", "loss of RoPE", "per layer minus RoPE"],
+            _cells(trained),
+        ),
+        "claims": [_claim(finding) for finding in findings],
+        "rules": RULES,
+        "power": POWER,
+        "findings": findings,
+        "figures": figures,
+        "drawn": _draw_figures([*findings, *rope], options),
+        "besides": [_beside(own) for own in suites[1:] if own.runs("static")],
+    }
     return page("results.md.jinja", **values, rope=rope, **traces)
 
 
-def _setting(suite: Suite) -> str:
-    """What the models of a suite are, from one of them."""
-    scored = {str(run): of for run, of in suite.results.runs.items() if run.suite == suite.name and "step" not in of}
-    config = scored[min(scored)]["config"]
-    model = config["model"]
-    seen = config["steps"] * config["batch_size"] * model["n_ctx"]
-    return (
-        f"of the preset `{suite.name}` ({model['n_layers']} layers, width {model['d_model']}, "
-        f"{model['n_heads']} heads, context {model['n_ctx']}; {config['steps']:,} steps, {seen / 1e6:.1f}M bytes seen, "
-        f"corpus {config['corpus']})"
-    )
+def _trained(suites: list[Suite]) -> list[tuple[Suite, dict[str, Any]]]:
+    """The suites that have runs, each with the configuration of one of them."""
+    found = []
+    for suite in suites:
+        scored = {str(run): of for run, of in suite.results.runs.items() if run.suite == suite.name}
+        scored = {name: of for name, of in scored.items() if "step" not in of}
+        if scored:
+            found.append((suite, scored[min(scored)]["config"]))
+    return found
+
+
+def _cells(trained: list[tuple[Suite, dict[str, Any]]]) -> list[list[str]]:
+    """What was trained, a row a suite: size, bytes seen, runs and loss."""
+    rows = []
+    for suite, config in trained:
+        model, static, paired = config["model"], suite.loss("static"), suite.paired("per_layer")
+        seen = config["steps"] * config["batch_size"] * model["n_ctx"] * config.get("accumulate", 1)
+        size = f"{model['n_layers']} layers, width {model['d_model']}, context {model['n_ctx']}"
+        seeds = {variant: len(suite.runs(variant)) for variant in (*VARIANTS, *ROPE_VARIANTS)}
+        counts: dict[int, list[str]] = {}
+        for variant, count in seeds.items():
+            counts.setdefault(count, []).append(variant)
+        runs = "; ".join(f"{n} of {', '.join(names)}" for n, names in sorted(counts.items(), reverse=True) if n)
+        cells = [suite.name, size, f"{seen / 1e6:.1f}M", str(config["corpus"]), runs, _minutes(suite, seen)]
+        cells.append("" if static is None else f"{static['loss']:.4f}")
+        if paired is None:
+            cells.append("")
+        else:
+            over = "seeds" if not np.isnan(paired["seeds_low"]) else "documents"
+            ends = ends_of(paired[f"{over}_low"], paired[f"{over}_high"])
+            cells.append(f"{paired['difference']:+.4f} ({ends}, over {over})")
+        rows.append(cells)
+    return rows
+
+
+def _minutes(suite: Suite, seen: int) -> str:
+    """How long the steps of a run took, by the median of its last speeds, and on what."""
+    runs = [run for variant in VARIANTS for run in suite.runs(variant).values()]
+    speeds = [speed for run in runs if (speed := run.get("tokens_per_second"))]
+    minutes = f"{seen / float(np.median(speeds)) / 60:.0f}, " if speeds else ""
+    return minutes + ("CPU" if "CPU" in runs[0]["device"] else runs[0]["device"])
 
 
 def _draw_figures(findings: Iterable[Finding], options: ResultsConfig) -> dict[str, Figure]:
@@ -133,17 +199,13 @@ def _draw_figures(findings: Iterable[Finding], options: ResultsConfig) -> dict[s
     return drawn
 
 
-def _beside(suite: Suite, options: ResultsConfig) -> dict[str, Any]:
+def _beside(suite: Suite) -> dict[str, Any]:
     """The findings of another suite, those that it has, in short."""
     findings = {find: find(suite) for find in FINDINGS if find is not grafts}
-    note = findings[loss_neutral].blocks[-1]
     return {
         "name": suite.name,
-        "setting": _setting(suite),
-        "losses": [losses(suite, only_run=True), note],
+        "losses": [losses(suite, only_run=True), findings[loss_neutral].blocks[1]],
         "findings": list(findings.values()),
-        "detailed": [findings[find] for find in DETAILED],
-        "figures": _draw_boundaries(suite, options),
     }
 
 
@@ -152,22 +214,8 @@ def _traces(suites: list[Suite], rope_results: RopeResults, options: ResultsConf
     return {
         "runs_file": (options.results / RUNS).as_posix(),
         "measured_file": (options.results / MEASURED).as_posix(),
-        "runs": _runs(suites),
-        "measured": _measured_models(rope_results),
         "commands": _commands(suites, rope_results),
     }
-
-
-def _runs(suites: list[Suite]) -> pd.DataFrame:
-    """Every run: its command, weights and code."""
-    rows = []
-    for suite in suites:
-        for variant in (*VARIANTS, *ROPE_VARIANTS):
-            for seed, run in suite.runs(variant).items():
-                cells = [f"{suite.name} {variant}-{seed}", f"`{run['command']}`", f"{run['parameters']:,}"]
-                cells += [run["sha256"]["model.safetensors"][:12], _commit(run["git"])]
-                rows.append([*cells, run["versions"]["torch"], run["device"]])
-    return grid(["run", "command", "parameters", "weights (sha256)", "commit", "torch", "device"], rows)
 
 
 def _commands(suites: list[Suite], rope_results: RopeResults) -> list[str]:
@@ -176,7 +224,7 @@ def _commands(suites: list[Suite], rope_results: RopeResults) -> list[str]:
     for suite in suites:
         for seeds, variants in _run_together(suite).items():
             options = f"--variants {' '.join(variants)} --seeds {' '.join(map(str, seeds))}"
-            commands.append(f"suite --preset {suite.name} {options}")
+            commands.append(f"suite --preset {_preset(suite)} {options}")
         if suite.runs("static"):
             commands.append(f"measure --preset {suite.name}")
     commands += ["gather", "ship"]
@@ -186,18 +234,15 @@ def _commands(suites: list[Suite], rope_results: RopeResults) -> list[str]:
     return [*commands, *of_rope, *of_maximum, *again, "results"]
 
 
-def _measured_models(rope_results: RopeResults) -> pd.DataFrame | None:
-    """The weights behind the tables of RoPE itself, and the code that measured them; None without any."""
-    rows = []
-    for model, done in rope_results.measured().items():
-        weights = {sha256[:12] for entry in done.values() for sha256 in entry["sha256"].values()}
-        commits = {_commit(entry["git"]) for entry in done.values()}
-        rows.append([f"`{model}`", ", ".join(sorted(weights)), ", ".join(sorted(commits))])
-    return grid(["model", "weights (sha256)", "commits"], rows) if rows else None
-
-
-def _commit(git: Commit | None) -> str:
-    return "none" if git is None else f"{git['commit'][:10]}{'+' if git['changed'] else ''}"
+def _preset(suite: Suite) -> str:
+    """The preset of a suite, with what was asked for beside it where the suite has another name."""
+    if suite.name in preset_names():
+        return suite.name
+    runs = [run for variant in VARIANTS for run in suite.runs(variant).values()]
+    words = runs[0]["command"].split()
+    asked = [f"{name} {words[words.index(name) + 1]}" for name in ("--preset", "--corpus", "--steps") if name in words]
+    folders = f"--output runs/suite/{suite.name} --results runs/results/{suite.name}"
+    return " ".join([*asked, folders]).removeprefix("--preset ")
 
 
 def _run_together(suite: Suite) -> dict[tuple[int, ...], list[str]]:
@@ -257,18 +302,19 @@ def _draw_losses(suite: Suite, options: ResultsConfig) -> list[Figure]:
 def _draw_boundaries(suite: Suite, options: ResultsConfig) -> list[Figure]:
     """The areas under the ROC curve by layer, where they were measured."""
     tables = []
-    for variant in ("per_layer", "shared"):
-        for seed, table in suite.tables(variant, "boundaries").items():
-            tables.append(areas(table).assign(measure=NAMES[variant], run=seed))
-            statistic = areas(table, "mutual information")  # of the text, and so the same for every run
+    for seed, table in suite.tables("per_layer", "boundaries").items():
+        own = areas(table, "within token")
+        tables.append((own if len(own) else areas(table)).assign(measure=NAMES["per_layer"], run=seed))
+        statistic = areas(table, "branching entropy")  # of the text, and so the same for every run
     if not tables:
         return []
     found = pd.concat([*tables, statistic], ignore_index=True)
     first = found.iloc[0]
     caption = (
         f"Preset {suite.name}; {first['n']:,} gaps between Chinese characters in {first['lines']:,} "
-        "held-out lines of the People's Daily, segmented by people; a line each seed. Mutual information: of the two "
-        "characters, from the training text. Intervals: 95% of resamples of lines."
+        "held-out lines of the People's Daily, segmented by people; gaps before the same first byte are compared; a "
+        "line each seed. Branching entropy: after the character before, from the training text. Intervals: 95% of "
+        "resamples of lines."
     )
     path = options.figures / f"results_boundaries_{suite.name}.png"
     auc_chart(found, "Increments at Chinese word boundaries", caption, path)

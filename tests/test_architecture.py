@@ -43,13 +43,23 @@ STILL_LONG = {"lens_positions/causal/map_run.py: gap_map", "lens_positions/cli/m
 """Functions that have yet to fall into steps: most of their lines are arguments and what these mean."""
 
 
+def own_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines from its name to its end, less those of functions and classes in it, which are read on their own."""
+    nested = [
+        node.end_lineno - node.lineno + 1
+        for node in function.body
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+    ]
+    return function.end_lineno - function.lineno + 1 - sum(nested)
+
+
 def test_no_function_is_over_60_lines():
     """The signature and the docstring count as well: a function is what a reader takes in at once."""
     long = {
         f"{file.relative_to(ROOT)}: {node.name}"
         for file in (ROOT / "lens_positions").rglob("*.py")
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno >= 60
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and own_lines(node) > 60
     }
     assert long == STILL_LONG
 

@@ -17,6 +17,7 @@ from experiments.options import (
     QuestionsConfig,
     ResultsConfig,
     RopeConfig,
+    RowConfig,
     ShipConfig,
     SuiteConfig,
 )
@@ -110,6 +111,7 @@ OPTIONS = {
     "experiments gather": GatherConfig,
     "experiments questions": QuestionsConfig,
     "experiments results": ResultsConfig,
+    "experiments row": RowConfig,
     "experiments ship": ShipConfig,
     "experiments rope": RopeConfig,
     "experiments maximum": MaximumConfig,

@@ -18,8 +18,8 @@ from .losses import compare_losses
 from .rotary_layout import rotary_layout
 from .specialisation import below_zero, saturation, specialisation
 from .token_kinds import increments_by_category
-from .two_word_names import entity_grouping, matched_pairs
-from .word_boundaries import boundary_auc, mutual_information
+from .two_word_names import entity_grouping, frequent_names, matched_pairs
+from .word_boundaries import boundary_auc, branching_entropy, mutual_information
 
 __all__ = [
     "absolute_variation",
@@ -29,6 +29,7 @@ __all__ = [
     "attention_sinks",
     "below_zero",
     "boundary_auc",
+    "branching_entropy",
     "compare_losses",
     "entity_grouping",
     "extreme_tokens",
@@ -37,6 +38,7 @@ __all__ = [
     "frequency_norms",
     "frequency_quarters",
     "frequency_shares",
+    "frequent_names",
     "head_correlations",
     "head_profile",
     "high_frequency_use",

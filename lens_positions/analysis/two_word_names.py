@@ -10,12 +10,13 @@ to the second word's token, whose increment has read that word as well.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 
 import numpy as np
 import pandas as pd
 from einops import reduce
+from jaxtyping import Float64
 from scipy import stats
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import coo_array
@@ -138,6 +139,9 @@ CARRIERS = (
     "Nobody mentioned {} again that year.",
 )
 
+CAPITALS = r"(?<=[a-z,;] )(?=([A-Z][a-z]+) ([A-Z][a-z]+)\b)"
+"""Two words with capitals that begin no sentence."""
+
 ALIKE = 1.5
 """The largest factor between the counts (plus one) of a name and of its ordinary pair, in either order."""
 
@@ -246,13 +250,43 @@ def _check_names(names: Sequence[str], carriers: Sequence[str]) -> None:
         )
 
 
-def matched_pairs(training: Iterable[str], names: Sequence[str] = NAMES) -> pd.DataFrame:
+def frequent_names(training: Iterable[str], most: int = 200) -> list[str]:
+    """The most frequent two-word names of a text that share no word, so that each is a family of its own.
+
+    A name is two words side by side that begin with a capital after a word or comma of the same sentence, both of them
+    written so at least half of the time in the whole text. Nothing is looked at but counts; of two names with a word
+    in common the rarer one is left out.
+
+    Args:
+        training: text in English.
+        most: at most so many.
+
+    >>> lp.analysis.frequent_names(["They left New York for the North Sea, and New York for New Jersey."])
+    ['New York', 'North Sea']
+    """
+    pairs, words = Counter[tuple[str, str]](), Counter[str]()
+    for text in training:
+        words.update(re.findall(r"[A-Za-z]+", text))
+        pairs.update((found[1], found[2]) for found in re.finditer(CAPITALS, text))
+    used: set[str] = set()
+    names: list[str] = []
+    for pair, _ in sorted(pairs.items(), key=lambda item: (-item[1], item[0])):
+        if len(names) == most:
+            break
+        if len({*pair}) == 2 and used.isdisjoint(pair) and all(words[word] >= words[word.lower()] for word in pair):
+            names.append(" ".join(pair))
+            used.update(pair)
+    return names
+
+
+def matched_pairs(training: Iterable[str], names: Sequence[str] = NAMES, *, distinct: bool = False) -> pd.DataFrame:
     """An ordinary pair of words for each name, as frequent as it in both orders.
 
     Ordinary words are of small letters, three at least, and no stop words (scikit-learn's list). Among all pairs the
     assignment with the closest counts in both orders is taken, and among equals the one whose two words are as frequent
     as those of the name; names that the text does not have, or without a pair within a factor of 1.5 in each order, are
-    left out. Nothing is looked at but counts.
+    left out. Nothing is looked at but counts. With `distinct` no two ordinary pairs share a word: the names are gone
+    through in their order, and each takes the closest pair that is left.
 
     Returns:
         A row for each matched name: `name`, `ordinary`, and the counts in the text, `name_real`, `name_reversed`,
@@ -288,7 +322,8 @@ def matched_pairs(training: Iterable[str], names: Sequence[str] = NAMES) -> pd.D
     apart = np.abs(counts(of_names)[:, None] - counts(ordinary))
     both_orders, of_words = apart[..., :2].sum(-1), apart[..., 2:].sum(-1)
     # A hundredth: the frequency of single words only decides between pairs that match equally well.
-    chosen = zip(*linear_sum_assignment(both_orders + of_words / 100), strict=True)
+    cost = both_orders + of_words / 100
+    chosen = _closest_distinct(cost, ordinary) if distinct else zip(*linear_sum_assignment(cost), strict=True)
     rows = []
     for name, pair in chosen:
         if apart[name, pair, :2].max() > np.log(ALIKE):
@@ -297,6 +332,20 @@ def matched_pairs(training: Iterable[str], names: Sequence[str] = NAMES) -> pd.D
         rows.append((names[name], f"{c} {d}", pairs[a, b], pairs[b, a], pairs[c, d], pairs[d, c]))
     columns = ["name", "ordinary", "name_real", "name_reversed", "ordinary_real", "ordinary_reversed"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def _closest_distinct(
+    cost: Float64[np.ndarray, "name pair"], ordinary: Sequence[tuple[str, str]]
+) -> Iterator[tuple[int, int]]:
+    """The closest pair of each name, in their order, of those that share no word with the pairs before."""
+    first, second = np.array(ordinary).T
+    free = first != second
+    for name, of_name in enumerate(cost):
+        if not free.any():
+            return
+        pair = int(np.where(free, of_name, np.inf).argmin())
+        yield name, pair
+        free &= ~(np.isin(first, ordinary[pair]) | np.isin(second, ordinary[pair]))
 
 
 def _is_ordinary(word: str) -> bool:

@@ -4,9 +4,13 @@ Between two Chinese characters there is a gap, and the gap is a boundary of word
 asks how well one number tells the two apart: the increment before the next character's first token, and beside it what
 could fool the reader:
 
-- the increment of layer 0, or of a shared source, knows the identity of one byte and no context;
+- the increment of layer 0, or of a shared source, knows the identity of one byte and no context, and the first byte of
+  the next character alone tells something: so increments are also compared among gaps before the same token only, and
+  the best that any order of these tokens could do is beside it;
 - labels shuffled within each line keep a line's share of boundaries and lose which gaps they are;
-- the mutual information of the two characters, from the text that a model was trained on, needs no model at all.
+- the branching entropy after the character before, from the text that a model was trained on, has seen what the model
+  has (and of it the last character alone); the mutual information of the two characters has seen the next one too,
+  which no increment has. Neither needs a model.
 
 Lines are cut at characters where they are longer than the context, never within one; a piece after the first begins
 with the character before it, so that every gap of a line is measured once, with the text of its piece before it.
@@ -17,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -28,7 +32,7 @@ from torch import Tensor
 from ..corpora import jieba_words
 from ..errors import PositionsError
 from ..measure.corpus_reader import WINDOW, read_corpus
-from ..measure.intervals import auc_interval, resamples, shuffle_within
+from ..measure.intervals import auc_interval, auc_within, resamples, shuffle_within
 from ..measure.kinds import is_han
 from ..model import HookedPositionTransformer
 from ..progress import track_progress
@@ -40,6 +44,8 @@ Association = Callable[[str, str], float]
 UNSEEN = 0.5
 """The count given to a pair of characters that the training text does not have."""
 
+
+BEST_ORDER = "best order of tokens"
 
 TIES_AT = 5
 """Decimals of a position within which two increments count as equal."""
@@ -92,9 +98,12 @@ def boundary_auc(
         One row for each `measure` and `layer`: `auc`, the area under the ROC curve (the chance that a boundary has the
         larger value of the two; 0.5 tells nothing), `low` to `high`, where it lies in 95% of 1,000 resamples of whole
         lines (NaN for one line), `n` gaps, of which `boundaries`, and `lines` with a gap. The measures are "increment",
-        "labels shuffled" (increments against labels shuffled within lines) and, with `training`, "mutual information"
-        (minus that of the two characters), which has no layer (NaN). Gaps within a token have no increment and are left
-        out.
+        "within token" (pairs of gaps before the same token alone: what the increment knows beyond the identity of the
+        token that it belongs to), "labels shuffled" (increments against labels shuffled within lines), and without a
+        layer (NaN): "best order of tokens" (the largest area that any value of that token alone could have on these
+        very gaps; the smallest is 1 minus it), and with `training` "branching entropy" (after the character before; not
+        where an association is given) and "mutual information" (minus that of the two characters). Gaps within a token
+        have no increment and are left out.
 
     Raises:
         PositionsError: no gap between two Chinese characters, no boundary or nothing else among them, words that do
@@ -104,15 +113,17 @@ def boundary_auc(
     >>> table = lp.analysis.boundary_auc(model, lines, words)
     >>> table.loc[table["measure"] == "increment", ["layer", "auc", "n", "boundaries"]].round(2)
        layer   auc  n  boundaries
-    0      0  0.59  8           4
-    1      1  0.19  8           4
-    2      2  0.38  8           4
-    3      3  0.88  8           4
-    4      4  0.62  8           4
-    5      5  0.31  8           4
+    0    0.0  0.59  8           4
+    1    1.0  0.19  8           4
+    2    2.0  0.38  8           4
+    3    3.0  0.88  8           4
+    4    4.0  0.62  8           4
+    5    5.0  0.31  8           4
     """
     gaps = gaps_of(model, texts, words, prepend_bos)
-    return gap_areas(gaps, *gap_increments(model, gaps), training, seed)
+    training = training if training is None or callable(training) else list(training)
+    entropy = None if training is None or callable(training) else branching_entropy(training)
+    return gap_areas(gaps, *gap_increments(model, gaps), training, seed, entropy=entropy)
 
 
 def gap_areas(
@@ -121,27 +132,44 @@ def gap_areas(
     increments: Float64[np.ndarray, "layer gap"],
     training: Iterable[str] | Association | None = None,
     seed: int = 0,
+    *,
+    entropy: Callable[[str], float] | None = None,
+    controls: bool = True,
 ) -> pd.DataFrame:
-    """Compute the table of `boundary_auc` from gaps and their increments."""
+    """What `boundary_auc` returns, from what `gaps_of`, `gap_increments` and `branching_entropy` do.
+
+    Without `controls` only "increment" and what is counted in the training text.
+    """
     draws = resamples(gaps.lines, seed)
     shuffled = gaps.boundary[shuffle_within(gaps.line, seed)]
     lines = len(np.unique(gaps.line))
     rows = []
+    pieces = zip(gaps.piece, gaps.token, strict=True)
+    tokens = np.array([int(gaps.tokens[piece][token]) for piece, token in pieces])
 
     # The same bytes have the same increment, but for a rounding of 1e-7 that depends on the batch: those are ties.
     increments = np.round(increments, TIES_AT)
 
-    def add(measure: str, layer: float, values: np.ndarray, labels: np.ndarray) -> None:
+    def add(measure: str, layer: float, values: np.ndarray, labels: np.ndarray, strata: Any = None) -> None:
         # A line is the unit of sampling, as the words of one line depend on each other.
-        low, high = auc_interval(values, labels, gaps.line, draws) if lines > 1 else (math.nan, math.nan)
-        row = {"measure": measure, "layer": layer, "auc": roc_auc_score(labels, values), "low": low, "high": high}
+        low, high = auc_interval(values, labels, gaps.line, draws, strata) if lines > 1 else (math.nan, math.nan)
+        auc = roc_auc_score(labels, values) if strata is None else auc_within(values, labels, strata)
+        row = {"measure": measure, "layer": layer, "auc": auc, "low": low, "high": high}
         rows.append(row | {"n": len(labels), "boundaries": int(labels.sum()), "lines": lines})
 
     # A thousand resamples for each area take longer than the model does.
-    of_layers = [("increment", gaps.boundary), ("labels shuffled", shuffled)]
-    parts = [(measure, labels, i) for measure, labels in of_layers for i in range(len(layers))]
-    for measure, labels, i in track_progress(parts, "areas under curves", quick=len(gaps.line) < 10_000):
-        add(measure, layers[i], increments[i], labels)
+    of_layers: list[tuple[str, Any, Any]] = [("increment", gaps.boundary, None)]
+    if controls:
+        of_layers += [("within token", gaps.boundary, tokens), ("labels shuffled", shuffled, None)]
+    parts = [(*each, i) for each in of_layers for i in range(len(layers))]
+    for measure, labels, strata, i in track_progress(parts, "areas under curves", quick=len(gaps.line) < 10_000):
+        add(measure, layers[i], increments[i], labels, strata)
+    if controls:
+        # A token's share of boundaries is the value of it that orders these gaps best.
+        _, token = np.unique(tokens, return_inverse=True)
+        add(BEST_ORDER, math.nan, (np.bincount(token, gaps.boundary) / np.bincount(token))[token], gaps.boundary)
+    if entropy is not None:
+        add("branching entropy", math.nan, np.array([entropy(before) for before, _ in gaps.pair]), gaps.boundary)
     if training is not None:
         association = training if callable(training) else mutual_information(training)
         add("mutual information", math.nan, -np.array([association(*pair) for pair in gaps.pair]), gaps.boundary)
@@ -257,3 +285,34 @@ def mutual_information(texts: Iterable[str]) -> Association:
         return math.log((pairs[a, b] or UNSEEN) * total / ((left[a] or 1) * (right[b] or 1)))
 
     return association
+
+
+def branching_entropy(texts: Iterable[str]) -> Callable[[str], float]:
+    """The entropy, in nats, of the character that follows a Chinese character, as counted in texts.
+
+    Many continuations after a character say that a word may end there. Only the text before a gap is used, as a causal
+    model has it. Neighbouring Chinese characters alone are counted; a character that was never seen has the entropy of
+    all characters. Jin and Tanaka-Ishii, "Unsupervised segmentation of Chinese text by use of branching entropy", 2006.
+
+    Raises:
+        PositionsError: no two Chinese characters side by side.
+
+    >>> entropy = lp.analysis.branching_entropy(["中国中国人国人"])
+    >>> round(entropy("中"), 2), round(entropy("国"), 2)  # always the same next; two of three
+    (0.0, 0.64)
+    """
+    after: dict[str, Counter[str]] = {}
+    for text in texts:
+        for a, b in pairwise(text):
+            if is_han(a) and is_han(b):
+                after.setdefault(a, Counter())[b] += 1
+    if not after:
+        raise PositionsError("the training text has no two Chinese characters side by side; expected Chinese text.")
+
+    def nats(counts: Counter[str]) -> float:
+        shares = np.array(list(counts.values())) / counts.total()
+        return max(0.0, float(-(shares * np.log(shares)).sum()))
+
+    known = {character: nats(counts) for character, counts in after.items()}
+    of_all = nats(sum(after.values(), Counter()))
+    return lambda character: known.get(character, of_all)

@@ -109,7 +109,9 @@ def attribution(
     return _by_gap(values, count if by == "head" else None, streams_of(model).config.gap)
 
 
-def _by_gap(values: Float[Tensor, "layer pos *head"], heads: int | None, gap: str) -> Float[Tensor, "layer *head pos"]:
+def _by_gap(
+    values: Float[Tensor, "layer pos *head"], heads: int | None, gap: str
+) -> Float[Tensor, "layer *of_head pos"]:
     """Attributions of increments as those of the gaps before tokens, of so many heads or of the layer."""
     if heads is not None:
         values = reduce(values, "layer pos (head query) -> layer head pos", "sum", head=heads)

@@ -83,14 +83,16 @@ def boundaries(
 ) -> None:
     """Show how well increments tell Chinese word boundaries from the inside of words, layer by layer.
 
-    Beside the increments: the same with labels shuffled within lines, and the mutual information of the two characters.
+    Beside the increments: the same among gaps before one and the same token, with labels shuffled within lines, what
+    any order of those tokens could reach, the branching entropy after the character before, and the mutual information
+    of both characters.
 
     Args:
         words: "human" (the People's Daily of the corpus chinese, held-out lines), "jieba" (the same lines, or those of
             --corpus, segmented by jieba), or a file of lines whose words stand between spaces.
         corpus: held-out text for jieba.
         lines: at most so many lines, spread evenly.
-        training: the corpus whose training text gives the mutual information of characters; none leaves that out.
+        training: the corpus in whose training text characters are counted; none leaves that out.
     """
     check_outputs(csv, figure)
     prepend_bos = bos.prepend()

@@ -2,6 +2,7 @@
 are the samples."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import scipy
@@ -74,29 +75,56 @@ def auc_interval(
     labels: Bool[np.ndarray, " sample"],
     owners: Int64[np.ndarray, " sample"],
     draws: Int64[np.ndarray, "draw document"],
+    strata: Int64[np.ndarray, " sample"] | None = None,
 ) -> tuple[float, float]:
     """Where 95% of the areas under the ROC curve lie over resamples of whole documents (`owners` of the samples).
 
-    As `sklearn.metrics.roc_auc_score` with a sample weight a draw, but sorted once.
+    As `sklearn.metrics.roc_auc_score` with a sample weight a draw, but sorted once. With `strata`, of pairs within a
+    stratum alone, as `auc_within`.
     """
-    # The area under the ROC curve is the chance that a sample with the label has a larger value than one without, ties
-    # counted half. Sorted once, each resample needs only its weights, summed over runs of equal values.
-    order = np.argsort(values, kind="stable")
-
-    # Where each run of equal values begins.
-    ties = np.flatnonzero(np.diff(values[order], prepend=-np.inf))
-    labels, owners = labels[order], owners[order]
-    areas = []
-    for weights in (draw[owners].astype(float) for draw in draws):
-        larger = np.add.reduceat(weights * labels, ties)
-        smaller = np.add.reduceat(weights * ~labels, ties)
-        pairs = larger.sum() * smaller.sum()
-
-        # The samples without the label that are below a run, and half of those in it.
-        below = smaller.cumsum() - smaller / 2
-        areas.append(larger @ below / pairs if pairs else np.nan)
+    area = _area_by_weights(values, labels, np.zeros(len(values), dtype=np.int64) if strata is None else strata)
+    areas = [area(draw[owners].astype(float)) for draw in draws]
     low, high = interval_of(np.array(areas)[:, None])
     return float(low[0]), float(high[0])
+
+
+def auc_within(
+    values: Float64[np.ndarray, " sample"], labels: Bool[np.ndarray, " sample"], strata: Int64[np.ndarray, " sample"]
+) -> float:
+    """The area under the ROC curve of pairs within a stratum alone: what values know beyond the stratum.
+
+    The chance that of a true and a false sample of the same stratum the true one has the larger value, ties counted
+    half, over all such pairs of all strata; NaN without any.
+    """
+    return _area_by_weights(values, labels, strata)(np.ones(len(values)))
+
+
+def _area_by_weights(
+    values: Float64[np.ndarray, " sample"], labels: Bool[np.ndarray, " sample"], strata: Int64[np.ndarray, " sample"]
+) -> Callable[[Float64[np.ndarray, " sample"]], float]:
+    """From the weights of samples to the area under the ROC curve within strata.
+
+    The area is the chance that a sample with the label has a larger value than one without, ties counted half. Sorted
+    once, each resample needs only its weights, summed over blocks of equal values.
+    """
+    order = np.lexsort((values, strata))
+    values, labels, strata = values[order], labels[order], strata[order]
+
+    # Blocks of equal values within a stratum; of each block, the first block of its stratum.
+    blocks = np.flatnonzero((np.diff(values, prepend=-np.inf) != 0) | (np.diff(strata, prepend=strata[:1] - 1) != 0))
+    _, first, of_block = np.unique(strata[blocks], return_index=True, return_inverse=True)
+
+    def area(weights: Float64[np.ndarray, " sample"]) -> float:
+        weights = weights[order]
+        larger = np.add.reduceat(weights * labels, blocks)
+        smaller = np.add.reduceat(weights * ~labels, blocks)
+        pairs = np.add.reduceat(larger, first) @ np.add.reduceat(smaller, first)
+
+        before = smaller.cumsum() - smaller  # of all strata up to here; less those of the strata before this one
+        below = before - before[first][of_block] + smaller / 2
+        return float(larger @ below / pairs) if pairs else np.nan
+
+    return area
 
 
 class Tally:

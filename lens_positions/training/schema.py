@@ -108,7 +108,11 @@ class PackedCorpus(TypedDict):
 
 @with_config(WITH_NAN)
 class RunResults(TypedDict, total=False):
-    """run.json and diverged.json: what a suite writes of a run; a reader says which fields it needs."""
+    """run.json and diverged.json: what a suite writes of a run; a reader says which fields it needs.
+
+    `sha256` is that of the weights that are kept. Where these are rounded to half precision, `sha256_float32` is that
+    of the weights as trained.
+    """
 
     variant: str
     seed: Count
@@ -120,7 +124,7 @@ class RunResults(TypedDict, total=False):
     evaluation: Evaluation
     tokens_per_second: int | None
     sha256: dict[str, Sha256]
-    sha256_float32: dict[str, Sha256]  # of the weights as they were trained, where half precision is kept
+    sha256_float32: dict[str, Sha256]
     versions: dict[str, str]
     git: Commit | None
     device: str

@@ -124,7 +124,7 @@ def auc_chart(table: pd.DataFrame, title: str, caption: str = "", path: str | Pa
     >>> lines, words = ["中国政府今天在北京"], [["中国", "政府", "今天", "在", "北京"]]
     >>> figure = lp.viz.auc_chart(lp.analysis.boundary_auc(model, lines, words), "Word boundaries")
     >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    ['increment', 'labels shuffled']
+    ['increment', 'within token', 'labels shuffled', 'best order of tokens']
     """
     if missing := {"measure", "layer", "auc", "low", "high"} - set(table):
         raise PositionsError(f"the table lacks {', '.join(sorted(missing))}; expected measure, layer, auc, low, high.")

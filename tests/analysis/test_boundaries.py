@@ -10,8 +10,15 @@ from sklearn.metrics import roc_auc_score
 
 import lens_positions as lp
 from lens_positions import corpora
-from lens_positions.analysis.word_boundaries import TIES_AT, boundary_auc, gap_increments, gaps_of, mutual_information
-from lens_positions.measure.intervals import auc_interval, resamples
+from lens_positions.analysis.word_boundaries import (
+    TIES_AT,
+    boundary_auc,
+    branching_entropy,
+    gap_increments,
+    gaps_of,
+    mutual_information,
+)
+from lens_positions.measure.intervals import auc_interval, auc_within, resamples
 from lens_positions.tokenizer import END_OF_DOCUMENT
 
 WORDS = [
@@ -58,8 +65,8 @@ def test_the_area_is_that_of_run_with_cache_alone(tiny_model, positions):
 
 def test_increments_without_structure_tell_nothing(tiny_model):
     table = boundary_auc(tiny_model(source="static"), TEXTS, WORDS)
-    assert (table["auc"] == 0.5).all()
-    assert (table[["low", "high"]] == 0.5).all(axis=None)
+    of_layers = table.dropna(subset="layer")
+    assert (of_layers[["auc", "low", "high"]] == 0.5).all(axis=None)
 
 
 def test_a_long_line_is_cut_at_characters_and_every_gap_measured_once(tiny_model):
@@ -94,8 +101,9 @@ def test_shuffled_labels_stay_in_their_line(tiny_model, monkeypatch):
     planted = np.repeat([1.0, 0.0, 1.0, 0.0], 3)
     monkeypatch.setattr("lens_positions.analysis.word_boundaries.gap_increments", lambda *_: ([0], planted[None]))
     table = boundary_auc(tiny_model(), ["".join(line) for line in words], words)
-    assert list(table["measure"]) == ["increment", "labels shuffled"]
-    assert list(table["auc"]) == [1.0, 1.0]
+    by = table.set_index("measure")["auc"]
+    assert list(by.index) == ["increment", "within token", "labels shuffled", "best order of tokens"]
+    assert by["increment"] == by["labels shuffled"] == 1.0
 
 
 def test_the_interval_is_that_of_weighted_areas():
@@ -106,6 +114,59 @@ def test_the_interval_is_that_of_weighted_areas():
     draws = resamples(12, seed=1)[:200]
     areas = [roc_auc_score(labels, values, sample_weight=draw[owners]) for draw in draws]
     assert auc_interval(values, labels, owners, draws) == pytest.approx(tuple(np.percentile(areas, [2.5, 97.5])))
+
+
+def test_the_area_within_strata_is_that_of_all_their_pairs():
+    rng = np.random.default_rng(1)
+    strata = rng.integers(4, size=120)
+    labels = rng.random(120) < 0.2 + 0.2 * strata
+    values = np.round(strata + labels * 0.5 + rng.normal(0, 1, 120), 1)  # with ties
+    true, false = np.flatnonzero(labels), np.flatnonzero(~labels)
+    pairs = [(values[i], values[j]) for i in true for j in false if strata[i] == strata[j]]
+    by_hand = np.mean([(a > b) + (a == b) / 2 for a, b in pairs])
+    assert auc_within(values, labels, strata) == pytest.approx(by_hand)
+    assert roc_auc_score(labels, values) > by_hand + 0.05  # strata alone tell something
+
+    # One stratum is the plain area, and the interval is that of resampled pairs.
+    assert auc_within(values, labels, np.zeros(120, dtype=int)) == pytest.approx(roc_auc_score(labels, values))
+    owners = np.sort(rng.integers(9, size=120))
+    draws = resamples(9, seed=2)[:50]
+    areas = []
+    for weights in (draw[owners] for draw in draws):
+        weighed = [
+            (weights[i] * weights[j], values[i], values[j]) for i in true for j in false if strata[i] == strata[j]
+        ]
+        won = sum(w * ((a > b) + (a == b) / 2) for w, a, b in weighed)
+        areas.append(won / sum(w for w, _, _ in weighed))
+    expected = tuple(np.percentile(areas, [2.5, 97.5]))
+    assert auc_interval(values, labels, owners, draws, strata) == pytest.approx(expected)
+
+
+def test_layer_0_knows_nothing_within_a_token_and_no_value_of_it_beats_the_best_order(tiny_model):
+    table = boundary_auc(tiny_model(source="per_layer"), TEXTS, WORDS).set_index(["measure", "layer"])
+    assert table.loc[("within token", 0), "auc"] == pytest.approx(0.5)
+    assert table.loc[("within token", 1), "auc"] != pytest.approx(0.5)
+    best = table.xs("best order of tokens", level="measure")["auc"].iloc[0]
+    assert 1 - best <= table.loc[("increment", 0), "auc"] <= best
+
+
+def test_branching_entropy_is_that_of_counts():
+    entropy = branching_entropy(["北京北京", "京北x北京"])  # after 北 always 京, after 京 always 北
+    assert entropy("北") == entropy("京") == 0
+    entropy = branching_entropy(["北京北海北京", "好"])
+    assert entropy("北") == pytest.approx(-(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3)))
+    assert entropy("好") > 0  # never followed: the entropy of all characters
+    with pytest.raises(lp.PositionsError, match="training text has no two Chinese characters"):
+        branching_entropy(["none"])
+
+
+def test_branching_entropy_finds_the_ends_of_words(tiny_model):
+    rng = np.random.default_rng(0)
+    words = [word for line in WORDS for word in line]
+    training = ["".join(rng.permutation(words)) for _ in range(100)]
+    table = boundary_auc(tiny_model(), TEXTS, WORDS, training)
+    (row,) = table[table["measure"] == "branching entropy"].iloc
+    assert row["auc"] > 0.9
 
 
 def test_mutual_information_is_that_of_counts():

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 import lens_positions as lp
-from lens_positions.analysis.two_word_names import CARRIERS, NAMES, entity_grouping, matched_pairs
+from lens_positions.analysis.two_word_names import CARRIERS, NAMES, entity_grouping, frequent_names, matched_pairs
 
 TRAINING = [
     "New York has public debt. New York has public debt. " * 3,
@@ -22,6 +22,24 @@ def test_ordinary_pairs_are_as_frequent_in_both_orders():
     assert table["ordinary"].is_unique
     both = table[["name_real", "ordinary_real"]].to_numpy() + 1
     assert (both.max(1) / both.min(1) <= 1.5).all()
+
+
+def test_frequent_names_are_families_of_their_own():
+    training = ["We saw New York, New York and New Jersey.", "Then in New York the Rio Grande. Old Rio was old, old."]
+    assert frequent_names(training) == ["New York", "Rio Grande"]  # not New Jersey, which shares a word; not old Rio
+    assert frequent_names(training, most=1) == ["New York"]
+    assert frequent_names(["nothing of the kind"]) == []
+
+
+def test_distinct_pairs_share_no_word():
+    training = ["public debt, public law, New York, Rio Grande, private law"]
+    names = ["New York", "Rio Grande"]
+    shared = matched_pairs(training, names)["ordinary"]
+    assert len(shared) == 2
+    found = matched_pairs(training, names, distinct=True)
+    words = [word for pair in found["ordinary"] for word in pair.split()]
+    assert len(words) == len(set(words)) == 4
+    assert list(found["name"]) == names
 
 
 def test_a_name_without_a_pair_as_frequent_is_left_out():

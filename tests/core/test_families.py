@@ -104,7 +104,8 @@ def test_layers_without_rope_have_no_stream():
     model(families.TOKENS, past_key_values=cache)
     bridge = families.plain_bridge(model)
     streams = lp.attach_positions(bridge, lp.PositionConfig(source="per_layer"))
-    assert [n for n in bridge.hook_dict if "increments" in n] == ["blocks.1.attn.hook_increments"]
+    names = {"blocks.1.attn.hook_increments", "blocks.1.attn.hook_head_increments"}
+    assert {n for n in bridge.hook_dict if "increments" in n} == names
     assert bridge.positions(families.TOKENS).shape == (1, *families.TOKENS.shape)
     with pytest.raises(lp.PositionsError, match="2 rows of 9 tokens at layer 1 and positions for none"):
         model(families.TOKENS, past_key_values=cache)

@@ -98,7 +98,7 @@ def test_a_report_shows_edits_of_one_model_alone(model, tmp_path):
     page = (tmp_path / "page.html").read_text("utf-8")
     assert "Edits: increments times 3 in layer 0. Texts are drawn without and with them." in page
     assert f"{model.name}, edited" in page
-    with pytest.raises(lp.PositionsError, match="hooks were given with a model to compare; expected one of the two"):
+    with pytest.raises(lp.PositionsError, match="hooks came with a model to compare; expected one of them"):
         viz.report(model, tmp_path / "both.html", compare=model, hooks=hooks)
 
 
