@@ -13,8 +13,8 @@ FEWEST = 30
 def of_kinds(name: str, table: pd.DataFrame) -> str:
     """In which layer increments differ most by kind of token, and how, without the full stop.
 
-    The layer is that in which the largest relative increment is most times the smallest, of kinds that have an interval
-    and 30 tokens.
+    The layer is that with the widest range of relative increments, of kinds that have an interval and 30 tokens. It is
+    chosen after looking; its intervals are those of the table.
 
     Args:
         name: of the model.
@@ -25,12 +25,12 @@ def of_kinds(name: str, table: pd.DataFrame) -> str:
     >>> of_kinds("m", pd.DataFrame(rows, columns=columns))
     'm puts tokens apart by kind most in layer 0: space ×2.000 the mean of the layer (1.900 to 2.100), letter ×0.500 (0.400 to 0.600)'
     """  # noqa: E501 - a sentence
-    known = table[(table["n"] >= FEWEST) & (table["relative_low"] > 0)]
+    known = table[(table["n"] >= FEWEST) & table["relative_low"].notna()]
     by_layer = known.groupby("layer")["relative"]
-    ratios = (by_layer.max() / by_layer.min())[by_layer.count() > 1]
-    if ratios.empty:
+    ranges = (by_layer.max() - by_layer.min())[by_layer.count() > 1]
+    if ranges.empty:
         return f"{name} has no layer in which two kinds of token are frequent enough to compare"
-    rows = known[known["layer"] == ratios.idxmax()].sort_values("relative")
+    rows = known[known["layer"] == ranges.idxmax()].sort_values("relative")
     least, most = rows.iloc[0], rows.iloc[-1]
     if most["relative_low"] <= least["relative_high"]:
         return f"{name} puts no kind of token clearly farther apart than another: in every layer the intervals overlap"

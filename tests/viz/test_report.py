@@ -109,12 +109,11 @@ def test_it_opens_with_what_was_found_in_three_sentences(page, folders):
 
 def test_the_layer_that_is_named_is_the_one_with_the_widest_range(folders):
     model = lp.HookedPositionTransformer.from_pretrained(folders / "learned")
-    table = lp.analysis.increments_by_category(
-        model, ["The cat sat on a mat, and then it ran. " * 9, "中文没有空格" * 30]
-    )
+    texts = [f"The cat sat on {i} mats, and then it ran. " * 9 + "中文没有空格" * 30 for i in range(4)]
+    table = lp.analysis.increments_by_category(model, texts)
     said = findings.of_kinds("m", table)
-    table = table[(table["n"] >= 30) & (table["relative_low"] > 0)]
-    ranges = {layer: rows["relative"].max() / rows["relative"].min() for layer, rows in table.groupby("layer")}
+    table = table[table["n"] >= 30]
+    ranges = {layer: rows["relative"].max() - rows["relative"].min() for layer, rows in table.groupby("layer")}
     layer = max(ranges, key=lambda number: ranges[number])
     most = table.loc[table[table["layer"] == layer]["relative"].idxmax()]
     assert f"most in layer {layer}: {most['kind']} ×{most['relative']:.3f} the mean of the layer" in said
