@@ -1,6 +1,7 @@
 """The report: one file with everything, whole or with a sentence for what is missing, and safe from its own texts."""
 
 import importlib
+import itertools
 import re
 from pathlib import Path
 
@@ -308,6 +309,24 @@ def test_charts_follow_dark_mode_and_what_scrolls_says_so(browser, page):
             whole = "[...document.querySelectorAll('h1, h2, h3')].every((t) => t.scrollWidth <= t.clientWidth + 1)"
             assert opened_page.evaluate(whole)
     assert len(inks) == 2
+
+
+@pytest.mark.slow
+@needs_chromium
+@pytest.mark.parametrize("width", [390, 1440])
+def test_rulers_take_the_full_width_and_have_an_axis_to_scale(browser, page, width):
+    ticks = """(drawing) => [...drawing.querySelector('svg').querySelectorAll('.tick')].map((t) =>
+      [Number(t.textContent), Number(t.getAttribute('x'))])"""
+    with opened(browser, page, width) as opened_page:
+        drawing = opened_page.locator("figure[data-view=spacing] .lp-drawing").first
+        per_unit = float(drawing.locator("svg").first.get_attribute("data-per-unit"))
+        marks = drawing.evaluate(ticks)
+        assert len(marks) >= 3
+        for (value, x), (next_value, next_x) in itertools.pairwise(marks):
+            assert next_x - x == pytest.approx((next_value - value) * per_unit, abs=0.02)
+        # The widest line of characters ends at the right edge.
+        ends = drawing.evaluate("(d) => [...d.querySelectorAll('.unit')].map((t) => Number(t.getAttribute('x')))")
+        assert drawing.evaluate("(d) => d.clientWidth") - max(ends) < 30
 
 
 @pytest.mark.slow
