@@ -59,7 +59,7 @@ def attribution(
     heads: HeadKind = "query",
     attention_mask: Mask = None,
     prepend_bos: bool | None = None,
-) -> Float[Tensor, "layer *head pos"]:
+) -> Float[Tensor, "layer *of_head pos"]:
     """The first-order effect of every gap, in one backward pass, or its part of the whole effect.
 
     Args:
