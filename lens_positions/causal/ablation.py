@@ -9,8 +9,9 @@ that its id has in other text: what that costs is what a layer knows beyond the 
 Losses are paired: the same tokens with and without. A document is the unit of sampling; intervals resample documents.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from typing import Any, Literal, cast
@@ -22,6 +23,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
+from ..core.model_state import evaluation_mode
 from ..core.model_wrappers import base_model
 from ..core.per_head import of_query_heads
 from ..errors import PositionsError
@@ -38,7 +40,7 @@ from ..interventions import (
     query_heads,
     streams_of,
 )
-from ..measure.corpus_reader import CorpusIncrements, Texts, read_corpus, rows_of, windows
+from ..measure.corpus_reader import TOKENS_A_BATCH, CorpusIncrements, Texts, read_corpus, rows_of, windows
 from ..measure.intervals import Tally, resamples
 from ..measure.metrics import look_back, token_losses
 from ..measure.partial_forward import Replay
@@ -50,6 +52,8 @@ from .sweeps import SITES, By, head_count
 To = float | Literal["mean", "shuffle", "token"]
 Ablated = tuple[int | str, int | None]
 """A layer, or "all", and a head of it, or None for all of them."""
+
+HookFunction = Callable[[Tensor, HookPoint], Tensor | None]
 
 ABLATION = 'a finite number, "mean", "shuffle" or "token"'
 INTERVENTIONS: tuple[To, ...] = (1.0, "mean", "shuffle")
@@ -89,6 +93,7 @@ def ablation_table(
     *,
     by: By = "layer",
     heads: HeadKind = "query",
+    attention: bool = True,
     attention_mask: Mask = None,
     prepend_bos: bool | None = None,
 ) -> Ablations:
@@ -103,6 +108,7 @@ def ablation_table(
         means: of other text, from `token_means`.
         by: "layer", or "head": one head of one layer is ablated, and the other heads keep their increments.
         heads: with by="head", "query" or "key_value" heads (all query heads that share their keys together).
+        attention: whether patterns are compared; without, the second table is empty and the first comes sooner.
         attention_mask, prepend_bos: as for `analysis.read_corpus`.
 
     Returns:
@@ -126,19 +132,35 @@ def ablation_table(
     seed = index_of(seed, "seed", "a whole number from 0")
     bridge, texts = cast(HookedPositionTransformer, model), documents_of(corpus)
     documents, batches = windows(bridge, texts, attention_mask, prepend_bos)
-    patterns = {layer: name for layer, name in names.items() if name in model.hook_dict}
+    patterns = {layer: name for layer, name in names.items() if attention and name in model.hook_dict}
     each = _each_ablation(model, list(names), by, heads)
     run = _Run(model, list(names), patterns, heads, means)
-    tallies: dict[tuple[Ablated, To, int | None], Tally] = {}
-    base = Tally(len(documents))
-    for number, (rows, owners) in enumerate(rows_of(documents, batches, f"ablating in {len(each) * len(to)} ways")):
-        baseline = _Baseline(model, rows, patterns)
-        base.add(owners, baseline.nats[..., None])
-        for ablated, how in product(each, to):
-            # A seed a batch: the same shuffle of every window would be one draw, not many.
-            for seen_at, values in run.changes(baseline, ablated, how, seed + number).items():
-                tallies.setdefault((ablated, how, seen_at), Tally(len(documents))).add(owners, values)
+    what = f"ablating in {len(each) * len(to)} ways"
+    base, tallies = _tallies(run, list(product(each, to)), len(documents), rows_of(documents, batches, what), seed)
     return _tables(tallies, base, len(documents), seed, by == "head", run)
+
+
+def _tallies(
+    run: "_Run",
+    ablations: list[tuple[Ablated, To]],
+    documents: int,
+    batches: Iterable[tuple[Int[Tensor, "row pos"], list[int]]],
+    seed: int,
+) -> tuple[Tally, dict[tuple[Ablated, To, int | None], Tally]]:
+    """The losses without ablation, and what each ablation changes, in the order of the ablations."""
+    base, tallies = Tally(documents), dict[tuple[Ablated, To, int | None], Tally]()
+
+    # Once for all passes, as each would switch every module there and back.
+    with evaluation_mode(run.model):
+        for number, (rows, owners) in enumerate(batches):
+            baseline = run.baseline(rows)
+            base.add(owners, baseline.nats[..., None])
+            for together in run.groups(baseline, ablations):
+                # A seed a batch: the same shuffle of every window would be one draw, not many.
+                for key, values in run.changes(baseline, together, seed + number).items():
+                    tallies.setdefault(key, Tally(documents)).add(owners, values)
+    order = {ablation: place for place, ablation in enumerate(ablations)}
+    return base, dict(sorted(tallies.items(), key=lambda item: order[item[0][:2]]))
 
 
 def _each_ablation(model: TransformerBridge, layers: list[int], by: By, heads: HeadKind) -> list[Ablated]:
@@ -176,13 +198,15 @@ class _Baseline:
         nats: the loss of each token that is predicted; `best` the most likely prediction.
     """
 
-    def __init__(self, model: TransformerBridge, rows: Int[Tensor, "row pos"], patterns: dict[int, str]) -> None:
+    def __init__(
+        self, model: TransformerBridge, rows: Int[Tensor, "row pos"], patterns: dict[int, str], tried: bool
+    ) -> None:
         self.rows, self.targets = rows, rows[:, 1:]
         self.patterns: dict[str, Tensor] = {}
         record: Hooks = [(name, partial(_keep_pattern, self.patterns)) for name in patterns.values()]
 
         # An ablation changes nothing below its first layer, so what enters that layer is kept and run on from there.
-        self.replay = Replay(model, rows.to(base_model(model).device), hooks=record, tokens_too=False)
+        self.replay = Replay(model, rows.to(base_model(model).device), hooks=record, tokens_too=False, tried=tried)
         self.nats = token_losses(self.replay.logits, self.targets)
         self.best = self.replay.logits[:, :-1].argmax(-1)
 
@@ -196,6 +220,7 @@ class _Run:
         patterns: the hook of each layer that has patterns.
         heads: the kind of heads, where they are ablated one by one.
         means: increments by token, for "token".
+        exact: whether batches of one row (False), and of several (True), were found to resume exactly.
     """
 
     model: TransformerBridge
@@ -203,26 +228,66 @@ class _Run:
     patterns: dict[int, str]
     heads: HeadKind
     means: Tensor | None
+    exact: set[bool] = field(default_factory=set)
 
-    def changes(self, baseline: _Baseline, what: Ablated, how: To, seed: int) -> dict[int | None, Tensor]:
-        """What an ablation changes: loss and prediction (under None), and the patterns of each layer ablated."""
-        layer, head = what
-        seen = self.layers if layer == "all" else [cast(int, layer)]
-        if how == "token":
-            hooks = _set_to(self.model, seen, cast(Tensor, self.means), baseline.rows, self.heads_of(head))
-        else:
-            hooks = ablation_hooks(self.model, cast(Any, how), seen, heads=head, seed=seed, head_kind=self.heads)
-        compared: dict[str, Tensor] = {}
-        names = {n: self.patterns[n] for n in seen if n in self.patterns}
-        listen: Hooks = [(name, partial(_compare, baseline.patterns, compared)) for name in names.values()]
-        logits = baseline.replay.run(hooks + listen, {min(seen): 1})
+    def baseline(self, rows: Int[Tensor, "row pos"]) -> _Baseline:
+        """Some rows without ablation. That a pass can be resumed is tried once with one row, and once with several."""
+        several = len(rows) > 1
+        baseline = _Baseline(self.model, rows, self.patterns, several in self.exact)
+        if baseline.replay.exact:
+            self.exact.add(several)
+        return baseline
+
+    def groups(self, baseline: _Baseline, ablations: list[tuple[Ablated, To]]) -> list[list[tuple[Ablated, To]]]:
+        """The ablations in groups that run as one batch, of about `TOKENS_A_BATCH` tokens; the lowest layer first."""
+        # Where every copy runs the whole prompt, a run has one.
+        size = max(1, TOKENS_A_BATCH // baseline.rows.numel()) if baseline.replay.exact else 1
+        ordered = sorted(ablations, key=lambda ablation: min(self.layers_of(ablation[0])))
+        return [ordered[first : first + size] for first in range(0, len(ordered), size)]
+
+    def changes(
+        self, baseline: _Baseline, together: list[tuple[Ablated, To]], seed: int
+    ) -> dict[tuple[Ablated, To, int | None], Tensor]:
+        """What some ablations change, the lowest layer first: each one's loss and prediction (under None), and the
+        patterns of each layer that it ablates."""
+        size = len(baseline.rows)
+        edits: dict[str, list[tuple[slice, HookFunction]]] = {}
+        joining: Counter[int] = Counter()
+        found: dict[tuple[Ablated, To, int | None], Tensor] = {}
+        compared: dict[tuple[Ablated, To, int], Tensor] = {}
+        for copy, (ablated, how) in enumerate(together):
+            rows, seen = slice(copy * size, (copy + 1) * size), self.layers_of(ablated)
+            joining[min(seen)] += 1
+            hooks = self.hooks_of(baseline, ablated, how, seed)
+            for layer in seen:
+                if layer in self.patterns:
+                    keep = partial(_compare, baseline.patterns, compared, (ablated, how, layer))
+                    hooks.append((self.patterns[layer], keep))
+            for name, function in hooks:
+                edits.setdefault(name, []).append((rows, function))
+        logits = baseline.replay.run([(name, partial(_in_rows, each)) for name, each in edits.items()], joining)
 
         # Paired by token: what texts differ in cancels.
-        of_loss = token_losses(logits, baseline.targets) - baseline.nats
-        changed = logits[:, :-1].argmax(-1) != baseline.best
-        found: dict[int | None, Tensor] = {None: torch.stack([of_loss, changed.to(of_loss)], dim=-1)}
-        which = slice(None) if head is None else self.heads_of(head)
-        return found | {n: compared[name][..., which] for n, name in names.items()}
+        for (ablated, how), own in zip(together, logits.split(size), strict=True):
+            of_loss = token_losses(own, baseline.targets) - baseline.nats
+            changed = own[:, :-1].argmax(-1) != baseline.best
+            found[ablated, how, None] = torch.stack([of_loss, changed.to(of_loss)], dim=-1)
+            which = slice(None) if ablated[1] is None else self.heads_of(ablated[1])
+            for layer in self.layers_of(ablated):
+                if (ablated, how, layer) in compared:
+                    found[ablated, how, layer] = compared[ablated, how, layer][..., which]
+        return found
+
+    def layers_of(self, ablated: Ablated) -> list[int]:
+        """The layers of an ablation."""
+        return self.layers if ablated[0] == "all" else [cast(int, ablated[0])]
+
+    def hooks_of(self, baseline: _Baseline, ablated: Ablated, how: To, seed: int) -> Hooks:
+        """The hooks of an ablation of the baseline's rows."""
+        layers, head = self.layers_of(ablated), ablated[1]
+        if how == "token":
+            return _set_to(self.model, layers, cast(Tensor, self.means), baseline.rows, self.heads_of(head))
+        return ablation_hooks(self.model, cast(Any, how), layers, heads=head, seed=seed, head_kind=self.heads)
 
     def heads_of(self, head: int | None) -> list[int] | None:
         """The query heads that one head is; None where all are ablated."""
@@ -324,9 +389,29 @@ def _keep_pattern(kept: dict[str, Tensor], pattern: Tensor, hook: HookPoint) -> 
     kept[cast(str, hook.name)] = pattern.detach()
 
 
-def _compare(own: dict[str, Tensor], compared: dict[str, Tensor], pattern: Tensor, hook: HookPoint) -> None:
-    name = cast(str, hook.name)
-    compared[name] = _pattern_change(own[name].float(), pattern.float())
+def _compare(
+    own: dict[str, Tensor],
+    compared: dict[tuple[Ablated, To, int], Tensor],
+    key: tuple[Ablated, To, int],
+    pattern: Tensor,
+    hook: HookPoint,
+) -> None:
+    compared[key] = _pattern_change(own[cast(str, hook.name)].float(), pattern.float())
+
+
+def _in_rows(functions: list[tuple[slice, HookFunction]], values: Tensor, hook: HookPoint) -> Tensor | None:
+    """Let each function see, and change, the rows that are its own."""
+    edited = None
+    for rows, function in functions:
+        # Rows of later layers have not joined yet, and come after these.
+        result = function(values[rows], hook)
+        if result is not None and len(result) == len(values):
+            edited = result
+        elif result is not None:
+            # A clone, as a hook must not write into what other rows still need.
+            edited = values.clone() if edited is None else edited
+            edited[rows] = result
+    return edited
 
 
 def _pattern_change(

@@ -14,6 +14,7 @@ Several threads may run parts of one model at once: what a run puts into the mod
 import copy
 import inspect
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import accumulate
@@ -48,17 +49,19 @@ class Replay:
         last_only: bool = False,
         tokens_too: bool = True,
         resume: bool = True,
+        tried: bool = False,
         how: Mapping[str, Any] | None = None,
     ) -> None:
         """Run the baseline.
 
         Args:
             model: a bridge with position streams.
-            tokens: one prompt, or several of equal length (which can be resumed at layers only).
+            tokens: one prompt, or several of equal length, copied together (which can be resumed at layers only).
             hooks: for the baseline pass, to record from it.
             last_only: compute the logits of the last token alone.
             tokens_too: keep what is needed to resume at a token after the first.
             resume: False runs the whole prompt every time.
+            tried: where `tokens_too` is False, resuming is exact, as it was for another prompt, or several others.
             how: further arguments of the model's calls, such as a mask of padding; then one copy joins at a time.
         """
         self.model = model
@@ -67,7 +70,7 @@ class Replay:
 
         # Not every architecture can leave logits out.
         forward = inspect.signature(type(model.original_model).forward).parameters
-        self._last_only = last_only
+        self._last_only, self._masked = last_only, bool(how)
         self._how: dict[str, Any] = {**(how or {})}
         if last_only and "logits_to_keep" in forward:
             self._how["logits_to_keep"] = 1
@@ -88,7 +91,7 @@ class Replay:
             # A pass that failed may have left half a cache; the baseline runs again without one.
             self._cache = None
             self.logits = self._baseline(hooks or [])
-            why = self._try_again() if resume else None
+            why = self._try_again() if resume and not (tried and not tokens_too) else None
             self.exact = resume and why is None
             if why is not None and tokens_too:
                 warnings.warn(
@@ -136,8 +139,8 @@ class Replay:
         # The middle: what works at the first or last block alone is not enough.
         layer = len(self._blocks) // 2
 
-        # Two rows that join at different blocks, as edits do.
-        joining = {layer: 1} if len(self.tokens) > 1 else {layer: 1, len(self._blocks) - 1: 1}
+        # Two copies that join at different blocks, as edits do; one, where more cannot be.
+        joining = Counter([layer] if self._masked and len(self.tokens) > 1 else [layer, len(self._blocks) - 1])
         token = 0 if self._cache is None else self.tokens.shape[1] // 2
         try:
             with evaluation_mode(self.model), torch.no_grad():
@@ -146,7 +149,7 @@ class Replay:
             return " ".join(str(error).split())[:200]
 
         # Relative to the largest logit, as rounding is; a thousand units in the last place are many layers of it.
-        own = self.logits[:, -again.shape[1] :]
+        own = self.logits[:, -again.shape[1] :].repeat(len(again) // len(self.logits), 1, 1)
         off = float((again - own).abs().max() / own.abs().max().clamp(min=1e-30))
         rounding = min(1e3 * torch.finfo(own.dtype).eps, 0.05)
         return None if off <= rounding else f"its logits are then off by {off:.1e} of their size"

