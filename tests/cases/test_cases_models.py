@@ -338,12 +338,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
         built,
         lambda m: lp.attach_positions(m, lp.PositionConfig("shared"), table=torch.ones(61)),
     ),
-    "heads that are normed": (
-        lambda: built("gemma3"),
-        lambda m: lp.attach_positions(m, lp.PositionConfig("shared", per_head=True)),
-    ),
-    "heads that are not apart": (
-        lambda: built("neox"),
+    "heads of a table of sines": (
+        lambda: transformers.GPTJForCausalLM(
+            transformers.GPTJConfig(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4)
+        ).eval(),
         lambda m: lp.attach_positions(m, lp.PositionConfig("shared", per_head=True)),
     ),
     "positions that are no source": (built, lambda m: lp.attach_positions(m, "learned")),
