@@ -190,7 +190,8 @@ def _note_input(found: dict[int, Tensor], i: int, n_query: int, _module: nn.Modu
 
 def _has_matrix(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    return weight is not None and weight.ndim == 2
+    # A quantised Linear has a method of that name.
+    return callable(weight) or (weight is not None and weight.ndim == 2)
 
 
 def _undo_all(undo: list[Callable[[], object]], *_: Any) -> None:
