@@ -57,9 +57,9 @@ def test_the_readme_is_a_screen_and_a_half():
 
 
 def test_the_readme_shows_its_picture_and_its_links_wherever_it_is_read():
-    """A package index has no files beside it, so every address is whole."""
+    """A package index has no files beside it, so every address is whole. There is a film, and what make demo draws."""
     assert not re.findall(r"\]\((?!https://)[^)]*\)", README)
-    assert len(re.findall(r"!\[[^\]]*\]\(", README)) == 2  # the film of the explorer, and the picture that make demo draws
+    assert len(re.findall(r"!\[[^\]]*\]\(", README)) == 2
 
 
 def test_findings_of_the_readme_are_those_of_the_results():
