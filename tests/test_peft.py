@@ -309,7 +309,6 @@ REFUSED = {
         after_streams("per_layer", modules_to_save=["hidden"]),
         "a part of the increment source",
     ),
-    "per head under LoRA": (after_streams("shared", per_head=True), r"wrapped .*q_proj after position streams"),
     "embeddings under a source": (after_streams("shared", target_modules=["embed_tokens"]), "peft wrapped"),
     "tokens under a source": (after_streams("shared", trainable_token_indices=[3]), "peft wrapped"),
     "PiSSA": (of_kind(lora(init_lora_weights="pissa")), "changes the base's weights"),
@@ -332,6 +331,11 @@ def test_what_would_not_come_back_is_refused_before_a_file_is_written(plain, tmp
         lp.save_adapter(model, tmp_path / "adapter", base=plain)
     assert "\n" not in str(refusal.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
+
+
+def test_heads_of_their_own_under_lora_come_back(plain, tmp_path):
+    """The projections are the model's own, whatever rotates behind them."""
+    comes_back(drawn(after_streams("shared", per_head=True)(plain)), tmp_path / "adapter", plain)
 
 
 def test_a_copied_source_is_refused_by_name(plain, tmp_path):
