@@ -363,8 +363,8 @@ def patch(
         plain = plain and bool((values if there is None else values[:, there]).eq(1).all())
     if plain:
         raise PositionsError(
-            "the cache is of a static model, all 1.0, so that patching changes nothing; expected that of a model with "
-            "learned increments, or ablate(model, to=1.0) to put 1.0 into such a model."
+            "the cache is of a static model, whose increments are all 1.0, so that patching changes nothing; expected "
+            "that of a model with learned increments, or ablate(model, to=1.0) to put 1.0 into such a model."
         )
     return hooks
 
