@@ -216,7 +216,8 @@ def test_what_reads_texts_alone_takes_one_and_hears_prepend_bos():
     line, words = "天气很好我们去看", ["天气", "很", "好", "我们", "去看"]
     areas = [analysis.boundary_auc(model, line, [words], prepend_bos=bos) for bos in (None, True, False)]
     assert_alike(areas[0], areas[1])
-    assert areas[0]["n"].tolist() == areas[2]["n"].tolist() and set(areas[0]["n"]) == {7}
+    assert areas[0]["n"].tolist() == areas[2]["n"].tolist()
+    assert set(areas[0]["n"]) == {7}
 
     pairs = pd.DataFrame([("New York", "big cat", 2, 1, 2, 1), ("Red Sea", "dry hat", 2, 1, 2, 1)])
     pairs.columns = ["name", "ordinary", "name_real", "name_reversed", "ordinary_real", "ordinary_reversed"]
