@@ -21,8 +21,8 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock
 
+from lens_positions.checkpoint_files import write_whole
 from lens_positions.errors import PositionsError
-from lens_positions.training.data import write_whole
 from lens_positions.training.schema import MaximumResults, Measured, RunResults, read_json
 
 from .options import ROPE_VARIANTS, VARIANTS, GatherConfig

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lens_positions.analysis.dispersion import attention_entropy, sharpen_scores
+from lens_positions.checkpoint_files import write_whole
 from lens_positions.errors import PositionsError
 from lens_positions.measure.intervals import t_interval
 from lens_positions.progress import track_progress
 from lens_positions.terminal import print_grid, print_line, with_interval
 from lens_positions.training.config import check_number, check_whole
-from lens_positions.training.data import write_whole
 from lens_positions.training.schema import MaximumResults, read_json
 
 from .options import MaximumConfig

@@ -43,11 +43,11 @@ from lens_positions.analysis.word_boundaries import (
     gaps_of,
     mutual_information,
 )
+from lens_positions.checkpoint_files import write_whole
 from lens_positions.errors import PositionsError
 from lens_positions.measure.corpus_reader import CorpusIncrements, read_corpus, rows_of, windows
 from lens_positions.measure.metrics import token_losses
 from lens_positions.model import HookedPositionTransformer
-from lens_positions.training.data import write_whole
 from lens_positions.training.loop import are_bytes
 
 from .gather import read_measured

@@ -13,10 +13,10 @@ import numpy as np
 import pandas as pd
 
 from lens_positions.checkpoint import shipped_names
+from lens_positions.checkpoint_files import write_whole
 from lens_positions.errors import PositionsError
 from lens_positions.model import HookedPositionTransformer
 from lens_positions.training.config import preset_names
-from lens_positions.training.data import write_whole
 from lens_positions.viz.charts import auc_chart, differences_chart
 from lens_positions.viz.spacing import spacing
 from lens_positions.viz.style import MissingFontError

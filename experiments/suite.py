@@ -35,7 +35,7 @@ from rich.text import Text
 
 from lens_positions import __version__
 from lens_positions.checkpoint import load_pretrained, replacement_folder
-from lens_positions.checkpoint_files import sha256_of_file
+from lens_positions.checkpoint_files import sha256_of_file, write_whole
 from lens_positions.errors import PositionsError
 from lens_positions.measure.intervals import bootstrap_means, interval_of, resamples, t_interval
 from lens_positions.progress import track_progress
@@ -48,7 +48,6 @@ from lens_positions.training.data import (
     heldout_sources,
     heldout_windows,
     tokenize_corpus,
-    write_whole,
 )
 from lens_positions.training.loop import DivergedError, FreshModel, Run, are_bytes, new_accelerator, token_nats
 from lens_positions.training.provenance import commit

@@ -16,10 +16,10 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
@@ -247,6 +247,16 @@ def seal(folder: Path) -> None:
     files = sorted({file for pattern in SEALED for file in folder.glob(pattern)})
     described["files"] = {file.relative_to(folder).as_posix(): sha256_of_file(file) for file in files}
     (folder / "positions.json").write_text(json.dumps(described, indent=2) + "\n", "utf-8")
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write under a temporary name in the same folder and rename, so that `path` never holds half a file."""
+    # In the same folder, as a rename between file systems is a copy that can be interrupted.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        staging = Path(folder) / "new"
+        with staging.open("wb") as file:
+            write(file)
+        os.replace(staging, path)
 
 
 def sha256_of_file(path: Path) -> str:

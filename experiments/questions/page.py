@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from lens_positions.checkpoint_files import write_whole
 from lens_positions.training.config import load_preset
-from lens_positions.training.data import write_whole
 from lens_positions.viz.charts import differences_chart, lines_chart
 
 from ..markdown import page

@@ -11,12 +11,11 @@ depends on map.json and its number only, not on who wrote it: any number of proc
 import hashlib
 import json
 import os
-import socket
+import shutil
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pandas as pd
 import pyarrow as pa
@@ -25,6 +24,7 @@ import pyarrow.parquet
 import torch
 from accelerate.utils import align_module_device
 
+from ..checkpoint_files import write_whole
 from ..core.model_wrappers import base_model
 from ..errors import PositionsError
 
@@ -114,7 +114,7 @@ def begin(folder: Path, settings: dict[str, Any]) -> GapMap:
         if not (folder / "map.json").exists():
             if others := [path.name for path in folder.iterdir() if not path.name.startswith(".map.json")]:
                 raise PositionsError(f"{folder} has other files ({sorted(others)[0]}); expected a new folder or a map.")
-            write_whole(folder / "map.json", json.dumps(settings, indent=2).encode() + b"\n")
+            _write(folder / "map.json", json.dumps(settings, indent=2).encode() + b"\n")
     except OSError as error:
         raise _unwritten(folder, error) from error
     found = GapMap(folder)
@@ -150,8 +150,13 @@ def write_shard(folder: Path, number: int, rows: pa.Table, digest: str) -> None:
     """
     buffer = pa.BufferOutputStream()
     pyarrow.parquet.write_table(rows.replace_schema_metadata({DIGEST: digest.encode()}), buffer, compression="zstd")
+    path = folder / SHARD.format(number)
+
+    # What a killed process left of it. One process has this shard, where all of them write end.json at about one time.
+    for left in folder.glob(f".{path.name}.*"):
+        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
     try:
-        write_whole(folder / SHARD.format(number), buffer.getvalue())
+        _write(path, buffer.getvalue())
     except OSError as error:
         raise _unwritten(folder, error) from error
 
@@ -163,26 +168,20 @@ def write_end(folder: Path, counts: dict[str, int]) -> None:
         PositionsError: the folder cannot be written or has no room.
     """
     try:
-        write_whole(folder / "end.json", json.dumps(counts, indent=2).encode() + b"\n")
+        _write(folder / "end.json", json.dumps(counts, indent=2).encode() + b"\n")
     except OSError as error:
         raise _unwritten(folder, error) from error
 
 
-def write_whole(path: Path, content: Any) -> None:
-    """Write a file aside and rename it; what a killed process left of it goes."""
-    for left in path.parent.glob(f".{path.name}.*.partial"):
-        with suppress(OSError):
-            left.unlink()
-    partial = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+def _write(path: Path, content: Any) -> None:
+    """Write a file, whole or not at all, so that it outlives the machine."""
+
+    def write(file: IO[bytes]) -> None:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+    write_whole(path, write)
 
 
 def weights_digest(model: Any) -> str:

@@ -8,10 +8,8 @@ import functools
 import hashlib
 import json
 import lzma
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -28,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .. import corpora
-from ..checkpoint_files import sha256_of_file
+from ..checkpoint_files import sha256_of_file, write_whole
 from ..errors import PositionsError
 from ..tokenizer import END_OF_DOCUMENT, is_byte_tokenizer
 from .config import RunConfig
@@ -382,13 +380,3 @@ def _write_header(file: IO[bytes], length: int, dtype: str) -> None:
     """The header of a one-dimensional .npy file, which numpy pads to one size for any length."""
     header = {"descr": dtype, "fortran_order": False, "shape": (length,)}
     np.lib.format.write_array_header_1_0(file, header)
-
-
-def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write under a temporary name in the same folder and rename, so that `path` never holds half a file."""
-    # In the same folder, as a rename between file systems is a copy that can be interrupted.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        staging = Path(folder) / "new"
-        with staging.open("wb") as file:
-            write(file)
-        os.replace(staging, path)

@@ -31,6 +31,7 @@ from ..checkpoint import (
     save_adapter,
     save_pretrained,
 )
+from ..checkpoint_files import write_whole
 from ..core.attach import attach_positions
 from ..core.find_attention import RotaryAttention
 from ..core.increments import PositionConfig
@@ -39,7 +40,6 @@ from ..measure.intervals import t_interval
 from ..tokenizer import is_byte_tokenizer
 from .checkpoints import read_evaluations, refuse_other
 from .config import GraftConfig, to_json
-from .data import write_whole
 from .loop import Run, Subject, lock_folder, new_accelerator, refuse_used, tokenize_corpus_once
 
 PARTS = ("graft", "baseline")

@@ -43,6 +43,7 @@ from torch.nn import functional
 from transformers import get_cosine_schedule_with_warmup
 
 from ..checkpoint import load_pretrained, replacement_folder, save_pretrained
+from ..checkpoint_files import write_whole
 from ..core.position_streams import PositionStreams
 from ..errors import PositionsError
 from ..exits import interruption
@@ -62,7 +63,7 @@ from .checkpoints import (
     refuse_other,
 )
 from .config import RunConfig, TrainConfig, to_json
-from .data import TokenizedCorpus, batch, heldout_documents, heldout_windows, tokenize_corpus, write_whole
+from .data import TokenizedCorpus, batch, heldout_documents, heldout_windows, tokenize_corpus
 from .schema import CheckpointState, digest_of
 from .tables import fixed_table
 
