@@ -397,6 +397,16 @@ def edited_token(model: TransformerBridge, before: int) -> int:
     return before if streams_of(model).config.gap == "before" else before - 1
 
 
+def values_of_gaps(values: Float[Tensor, "*axes"], gap: str, dim: int = -1) -> Float[Tensor, "*axes"]:
+    """Values of increments, in the order of their tokens along `dim`, as values of the gap before each token."""
+    if gap == "before":
+        return values
+
+    # The increment of token t - 1 is the gap before token t; no gap is before the first.
+    first, others = values.narrow(dim, 0, 1), values.narrow(dim, 0, values.shape[dim] - 1)
+    return torch.cat([torch.zeros_like(first), others], dim=dim)
+
+
 def hook_names(model: TransformerBridge, layers: LayerIndices, hook: str) -> list[tuple[int, str]]:
     """The number of each of some layers and its hook of a name within the block, in the model's order.
 

@@ -32,12 +32,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from lens_positions.analysis.token_kinds import is_han
 from lens_positions.analysis.word_boundaries import TIES_AT, Gaps, gaps_of
 from lens_positions.interventions import HOOK, hook_names
 from lens_positions.measure.attention import keep_states
 from lens_positions.measure.corpus_reader import rows_of, windows
 from lens_positions.measure.intervals import shuffle_within
+from lens_positions.measure.kinds import is_han
 from lens_positions.model import HookedPositionTransformer
 
 FOLDS = 3

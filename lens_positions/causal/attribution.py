@@ -30,10 +30,10 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from ..core.model_state import evaluation_mode
-from ..core.own_thread import hooks_of_this_thread, in_this_thread
+from ..core.own_thread import own_hooks
 from ..errors import PositionsError
-from ..interventions import HeadKind, Hooks, ablation_hooks, hook_names, streams_of
-from ..measure.metrics import Metric, metric_values, of_prompts
+from ..interventions import HeadKind, Hooks, ablation_hooks, hook_names, streams_of, values_of_gaps
+from ..measure.metrics import Metric, differentiable, metric_values, of_prompts
 from ..progress import track_progress
 from ..text import Mask, TextOrTokens, one_prompt
 from .pieces import in_pieces
@@ -117,10 +117,7 @@ def _by_gap(
         values = reduce(values, "layer pos (head query) -> layer head pos", "sum", head=heads)
     elif values.ndim == 3:
         values = values.sum(-1)
-    if gap == "after":
-        # The increment of token t - 1 is the gap before token t.
-        values = torch.cat([torch.zeros_like(values[..., :1]), values[..., :-1]], dim=-1)
-    return values
+    return values_of_gaps(values, gap)
 
 
 def _gradient(
@@ -139,10 +136,11 @@ def _gradient(
         found[str(hook.name)].append(increments if increments.requires_grad else increments.requires_grad_())
         return increments.view_as(increments)  # another tensor: heads have rotations of their own where one is put in
 
-    with model.hooks(fwd_hooks=[(name, in_this_thread(note)) for name in names]), in_pieces(model):
+    with own_hooks(model, [(name, note) for name in names]), in_pieces(model):
         logits = model(prompt, return_type="logits", use_cache=False)
+        value = differentiable(metric_values(metric, logits))[0]
         every = [increments for calls in found.values() for increments in calls]
-        gradients = iter(torch.autograd.grad(_differentiable(metric, logits)[0], every, materialize_grads=True))
+        gradients = iter(torch.autograd.grad(value, every, materialize_grads=True))
 
     # A looped model calls a layer several times, each with the increment that an edit would change.
     return torch.stack([torch.stack([next(gradients)[0] for _ in found[name]]).sum(0) for name in names]).cpu()
@@ -222,7 +220,7 @@ def _at_points(
     points: Float[Tensor, "row layer pos *head"],
 ) -> Float[Tensor, " row"]:
     """The metric with increments set at all layers, a row for each point."""
-    with model.hooks(fwd_hooks=_hooks_that_set(names, points)):
+    with own_hooks(model, _hooks_that_set(names, points)):
         return metric_values(metric, model(prompt.expand(len(points), -1), return_type="logits", use_cache=False))
 
 
@@ -237,9 +235,9 @@ def _slopes(
     """The gradient of a weighted sum of the metric at some points."""
     # One number is differentiated for all points at once, as rows do not depend on each other.
     points = points.requires_grad_()
-    with model.hooks(fwd_hooks=_hooks_that_set(names, points)), in_pieces(model):
+    with own_hooks(model, _hooks_that_set(names, points)), in_pieces(model):
         logits = model(prompt.expand(len(points), -1), return_type="logits", use_cache=False)
-        value = _differentiable(metric, logits)
+        value = differentiable(metric_values(metric, logits))
         return torch.autograd.grad(value @ weights.to(value), points)[0]
 
 
@@ -247,22 +245,14 @@ def _hooks_that_set(names: list[str], points: Float[Tensor, "row layer pos *head
     return [(name, _hook_that_sets(points[:, i])) for i, name in enumerate(names)]
 
 
-def _differentiable(metric: Metric, logits: Tensor) -> Tensor:
-    # A metric that takes an argmax, say, has no slope anywhere.
-    value = metric_values(metric, logits)
-    if not value.requires_grad:
-        raise PositionsError("the metric has no gradient; expected one that is differentiable by the logits.")
-    return value
-
-
 def _hook_that_sets(values: Tensor) -> Callable[..., Tensor]:
-    return in_this_thread(lambda _given, hook: values)
+    return lambda _given, hook: values
 
 
 def _increments(
     model: TransformerBridge, prompt: Int[Tensor, "1 pos"], names: list[str], hooks: Hooks
 ) -> Float[Tensor, "layer pos *head"]:
     """The increments at every layer after some hooks."""
-    with model.hooks(fwd_hooks=hooks_of_this_thread(hooks)):
+    with own_hooks(model, hooks):
         _, cache = model.run_with_cache(prompt, names_filter=names, return_type=None)
     return torch.stack([cache[name][0] for name in names])

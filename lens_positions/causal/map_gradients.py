@@ -28,7 +28,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from ..core.devices import device_of
 from ..core.model_state import evaluation_mode
 from ..core.model_wrappers import base_model
-from ..interventions import Hooks, ablation_hooks, streams_of
+from ..core.own_thread import own_hooks
+from ..interventions import Hooks, ablation_hooks, streams_of, values_of_gaps
 from ..measure.metrics import token_losses
 from .pieces import in_pieces
 
@@ -119,7 +120,7 @@ class WindowGradients:
         self._baseline = baseline
         self._steps = steps
         self._pieces = pieces
-        self._after = streams_of(model).config.gap == "after"
+        self._gap = streams_of(model).config.gap
         base = base_model(model)
         self._device = device_of(base.get_input_embeddings(), base)
 
@@ -146,9 +147,7 @@ class WindowGradients:
         path: tuple[Tensor, Tensor] | None,
     ) -> Gradients:
         def cut(values: Tensor) -> np.ndarray:
-            found = values[:, row, :length].float().cpu()
-            if self._after:  # the gap before a token is the increment of the token before it
-                found = torch.cat([torch.zeros_like(found[:, :1]), found[:, :-1]], dim=1)
+            found = values_of_gaps(values[:, row, :length].float().cpu(), self._gap, dim=1)
             found[:, 0] = 0
             return found.numpy()
 
@@ -238,7 +237,7 @@ class WindowGradients:
 
     @contextmanager
     def _running(self, hooks: Hooks) -> Iterator[None]:
-        with self._model.hooks(fwd_hooks=hooks), in_pieces(self._model) if self._pieces else nullcontext():
+        with own_hooks(self._model, hooks), in_pieces(self._model) if self._pieces else nullcontext():
             yield
 
 

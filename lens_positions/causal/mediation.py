@@ -26,7 +26,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from ..core.model_state import evaluation_mode
-from ..core.own_thread import hooks_of_this_thread
+from ..core.own_thread import own_hooks
 from ..errors import PositionsError
 from ..interventions import HeadKind, Hooks, LayerIndices, freeze, hook_names
 from ..measure.intervals import t_interval
@@ -174,7 +174,7 @@ def _effects(
     total = measure(corrupted, logits_corrupted) - base
 
     def held(tokens: Int[Tensor, "pair pos"], hooks: Hooks) -> Float64[np.ndarray, " pair"]:
-        with model.hooks(fwd_hooks=hooks_of_this_thread(hooks)):
+        with own_hooks(model, hooks):
             return measure(tokens, model(tokens, return_type="logits")) - base
 
     found = []

@@ -28,7 +28,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from ..core.model_state import evaluation_mode
-from ..core.own_thread import hooks_of_this_thread
+from ..core.own_thread import own_hooks
 from ..errors import PositionsError
 from ..interventions import HeadIndices, HeadKind, Hooks, LayerIndices, add_gap, edited_token, index_of
 from ..measure.metrics import Metric, baseline_of, metric_values, of_prompts
@@ -154,7 +154,7 @@ class _Frozen:
         return got
 
     def _run(self, hooks: Hooks) -> None:
-        with evaluation_mode(self.model), torch.no_grad(), self.model.hooks(fwd_hooks=hooks_of_this_thread(hooks)):
+        with evaluation_mode(self.model), torch.no_grad(), own_hooks(self.model, hooks):
             self.model(self.prompt, return_type="logits", use_cache=False)
 
 

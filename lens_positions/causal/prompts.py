@@ -38,10 +38,19 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from ..core.model_state import evaluation_mode
+from ..core.own_thread import own_hooks
 from ..errors import PositionsError
-from ..interventions import HOOK, Hooks, LayerIndices, hook_names, index_of, streams_of
+from ..interventions import HOOK, Hooks, LayerIndices, hook_names, index_of, streams_of, values_of_gaps
 from ..measure.intervals import interval_of, resamples
-from ..measure.metrics import Metric, log_probability, logit_difference, metric_values, of_prompts, place_of
+from ..measure.metrics import (
+    Metric,
+    differentiable,
+    log_probability,
+    logit_difference,
+    metric_values,
+    of_prompts,
+    place_of,
+)
 from ..measure.partial_forward import Replay
 from ..progress import track_progress
 from ..text import Mask
@@ -385,19 +394,16 @@ def batched_gradients(
             * cast(Any, model.original_model).dtype.itemsize
         )
         pieces = in_pieces(model) if kept > ACTIVATIONS else nullcontext()
-        with model.hooks(fwd_hooks=[(name, note) for name in names]), pieces:
+        with own_hooks(model, [(name, note) for name in names]), pieces:
             logits = model(batch.tokens, return_type="logits", use_cache=False, **batch.how)
-            value = batch.metric(metrics, logits).sum()
-            if not value.requires_grad:
-                raise PositionsError("the metric has no gradient; expected one that is differentiable by the logits.")
+            value = differentiable(batch.metric(metrics, logits)).sum()
             every = [increments for calls in found.values() for increments in calls]
             gradients = iter(torch.autograd.grad(value, every, materialize_grads=True))
 
     # A looped model calls a layer several times, each with the increment that an edit would change.
     by_layer = torch.stack([torch.stack([next(gradients) for _ in found[name]]).sum(0) for name in names], dim=1).cpu()
     by_layer = by_layer.sum(-1) if by_layer.ndim == 4 else by_layer
-    if streams_of(model).config.gap == "after":
-        by_layer = torch.cat([torch.zeros_like(by_layer[..., :1]), by_layer[..., :-1]], dim=-1)
+    by_layer = values_of_gaps(by_layer, streams_of(model).config.gap)
     return [of_row[:, :length] for of_row, length in zip(by_layer, batch.lengths, strict=True)]
 
 

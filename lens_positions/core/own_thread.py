@@ -27,9 +27,16 @@ def in_this_thread(function: Callable[..., Any]) -> Callable[..., Any]:
     return partial(_if_own, threading.get_ident(), function)
 
 
-def hooks_of_this_thread(hooks: Iterable[tuple[Any, Callable[..., Any]]]) -> list[tuple[Any, Callable[..., Any]]]:
-    """Pairs of a hook name and a function that acts in this thread alone."""
-    return [(name, in_this_thread(function)) for name, function in hooks]
+@contextmanager
+def own_hooks(model: Any, hooks: Iterable[tuple[Any, Callable[..., Any]]]) -> Iterator[None]:
+    """Add hook functions to a bridge for the time being, each of which acts in this thread alone.
+
+    Args:
+        model: the bridge.
+        hooks: pairs of a hook name and a function, as `model.hooks` takes them.
+    """
+    with model.hooks(fwd_hooks=[(name, in_this_thread(function)) for name, function in hooks]):
+        yield
 
 
 def _if_own(thread: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

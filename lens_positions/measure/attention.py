@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,6 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from ..core.find_attention import parameters
 from ..core.model_state import evaluation_mode
 from ..core.model_wrappers import base_model
+from ..core.own_thread import own_hooks
 from ..errors import PositionsError
 from ..interventions import HOOK, Hooks, LayerIndices, hook_names
 
@@ -77,7 +78,7 @@ def softmax_checks(names: dict[int, str]) -> Hooks:
 @contextmanager
 def hooked_evaluation(model: TransformerBridge, hooks: Hooks) -> Iterator[None]:
     """In eval mode, without gradients, and with these hooks."""
-    with evaluation_mode(model), torch.no_grad(), model.hooks(fwd_hooks=cast(Any, hooks)):
+    with evaluation_mode(model), torch.no_grad(), own_hooks(model, hooks):
         yield
 
 

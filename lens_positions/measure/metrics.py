@@ -140,6 +140,17 @@ def token_losses(
     return torch.nn.functional.cross_entropy(predicted, targets.to(logits.device), reduction="none")
 
 
+def differentiable(value: Float[Tensor, " row"]) -> Float[Tensor, " row"]:
+    """The values of a metric, if they have a gradient; that of an argmax, say, has none anywhere.
+
+    Raises:
+        PositionsError: they have none.
+    """
+    if not value.requires_grad:
+        raise PositionsError("the metric has no gradient; expected one that is differentiable by the logits.")
+    return value
+
+
 def metric_values(
     metric: Metric, logits: Float[Tensor, "batch pos vocab"], rows: list[int] | None = None
 ) -> Float[Tensor, " row"]:

@@ -28,7 +28,7 @@ from transformers import DynamicCache
 
 from ..core.kv_cache import memory_of
 from ..core.model_state import evaluation_mode
-from ..core.own_thread import hooks_of_this_thread, in_this_thread, return_known_outputs
+from ..core.own_thread import in_this_thread, own_hooks, return_known_outputs
 from ..interventions import Hooks, streams_of
 
 
@@ -115,7 +115,7 @@ class Replay:
         with evaluation_mode(self.model), torch.no_grad():
             if self.exact:
                 return self._resumed(hooks, joining, self.start(token))
-            with self.model.hooks(fwd_hooks=hooks_of_this_thread(hooks)):
+            with own_hooks(self.model, hooks):
                 return self._logits(self.tokens.repeat(sum(joining.values()), 1), None)
 
     def _baseline(self, hooks: Hooks) -> Tensor:
@@ -125,7 +125,7 @@ class Replay:
             handles.append(block.register_forward_pre_hook(in_this_thread(self._keep_input), with_kwargs=True))
             handles.append(block.register_forward_hook(in_this_thread(self._keep_output)))
         try:
-            with evaluation_mode(self.model), torch.no_grad(), self.model.hooks(fwd_hooks=hooks_of_this_thread(hooks)):
+            with evaluation_mode(self.model), torch.no_grad(), own_hooks(self.model, hooks):
                 return self._logits(self.tokens, self._cache)
         finally:
             for handle in handles:
@@ -169,7 +169,7 @@ class Replay:
         try:
             with (
                 return_known_outputs(self._blocks[:first], self._outputs),
-                self.model.hooks(fwd_hooks=hooks_of_this_thread(hooks)),
+                own_hooks(self.model, hooks),
             ):
                 return self._logits(self.tokens[:, token:], self._prefix(token, present) if token else None)
         finally:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..causal.sweeps import SITES
 from ..core.increments import PositionConfig
+from ..core.own_thread import own_hooks
 from ..errors import PositionsError
 from ..interventions import Hooks, LayerIndices, describe, hook_names, index_of, indices_of
 from ..measure.corpus_reader import CorpusIncrements
@@ -200,7 +201,7 @@ def _recorded(
     names = [name for of_site in sites.values() for name in of_site if name in model.hook_dict]
 
     # Edits come before the recording, which is added last.
-    with torch.no_grad(), model.hooks(fwd_hooks=edits):
+    with torch.no_grad(), own_hooks(model, edits):
         _, cache = model.run_with_cache(tokens[None], names_filter=names, return_type=None)
 
     increments, positions = (
