@@ -107,6 +107,8 @@ class _Rulers:
 def _rulers(placed: TextPositions, layer: int, head: int, token: int) -> _Rulers:
     patterns, entry = placed.attention(), placed.layers.index(layer)
     of_heads = placed.positions[entry]
+
+    # Query heads that share a key-value head share its positions; one head of positions stands for all.
     positions = of_heads[:, head * of_heads.shape[1] // patterns.shape[1]].numpy()
     labels = [style.visible_text(label) for label in placed.labels]
     labels = [label if len(label) <= LABEL_LENGTH else label[: LABEL_LENGTH - 1] + "…" for label in labels]
@@ -152,6 +154,7 @@ def _places(side: _Rulers, longest: float) -> tuple[np.ndarray, np.ndarray]:
 
 def _reach(side: _Rulers, longest: float, wide: float) -> float:
     """Inches that the highest arc and what is written above it need."""
+    # An arc is a half circle where there is room for it; the highest decides how much room there is.
     reaches = [
         abs(x[side.token] - x[key]) * wide / 2 for x in _places(side, longest) for key in _attended(side)
     ]  # fmt: skip
@@ -190,12 +193,16 @@ def _draw_rulers(
             )  # fmt: skip
         for i, label in enumerate(side.labels):
             shown, font = style.draw_text(label if not upright or len(label) <= 2 else label[0] + "…", fonts)
+
+            # Tokens after the one that attends are pale: it cannot see them.
             colour = style.BLUE if i == side.token else style.QUIET if i > side.token else style.INK
             axes.text(
                 x[i], y - up * 0.1, shown, fontproperties=font, fontsize=9, parse_math=False, ha="center",
                 va="top" if up > 0 else "bottom", rotation=0 if upright else 90, color=colour,
                 gid=f"{name}-label-{i}",
             )  # fmt: skip
+
+    # A line joins each token's places; it ends short of the labels, which stand between the rulers.
     foot = 0.32 if upright else between / 2 - 0.1
     axes.plot([counted, learned], [[foot] * n, [between - foot] * n], color=style.FAINT, linewidth=0.6, zorder=0)
     kind = "" if side.static else "learned "

@@ -113,6 +113,7 @@ def map_of(
     tokens = [token if len(token) <= LABEL_LENGTH else token[: LABEL_LENGTH - 1] + "…" for token in tokens]
     fonts = style.fonts_for("".join(tokens))
     values = effects.detach().cpu().numpy()
+    # White is no effect: the scale reaches as far below zero as above.
     most = float(np.nanmax(np.abs(np.nan_to_num(values)))) or 1.0
     with style.context():
         wide, high = max(0.22 * len(tokens), 3.0), max(0.16 * len(layers), 0.9)
@@ -129,6 +130,7 @@ def map_of(
                 ha="center", va="bottom", fontsize=6, color=style.QUIET, rotation=90,
             )  # fmt: skip
         axes.set_ylabel("layer")
+        # Some ten labels, however many layers.
         step = max(1, round(len(layers) / 10))
         axes.set_yticks(range(0, len(layers), step), [str(layers[i]) for i in range(0, len(layers), step)])
         axes.set_xticks(range(len(tokens)))
@@ -219,7 +221,11 @@ def ablation_bars(
         figure, axes = style.frame_figure((wide, high), title, "", caption, (0.9, 0.3, 0.75, 0.45))
         for i, kind in enumerate(kinds):
             rows = loss[loss["to"] == kind].set_index("layer").loc[groups]
+
+            # The bars of a group stand side by side, around its mark.
             places = np.arange(len(groups)) + (i - (len(kinds) - 1) / 2) * 0.8 / len(kinds)
+
+            # matplotlib wants the lengths of error bars, down and up from the value.
             errors = np.abs(rows[["low", "high"]].to_numpy().T - rows["change"].to_numpy())
             axes.bar(
                 places, rows["change"], 0.76 / len(kinds), yerr=None if np.isnan(errors).any() else errors,

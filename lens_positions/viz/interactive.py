@@ -135,7 +135,11 @@ def spacing_view(
     placed, after = before_and_after(model, text, hooks, attention_mask=attention_mask, prepend_bos=prepend_bos)
     shown = rows_to_show(model, layers, placed, after, "positions")
     rows = rows_of(placed, after, shown, "common")
+
+    # Not where some row's mean is near zero, by which it would be divided.
     relative = all(row.mean_increment > LEAST_MEAN for row in rows)
+
+    # A browser becomes slow with thousands of elements: fewer units where there are more rows.
     n = _drawable_units(placed, len(rows))
     ranges = list(zip(placed.first[:n], placed.last[:n], strict=True))
     increments = [_source(placed, after, edited).increments[layer].mean(-1).tolist() for layer, _, edited in shown]
@@ -297,6 +301,7 @@ def _source(placed: TextPositions, after: TextPositions | None, edited: bool) ->
 
 def page_of(views: Sequence[View], title: str) -> str:
     """A page with some views, which needs no network."""
+    # circuitsvis is most of a page, and is left out where none of its views is there.
     drawn_by = scripts(circuits=any(view.kind != "spacing" for view in views))
     return (
         '<!doctype html><html lang="en" data-theme="light"><head><meta charset="utf-8">'
@@ -335,11 +340,13 @@ def _drawable_units(placed: TextPositions, rows: int) -> int:
 
 def _short(values: Any) -> Any:
     """Numbers with as many digits as a page needs, in lists of any depth."""
+    # Seven digits are those of float32.
     return [_short(value) for value in values] if isinstance(values, list) else float(f"{values:.7g}")
 
 
 def _pack_patterns(patterns: Float[Tensor, "head pos pos"]) -> str:
     """The lower triangles of some heads as whole numbers from 0 to 65535, in base 64: a fifth of their JSON."""
+    # Attention is causal: the upper triangle is zeros.
     rows, columns = torch.tril_indices(*patterns.shape[1:]).unbind()
     whole = (patterns[:, rows, columns].clamp(0, 1) * 65535).round().numpy().astype("<u2")
     return base64.b64encode(np.ascontiguousarray(whole).tobytes()).decode("ascii")
@@ -353,5 +360,6 @@ def _web(name: str) -> str:
 @cache
 def circuitsvis_script() -> str:
     """circuitsvis' own script, as the package ships it, without the address of its source map."""
+    # A script inside a page ends at the first "</script", also in a string.
     script = resources.files("circuitsvis").joinpath("dist", "cdn", "iife.js").read_text("utf-8")
     return script.split("//# sourceMappingURL=")[0].replace("</script", "<\\/script")

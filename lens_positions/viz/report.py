@@ -183,6 +183,7 @@ def _facts(models: list[HookedPositionTransformer], hooks: Hooks | None) -> Iter
     """What each model is, and which edits are shown."""
     if hooks:
         yield _note(f"Edits: {describe(hooks)}. Texts are drawn without and with them.")
+    # Models may differ in which facts they have; rows are all of them, in order.
     columns = [_facts_of(model) for model in models]
     names = list(dict.fromkeys(name for column in columns for name in column))
     yield _table(["", *(model.name for model in models)], [[n, *(c.get(n, "") for c in columns)] for n in names])
@@ -224,6 +225,7 @@ def _training_facts(folder: Path) -> dict[str, str]:
     if not (folder / "positions.json").is_file():
         return {}
     try:
+        # Written beside the model by the run; anything else may stand there too.
         config = json.loads((folder.parent / "training.json").read_text("utf-8"))["config"]
         last = json.loads((folder.parent / "log.jsonl").read_text("utf-8").strip().splitlines()[-1])
         return {
@@ -239,6 +241,7 @@ def _spacing(
 ) -> Iterator[Piece]:
     yield _text("Each character stands as far from the last as the model puts it, one row a layer.")
     for text in texts:
+        # Headings are short: the whole text stands once, above its views.
         if len(text) > SNIPPET:
             yield {"kind": "quote", "text": text}
         for model in models:
@@ -403,6 +406,7 @@ def _held_out(corpus: str | None, characters: int) -> tuple[list[str], str]:
     try:
         texts = corpora.heldout_excerpts("bilingual" if corpus is None else corpus, characters)
     except PositionsError as error:
+        # A corpus that was asked for by name is needed; the default one is shown where it can be had.
         if corpus is not None or characters < 1:
             raise
         return [], f"Left out, as there is no held-out text: {error}"
@@ -423,6 +427,7 @@ def _table(columns: list[str], rows: Sequence[Sequence[Any]], summary: str = "",
 
 
 def _view(view: View, text: str, model: HookedPositionTransformer, models: list[HookedPositionTransformer]) -> Piece:
+    # A heading is short; the whole text stands above its views.
     snippet = text if len(text) <= SNIPPET else text[:SNIPPET] + "…"
     title = "".join(c if c == " " and not snippet.isspace() else visible_character(c) for c in snippet)
     return {"kind": "view", "view": view, "title": title if len(models) == 1 else f"{title} · {model.name}"}

@@ -161,6 +161,8 @@ def _draw(
     placed: TextPositions, after: TextPositions | None, rows: list[Row], scale: Scale, fonts: list[FontProperties]
 ) -> Figure:
     units = placed.units
+
+    # How wide the picture must be for its characters; in more panels where one would be too wide.
     needed = _points_needed(units, rows)
     extent = max(max(row.last) - min(row.first) for row in rows)
     n_panels = math.ceil(needed * extent / (PANEL_WIDTH[1] * POINTS_PER_INCH))
@@ -182,6 +184,8 @@ def _draw(
     panel_height = ROW_HEIGHT * len(rows)
     height = top + len(panels) * (panel_height + between) - between + bottom
     figure = style.Drawing(figsize=(left + width + right, height))
+
+    # matplotlib places in fractions of the figure; everything here is thought in inches.
     inch = (1 / figure.get_figwidth(), 1 / height)
     figure.text(0.2 * inch[0], 1 - 0.17 * inch[1], TITLE, fontsize=13, fontweight="bold", va="top")
     figure.text(
@@ -208,11 +212,14 @@ def _points_needed(units: list[str], rows: list[Row]) -> float:
     needed, widths, gaps = [], 0.0, 0.0
     for row in rows:
         for (unit, after), (x, x_after) in zip(pairwise(units), pairwise(row.first), strict=True):
+            # Centre to centre, two neighbours need half the width of each.
             width, gap = (_width(unit) + _width(after)) / 2 * TYPE_SIZE * 0.9, max(abs(x_after - x), 1e-6)
             needed.append(width / gap)
             widths, gaps = widths + width, gaps + gap
     if not needed:
         return TYPE_SIZE
+
+    # Three quarters of the neighbours, since the last quarter may stand on one spot.
     return min(sorted(needed)[(len(needed) - 1) * 3 // 4], 2 * widths / gaps)
 
 
@@ -227,6 +234,8 @@ def _panels(units: list[str], n_panels: int) -> list[range]:
     for number in range(1, n_panels):
         even = round(number * len(units) / n_panels)
         reach = len(units) // (4 * n_panels)
+
+        # The nearest cut after a space or a mark, a quarter of a panel away at most.
         near = sorted(range(even - reach, even + reach + 1), key=lambda cut: abs(cut - even))
         cuts.append(next((cut for cut in near if cut > cuts[-1] and is_boundary(units[cut - 1])), even))
     return [range(start, stop) for start, stop in pairwise([*cuts, len(units)])]
@@ -234,6 +243,7 @@ def _panels(units: list[str], n_panels: int) -> list[range]:
 
 def _range(rows: list[Row], panel: range) -> tuple[float, float]:
     """The least and greatest x in a panel, over all rows."""
+    # Increments may be negative, so the first unit need not be the leftmost.
     low = min(row.first[i] - row.first[panel.start] for row in rows for i in panel)
     high = max(row.last[i] - row.first[panel.start] for row in rows for i in panel)
     return low, high
@@ -246,6 +256,8 @@ def _draw_panel(axes: Axes, all_units: list[str], rows: list[Row], panel: range,
     axes.set_yticks([])
     units = [all_units[i] for i in panel]
     colors = [style.ORANGE if is_boundary(unit) else style.INK for unit in units]
+
+    # Each panel begins at its own first unit.
     x = [[row.first[i] - row.first[panel.start] for i in panel] for row in rows]
     for r, row in enumerate(rows):
         label = f"{row.name}\nmean {row.mean_increment:.2f}"
@@ -255,6 +267,8 @@ def _draw_panel(axes: Axes, all_units: list[str], rows: list[Row], panel: range,
             annotation_clip=False,
         )  # fmt: skip
         ends = [row.last[i] - row.first[panel.start] for i in panel]
+
+        # Units of several tokens get a line from their first to their last.
         joined = [[(a, r + 0.32), (b, r + 0.32)] for a, b in zip(x[r], ends, strict=True) if a != b]
         axes.add_collection(LineCollection(joined, colors=style.SKY, linewidths=1.0, zorder=2), autolim=False)
         for at, unit, color in zip(x[r], units, colors, strict=True):

@@ -78,6 +78,7 @@ class TextPositions:
 
     def mean_increment(self, entry: int) -> float:
         """The mean step between the tokens of the text at an entry of `layers`; of one token alone, its increment."""
+        # Without special tokens in front, whose increments may be of another size.
         steps = self.positions[entry, self.first[0] :].mean(-1).diff()
         return float(steps.mean() if len(steps) else self.increments[entry, self.first[0]].mean())
 
@@ -97,6 +98,8 @@ class TextPositions:
         """
         if len(self.tokens) < 2:
             raise PositionsError(f"text 0 has {len(self.tokens)} tokens; expected at least two.")
+
+        # The increment that lies between no two tokens of this text does not count.
         index = np.arange(len(self.tokens))[self.config.effective]
         increments = self.increments.permute(0, 2, 1).numpy()[..., index]
         return CorpusIncrements([self.tokens], np.zeros_like(index), index, self.layers, increments)
@@ -149,6 +152,7 @@ def position_text(
     tokens, given = _one_text(model, text, attention_mask, prepend_bos)
     room = min(model.cfg.n_ctx, index_of(most, "most", "at least one token", least=1))
     units, sizes, spans = _units(model, tokens, given)
+    # Cut between units, so that no character is drawn that the model has not read whole.
     kept = sum(stop <= room for _, stop in spans)
     if not kept:
         raise PositionsError(f"the first character takes more than {room} tokens; expected a text that begins in them.")
@@ -296,6 +300,8 @@ def layers_to_show(
             known = f"0 to {len(numbers) - 1}" if numbers == list(range(len(numbers))) else ", ".join(map(str, numbers))
             raise PositionsError(f"layer {layer} was asked for; expected one of the layers {known}.")
     chosen = sorted({numbers.index(layer) for layer in wanted})
+
+    # Static, and shared without edits: every layer would be the same row.
     source = model.position_config.source
     if source != "per_layer" and all(torch.equal(values[entry], values[chosen[0]]) for entry in chosen):
         return {chosen[0]: "static" if source == "static" else "all layers"}
@@ -312,9 +318,14 @@ def _units(
         own = len(tokenizer(text, add_special_tokens=False)["input_ids"])
     else:
         given, special = tokens.tolist(), set(tokenizer.all_special_ids)
+
+        # Special tokens at the beginning are no part of the text; some may stand alone.
         own = len(given) - next((i for i, token in enumerate(given) if token not in special), len(given) - 1)
         ids = given[len(given) - own :]
         text = str(tokenizer.decode(ids))
+
+        # Tokens that a model sampled need not be those that the tokenizer makes of their text: then each is shown by
+        # itself.
         if tokenizer(text, add_special_tokens=False)["input_ids"] != ids:
             named = byte_characters(ids) if is_byte_tokenizer(tokenizer) else [(tokenizer.decode([i]), 1) for i in ids]
             stops = list(accumulate((size for _, size in named), initial=len(tokens) - own))
@@ -322,6 +333,8 @@ def _units(
         of_character = character_spans(tokenizer, text)
     before = len(tokens) - own
     starts = [min(start, own - 1) for start, _ in of_character]
+
+    # A unit begins with each character whose first token is another one than that of the character before.
     heads = [i for i, start in enumerate(starts) if i == 0 or start != starts[i - 1]]
     pieces = list(pairwise([*heads, len(text)]))
     spans = [(before + starts[i], before + max(of_character[j - 1][1], starts[i] + 1)) for i, j in pieces]
