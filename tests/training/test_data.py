@@ -130,9 +130,7 @@ def test_a_killed_writer_leaves_no_half_file_and_the_next_one_succeeds(corpus, c
 
 
 def test_a_failing_writer_cleans_up_after_itself(corpus, cache, monkeypatch):
-    monkeypatch.setattr(
-        lens_positions.training.data.os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("disk full"))
-    )
+    monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(PositionsError, match=r"could not be written to .* disk full"):
         tokenize_corpus(corpus, cache)
     assert files(cache) == {}
