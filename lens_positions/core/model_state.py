@@ -13,9 +13,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     # Of a model that is in eval mode already nothing is written: threads may share it, and writing takes longer than
     # a small model's forward pass.
     # A bridge keeps the model that it stands for outside its own modules.
-    roots = {id(root): root for root in (model, getattr(model, "original_model", None)) if isinstance(root, nn.Module)}
-    every = {id(module): module for root in roots.values() for module in root.modules()}
-    trained = [module for module in every.values() if module.training]
+    trained = [module for module in _modules_of(model, getattr(model, "original_model", None)) if module.training]
     try:
         if trained:
             model.eval()
@@ -23,6 +21,19 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in trained:
             module.training = True
+
+
+def _modules_of(*roots: Any) -> Iterator[nn.Module]:
+    """All modules of some models, each once: as `modules()`, without making a name for each, in a tenth of its time."""
+    waiting = [root for root in roots if isinstance(root, nn.Module)]
+    known = set()
+    while waiting:
+        module = waiting.pop()
+        if id(module) in known:
+            continue
+        known.add(id(module))
+        yield module
+        waiting.extend(child for child in module._modules.values() if child is not None)
 
 
 @contextmanager

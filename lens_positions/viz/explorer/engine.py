@@ -9,7 +9,8 @@ import base64
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
@@ -95,10 +96,20 @@ class Explorer:
     ['Layer 0: the gap before “c” (token 5) is 2.5 longer']
     """
 
-    def __init__(self, model: HookedPositionTransformer) -> None:
+    def __init__(self, model: HookedPositionTransformer, threads: int | None = None) -> None:
+        """Take a model.
+
+        Args:
+            model: the model, which stays as it is, in eval mode.
+            threads: that PyTorch may run it with; None leaves that as it is set.
+
+        Raises:
+            PositionsError: it has no tokenizer.
+        """
         if getattr(model, "tokenizer", None) is None:
             raise PositionsError(f"{model.name} has no tokenizer; expected one, to read text.")
         self.model = model.eval()
+        self._threads = threads
         self._turn = threading.RLock()
         self._baselines: OrderedDict[str, Baseline] = OrderedDict()
         self._others: OrderedDict[str, ActivationCache] = OrderedDict()
@@ -125,7 +136,7 @@ class Explorer:
         """
         state = read_state(given)
         start = time.perf_counter()
-        with self._turn, torch.no_grad():
+        with self._turn, torch.no_grad(), _with_threads(self._threads):
             if outdated():
                 return {"stale": True}
             before = self._baseline(state.text)
@@ -159,7 +170,7 @@ class Explorer:
         Arguments and errors as `run`.
         """
         state = read_state(given)
-        with self._turn:
+        with self._turn, _with_threads(self._threads):
             if outdated():
                 return {"stale": True}
             with torch.no_grad():
@@ -358,6 +369,20 @@ class Explorer:
         return result
 
 
+@contextmanager
+def _with_threads(count: int | None) -> Iterator[None]:
+    """Let PyTorch use so many threads in what this thread runs, and as many as before afterwards."""
+    before = torch.get_num_threads()
+    if count is None or count == before:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _record_hooks(names: list[str], seen: dict[str, Tensor], row: int | None = None) -> Hooks:
     """Hooks that keep what stands at some hook points, or one query's row of a pattern."""
 
@@ -389,12 +414,15 @@ def _rank_heads(before: list[Tensor], after: list[Tensor], layers: list[int]) ->
 
 def _as_lists(values: Tensor) -> Any:
     """Numbers with seven digits, in lists of the tensor's shape."""
-    numbers = values.detach().double().cpu().tolist()
-    return _round(numbers)
+    return _round(values.detach().double().cpu().tolist())
 
 
 def _round(values: Any) -> Any:
-    return [_round(value) for value in values] if isinstance(values, list) else float(f"{values:.7g}")
+    if not isinstance(values, list):
+        return float(f"{values:.7g}")
+    if values and isinstance(values[0], list):
+        return [_round(value) for value in values]
+    return [float(f"{value:.7g}") for value in values]
 
 
 def _pack(pattern: Float[Tensor, "pos pos"]) -> str:

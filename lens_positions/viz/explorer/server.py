@@ -24,6 +24,10 @@ from ...model import HookedPositionTransformer
 from . import page as pages
 from .engine import Explorer
 
+SMALL = 20_000_000
+"""A model of fewer parameters runs in one thread: a second one brings nothing in passes of a few milliseconds, and waits
+for the first on a core that the browser needs (29 against 165 ms an edit of a shipped model on two busy cores)."""
+
 MOST_BYTES = 256 * 1024
 TABS_KNOWN = 256
 
@@ -49,7 +53,7 @@ class Models:
 
     def __init__(self, names: Sequence[str], loaded: Sequence[HookedPositionTransformer] = ()) -> None:
         self.names = [*dict.fromkeys([*(model.name for model in loaded), *names])]
-        self._explorers = {model.name: Explorer(model) for model in loaded}
+        self._explorers = {model.name: _explorer_of(model) for model in loaded}
         self._loading = threading.Lock()
         self._newest: OrderedDict[str, int] = OrderedDict()
 
@@ -62,9 +66,11 @@ class Models:
         name = state.get("model") if isinstance(state, dict) else None
         if not isinstance(name, str) or name not in self.names:
             raise PositionsError(f"the model {name!r:.60} was asked for; expected one of {', '.join(self.names)}.")
+        if name in self._explorers:
+            return self._explorers[name]
         with self._loading:
             if name not in self._explorers:
-                self._explorers[name] = Explorer(HookedPositionTransformer.from_pretrained(name))
+                self._explorers[name] = _explorer_of(HookedPositionTransformer.from_pretrained(name))
             return self._explorers[name]
 
     def note(self, tab: str, serial: int) -> None:
@@ -77,6 +83,11 @@ class Models:
     def outdated(self, tab: str, serial: int) -> bool:
         """Whether the tab has asked another question since."""
         return bool(tab) and self._newest.get(tab, 0) > serial
+
+
+def _explorer_of(model: HookedPositionTransformer) -> Explorer:
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Explorer(model, threads=1 if parameters < SMALL else None)
 
 
 def application(models: Models, token: str, hosts: Sequence[str]) -> Any:
@@ -117,6 +128,13 @@ def application(models: Models, token: str, hosts: Sequence[str]) -> Any:
             return wrong or refused(404, "There is no such file.")
         return Response(pages.file(name), media_type=pages.FILES[name], headers=HEADERS)
 
+    def answered(answer: Callable[..., Any], state: Any, outdated: Callable[[], bool]) -> Any:
+        explorer = models.of(state)
+        try:
+            return answer(explorer, state, outdated)
+        except PositionsError as error:
+            return {"error": str(error)}  # an answer: the model cannot do what was asked
+
     def asking(answer: Callable[[Explorer, Any, Callable[[], bool]], Any]) -> Callable[[Request], Any]:
         async def ask(request: Request) -> Response:
             wrong = check(request, request.headers.get("x-explorer-token"))
@@ -137,13 +155,9 @@ def application(models: Models, token: str, hosts: Sequence[str]) -> Any:
             except (ValueError, RecursionError):
                 return refused(400, "The question is no JSON; expected an object.")
             try:
-                explorer = await run_in_threadpool(models.of, state)
+                found = await run_in_threadpool(answered, answer, state, lambda: models.outdated(tab, number))
             except PositionsError as error:
                 return refused(400, str(error))
-            try:
-                found = await run_in_threadpool(answer, explorer, state, lambda: models.outdated(tab, number))
-            except PositionsError as error:
-                found = {"error": str(error)}  # an answer: the model cannot do what was asked
             if isinstance(found, str):
                 return Response(found, media_type="text/html", headers=HEADERS)
             return JSONResponse(found, headers=HEADERS)

@@ -19,6 +19,26 @@ export function svg(tag, attributes = {}, ...children) {
   return filled(document.createElementNS(SVG, tag), attributes, children);
 }
 
+// Write attributes that differ from what was written last ("text" is the content): a page is laid out anew for what is
+// written, whether or not it was there before. null takes an attribute away.
+export function update(node, attributes) {
+  const known = (node.lpWritten ??= {});
+  for (const [name, value] of Object.entries(attributes)) {
+    if (known[name] === value) continue;
+    known[name] = value;
+    if (name === "text") node.textContent = value;
+    else if (value === null) node.removeAttribute(name);
+    else node.setAttribute(name, value);
+  }
+}
+
+// One child for each item: those that are there are written anew, and only the difference is made or taken away.
+export function fill(parent, items, make, write) {
+  const { children } = parent;
+  items.forEach((item, i) => write(children[i] ?? parent.appendChild(make()), item, i));
+  while (children.length > items.length) parent.lastChild.remove();
+}
+
 // A menu in its label: options are [value, text] pairs.
 export function menu(label, options, value, changed) {
   const select = html("select", { "aria-label": label, change: () => changed(select.value) });

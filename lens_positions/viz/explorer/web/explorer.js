@@ -1,12 +1,13 @@
 // The explorer: one state, one picture of it. What a page shows follows from the state alone, which stands in its
 // address; what runs the model is handed in, a server's or a notebook's.
 
-import { html, menu } from "./dom.js";
+import { html, menu, update } from "./dom.js";
 import { attention, edits, heads, prediction, strip } from "./panels.js";
 import { rulers } from "./rulers.js";
 
 const TYPED = 250; // milliseconds after the last key of a text
 const IDLE = 350; // milliseconds after the last answer before slopes are asked for
+const UNDRAWN = 100; // milliseconds without a drawing, after which an answer is drawn although a newer one is to come
 const ASKED = ["model", "text", "edits", "token", "layer", "head", "pattern"]; // of a state, what the model is asked with
 
 // options: models [name], start (a state), first (its answer, where it is known), still (an answer to show without a
@@ -30,9 +31,10 @@ class App {
     this.slopes = null;
     this.past = [];
     this.future = [];
-    this.running = false; // a question is on its way
-    this.asking = false; // one whose answer is waited for
-    this.waiting = false; // another is to follow
+    this.asked = []; // questions on their way, the newest last
+    this.shown = null; // the question whose answer is drawn
+    this.failed = null; // one that the model refused
+    this.drawn = 0; // when an answer was drawn
     this.typed = null; // something was typed and not read yet
   }
 
@@ -44,7 +46,9 @@ class App {
     this.tellBusy();
     const first = this.options.still ?? this.options.first;
     if (first) this.answered(first);
-    if (!first) this.request();
+    else this.request();
+    this.tellBusy();
+    addEventListener("pagehide", () => this.saveNow()); // no frame comes then
   }
 
   // ---- what is looked at, and what is in hand -----------------------------------------------------------------------
@@ -151,8 +155,8 @@ class App {
     this.past.push({ ...this.core(), ...before });
     this.future = [];
     this.state = { ...this.state, ...change };
+    this.request(true);
     this.save();
-    this.request();
   }
 
   core() {
@@ -167,8 +171,8 @@ class App {
     this.state = { ...this.state, ...found };
     this.fields.text.value = this.state.text;
     if (this.fields.model) this.fields.model.value = this.state.model;
+    this.request(true);
     this.save();
-    this.request();
   }
 
   undo() {
@@ -199,47 +203,87 @@ class App {
 
   // ---- asking the model ---------------------------------------------------------------------------------------------
 
-  // One question at a time; what changes meanwhile is asked next, and only the newest.
-  async request() {
-    if (this.still) return;
-    if (this.running) {
-      this.waiting = true;
-      this.tellBusy();
-      return;
-    }
-    this.running = this.asking = true;
-    this.tellBusy();
-    clearTimeout(this.idle);
-    const asked = this.state;
-    const pulled = this.pulled ?? 0;
-    const state = Object.fromEntries(ASKED.filter((name) => asked[name] !== undefined).map((name) => [name, asked[name]]));
-    try {
-      const answer = await this.ask.run({ ...state, known: this.text?.key ?? "" });
-      if (!answer.stale) {
-        this.rulers.answered(pulled);
-        this.answered(answer);
-      }
-    } catch (error) {
-      this.say(error.message, true);
-    }
-    this.next();
-    if (!this.running && this.text) this.idle = setTimeout(() => this.requestSlopes(), IDLE);
+  // What the page should show the answer to.
+  wanted() {
+    return questionOf(this.state);
   }
 
-  // After an answer: what was asked meanwhile.
-  next() {
-    this.running = this.asking = false;
-    if (this.waiting) {
-      this.waiting = false;
-      this.request();
-    }
+  // Whether that is still to come.
+  pending() {
+    const wanted = this.wanted();
+    return wanted !== this.shown && wanted !== this.failed;
+  }
+
+  // One question at a time, and then the newest of what changed meanwhile; an edit that is made (`now`) does not wait for
+  // the one before it, which is dropped if the model has not begun with it. Nothing is asked twice in a row.
+  request(now = false) {
+    if (this.still) return;
+    const wanted = this.wanted();
+    const last = this.asked[this.asked.length - 1];
+    if (wanted === this.shown) this.settle();
+    else if (last?.text !== wanted && this.asked.length < (now ? 2 : 1)) this.send(wanted);
     this.tellBusy();
+  }
+
+  // The answer to what is wanted is there already.
+  settle() {
+    this.failed = null;
+    this.say("", false);
+    this.rulers.answered(this.pulled ?? 0, true);
+    this.draw();
+    this.idle ??= setTimeout(() => this.requestSlopes(), IDLE);
+  }
+
+  async send(text) {
+    const question = { text, pulled: this.pulled ?? 0 };
+    this.asked.push(question);
+    this.failed = null;
+    clearTimeout(this.idle);
+    this.idle = null;
+    let [answer, error] = [null, null];
+    try {
+      answer = await this.ask.run({ ...JSON.parse(text), known: this.text?.key ?? "" });
+    } catch (found) {
+      error = found;
+    }
+
+    // Questions before this one are of no use any more. What changed meanwhile is asked before anything is drawn, so that
+    // the model runs while the page draws.
+    const place = this.asked.indexOf(question);
+    this.asked.splice(0, place + 1);
+    if (place < 0) return;
+    if (error && text === this.wanted()) this.failed = text;
+    const again = this.asked.length === 0 && this.pending() && text !== this.wanted();
+    if (again) this.send(this.wanted());
+    if (error) this.refused(error);
+    else this.receive(answer, question);
+    if (!this.asked.length && this.pending()) this.send(this.wanted());
+    this.tellBusy();
+    if (!this.asked.length && this.text) this.idle ??= setTimeout(() => this.requestSlopes(), IDLE);
+  }
+
+  receive(answer, { text, pulled }) {
+    // Of a text that the page does not show any more, or not even begun with, as a newer question came.
+    if (answer.stale || (answer.text === undefined && answer.key !== this.text.key)) return;
+    const last = text === this.wanted();
+    const late = performance.now() - this.drawn > UNDRAWN;
+    if (!last && !late && !this.rulers.dragging()) return;
+    if (!last && this.wanted() === this.shown) return;
+    this.rulers.answered(pulled, last);
+    this.answered(answer, JSON.parse(text));
+  }
+
+  refused(error) {
+    this.rulers.answered(null, true);
+    this.draw();
+    this.say(error.message, true);
   }
 
   async requestSlopes() {
+    this.idle = null;
     const { key } = this.text;
-    if (this.slopes || this.running || this.rulers.dragging()) return;
-    this.running = true;
+    if (this.slopes || this.sloping || this.asked.length || this.rulers.dragging()) return;
+    this.sloping = true;
     try {
       const answer = await this.ask.slopes({ model: this.state.model, text: this.state.text });
       if (answer.key === key && this.text.key === key) {
@@ -249,10 +293,10 @@ class App {
     } catch (error) {
       this.say(error.message, true);
     }
-    this.next();
+    this.sloping = false;
   }
 
-  answered(answer) {
+  answered(answer, asked = this.state) {
     const fresh = answer.text !== undefined;
     if (fresh) {
       this.text = { ...answer.text, key: answer.key };
@@ -260,10 +304,13 @@ class App {
     }
     this.result = answer;
     const { layer, head } = answer.looked;
+    const whole = (state) => ({ ...state, layer: state.layer ?? layer, head: state.head ?? head });
     const gap = this.state.gap;
     const known = this.text.layers.includes(gap.layer) ? gap.layer : this.text.layers[0];
     const token = Math.min(Math.max(gap.token, 0), this.text.labels.length - 1);
-    this.state = { ...this.state, layer: this.state.layer ?? layer, head: this.state.head ?? head, gap: { layer: known, token } };
+    this.state = { ...whole(this.state), gap: { layer: known, token } };
+    this.shown = questionOf(whole(asked));
+    this.drawn = performance.now();
     if (fresh) {
       this.rulers.build();
       this.strip.build();
@@ -379,7 +426,7 @@ class App {
     const [sourceField, source] = number("its token", { min: "1", step: "1", value: "1" });
     const ablation = menu("Every gap becomes", [["1", "1"], ["mean", "the layer's mean"], ["shuffle", "another's (shuffled)"]], "1", () => {});
     const chosen = ablation.querySelector("select");
-    Object.assign(this.fields, { gap, ends, title: html("strong", {}) });
+    Object.assign(this.fields, { gap, ends, title: html("strong", {}, html("span"), html("bdi"), html("span")) });
     this.tools.replaceChildren(
       html(
         "div",
@@ -418,8 +465,12 @@ class App {
     const { gap, ends, title, undo, redo } = this.fields;
     const { layer, token } = this.state.gap;
     const at = (this.result.after ?? this.text.before).positions[this.text.layers.indexOf(layer)];
-    title.replaceChildren(token > 0 ? "The gap before " : "Take a token: ", html("bdi", {}, `“${this.text.labels[token]}”`), ` (layer ${layer}, token ${token})`);
-    if (document.activeElement !== gap) gap.value = token > 0 ? (at[token] - at[token - 1]).toFixed(2) : "";
+    const [what, label, where] = title.children;
+    update(what, { text: token > 0 ? "The gap before " : "Take a token: " });
+    update(label, { text: `“${this.text.labels[token]}”` });
+    update(where, { text: ` (layer ${layer}, token ${token})` });
+    const length = token > 0 ? (at[token] - at[token - 1]).toFixed(2) : "";
+    if (document.activeElement !== gap && gap.value !== length) gap.value = length;
     ends.hidden = this.state.scope !== "range";
     undo.disabled = !this.past.length;
     redo.disabled = !this.future.length;
@@ -427,16 +478,23 @@ class App {
 
   // Whether something is to come that the model was or will be asked for; slopes come when they come.
   tellBusy() {
-    this.root.setAttribute("aria-busy", Boolean(this.asking || this.waiting || this.typed));
+    update(this.root, { "aria-busy": String(Boolean(this.asked.length || this.typed || (!this.still && this.pending()))) });
   }
 
   say(sentence, wrong) {
-    this.said.textContent = sentence;
-    this.said.classList.toggle("lp-wrong", wrong);
+    update(this.said, { text: sentence, class: wrong ? "lp-said lp-wrong" : "lp-said" });
   }
 
+  // The state goes to its address after the next frame: to write it takes longer than to draw an edit.
   save() {
-    this.options.save?.(this.state);
+    if (!this.options.save || this.unsaved) return;
+    this.unsaved = true;
+    requestAnimationFrame(() => setTimeout(() => this.saveNow()));
+  }
+
+  saveNow() {
+    if (this.unsaved) this.options.save(this.state);
+    this.unsaved = false;
   }
 
   async copy() {
@@ -454,8 +512,7 @@ class App {
 
   async savePage() {
     try {
-      const state = Object.fromEntries(ASKED.filter((name) => this.state[name] !== undefined).map((name) => [name, this.state[name]]));
-      const page = await this.ask.page({ ...state, pattern: false });
+      const page = await this.ask.page({ ...JSON.parse(this.wanted()), pattern: false });
       const link = html("a", { href: URL.createObjectURL(new Blob([page], { type: "text/html" })), download: "explorer.html" });
       link.click();
       setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
@@ -470,5 +527,8 @@ function theme(root) {
   const dark = holder.dataset.theme ? holder.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
   holder.dataset.theme = dark ? "light" : "dark";
 }
+
+// What of a state the model is asked with, as text.
+const questionOf = (state) => JSON.stringify(Object.fromEntries(ASKED.map((name) => [name, state[name]])));
 
 const same = (a, b) => JSON.stringify(a) === JSON.stringify(b);

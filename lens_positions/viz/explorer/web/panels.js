@@ -1,10 +1,11 @@
 // Beside the rulers: the text with its losses, the next token, attention, heads that changed, and edits in words.
 
-import { circuits, html, marks, menu, percent, short, signed, svg, unpack, widthOf, written } from "./dom.js";
+import { circuits, fill, html, marks, menu, percent, short, signed, svg, unpack, update, widthOf, written } from "./dom.js";
 
 const RIGHT_TO_LEFT = /[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]/;
 const SHOWN_ARC = 0.01; // attention below this is not drawn
 const HIGHEST = 92; // pixels
+const KEY = 13; // pixels: the type of tokens under arcs
 const SHOWN_SLOPE = 0.25; // of the steepest: slopes below this have no mark
 
 // ---- the text -------------------------------------------------------------------------------------------------------
@@ -43,26 +44,26 @@ export function strip(app) {
     const most = Math.max(1, ...before.losses.map((loss) => loss ?? 0), ...after.losses.map((loss) => loss ?? 0));
     const slopes = app.slopes ? scoped(app) : null;
     const steepest = slopes ? Math.max(1e-9, ...slopes.map(Math.abs)) : 1;
+    const looked = app.looked();
+    const high = (loss) => `height:${loss === null ? 0 : ((100 * loss) / most).toFixed(1)}%`;
     tokens.forEach(({ node, bars, slope }, i) => {
       const [was, is] = [before.losses[i], after.losses[i]];
-      bars[0].style.height = `${was === null ? 0 : (100 * was) / most}%`;
-      bars[1].style.height = `${is === null ? 0 : (100 * is) / most}%`;
+      update(bars[0], { style: high(was) });
+      update(bars[1], { style: high(is) });
       const steep = slopes ? slopes[i] / steepest : 0;
-      slope.textContent = Math.abs(steep) < SHOWN_SLOPE ? "" : steep > 0 ? "▲" : "▼";
-      slope.className = `lp-slope ${steep > 0 ? "lp-hurts" : "lp-helps"}`;
-      slope.style.opacity = Math.max(0.45, Math.abs(steep));
+      const sign = Math.abs(steep) < SHOWN_SLOPE ? "" : steep > 0 ? "▲" : "▼";
+      update(slope, { text: sign, class: `lp-slope ${steep > 0 ? "lp-hurts" : "lp-helps"}`, style: `opacity:${Math.max(0.45, Math.abs(steep)).toFixed(2)}` });
       const said = was === null ? "no loss, it is the first" : `loss ${written(was)} nats, ${signed(is - was, 3)} by the edits`;
       const effect = slopes && i > 0 ? `; a gap longer by 1 before it changes the mean loss by ${signed(slopes[i], 3)}` : "";
-      node.title = `“${app.text.labels[i]}”, token ${i}: ${said}${effect}`;
-      node.setAttribute("aria-label", node.title);
-      node.setAttribute("aria-pressed", i === app.looked());
-      node.tabIndex = i === app.looked() ? 0 : -1;
+      const title = `“${app.text.labels[i]}”, token ${i}: ${said}${effect}`;
+      update(node, { title, "aria-label": title, "aria-pressed": String(i === looked), tabindex: i === looked ? "0" : "-1" });
     });
     const change = before.loss === null ? "" : ` Mean loss ${before.loss.toFixed(3)}`;
     const now = app.result.after && before.loss !== null ? ` → ${after.loss.toFixed(3)} (${signed(after.loss - before.loss, 4)})` : "";
-    tip.textContent =
+    const text =
       `Bars: loss of each token before (outline) and after (filled).${change}${now}${change ? " nats per token." : ""} ` +
       `▼ a longer gap before it would lower the mean loss, ▲ raise it (slopes without edits, ${app.scopeWords()}).`;
+    update(tip, { text });
   }
 
   function onKey(event) {
@@ -89,40 +90,41 @@ function scoped(app) {
 // ---- the next token -------------------------------------------------------------------------------------------------
 
 export function prediction(app) {
-  const node = html("section", { class: "lp-panel lp-next" });
+  const heading = html("bdi");
+  const said = html("p", { class: "lp-note" });
+  const body = html("tbody");
+  const head = ["token", "", "before", "after", "nats"].map((name, i) => html("th", { scope: "col", class: i ? null : "lp-first" }, name));
+  const table = html("table", {}, html("thead", {}, html("tr", {}, ...head)), body);
+  const node = html("section", { class: "lp-panel lp-next" }, html("h2", {}, "After ", heading, " comes"), table, said);
+
+  function make() {
+    const [label, own, was, is] = [html("bdi"), html("small", {}, " in the text"), html("i", { class: "lp-bar-was" }), html("i", { class: "lp-bar-is" })];
+    const numbers = [html("td"), html("td"), html("td", { class: "lp-change" })];
+    const bars = html("td", { class: "lp-bars-cell", "aria-hidden": "true" }, was, is);
+    const row = html("tr", {}, html("th", { scope: "row" }, label, own), bars, ...numbers);
+    return Object.assign(row, { parts: { label, own, was, is, numbers } });
+  }
+
   function draw() {
     const { candidates, divergence } = app.result.next;
     const token = app.looked();
     const most = Math.max(...candidates.flatMap(({ before, after }) => [before, after]).map(Math.exp), 1e-9);
-    const own = app.text.ids[token + 1];
-    const rows = candidates.map(({ id, label, before, after }) =>
-      html(
-        "tr",
-        { "data-id": id, "data-after": after },
-        html("th", { scope: "row" }, html("bdi", {}, short(label)), id === own ? html("small", {}, " in the text") : ""),
-        html(
-          "td",
-          { class: "lp-bars-cell", "aria-hidden": "true" },
-          html("i", { class: "lp-bar-was", style: `width:${(100 * Math.exp(before)) / most}%` }),
-          html("i", { class: "lp-bar-is", style: `width:${(100 * Math.exp(after)) / most}%` }),
-        ),
-        html("td", {}, percent(before)),
-        html("td", {}, percent(after)),
-        html("td", { class: "lp-change" }, Math.abs(after - before) < 5e-4 ? "0" : signed(after - before, 3)),
-      ),
-    );
-    const head = ["token", "", "before", "after", "nats"].map((name, i) => html("th", { scope: "col", class: i ? null : "lp-first" }, name));
-    node.replaceChildren(
-      html("h2", {}, "After ", html("bdi", {}, `“${short(app.text.labels[token])}”`), ` comes`),
-      html("table", {}, html("thead", {}, html("tr", {}, ...head)), html("tbody", {}, ...rows)),
-      html(
-        "p",
-        { class: "lp-note" },
-        app.result.after
-          ? `The edits move this distribution by ${divergence.toPrecision(3)} nats (KL from before to after).`
-          : "No edits yet: drag a token on a ruler, or take one and press the up arrow.",
-      ),
-    );
+    const wide = (log) => `width:${((100 * Math.exp(log)) / most).toFixed(1)}%`;
+    fill(body, candidates, make, (row, { id, label, before, after }) => {
+      const { parts } = row;
+      update(row, { "data-id": id, "data-after": after });
+      update(parts.label, { text: short(label) });
+      update(parts.own, { hidden: id === app.text.ids[token + 1] ? null : "" });
+      update(parts.was, { style: wide(before) });
+      update(parts.is, { style: wide(after) });
+      const texts = [percent(before), percent(after), Math.abs(after - before) < 5e-4 ? "0" : signed(after - before, 3)];
+      texts.forEach((text, i) => update(parts.numbers[i], { text }));
+    });
+    update(heading, { text: `“${short(app.text.labels[token])}”` });
+    const text = app.result.after
+      ? `The edits move this distribution by ${divergence.toPrecision(3)} nats (KL from before to after).`
+      : "No edits yet: drag a token on a ruler, or take one and press the up arrow.";
+    update(said, { text });
   }
   return { node, draw };
 }
@@ -130,24 +132,29 @@ export function prediction(app) {
 // ---- edits ----------------------------------------------------------------------------------------------------------
 
 export function edits(app) {
-  const node = html("section", { class: "lp-panel" });
+  const none = html("p", { class: "lp-note" }, "None: the model is as it is.");
+  const list = html("ol", { class: "lp-edits" });
+  const code = html("code");
+  const python = html("pre", { tabindex: "0", "aria-label": "The same in Python" }, code);
+  const whole = html("details", { open: app.still, class: "lp-python" }, html("summary", {}, "The same in Python"), python);
+  const node = html("section", { class: "lp-panel" }, html("h2", {}, "Edits"), none, list, whole);
+
+  function make() {
+    const words = html("span", { dir: "auto" });
+    const remove = html("button", { type: "button", class: "lp-small", click: () => app.remove([...list.children].indexOf(row)) }, "Remove");
+    const row = html("li", {}, words, app.still ? null : remove);
+    return Object.assign(row, { parts: { words, remove } });
+  }
+
   function draw() {
-    const list = app.result.edits.map((words, i) =>
-      html(
-        "li",
-        {},
-        html("span", { dir: "auto" }, words),
-        app.still
-          ? null
-          : html("button", { type: "button", class: "lp-small", "aria-label": `Remove: ${words}`, click: () => app.remove(i) }, "Remove"),
-      ),
-    );
-    const python = html("pre", { tabindex: "0", "aria-label": "The same in Python" }, html("code", {}, app.result.python));
-    node.replaceChildren(
-      html("h2", {}, "Edits"),
-      list.length ? html("ol", { class: "lp-edits" }, ...list) : html("p", { class: "lp-note" }, "None: the model is as it is."),
-      html("details", { open: app.still, class: "lp-python" }, html("summary", {}, "The same in Python"), python),
-    );
+    const every = app.result.edits;
+    fill(list, every, make, ({ parts }, text) => {
+      update(parts.words, { text });
+      update(parts.remove, { "aria-label": `Remove: ${text}` });
+    });
+    update(none, { hidden: every.length ? "" : null });
+    update(list, { hidden: every.length ? null : "" });
+    update(code, { text: app.result.python });
   }
   return { node, draw };
 }
@@ -155,35 +162,32 @@ export function edits(app) {
 // ---- heads ----------------------------------------------------------------------------------------------------------
 
 export function heads(app) {
-  const node = html("section", { class: "lp-panel" });
+  const none = html("p", { class: "lp-note" }, "None.");
+  const list = html("ol", { class: "lp-heads-list" });
+  const said = html("p", { class: "lp-note" });
+  const node = html("section", { class: "lp-panel" }, html("h2", {}, "Heads that changed most"), none, list, said);
+
+  function make() {
+    const [name, bar, share] = [html("span"), html("i", { class: "lp-bar-is", "aria-hidden": "true" }), html("span")];
+    const button = html("button", { type: "button", class: "lp-head", disabled: app.still, click: () => app.look(row.shows) }, name, bar, share);
+    const row = html("li", {}, button);
+    return Object.assign(row, { parts: { button, name, bar, share } });
+  }
+
   function draw() {
     const found = app.result.heads ?? [];
     const most = Math.max(...found.map((head) => head.by), 1e-9);
-    const list = found.map(({ layer, head, by }) =>
-      html(
-        "li",
-        {},
-        html(
-          "button",
-          {
-            type: "button",
-            class: "lp-head",
-            disabled: app.still,
-            "aria-pressed": layer === app.state.layer && head === app.state.head,
-            click: () => app.look({ layer, head }),
-          },
-          html("span", {}, `layer ${layer}, head ${head}`),
-          html("i", { class: "lp-bar-is", style: `width:${(40 * by) / most}%`, "aria-hidden": "true" }),
-          html("span", {}, `${(100 * by).toFixed(1)}%`),
-        ),
-      ),
-    );
-    const token = app.text.labels[app.looked()];
-    node.replaceChildren(
-      html("h2", {}, "Heads that changed most"),
-      list.length ? html("ol", { class: "lp-heads-list" }, ...list) : html("p", { class: "lp-note" }, "None."),
-      html("p", { class: "lp-note" }, `How much of the attention of “${short(token)}” went elsewhere (total variation).`),
-    );
+    fill(list, found, make, (row, { layer, head, by }) => {
+      const { button, name, bar, share } = row.parts;
+      row.shows = { layer, head };
+      update(button, { "aria-pressed": String(layer === app.state.layer && head === app.state.head) });
+      update(name, { text: `layer ${layer}, head ${head}` });
+      update(bar, { style: `width:${((40 * by) / most).toFixed(1)}%` });
+      update(share, { text: `${(100 * by).toFixed(1)}%` });
+    });
+    update(none, { hidden: found.length ? "" : null });
+    update(list, { hidden: found.length ? null : "" });
+    update(said, { text: `How much of the attention of “${short(app.text.labels[app.looked()])}” went elsewhere (total variation).` });
   }
   return { node, draw };
 }
@@ -191,7 +195,8 @@ export function heads(app) {
 // ---- attention ------------------------------------------------------------------------------------------------------
 
 export function attention(app) {
-  const scroller = html("div", { class: "lp-wide", tabindex: "0", role: "group", scroll: () => requestAnimationFrame(arcs) });
+  const scroller = html("div", { class: "lp-wide", tabindex: "0", role: "group", scroll: () => requestAnimationFrame(scrolled) });
+  const seenAt = { left: 0, width: 0 }; // read when they change: to read them in a drawing lays the page out
   const controls = html("div", { class: "lp-row-of" });
   const papers = [html("div", { class: "lp-paper" }), html("div", { class: "lp-paper" })];
   const whole = html(
@@ -202,7 +207,22 @@ export function attention(app) {
   );
   const said = html("p", { class: "lp-note" });
   const node = html("section", { class: "lp-panel lp-seen" }, html("h2", {}, "Attention"), controls, scroller, said, whole);
-  let drawn = "";
+
+  // One picture, whose parts are written anew when they change.
+  const picture = svg("svg", { role: "img" });
+  const sides = [sideOf("before"), sideOf("after")];
+  const ways = svg("path", { class: "lp-was lp-way" });
+  const grid = svg("g");
+  picture.append(ways, ...sides.map((side) => side.group), grid);
+  scroller.append(picture);
+  let watchedAt = "";
+
+  function sideOf(name) {
+    const [axis, ticks] = [svg("line", { x1: 0, class: "lp-axis" }), svg("path", { class: "lp-axis" })];
+    const [arcs, words] = [svg("g"), svg("g")];
+    const heading = svg("text", { "font-size": KEY, class: "lp-mark lp-left" }, name);
+    return { group: svg("g", {}, axis, ticks, arcs, words, heading), axis, ticks, arcs, words, heading };
+  }
 
   function draw() {
     const { attention: seen } = app.result;
@@ -210,83 +230,117 @@ export function attention(app) {
     if (!seen) return;
     const layers = app.text.layers.map((layer) => [layer, `layer ${layer}`]);
     const every = Array.from({ length: app.text.heads }, (_, head) => [head, `head ${head}`]);
-    const menus = [
-      menu("Layer", layers, app.state.layer, (layer) => app.look({ layer: Number(layer) })),
-      menu("Head", every, app.state.head, (head) => app.look({ head: Number(head) })),
-    ];
-    if (controls.dataset.key !== app.text.key) controls.replaceChildren(...menus);
+    if (controls.dataset.key !== app.text.key)
+      controls.replaceChildren(
+        menu("Layer", layers, app.state.layer, (layer) => app.look({ layer: Number(layer) })),
+        menu("Head", every, app.state.head, (head) => app.look({ head: Number(head) })),
+      );
     controls.dataset.key = app.text.key;
     controls.querySelectorAll("select").forEach((select, i) => {
-      select.value = i ? app.state.head : app.state.layer;
+      const value = String(i ? app.state.head : app.state.layer);
+      if (select.value !== value) select.value = value;
       select.disabled = app.still;
     });
-    whole.open = app.state.pattern;
+    if (whole.open !== app.state.pattern) whole.open = app.state.pattern;
     whole.hidden = !seen.whole || app.still;
     arcs();
     describe(seen);
     if (app.state.pattern && seen.before.pattern) app.withCircuits(() => patterns(seen));
   }
 
-  function arcs() {
-    const { attention: seen } = app.result;
-    if (!seen) return;
+  // Positions as pixels, and how high the arcs are: as the farthest needs.
+  function scaleOf(seen, now) {
     const { labels } = app.text;
-    const n = labels.length;
     const token = app.looked();
-    const size = 13;
-    const width = Math.max(scroller.clientWidth, Math.min(labels.reduce((sum, label) => sum + Math.max(widthOf(label, size) * 0.7, 6) + 3, 44), 60_000));
-    const [from, to] = [scroller.scrollLeft - 200, scroller.scrollLeft + scroller.clientWidth + 200];
-    const now = seen.after ?? seen.before;
+    const needed = labels.reduce((sum, label) => sum + Math.max(widthOf(label, KEY) * 0.7, 6) + 3, 44);
+    const width = Math.max(seenAt.width, Math.min(needed, 60_000));
     const every = [...seen.before.positions, ...now.positions];
     const low = Math.min(...every);
-    const right = Math.max(22, widthOf(labels[n - 1], size) / 2 + 6);
+    const right = Math.max(22, widthOf(labels[labels.length - 1], KEY) / 2 + 6);
     const perUnit = (width - 22 - right) / (Math.max(...every) - low || 1);
-    const x = (at) => 22 + (at - low) * perUnit;
-    let reach = 24; // as high as the farthest arc needs
+    let reach = 24;
     for (const { row, positions } of [seen.before, now])
       for (let key = 0; key <= token; key++)
         if (row[key] >= SHOWN_ARC) reach = Math.max(reach, Math.min(HIGHEST, (perUnit * Math.abs(positions[token] - positions[key])) / 2));
+    return { low, perUnit, width, reach: Math.round(reach), x: (at) => 22 + (at - low) * perUnit };
+  }
+
+  function arcs() {
+    const { attention: seen } = app.result;
+    if (!seen) return;
+    const token = app.looked();
+    const now = seen.after ?? seen.before;
+    const scale = scaleOf(seen, now);
+    const { low, perUnit, width, reach, x } = scale;
     const [top, bottom] = [reach + 18, reach + 90];
-    const picture = svg("svg", { width, height: bottom + reach + 40, role: "img", "aria-label": `Attention of token ${token} before and after` });
-    for (const [side, y, values, name] of [[-1, top, seen.before, "before"], [1, bottom, now, "after"]]) {
-      const at = values.positions;
-      picture.append(svg("line", { x1: 0, x2: width, y1: y, y2: y, class: "lp-axis" }));
-      for (let key = 0; key <= token; key++) {
-        const weight = values.row[key];
-        if (weight < SHOWN_ARC) continue;
-        const [a, b] = [x(at[token]), x(at[key])];
-        const height = Math.max(Math.min(Math.abs(a - b) / 2, reach), 7);
-        const d =
-          Math.abs(a - b) < 1
-            ? `M ${a - 4} ${y} a 4 7 0 1 ${side < 0 ? 1 : 0} 8 0`
-            : `M ${a} ${y} A ${Math.abs(a - b) / 2} ${height} 0 0 ${a > b === side < 0 ? 0 : 1} ${b} ${y}`;
-        picture.append(svg("path", { d, class: `lp-arc lp-arc-${name}`, "stroke-width": 0.8 + 6 * weight, opacity: 0.35 + 0.65 * weight, "data-key": key }));
-      }
-      let end = -Infinity;
-      for (let i = 0; i < n; i++) {
-        const px = x(at[i]);
-        if (px < from || px > to) continue;
-        if (side < 0 && x(now.positions[i]) !== px) picture.append(svg("line", { x1: px, x2: x(now.positions[i]), y1: top + 24, y2: bottom - 24, class: "lp-was lp-way" }));
-        picture.append(svg("line", { x1: px, x2: px, y1: y - 4, y2: y + 4, class: "lp-axis" }));
-        const half = widthOf(labels[i], size) / 2;
-        if (px - half < end && i !== token) continue;
-        end = px + half;
-        const look = `lp-key${i === token ? " lp-looked" : i > token ? " lp-unseen" : ""}`;
-        picture.append(svg("text", { x: px, y: side < 0 ? y + 18 : y - 9, "font-size": size, class: look, click: () => app.still || app.look({ token: i }) }, short(labels[i])));
-      }
-      const heading = { x: 4 + Math.max(scroller.scrollLeft, 0), y: side < 0 ? 14 : bottom + reach + 14, class: "lp-mark lp-left" };
-      picture.append(svg("text", heading, name));
+    const sight = [seenAt.left - 200, seenAt.left + seenAt.width + 200];
+    update(picture, { width: width.toFixed(1), height: bottom + reach + 40, "aria-label": `Attention of token ${token} before and after` });
+    drawSide(sides[0], seen.before, -1, top, scale, sight);
+    drawSide(sides[1], now, 1, bottom, scale, sight);
+    update(sides[0].heading, { x: 4 + seenAt.left, y: 14 });
+    update(sides[1].heading, { x: 4 + seenAt.left, y: bottom + reach + 14 });
+
+    // From where a token was to where it is.
+    let way = "";
+    seen.before.positions.forEach((was, i) => {
+      const [from, to] = [x(was), x(now.positions[i])];
+      if (from >= sight[0] && from <= sight[1] && from !== to) way += `M${from.toFixed(1)} ${top + 24}L${to.toFixed(1)} ${bottom - 24}`;
+    });
+    update(ways, { d: way });
+    const every = marks(Math.max(low, low + (sight[0] - 22) / perUnit), low + (Math.min(sight[1], width) - 22) / perUnit, perUnit, 70);
+    fill(grid, every, () => svg("text", { class: "lp-mark" }), (node, mark) => update(node, { x: x(mark).toFixed(1), y: bottom + reach + 32, text: String(mark) }));
+    update(scroller, { "aria-label": `Attention of token ${token}, layer ${app.state.layer}, head ${app.state.head}` });
+    follow(x(now.positions[token]), token, width);
+  }
+
+  // One ruler with its arcs: upwards before the edits, downwards after them.
+  function drawSide(side, { row, positions }, down, y, { width, reach, x }, [from, to]) {
+    const { labels } = app.text;
+    const token = app.looked();
+    update(side.axis, { x2: width.toFixed(1), y1: y, y2: y });
+    const [shown, words] = [[], []];
+    for (let key = 0; key <= token; key++) {
+      const weight = row[key];
+      if (weight < SHOWN_ARC) continue;
+      const [a, b] = [x(positions[token]), x(positions[key])].map((at) => Number(at.toFixed(1)));
+      const half = Math.abs(a - b) / 2;
+      const height = Math.max(Math.min(half, reach), 7).toFixed(1);
+      const d =
+        half < 0.5
+          ? `M ${a - 4} ${y} a 4 7 0 1 ${down < 0 ? 1 : 0} 8 0`
+          : `M ${a} ${y} A ${half.toFixed(1)} ${height} 0 0 ${a > b === down < 0 ? 0 : 1} ${b} ${y}`;
+      shown.push({ d, "stroke-width": (0.8 + 6 * weight).toFixed(2), opacity: (0.35 + 0.65 * weight).toFixed(2), "data-key": key });
     }
-    for (const mark of marks(Math.max(low, low + (from - 22) / perUnit), low + (Math.min(to, width) - 22) / perUnit, perUnit, 70))
-      picture.append(svg("text", { x: x(mark), y: bottom + reach + 32, class: "lp-mark" }, String(mark)));
-    scroller.replaceChildren(picture);
-    scroller.setAttribute("aria-label", `Attention of token ${token}, layer ${app.state.layer}, head ${app.state.head}`);
-    scroller.classList.toggle("lp-more", scroller.scrollLeft + scroller.clientWidth < scroller.scrollWidth - 2);
-    const watched = x(now.positions[token]);
-    const key = `${app.text.key} ${token} ${scroller.clientWidth}`;
-    if (key === drawn) return;
-    drawn = key;
-    if (watched > scroller.clientWidth - 20) scroller.scrollLeft = watched - scroller.clientWidth + 60;
+    let [end, ticks] = [-Infinity, ""];
+    for (let i = 0; i < labels.length; i++) {
+      const px = x(positions[i]);
+      if (px < from || px > to) continue;
+      ticks += `M${px.toFixed(1)} ${y - 4}v8`;
+      const half = widthOf(labels[i], KEY) / 2;
+      if (px - half < end && i !== token) continue;
+      end = px + half;
+      const look = `lp-key${i === token ? " lp-looked" : i > token ? " lp-unseen" : ""}`;
+      words.push({ x: px.toFixed(1), y: down < 0 ? y + 18 : y - 9, class: look, "data-i": i, text: short(labels[i]) });
+    }
+    update(side.ticks, { d: ticks });
+    const name = down < 0 ? "before" : "after";
+    fill(side.arcs, shown, () => svg("path", { class: `lp-arc lp-arc-${name}` }), update);
+    fill(side.words, words, newKey, update);
+  }
+
+  const newKey = () => svg("text", { "font-size": KEY, click: (event) => app.still || app.look({ token: Number(event.target.dataset.i) }) });
+
+  // Scroll to the chosen token when there is another, and say whether there is more to the right.
+  function follow(at, token, width) {
+    const key = `${app.text.key} ${token} ${seenAt.width}`;
+    if (key !== watchedAt && at > seenAt.width - 20) scroller.scrollLeft = seenAt.left = Math.min(at - seenAt.width + 60, width - seenAt.width);
+    watchedAt = key;
+    scroller.classList.toggle("lp-more", seenAt.left + seenAt.width < width - 2);
+  }
+
+  function scrolled() {
+    seenAt.left = scroller.scrollLeft;
+    if (app.result) arcs();
   }
 
   function describe(seen) {
@@ -300,7 +354,7 @@ export function attention(app) {
       const was = seen.after ? ` (before ${(100 * seen.before.row[key]).toFixed(1)}%)` : "";
       return `${(100 * weight).toFixed(1)}% to “${short(labels[key])}”${was}`;
     });
-    said.textContent = `“${short(labels[app.looked()])}” attends ${each.join(", ")}. Arcs below 1% are left out.`;
+    update(said, { text: `“${short(labels[app.looked()])}” attends ${each.join(", ")}. Arcs below 1% are left out.` });
   }
 
   function patterns(seen) {
@@ -317,6 +371,12 @@ export function attention(app) {
     });
   }
 
-  new ResizeObserver(() => app.result && draw()).observe(scroller);
+  // Its height changes with the arcs, and is of no matter.
+  function measure() {
+    if (seenAt.width === scroller.clientWidth) return;
+    seenAt.width = scroller.clientWidth;
+    scrolled();
+  }
+  new ResizeObserver(measure).observe(scroller);
   return { node, draw };
 }

@@ -1,7 +1,7 @@
 // Tokens on the ruler of each layer, to scale. A token is dragged, or its gap made longer with the arrow keys; tokens
 // after it move along. Only what is in sight is drawn, so that thousands of tokens stay light.
 
-import { html, marks, short, signed, svg, widthOf, written } from "./dom.js";
+import { fill, html, marks, short, signed, svg, update, widthOf, written } from "./dom.js";
 
 const TYPE = 15; // pixels
 const HEIGHT = 74;
@@ -16,7 +16,7 @@ export function rulers(app) {
   const rows = [];
   const seenAt = { left: 0, width: 0, names: 0 }; // read when they change: to read them in a drawing lays the page out
   let [shorts, halves] = [[], []];
-  let drag = null;
+  let drag = null; // in hand, or let go while the answer to it is on its way
   let frozen = null; // the scales while something is dragged
 
   function build() {
@@ -36,12 +36,28 @@ export function rulers(app) {
         pointercancel: onUp,
         lostpointercapture: onUp,
       });
-      const name = html("span", { class: "lp-name" });
-      rows.push({ layer, entry, picture, name, node: html("div", { class: "lp-ruler" }, name, picture) });
+      rows.push({ layer, entry, picture, ...partsOf(picture), ...nameOf(layer) });
+      const row = rows[entry];
+      row.node = html("div", { class: "lp-ruler" }, row.name, picture);
     });
     scroller.replaceChildren(...rows.map((row) => row.node));
     seenAt.width = scroller.clientWidth;
     seenAt.names = rows[0].name.offsetWidth;
+  }
+
+  // What a ruler is drawn with, the last on top. It is made once: drawings write what has changed.
+  function partsOf(picture) {
+    const axis = svg("line", { x1: 0, y1: AXIS, y2: AXIS, class: "lp-axis" });
+    const [grid, words] = [svg("g"), svg("g")];
+    const gap = svg("line", { y1: AXIS, y2: AXIS });
+    const lines = Object.fromEntries(["grid", "tick", "was", "way"].map((name) => [name, svg("path", { class: `lp-${name}` })]));
+    picture.append(axis, grid, gap, ...Object.values(lines), words);
+    return { axis, grid, gap, lines, words };
+  }
+
+  function nameOf(layer) {
+    const [mean, edited] = [html("span"), html("span", { class: "lp-edited" }, "edited")];
+    return { name: html("span", { class: "lp-name" }, html("strong", {}, `layer ${layer}`), mean, edited), mean, edited };
   }
 
   const after = () => app.result.after ?? app.text.before;
@@ -80,10 +96,11 @@ export function rulers(app) {
     });
   }
 
-  function redraw() {
+  // Draw all rows, or those that a hand on a token moves.
+  function redraw(entries = null) {
     if (!app.text || !rows.length) return;
     const every = scales();
-    rows.forEach((row) => drawRow(row, every[row.entry]));
+    for (const row of rows) if (!entries || entries.includes(row.entry)) drawRow(row, every[row.entry]);
     const whole = seenAt.names + Math.max(...rows.map((row) => row.width));
     scroller.classList.toggle("lp-more", seenAt.left + seenAt.width < whole - 2);
   }
@@ -96,29 +113,27 @@ export function rulers(app) {
     const [from, to] = [seenAt.left - SIGHT, seenAt.left + seenAt.width + SIGHT];
     const seen = (value) => value >= from && value <= to;
     const farthest = drag ? Math.max(scale.width, x(at[at.length - 1]) + PAD) : scale.width;
-    const parts = [];
 
     // The axis, with its marks in positions.
-    parts.push(svg("line", { x1: 0, x2: farthest, y1: AXIS, y2: AXIS, class: "lp-axis" }));
+    update(row.axis, { x2: farthest.toFixed(1) });
     const [low, high] = [Math.max(from, 0), Math.min(to, farthest)].map((px) => scale.low + (px - PAD) / scale.perUnit);
-    for (const mark of marks(Math.max(low, scale.low), high, scale.perUnit, 64)) {
-      parts.push(svg("line", { x1: x(mark), x2: x(mark), y1: AXIS, y2: AXIS + 5, class: "lp-axis" }));
-      parts.push(svg("text", { x: x(mark), y: AXIS + 27, class: "lp-mark" }, String(mark)));
-    }
+    const every = marks(Math.max(low, scale.low), high, scale.perUnit, 64);
+    update(row.lines.grid, { d: every.map((mark) => `M${x(mark).toFixed(1)} ${AXIS}v5`).join("") });
+    fill(row.grid, every, newMark, (node, mark) => update(node, { x: x(mark).toFixed(1), text: String(mark) }));
 
     // The gap in hand: from the token before it to the token.
     const { token, layer } = app.state.gap;
-    if (token > 0 && token < at.length && (app.inScope(row.layer) || layer === row.layer)) {
-      const [start, end] = [x(at[token - 1]), x(at[token])];
-      const held = layer === row.layer ? "lp-gap lp-held" : "lp-gap";
-      parts.push(svg("line", { x1: start, x2: end, y1: AXIS, y2: AXIS, class: held }));
-    }
+    const held = layer === row.layer;
+    const shown = token > 0 && token < at.length && (held || app.inScope(row.layer));
+    const [start, end] = shown ? [x(at[token - 1]).toFixed(1), x(at[token]).toFixed(1)] : [0, 0];
+    update(row.gap, { x1: start, x2: end, class: held ? "lp-gap lp-held" : "lp-gap", visibility: shown ? null : "hidden" });
 
     // Where tokens were before the edits, below the axis; where they are now, above it. A line of each kind is one path:
     // thousands of elements would take longer to draw than the model takes to run.
     const lines = { tick: "", was: "", way: "" };
     const words = [];
     const ends = [-Infinity, -Infinity];
+    const looked = app.looked();
     for (let i = 0; i < labels.length; i++) {
       const [was, is] = [x(own[i]), x(at[i])];
       if (seen(was) && Math.abs(was - is) > 1) {
@@ -131,36 +146,34 @@ export function rulers(app) {
       const level = is - OVERLAP * half >= ends[0] ? 0 : is - OVERLAP * half >= ends[1] ? 1 : 0;
       ends[level] = Math.max(ends[level], is + OVERLAP * half);
       lines.tick += `M${is.toFixed(1)} ${AXIS - 6}v6`;
-      const look = `lp-token${i === token && layer === row.layer ? " lp-held" : ""}${i === app.looked() ? " lp-looked" : ""}`;
-      words.push(svg("text", { x: is, y: AXIS - 12 - 16 * level, "font-size": TYPE, class: look, "data-i": i }, shorts[i]));
+      const look = `lp-token${held && i === token ? " lp-held" : ""}${i === looked ? " lp-looked" : ""}`;
+      words.push({ x: is.toFixed(1), y: AXIS - 12 - 16 * level, class: look, "data-i": i, text: shorts[i] });
     }
-    for (const [name, d] of Object.entries(lines)) if (d) parts.push(svg("path", { d, class: `lp-${name}` }));
-    parts.push(...words);
+    for (const [name, d] of Object.entries(lines)) update(row.lines[name], { d });
+    fill(row.words, words, newWord, update);
     row.x = at.map(x);
     row.width = farthest;
-    row.picture.setAttribute("width", farthest);
-    row.picture.replaceChildren(...parts);
+    update(row.picture, { width: farthest.toFixed(1) });
     describe(row, at);
   }
+
+  const newMark = () => svg("text", { y: AXIS + 27, class: "lp-mark" });
+  const newWord = () => svg("text", { "font-size": TYPE });
 
   function describe(row, at) {
     const { labels, means } = app.text;
     const token = app.state.gap.token;
     const edited = app.state.edits.some((edit) => (edit.layers ?? app.text.layers).includes(row.layer));
-    row.name.replaceChildren(
-      html("strong", {}, `layer ${row.layer}`),
-      html("span", {}, `mean ${written(means[row.entry])}`),
-      ...(edited ? [html("span", { class: "lp-edited" }, "edited")] : []),
-    );
-    row.node.classList.toggle("lp-held", row.layer === app.state.gap.layer);
+    update(row.mean, { text: `mean ${written(means[row.entry])}` });
+    update(row.edited, { hidden: edited ? null : "" });
+    update(row.node, { class: row.layer === app.state.gap.layer ? "lp-ruler lp-held" : "lp-ruler" });
     const what = token > 0 && token < labels.length ? `gap before “${labels[token]}”, token ${token}` : "no gap";
-    row.picture.setAttribute("aria-label", `Layer ${row.layer}, ${what}`);
+    update(row.picture, { "aria-label": `Layer ${row.layer}, ${what}` });
     if (app.still || !(token > 0)) return;
     const gap = at[token] - at[token - 1];
     const was = before().positions[row.entry][token] - before().positions[row.entry][token - 1];
-    row.picture.setAttribute("aria-valuenow", gap.toFixed(3));
     const change = Math.abs(gap - was) > 1e-4 ? `, ${signed(gap - was)} from ${written(was)}` : "";
-    row.picture.setAttribute("aria-valuetext", `${written(gap)} positions${change}`);
+    update(row.picture, { "aria-valuenow": gap.toFixed(3), "aria-valuetext": `${written(gap)} positions${change}` });
   }
 
   // ---- the hand ------------------------------------------------------------------------------------------------------
@@ -175,7 +188,7 @@ export function rulers(app) {
     picture.focus({ preventScroll: true });
     picture.setPointerCapture(event.pointerId);
     frozen = scales();
-    drag = { entry, token, from: event.clientX, by: 0, answered: 0, entries: app.scopeEntries() };
+    drag = { entry, token, from: event.clientX, by: 0, answered: 0, entries: app.scopeEntries(), inHand: true };
   }
 
   // The token that a hand near it means.
@@ -187,22 +200,32 @@ export function rulers(app) {
     return apart[closest] <= REACH ? closest : -1;
   }
 
+  const dragging = () => drag !== null && drag.inHand;
+
   function onMove(event) {
-    if (!drag) return;
+    if (!dragging()) return;
     const by = (event.clientX - drag.from) / frozen[drag.entry].perUnit;
     drag.by = Number(by.toPrecision(4));
-    redraw();
+    redraw(drag.entries);
     app.pull(drag.token, drag.by, false);
   }
 
+  // The rulers stay as the hand left them until the answer is there.
   function onUp() {
-    if (!drag) return;
+    if (!dragging()) return;
+    drag.inHand = false;
     const { token, by } = drag;
-    drag = null;
-    frozen = null;
     if (by !== 0) app.pull(token, by, true);
-    else app.letGo();
-    redraw();
+    else {
+      app.letGo();
+      app.request();
+    }
+  }
+
+  // What part of a drag an answer of the model has in it, and whether it is the last to come.
+  function answered(by, last) {
+    if (drag && by !== null) drag.answered = by;
+    if (last && !dragging()) drag = frozen = null;
   }
 
   function onKey(event, entry) {
@@ -230,18 +253,13 @@ export function rulers(app) {
     if (at < seenAt.left + 20 || at > seenAt.left + seenAt.width - 120) scroller.scrollLeft = at - seenAt.width / 2;
   }
 
+  // Called by the ResizeObserver, when the page is laid out.
   function measure() {
-    seenAt.width = scroller.clientWidth;
-    seenAt.names = rows[0]?.name.offsetWidth ?? 0;
+    const [width, names] = [scroller.clientWidth, rows[0]?.name.offsetWidth ?? 0];
+    if (width === seenAt.width && names === seenAt.names) return;
+    Object.assign(seenAt, { width, names });
     redraw();
   }
   new ResizeObserver(measure).observe(scroller);
-  return {
-    node: scroller,
-    build,
-    redraw,
-    // What part of a drag an answer of the model has in it.
-    answered: (by) => drag && (drag.answered = by),
-    dragging: () => drag !== null,
-  };
+  return { node: scroller, build, redraw, answered, dragging };
 }
