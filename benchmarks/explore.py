@@ -1,8 +1,8 @@
 """How long the explorer takes from the release of a drag to the last update of its page, and whether its memory grows.
 
 A real Chromium drags tokens of a page that a real server answers, both on this machine; the browser takes its share of
-the cores. Timed is from when the browser got the release of the mouse (the time stamp of its event) to when the page had
-made the frame that shows the answer to it, all of its panels: a message that is posted in that frame's
+the cores. Timed is from when the browser got the release of the mouse (the time stamp of its event) to when the page
+had made the frame that shows the answer to it, all of its panels: a message that is posted in that frame's
 requestAnimationFrame comes right after the frame's style, layout and paint. What is left out is what the page cannot
 see: the compositor and the screen.
 
@@ -33,8 +33,8 @@ TEXT = "The cat sat on the mat, and the dog by the door saw it. When Mary and Jo
 LIMITS = {"bilingual": (50, 120), "smollm2": (400, float("inf"))}
 """Milliseconds that the median and the 95th percentile may take."""
 
-# The page writes all that an answer changes within one task, and is not busy at its end. Where the answer came before the
-# hand let go, that is the task of the release itself.
+# The page writes all that an answer changes within one task, and is not busy at its end. Where the answer came before
+# the hand let go, that is the task of the release itself.
 WATCH = """
 () => {
   window.updates = [];

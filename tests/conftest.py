@@ -2,11 +2,13 @@
 
 import os
 import tempfile
+import threading
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,20 @@ import lens_positions as lp  # noqa: E402
 from lens_positions.checkpoint import load_base  # noqa: E402
 
 torch.set_num_threads(1)  # tiny tensors: threads cost more than they bring
+
+
+def in_threads(work, count, threads):
+    """The results of `work(i)` for i below `count`, from several threads that begin together."""
+    ready = threading.Barrier(threads)
+
+    def waits(i):
+        if i < threads:
+            ready.wait()
+        with torch.no_grad():
+            return work(i)
+
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(waits, range(count)))
 
 
 LONGEST = (

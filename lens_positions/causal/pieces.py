@@ -8,15 +8,17 @@ Hook functions run once. What a function put in another tensor's place is kept, 
 again, so that a function may draw noise, count its calls or run the model. It costs the memory of that tensor and of
 what its own arithmetic saves; a function that only reads costs nothing.
 
+Other threads run the model as it is, or in pieces of their own. Of the hooks that they add for a call, none acts here.
+
 Three things are left as they were, with all their memory: a block one of whose modules has a hook of torch's own
 (`register_forward_hook`), a block that fills a key-value cache, and a model without a row of blocks.
 """
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import update_wrapper
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -27,6 +29,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from ..core.forward_pass import CurrentPass, ForwardPass
+from ..core.own_thread import acting_for, own_forward, thread_of
 from ..interventions import streams_of
 
 OWN_HOOKS = ("transformer_lens.", "lens_positions.", "transformers.")
@@ -45,44 +48,26 @@ def in_pieces(model: TransformerBridge) -> Iterator[None]:
     current = streams_of(model)._current
     blocks = [block for block in cast(Any, getattr(model, "blocks", ())) if not _has_foreign_hooks(block)]
     points = {id(m): m for block in blocks for m in block.modules() if isinstance(m, HookPoint)}
-    restore: list[Callable[[], None]] = []
-    try:
+    with ExitStack() as exchanged:
         for point in points.values():
-            # Hook functions may count, draw or write: they run once, though the block runs twice.
-            for key, function in point._forward_hooks.items():
-                once = Once(function)
-                point._forward_hooks[key] = once
-                restore.append(_undo_of(point._forward_hooks, key, once, function))
+            exchanged.enter_context(_hooks_that_run_once(point))
         for block in blocks:
-            piece = Piece(block.forward, current)
-            attributes = vars(block)  # past a bridge component's own __setattr__
-            restore.append(_undo_of(attributes, "forward", piece, attributes.get("forward")))
-            attributes["forward"] = piece
-            restore.append(piece.end)
+            exchanged.enter_context(own_forward(block, partial(Piece, current=current)))
         yield
-    finally:
-        while restore:
-            restore.pop()()
 
 
 class Piece:
-    """A block's forward, which runs again in the backward pass."""
+    """A block's forward in one thread, which runs again in the backward pass."""
 
     def __init__(self, forward: Callable[..., Any], current: CurrentPass) -> None:
-        update_wrapper(self, forward)
         self._forward = forward
         self._current = current
-        self._thread: int | None = threading.get_ident()
-
-    def end(self) -> None:
-        """Run as the block does, in case that another thread has put its own in front of this."""
-        self._thread = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The block's output."""
-        # Other threads, passes without gradients and passes with a cache run the block as it is.
+        # Passes without gradients and passes with a cache run the block as it is.
         step = self._current.get()
-        ours = self._thread == threading.get_ident() and torch.is_grad_enabled() and step is not None
+        ours = torch.is_grad_enabled() and step is not None
         if not ours or any(kwargs.get(name) is not None for name in CACHES):
             return self._forward(*args, **kwargs)
         run = Run(self._forward, self._current, cast(ForwardPass, step))
@@ -98,6 +83,7 @@ class Run:
 
         # The pass goes on and changes; the second run needs it as the block met it.
         self._before = step.as_it_is()
+        self._thread = threading.get_ident()
         self._returned: list[tuple[Any, bool]] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -108,8 +94,8 @@ class Run:
                 return self._forward(*args, **kwargs)
 
         # A copy, as a backward pass may run the block more than once (retain_graph).
-        tape = Tape(list(self._returned), again=True)
-        with self._current.within(self._before.as_it_is()), _hooks_of_block(tape):
+        tape = Tape(list(self._returned), again=True, thread=self._thread)
+        with self._current.within(self._before.as_it_is()), acting_for(self._thread), _hooks_of_block(tape):
             return self._forward(*args, **kwargs)
 
 
@@ -120,10 +106,12 @@ class Tape:
     Attributes:
         returned: by each: the tensor that it put in another's place, or None; and whether gradients flow into it.
         again: the block runs again.
+        thread: whose pass it is; the second run may be in one of autograd's.
     """
 
     returned: list[tuple[Any, bool]]
     again: bool
+    thread: int = field(default_factory=threading.get_ident)
 
     def keep(self, returned: Any, learns: bool) -> None:
         """Keep a copy: the model may go on to write into the tensor."""
@@ -140,16 +128,24 @@ class Tape:
 
 
 class Once:
-    """A function at a hook point that runs in a block's first call alone."""
+    """A function at a hook point that runs in a block's first call alone.
+
+    Attributes:
+        function: the function.
+        thread: in which it acts alone; None is every thread.
+        users: how many contexts need it to be so.
+    """
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
+        self.function = function
+        self.thread = thread_of(function)
+        self.users = 0
 
     def __call__(self, module: nn.Module, *given: Any) -> Any:
         """What the function returns, or returned."""
         tape: Tape | None = getattr(_active_runs, "tape", None)
-        if tape is None:
-            return self._function(module, *given)
+        if tape is None or self.thread not in (None, tape.thread):
+            return self.function(module, *given)
 
         # PyTorch hands (module, args, output), and with keywords (module, args, kwargs, output).
         output = given[-1]
@@ -159,12 +155,41 @@ class Once:
 
         # What the function's own arithmetic saves is not of the block, which will run without it.
         with _hooks_of_block(None), saved_tensors_hooks(_as_it_is, _as_it_is):
-            returned = self._function(module, *given)
+            returned = self.function(module, *given)
         changed = output if returned is None else returned
         untouched = changed is output and _version(output) == version
         tape.keep(None if untouched else changed, bool(getattr(changed, "requires_grad", False)))
         return returned
 
+
+@contextmanager
+def _hooks_that_run_once(point: HookPoint) -> Iterator[None]:
+    """Let the functions at a hook point run once a block, but for those that other threads have for calls of theirs."""
+    # Hook functions may count, draw or write: they run once, though the block runs twice.
+    used: list[tuple[int, Once]] = []
+    places = point._forward_hooks
+    with _PLACES:
+        for key, function in list(places.items()):
+            # Another thread takes its own away when it likes, and none of them acts in this one.
+            once = function if isinstance(function, Once) else Once(function)
+            if once.thread not in (None, threading.get_ident()):
+                continue
+            places[key] = cast(Any, once)
+            once.users += 1
+            used.append((key, once))
+    try:
+        yield
+    finally:
+        with _PLACES:
+            for key, once in used:
+                once.users -= 1
+                # Another library may have put its own there since; that stays.
+                if not once.users and cast(Any, places.get(key)) is once:
+                    places[key] = once.function
+
+
+_PLACES = threading.Lock()
+"""Held while functions at hook points are exchanged."""
 
 _active_runs = threading.local()
 
@@ -195,20 +220,6 @@ def _where_from(hook: Any) -> str:
     # A partial is where its function is.
     function = getattr(hook, "func", hook)
     return getattr(function, "__module__", None) or ""
-
-
-def _undo_of(places: dict[Any, Any], key: Any, ours: Any, own: Any) -> Callable[[], None]:
-    """Undo one replacement, unless something else stands there by now."""
-
-    def put_back() -> None:
-        # Another library may have put its own there since; that stays.
-        if places.get(key) is ours:
-            if own is None:
-                del places[key]
-            else:
-                places[key] = own
-
-    return put_back
 
 
 def _version(value: Any) -> int | None:

@@ -7,8 +7,8 @@ of another, and a cache would fill with another thread's activations.
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
+from functools import partial, update_wrapper
 from typing import Any
 
 import torch
@@ -17,14 +17,41 @@ from torch import nn
 _FORWARDS = threading.Lock()
 """Held while the forward of a block is exchanged."""
 
+_ACTING = threading.local()
+"""`thread`: for which thread this one runs blocks again."""
+
 
 def in_this_thread(function: Callable[..., Any]) -> Callable[..., Any]:
     """A hook function that acts in forward passes of the thread that asks for it, and returns None in others.
 
-    To PyTorch and TransformerLens alike, None says that nothing changed. In a backward pass it always acts: the
-    autograd engine runs checkpointed layers again in threads of its own.
+    To PyTorch and TransformerLens alike, None says that nothing changed. In a backward pass it always acts, as the
+    autograd engine runs checkpointed layers again in threads of its own; but for `acting_for`, which knows for whom.
     """
     return partial(_if_own, threading.get_ident(), function)
+
+
+@contextmanager
+def acting_for(thread: int) -> Iterator[None]:
+    """Run what follows as a thread would, by its `threading.get_ident()`: with its hooks, and no others'."""
+    outer = getattr(_ACTING, "thread", None)
+    _ACTING.thread = thread
+    try:
+        yield
+    finally:
+        _ACTING.thread = outer
+
+
+def thread_of(hook: Any) -> int | None:
+    """The thread in which a hook acts alone, `in_this_thread` or as a hook point keeps it; None is every thread."""
+    # TransformerLens keeps a function as `hook` in a function of its own, a cell of which it is then.
+    code = getattr(hook, "__code__", None)
+    if code is not None and "hook" in code.co_freevars:
+        hook = hook.__closure__[code.co_freevars.index("hook")].cell_contents
+    while isinstance(hook, partial):
+        if hook.func is _if_own:
+            return int(hook.args[0])
+        hook = hook.func
+    return None
 
 
 @contextmanager
@@ -40,9 +67,12 @@ def own_hooks(model: Any, hooks: Iterable[tuple[Any, Callable[..., Any]]]) -> It
 
 
 def _if_own(thread: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if torch.compiler.is_compiling() or threading.get_ident() == thread or torch._C._current_graph_task_id() >= 0:
+    if torch.compiler.is_compiling():
         return function(*args, **kwargs)
-    return None
+    running = getattr(_ACTING, "thread", None)
+    if running is None:
+        running = thread if torch._C._current_graph_task_id() >= 0 else threading.get_ident()
+    return function(*args, **kwargs) if running == thread else None
 
 
 class OwnHookPoint:
@@ -72,50 +102,67 @@ def return_known_outputs(blocks: Iterable[nn.Module], outputs: Sequence[Any]) ->
     class. A bridge component has a `__setattr__` of its own and may have such an attribute already, so it is put into
     `__dict__` and what was there comes back with the last thread that leaves.
     """
-    every: list[KnownOutputs] = []
-    try:
+    with ExitStack() as exchanged:
         for block, output in zip(blocks, outputs, strict=False):
-            every.append(KnownOutputs.enter(block, output))
+            exchanged.enter_context(own_forward(block, partial(_known_output, output)))
+        yield
+
+
+def _known_output(output: Any, _forward: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *_args, **_kwargs: output
+
+
+@contextmanager
+def own_forward(block: nn.Module, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Put another forward in the place of a block's in this thread, for the time being.
+
+    Args:
+        block: the block.
+        make: from the forward that this thread had to the one that it gets.
+    """
+    exchanged = OwnForwards.enter(block, make)
+    try:
         yield
     finally:
-        for known in reversed(every):
-            known.leave()
+        exchanged.leave()
 
 
-class KnownOutputs:
-    """A block's forward while some threads know what it would give."""
+class OwnForwards:
+    """A block's forward while some threads have another, the last that each has put there."""
 
     def __init__(self, block: nn.Module) -> None:
+        update_wrapper(self, block.forward)
         self._attributes = vars(block)
         self._before = self._attributes.get("forward")
         self._forward = block.forward
-        self._outputs: dict[int, list[Any]] = {}
+        self._own: dict[int, list[Callable[..., Any]]] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What this thread knows, or what the block computes."""
-        known = self._outputs.get(threading.get_ident())
-        return known[-1] if known else self._forward(*args, **kwargs)
+        """What this thread's own forward gives, or the block's."""
+        own = self._own.get(threading.get_ident())
+        return (own[-1] if own else self._forward)(*args, **kwargs)
 
     @classmethod
-    def enter(cls, block: nn.Module, output: Any) -> "KnownOutputs":
-        """The exchanged forward of a block, that which other threads use already or a new one, with one more output."""
+    def enter(cls, block: nn.Module, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> "OwnForwards":
+        """The exchanged forward of a block, that which other threads use already or a new one, with one more."""
         with _FORWARDS:
             present = vars(block).get("forward")
-            known = present if isinstance(present, cls) else cls(block)
-            known._attributes["forward"] = known
-            known._outputs.setdefault(threading.get_ident(), []).append(output)
-            return known
+            exchanged = present if isinstance(present, cls) else cls(block)
+            exchanged._attributes["forward"] = exchanged
+            own = exchanged._own.setdefault(threading.get_ident(), [])
+            own.append(make(own[-1] if own else exchanged._forward))
+            return exchanged
 
     def leave(self) -> None:
-        """Forget the last output of this thread, and give the block its own forward back after the last of all."""
+        """Forget the last of this thread, and give the block its own forward back after the last of all."""
         with _FORWARDS:
-            own = self._outputs[threading.get_ident()]
+            own = self._own[threading.get_ident()]
             own.pop()
             if own:
                 return
-            del self._outputs[threading.get_ident()]
-            # Something else may have been put in front of it meanwhile, which goes on to it and finds nothing known.
-            if not self._outputs and self._attributes.get("forward") is self:
+            del self._own[threading.get_ident()]
+            # Something else may have been put in front of it meanwhile, which goes on to it and to the block's own.
+            if not self._own and self._attributes.get("forward") is self:
                 self._attributes.pop("forward")
                 if self._before is not None:
                     self._attributes["forward"] = self._before

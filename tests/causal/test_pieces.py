@@ -11,12 +11,14 @@ from pathlib import Path
 import families
 import pytest
 import torch
-from conftest import drawn_weights
+from conftest import drawn_weights, in_threads
 from torch.profiler import ProfilerActivity, profile
 
 import lens_positions as lp
 from lens_positions import causal
 from lens_positions.causal.pieces import Run, in_pieces
+from lens_positions.core.own_thread import own_hooks
+from lens_positions.measure.partial_forward import Replay
 
 pytestmark = pytest.mark.filterwarnings("ignore:the integrated attribution sums to")  # two points are too few
 TOKENS = torch.randint(0, 256, (1, 9), generator=torch.Generator().manual_seed(1))
@@ -239,6 +241,36 @@ def test_another_thread_runs_the_model_as_it_is():
         thread.join()
     (alone,) = torch.autograd.grad(model(TOKENS).sum(), model.embed.weight)
     torch.testing.assert_close(graphs[0], alone)
+
+
+@pytest.mark.parametrize("source", ["static", "per_layer"])
+def test_four_threads_attribute_with_edits_of_their_own_to_the_bit(source):
+    """Gradients of one model at once, beside passes with edits and parts of passes."""
+    model = random_model(source)
+    prompts = [torch.randint(0, 256, (1, 6 + i), generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    replays = [Replay(model, prompt) for prompt in prompts]
+    seen = []
+    look = [("blocks.1.hook_mlp_out", lambda values, hook: seen.append(threading.get_ident()))]
+
+    def work(i):
+        prompt, edit = prompts[i % 4], lp.add_gap(model, before=2 + i % 3, by=1.0 + i % 4, layers=i % 3)
+        if i % 5 == 3:
+            return model.run_with_hooks(prompt, fwd_hooks=edit)
+        if i % 5 == 4:
+            return replays[i % 4].run(edit, {i % 3: 1}, 2)
+        with own_hooks(model, edit):
+            return causal.attribution(model, prompt, causal.loss(prompt))
+
+    alone = [work(i).detach() for i in range(60)]
+    with model.hooks(fwd_hooks=look):
+        found = in_threads(work, 240, 4)
+    assert [i for i in range(240) if not torch.equal(found[i], alone[i % 60])] == []
+    assert not torch.equal(alone[0], alone[20])  # of one prompt with different edits
+
+    # The function of every thread ran once in each pass with gradients, and once in every other that meets it.
+    assert len(seen) == 240 - sum(i % 5 == 4 and i % 3 == 2 for i in range(240))
+    assert not any(point._forward_hooks for point in model.hook_dict.values())
+    assert not any("forward" in vars(block) for block in model.blocks)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,27 +1,11 @@
 """Threads: what a forward pass knows is its own."""
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
+from conftest import in_threads
 
 import lens_positions as lp
 from lens_positions.measure.partial_forward import Replay
-
-
-def in_threads(work, count, threads):
-    """The results of `work(i)` for i below `count`, from several threads that begin together."""
-    ready = threading.Barrier(threads)
-
-    def waits(i):
-        if i < threads:
-            ready.wait()
-        with torch.no_grad():
-            return work(i)
-
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(waits, range(count)))
 
 
 @pytest.mark.slow
