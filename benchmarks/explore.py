@@ -1,7 +1,7 @@
 """How long the explorer takes from the release of a drag to the last update of its page, and whether its memory grows.
 
-A real Chromium drags tokens of a page that a real server answers, both on this machine; the browser takes its share of
-the cores. Timed is from when the browser got the release of the mouse (the time stamp of its event) to when the page
+A real Chromium drags tokens of a page that `lens-positions explore` answers, both on this machine; the browser takes
+its share of the cores. Timed is from when the browser got the release of the mouse (the time stamp of its event) to when the page
 had made the frame that shows the answer to it, all of its panels: a message that is posted in that frame's
 requestAnimationFrame comes right after the frame's style, layout and paint. What is left out is what the page cannot
 see: the compositor and the screen.
@@ -15,7 +15,8 @@ Measured (2 CPU cores, torch 2.13, Chromium headless): see docs/measurements.md.
 import argparse
 import random
 import shutil
-import threading
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,11 +24,10 @@ from contextlib import contextmanager
 import numpy as np
 import psutil
 import torch
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page, Request, sync_playwright
 
 from lens_positions import HookedPositionTransformer
 from lens_positions.viz.explorer.engine import Explorer
-from lens_positions.viz.explorer.server import Models, Server
 
 TEXT = "The cat sat on the mat, and the dog by the door saw it. When Mary and John met, John thanked Mary for it. "
 LIMITS = {"bilingual": (50, 120), "smollm2": (400, float("inf"))}
@@ -62,29 +62,50 @@ WATCH = """
 
 
 @contextmanager
-def opened(model: HookedPositionTransformer, text: str) -> Iterator[Page]:
-    server = Server(Models([], [model]))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
+def served(model: str) -> Iterator[str]:
+    """The address of an explorer in a process of its own, as a person starts it."""
+    command = [sys.executable, "-m", "lens_positions", "explore", model, "--no-open"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            # The address stands in what it says, wherever a terminal would break the line.
+            said = ""
+            while "(Ctrl+C" not in said:
+                line = server.stdout.readline() if server.stdout else ""
+                if not line:
+                    raise SystemExit(f"the explorer of {model} did not start")
+                said += line.strip("\n")
+            yield said[said.index("http://") : said.index("(Ctrl+C")].replace(" ", "")
+        finally:
+            server.terminate()
+
+
+@contextmanager
+def opened(address: str, text: str) -> Iterator[Page]:
+    """A page of the explorer that shows a text, with the slopes and whatever loads late."""
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": 1440, "height": 1000})
-        page.goto(server.address)
+        page.set_default_timeout(60_000)
+        page.goto(address)
         page.wait_for_selector("main[aria-busy=false] .lp-next tbody tr")
         page.get_by_label("Text", exact=True).fill(text)
         page.wait_for_selector("main[aria-busy=true]")
-        page.wait_for_selector("main[aria-busy=false]", timeout=60_000)
-        page.wait_for_timeout(5_000)  # the slopes, and what loads late
+        page.wait_for_selector("main[aria-busy=false]")
+        page.wait_for_selector(".lp-slope:not(:empty)", state="attached")
+        page.wait_for_timeout(1_000)
         yield page
         browser.close()
-    server.stop()
-    thread.join()
 
 
-def drags(page: Page, count: int, layers: int, tokens: int) -> np.ndarray:
-    """The milliseconds of each drag: of a random token of a random layer, by a random distance, undone at the end."""
-    draw, done = random.Random(0), 0
+def drags(page: Page, count: int, layers: int, tokens: int) -> tuple[np.ndarray, float]:
+    """The milliseconds of each drag, of a random token of a random layer by a random distance; and questions a drag."""
+    draw, done, asked = random.Random(0), 0, 0
+
+    def count_question(request: Request) -> None:
+        nonlocal asked
+        asked += request.url.endswith("/api/run")
+
     page.evaluate(WATCH)
     for i in range(count):
         row = page.locator(".lp-ruler").nth(draw.randrange(layers))
@@ -94,22 +115,28 @@ def drags(page: Page, count: int, layers: int, tokens: int) -> np.ndarray:
             continue
         box = token.bounding_box()
         x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        page.on("request", count_question)
         page.mouse.move(x, y)
         page.mouse.down()
         page.mouse.move(x + draw.choice([-1, 1]) * draw.randrange(5, 60), y, steps=6)
         page.mouse.up()
         done += 1
-        page.wait_for_selector(f'main[data-updates="{done}"]', timeout=30_000)
+        page.wait_for_selector(f'main[data-updates="{done}"]')
+        page.remove_listener("request", count_question)
         page.wait_for_timeout(60)
         if i % 4 == 3:  # edits add up, as they do when somebody plays
             while page.get_by_role("button", name="Undo").is_enabled():
                 page.get_by_role("button", name="Undo").click()
                 page.wait_for_selector("main[aria-busy=false]")
-    return np.array(page.evaluate("window.updates"))
+    return np.array(page.evaluate("window.updates")), asked / done
 
 
 def processor_time(page: Page, explorer: Explorer, text: str, tokens: int, edits: int = 40) -> tuple[float, float]:
-    """Milliseconds of one core that an edit takes in the engine and in the page, whatever else the machine does."""
+    """Milliseconds of one core that an edit takes in the engine and in the page, whatever else the machine does.
+
+    Of the page it is the main thread: script, style, layout and paint. The engine is one of this process, with one thread.
+    """
+    torch.set_num_threads(1)
     draw, layers = random.Random(1), explorer.model.position_layers
     known = explorer.run({"text": text})["key"]
     start = time.process_time()
@@ -126,6 +153,7 @@ def processor_time(page: Page, explorer: Explorer, text: str, tokens: int, edits
         return found["TaskDuration"]
 
     page.locator(".lp-ruler svg").first.focus()
+    page.keyboard.press("ArrowRight")
     before = spent()
     for _ in range(edits):
         page.keyboard.press("ArrowUp")
@@ -167,11 +195,11 @@ def main() -> None:
     text = model.tokenizer.decode(model.to_tokens(TEXT)[0, 1 : options.tokens])
     tokens = model.to_tokens(text).shape[1]
     if options.drags:
-        with opened(model, text) as page:
-            took = drags(page, options.drags, len(model.position_layers), tokens)
+        with served(options.model) as address, opened(address, text) as page:
+            took, asked = drags(page, options.drags, len(model.position_layers), tokens)
             engine, drawing = processor_time(page, Explorer(model), text, tokens)
         median, late = np.median(took), np.quantile(took, 0.95)
-        print(f"{options.model}, {tokens} tokens, {torch.get_num_threads()} threads, n = {len(took)} drags:")
+        print(f"{options.model}, {tokens} tokens, n = {len(took)} drags with {asked:.1f} questions each:")
         print(f"from release to the last update: median {median:.0f} ms, 95% within {late:.0f} ms")
         print(f"processor time of an edit: {engine:.0f} ms of one core in the engine, {drawing:.0f} ms in the page")
         limits = next((limits for name, limits in LIMITS.items() if name in options.model), (float("inf"),) * 2)

@@ -55,6 +55,24 @@ def several_passes(number: int) -> Iterator[None]:
         _passes.reset(token)
 
 
+@contextmanager
+def estimated(seconds: float, what: str) -> Iterator[None]:
+    """Say at once how long the work inside will take, as somebody has worked out; its loops then say nothing of it."""
+    say = _say.get()
+    if say is not None and seconds >= LONG:
+        say(f"about {_rough_time(seconds)} on this machine: {what}")
+    token = _passes.set(_Passes(said=True))
+    try:
+        yield
+    finally:
+        _passes.reset(token)
+
+
+def durations_wanted() -> bool:
+    """Whether anybody wants to be told how long work will take."""
+    return _say.get() is not None
+
+
 def track_progress(items: Sequence[Item], what: str, *, quick: bool = False) -> Iterator[Item]:
     """The items one by one, with a bar that is gone at the end.
 

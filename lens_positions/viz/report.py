@@ -14,9 +14,11 @@ from contextlib import ExitStack
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import pandas as pd
+import torch
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 from matplotlib.figure import Figure
@@ -29,9 +31,9 @@ from ..checkpoint import fingerprint
 from ..core.model_state import evaluation_mode
 from ..errors import PositionsError
 from ..interventions import Hooks, describe
-from ..measure.corpus_reader import WINDOW
+from ..measure.corpus_reader import WINDOW, windows
 from ..model import HookedPositionTransformer
-from ..progress import announce_parts
+from ..progress import announce_parts, durations_wanted, estimated
 from . import style
 from .charts import kinds_chart
 from .effect_charts import ABLATION_LABELS, ablation_bars
@@ -49,6 +51,12 @@ LOSS_UNIT = "nats per byte"
 
 ABLATED = 8_000
 """Characters that are ablated, about: each is read in three ways for each layer, where all else reads it twice."""
+
+PROBED = 0.5
+"""Seconds of reading from which the length of a report is estimated."""
+
+DRAWN = 4.0
+"""Seconds that the rest of a report takes, about: figures, views and the page."""
 
 SNIPPET = 80
 """Characters of a text in a heading."""
@@ -112,12 +120,51 @@ def report(
         ("The model" if compare is None else "The models", lambda: _facts(models, hooks)),
         ("How to make this report again", lambda: _again(models, of_corpus, seed, command)),
     ]
-    parts, interrupted = _finished_parts(planned, models)
+    with estimated(_seconds(models, held_out, prepend_bos, hooks), "the report"):
+        parts, interrupted = _finished_parts(planned, models)
     opening = [sentence(said) for said in found.values() if said] if held_out else [of_corpus]
     write_page(_page(models, opening, parts, [title for title, _ in planned[len(parts) :]]), path)
     if interrupted is not None:
         raise type(interrupted)(str(path)) from interrupted
     return [*_cut_views(parts), *([] if held_out else [of_corpus])]
+
+
+def _seconds(
+    models: list[HookedPositionTransformer], held_out: list[str], bos: bool | None, hooks: Hooks | None
+) -> float:
+    """How long the report will take: what one pass of a part of the held-out text takes, times the passes planned."""
+    if not durations_wanted() or not held_out:
+        return 0.0
+    seconds = DRAWN
+    for model in models:
+        documents, batches = windows(model, held_out, None, bos)
+        start, read = perf_counter(), 0
+        with evaluation_mode(model), torch.no_grad():
+            for number, batch in enumerate(batches):
+                rows = torch.stack([documents[document][start:stop] for document, start, stop in batch])
+                model(rows)
+                read += rows.numel()
+
+                # The first pass of a model is slower than all others.
+                if number == 0 and len(batches) > 1:
+                    start, read = perf_counter(), 0
+                elif perf_counter() - start > PROBED:
+                    break
+        seconds += (perf_counter() - start) / max(read, 1) * sum(map(len, documents)) * _passes(model, held_out, hooks)
+    return seconds
+
+
+def _passes(model: HookedPositionTransformer, held_out: list[str], hooks: Hooks | None) -> float:
+    """How often a report reads its held-out text, in whole passes."""
+    losses = 2 if hooks else 1
+    if model.position_config.source == "static":
+        return losses
+
+    # Of a share of the documents: the baseline, and in three ways each layer, from which a pass goes on, and all layers.
+    layers = model.position_layers
+    blocks = int(model.cfg.n_layers)
+    ablated = 1 + 3 * sum(blocks - layer for layer in [*layers, min(layers)]) / blocks
+    return 1 + losses + ablated / math.ceil(sum(map(len, held_out)) / ABLATED)
 
 
 def _models(

@@ -4,6 +4,7 @@ import json
 import re
 import threading
 from contextlib import contextmanager
+from itertools import pairwise
 
 import pytest
 import torch
@@ -177,6 +178,59 @@ def test_a_drag_moves_the_token_as_far_as_the_hand(browser, address, model):
         per_unit = (last - first) / float(positions[-1] - positions[0])
         drag(page, 3, 8, 40)
         assert state_of(page)["edits"][0]["by"] == pytest.approx(40 / per_unit, rel=2e-3)
+
+
+def test_a_release_asks_for_nothing_that_was_asked(browser, address, model):
+    with explorer(browser, address) as page:
+        write(page, TEXT)
+        asked = []
+        page.on("request", lambda request: request.url.endswith("/api/run") and asked.append(request.post_data_json))
+        box = page.locator('.lp-ruler >> nth=0 >> .lp-token[data-i="5"]').bounding_box()
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        page.mouse.move(x, y)
+        page.mouse.down()
+        page.mouse.move(x + 60, y, steps=10)
+        answered(page)
+        before = len(asked)
+        page.mouse.up()
+        answered(page)
+        assert len(asked) == before > 0
+        assert asked[-1]["edits"] == state_of(page)["edits"]
+        assert all(one["edits"] != other["edits"] for one, other in pairwise(asked))
+        check(page, model, TEXT, state_of(page)["edits"])
+
+        # What stands there already is not asked for: all layers, and back.
+        page.get_by_label("acts in", exact=True).select_option("all")
+        page.get_by_label("acts in", exact=True).select_option("layer")
+        answered(page)
+        assert len(asked) == before
+
+
+def test_an_answer_that_comes_late_is_not_drawn_over_a_newer_one(browser, address, model):
+    with explorer(browser, address) as page:
+        write(page, TEXT)
+        held = []
+
+        def hold(route):
+            if held:
+                route.continue_()
+            else:
+                held.append(route)
+
+        page.route("**/api/run", hold)
+        page.locator(".lp-ruler >> nth=0 >> svg").focus()
+        page.keyboard.press("PageUp")
+        page.keyboard.press("PageUp")
+        answered(page)
+        edits = state_of(page)["edits"]
+        assert [edit["by"] for edit in edits] == [2]
+        check(page, model, TEXT, edits)
+        expected = shown(page)
+        stale = {**json.loads(held[0].request.post_data), "known": ""}
+        late = page.request.post(held[0].request.url, headers=held[0].request.headers, data=stale)
+        held[0].fulfill(response=late)
+        answered(page)
+        assert shown(page) == expected
 
 
 def test_layers_in_a_range_and_all_of_them(browser, address, model):

@@ -14,6 +14,7 @@ from conftest import drawn_weights
 import lens_positions as lp
 from lens_positions import cli, corpora, viz
 from lens_positions.analysis.losses import compare_losses, losses
+from lens_positions.progress import durations_said
 from lens_positions.viz import findings
 
 report_module = importlib.import_module("lens_positions.viz.report")  # `viz.report` is the function
@@ -54,6 +55,26 @@ def run(capsys):
 def text_of(page: str) -> str:
     """What a page says, without its scripts and styles."""
     return " ".join(re.sub(r"<(script|style).*?</\1>|<[^>]+>", " ", page, flags=re.DOTALL).split())
+
+
+def test_it_says_at_the_start_how_long_it_will_take(folders, monkeypatch, tmp_path):
+    """From the time of a pass, times the passes planned: here a clock that gives each pass a second."""
+    model = lp.HookedPositionTransformer.from_pretrained(folders / "learned")
+    texts = corpora.heldout_excerpts(str(folders / "corpus"), 1500)
+    clock = itertools.count()
+    monkeypatch.setattr(report_module, "perf_counter", lambda: float(next(clock)))
+    said, parts = [], []
+    finish = report_module._finished_parts
+    monkeypatch.setattr(report_module, "_finished_parts", lambda *of: (parts.append(list(said)), finish(*of))[1])
+    with durations_said(said.append):
+        viz.report(model, tmp_path / "report.html", "The cat", corpus=str(folders / "corpus"), characters=1500)
+    assert len(said) == 1
+    assert parts == [said]
+    assert re.fullmatch(r"about \d+ (seconds|minutes) on this machine: the report", said[0])
+
+    # A pass for kinds, one for losses, one before ablations; and in three ways from layers 0 and 1 of two, and both.
+    assert report_module._passes(model, texts, None) == 1 + 1 + 1 + 3 * (2 + 1 + 2) / 2
+    assert report_module._passes(model, texts, lp.ablate(model)) == 2 + 1 + 1 + 3 * (2 + 1 + 2) / 2
 
 
 @pytest.fixture(scope="module")

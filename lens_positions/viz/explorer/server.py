@@ -26,7 +26,7 @@ from .engine import Explorer
 
 SMALL = 20_000_000
 """A model of fewer parameters runs in one thread: a second one brings nothing in passes of a few milliseconds, and
-waits for the first on a core that the browser needs (29 against 165 ms an edit of a shipped model on two busy cores)."""
+waits for the first on a core that the browser needs (29 against 165 ms an edit of a shipped one on two busy cores)."""
 
 MOST_BYTES = 256 * 1024
 TABS_KNOWN = 256
