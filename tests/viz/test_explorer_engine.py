@@ -238,3 +238,18 @@ def test_a_model_whose_patterns_are_hidden_or_that_has_no_tokenizer(tiny_model, 
     bare = drawn_weights(lp.HookedPositionTransformer.from_transformers(tiny_model().original_model, None))
     with pytest.raises(lp.PositionsError, match="has no tokenizer"):
         Explorer(bare)
+
+
+def test_a_model_runs_in_as_many_threads_as_it_was_given_and_gives_them_back(tiny_model):
+    explorer, before, seen = Explorer(tiny_model(), threads=2), torch.get_num_threads(), []
+
+    def outdated():
+        seen.append(torch.get_num_threads())
+        return False
+
+    explorer.run({"text": TEXT}, outdated)
+    explorer.slopes({"text": TEXT}, outdated)
+    with pytest.raises(lp.PositionsError, match="looks at token 99"):
+        explorer.run({"text": TEXT, "token": 99}, outdated)
+    assert seen == [2, 2, 2]
+    assert torch.get_num_threads() == before == 1
