@@ -128,7 +128,7 @@ def ablate(
     >>> with model.hooks(fwd_hooks=lp.ablate(model, to=1.0, layers=0)):  # standard RoPE at layer 0
     ...     model.increments("The cat")[:2, 0].round(decimals=1)
     tensor([[1.0000, 1.0000, 1.0000, 1.0000, 1.0000, 1.0000, 1.0000, 1.0000],
-            [0.7000, 0.8000, 0.5000, 0.4000, 0.8000, 0.5000, 0.7000, 0.5000]])
+            [1.3000, 1.0000, 0.6000, 0.6000, 1.0000, 1.0000, 1.0000, 0.9000]])
     """
     # Arguments are checked first, so that a wrong one is named before the null result is.
     hooks = ablation_hooks(model, to, layers, positions, heads, site=site, seed=seed, head_kind=head_kind)
@@ -336,7 +336,7 @@ def patch(
     >>> _, cache = model.run_with_cache("The cat")
     >>> with model.hooks(fwd_hooks=lp.patch(cache, layers=0, source=4, target=1)):  # that of the space, for "T"
     ...     model.increments("The cat")[0].round(decimals=1)
-    tensor([[4.9000, 7.2000, 1.1000, 1.1000, 7.2000, 1.6000, 1.1000, 1.3000]])
+    tensor([[3.8000, 2.1000, 1.1000, 1.1000, 2.1000, 1.4000, 1.1000, 1.2000]])
     """
     if (source is None) != (target is None):
         given, missing = ("source", "target") if target is None else ("target", "source")

@@ -58,7 +58,7 @@ class HookedPositionTransformer(HookedCalls):
 
     >>> model = lp.HookedPositionTransformer.from_pretrained("bilingual-per-layer")
     >>> model.increments("The cat")[0].round(decimals=1)  # at layer 0: the beginning, "T", "h", "e", the space, ...
-    tensor([[4.9000, 2.4000, 1.1000, 1.1000, 7.2000, 1.6000, 1.1000, 1.3000]])
+    tensor([[3.8000, 1.8000, 1.1000, 1.1000, 2.1000, 1.4000, 1.1000, 1.2000]])
     """
 
     name: str

@@ -124,8 +124,8 @@ def ablation_table(
     >>> ablations = lp.causal.ablation_table(model, texts, to=["mean"])
     >>> ablations.loss[["layer", "to", "baseline", "change"]].head(2).round(1)
       layer    to  baseline  change
-    0   all  mean       1.5     1.1
-    1     0  mean       1.5     1.1
+    0   all  mean       1.3     0.1
+    1     0  mean       1.3     0.1
     """
     names = dict(hook_names(model, layers, SITES["pattern"][0]))
     to = _checked_ablations(model, to, means)
@@ -342,7 +342,7 @@ def token_means(
 
     >>> means = lp.causal.token_means(model, texts)  # layer, vocabulary
     >>> [round(float(means[0, ord(letter)]), 1) for letter in " a"]  # at layer 0, of the space and of an "a"
-    [7.2, 1.1]
+    [2.1, 1.1]
     """
     streams_of(model)
     corpus_increments = read_corpus(cast(HookedPositionTransformer, model), corpus, attention_mask, prepend_bos)

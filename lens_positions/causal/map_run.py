@@ -93,9 +93,9 @@ def gap_map(
     >>> rows = found.table(["index", "layer", "before", "after", "crosses_word", "gradient"])
     >>> rows[rows["layer"] == 0].iloc[2:5].round(1)
        index  layer before after  crosses_word  gradient
-    4      3      0      h     e         False       0.5
-    6      4      0      e                True       0.2
-    8      5      0            c          True       2.1
+    4      3      0      h     e         False      -0.3
+    6      4      0      e                True      -1.0
+    8      5      0            c          True      -0.6
     """
     if not 0 <= processes[0] < processes[1]:
         raise PositionsError(f"processes is {processes}; expected the number of one, from 0, and how many there are.")

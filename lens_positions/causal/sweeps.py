@@ -112,8 +112,8 @@ def gap_sweep(
 
     >>> effects = lp.causal.gap_sweep(model, "The cat sat.", lp.causal.loss(), by=1.0)
     >>> effects[0].round(decimals=2)  # nats per token, by lengthening the gap before each token at layer 0
-    tensor([ 0.0000,  0.0000,  0.0200,  0.0200,  0.0200,  0.1300,  0.0100, -0.1400,
-            -0.0100, -0.1400, -0.2700, -0.5000,  0.0000])
+    tensor([ 0.0000, -0.0000,  0.0400, -0.0100, -0.0900,  0.3600,  0.0800,  0.2700,
+            -0.0100,  0.0000, -0.1300, -0.3300,  0.0000])
     >>> lp.causal.gap_sweep(model, "The cat sat.", lp.causal.loss(), by="head").shape  # layer, head, pos
     torch.Size([6, 4, 13])
     """
