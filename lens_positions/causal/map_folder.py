@@ -41,14 +41,32 @@ SHARD = "gaps-{:06d}.parquet"
 class GapMap:
     """A map on disk, which may still be in the making.
 
+    A row is a gap at a layer (and head, where each has its own):
+
+        document, source, window        the document's number, where it is from, the window in it
+        index, layer, head              the token after the gap, and where the gap is
+        before, after                   the tokens on both sides as text; `before_id`, `before_kind` and
+                                        `before_surprisal` (nats; none for a document's first token), `after` alike
+        crosses_word                    null between Chinese characters that nobody has cut into words
+        crosses_sentence, crosses_line, crosses_document            by the rules of `measure/text_boundaries.py`
+        context, future                 tokens of the window before the gap, and those after the next one, which are
+                                        all that the gap can change
+        increment, gradient             in positions, and in nats per position
+        integrated, integrated_off      on request: nats, and how far the parts of its window are from the whole, as a
+                                        share of it
+
     Attributes:
         folder: where it is.
 
     >>> found = lp.causal.gap_map(model, texts, folder / "map", progress=False)
     >>> found == lp.causal.GapMap(folder / "map")
     True
-    >>> found.end["gaps"], len(found.table(["gradient"]))  # six layers
-    (526, 3156)
+    >>> rows = found.table(["index", "layer", "before", "after", "crosses_word", "gradient"])
+    >>> rows[rows["layer"] == 0].iloc[2:5].round(1)
+        index  layer before after  crosses_word  gradient
+    12      3      0      h     e         False       0.5
+    18      4      0      e                True       0.2
+    24      5      0            c          True       2.1
     """
 
     folder: Path
@@ -112,14 +130,18 @@ def begin(folder: Path, settings: dict[str, Any]) -> GapMap:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "map.json").exists():
+            # A name that begins with .map.json is that of another process, which writes it aside at this moment.
             if others := [path.name for path in folder.iterdir() if not path.name.startswith(".map.json")]:
                 raise PositionsError(f"{folder} has other files ({sorted(others)[0]}); expected a new folder or a map.")
             _write(folder / "map.json", json.dumps(settings, indent=2).encode() + b"\n")
     except OSError as error:
         raise _unwritten(folder, error) from error
+
+    # Another process may have begun it: what counts is what the file says.
     found = GapMap(folder)
     before = found.settings
     for name, given in settings.items():
+        # One and the same model may be called by a path here and a name there: its weights are what tells.
         if before.get(name) != given and name not in ("model", "version"):
             of = f"{before.get('model')} and {before.get('corpus')}"
             raise PositionsError(
@@ -186,6 +208,8 @@ def _write(path: Path, content: Any) -> None:
 
 def weights_digest(model: Any) -> str:
     """SHA-256 of all parameters and of the tables of the streams, wherever they wait."""
+    # In the order of names, which does not depend on how a model is put together; a module at a time, as those that
+    # wait on the disk need not fit in memory together.
     hashed = hashlib.sha256()
     for name, module in sorted(base_model(model).named_modules(), key=lambda item: item[0]):
         with align_module_device(module, torch.device("cpu")):
@@ -198,6 +222,7 @@ def weights_digest(model: Any) -> str:
 
 
 def _tables(name: str, module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What streams keep as buffers, such as frozen increments; buffers of the model itself follow from its config."""
     return dict(module.named_buffers(recurse=False)) if "position_streams" in name else {}
 
 

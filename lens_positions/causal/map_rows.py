@@ -11,7 +11,7 @@ from .map_windows import Window
 
 
 def rows_of(windows: list[Window], gradients: list[Gradients], layers: list[int]) -> pa.Table:
-    """The table of a shard, sorted by document, gap, layer and head; `gap_map` says what its columns are."""
+    """The table of a shard, sorted by document, gap, layer and head; `GapMap` says what its columns are."""
     return pa.concat_tables(
         [_of_window(window, found, layers) for window, found in zip(windows, gradients, strict=True)],
     ).unify_dictionaries()

@@ -84,10 +84,10 @@ class GraftedModel(Subject):
     def _add_lora(self) -> None:
         # peft wants names; attention is found as modules.
         names = {id(module): name for name, module in self.model.named_modules()}
-        sites = RotaryAttention(self.model).sites
+        attentions = RotaryAttention(self.model).modules
 
         # All linear maps of attention that rotates, by what they are and not by name: families name them differently.
-        projections = [m for site in sites for m in site.attention.modules() if isinstance(m, nn.Linear)]
+        projections = [m for one in attentions for m in one.module.modules() if isinstance(m, nn.Linear)]
         if not projections:
             raise PositionsError(f"{self.config.base} has no linear projections in its attention; expected some.")
         rank = self.config.lora_rank
