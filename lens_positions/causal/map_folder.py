@@ -115,7 +115,7 @@ class GapMap:
             try:
                 yield pyarrow.parquet.read_table(path, columns=columns).to_pandas()
             except (pa.ArrowException, OSError) as error:
-                raise _damaged(path, error) from error
+                raise _damage_error(path, error) from error
 
 
 def begin(folder: Path, settings: dict[str, Any]) -> GapMap:
@@ -135,7 +135,7 @@ def begin(folder: Path, settings: dict[str, Any]) -> GapMap:
                 raise PositionsError(f"{folder} has other files ({sorted(others)[0]}); expected a new folder or a map.")
             _write(folder / "map.json", json.dumps(settings, indent=2).encode() + b"\n")
     except OSError as error:
-        raise _unwritten(folder, error) from error
+        raise _write_error(folder, error) from error
 
     # Another process may have begun it: what counts is what the file says.
     found = GapMap(folder)
@@ -145,8 +145,8 @@ def begin(folder: Path, settings: dict[str, Any]) -> GapMap:
         if before.get(name) != given and name not in ("model", "version"):
             of = f"{before.get('model')} and {before.get('corpus')}"
             raise PositionsError(
-                f"{folder} holds a map of {of}, with {name} {_short(before.get(name))} where this one has "
-                f"{_short(given)}; expected another folder, or the same again."
+                f"{folder} holds a map of {of}, with {name} {_excerpt(before.get(name))} where this one has "
+                f"{_excerpt(given)}; expected another folder, or the same again."
             )
     return found
 
@@ -160,7 +160,7 @@ def digest_of(path: Path) -> str:
     try:
         metadata = pyarrow.parquet.read_schema(path).metadata or {}
     except (pa.ArrowException, OSError) as error:
-        raise _damaged(path, error) from error
+        raise _damage_error(path, error) from error
     return metadata.get(DIGEST, b"").decode()
 
 
@@ -180,7 +180,7 @@ def write_shard(folder: Path, number: int, rows: pa.Table, digest: str) -> None:
     try:
         _write(path, buffer.getvalue())
     except OSError as error:
-        raise _unwritten(folder, error) from error
+        raise _write_error(folder, error) from error
 
 
 def write_end(folder: Path, counts: dict[str, int]) -> None:
@@ -192,7 +192,7 @@ def write_end(folder: Path, counts: dict[str, int]) -> None:
     try:
         _write(folder / "end.json", json.dumps(counts, indent=2).encode() + b"\n")
     except OSError as error:
-        raise _unwritten(folder, error) from error
+        raise _write_error(folder, error) from error
 
 
 def _write(path: Path, content: Any) -> None:
@@ -234,24 +234,24 @@ def _read(path: Path) -> dict[str, Any]:
         if not isinstance(read, dict):
             raise ValueError("it is no JSON object")
     except (ValueError, OSError) as error:
-        raise _damaged(path, error) from error
+        raise _damage_error(path, error) from error
     if path.name == "map.json" and read.get("format") != FORMAT:
         raise PositionsError(f"{path} has format {read.get('format')!r}; expected {FORMAT}, of this lens-positions.")
     return read
 
 
-def _short(value: Any) -> str:
+def _excerpt(value: Any) -> str:
     return f"{value!s:.40}" if isinstance(value, str) else f"{value!r:.80}"
 
 
-def _damaged(path: Path, error: Exception) -> PositionsError:
+def _damage_error(path: Path, error: Exception) -> PositionsError:
     reason = " ".join(str(error).split())[:120]
     return PositionsError(
         f"{path} is damaged ({reason}); expected it as it was written (without it, it is made again)."
     )
 
 
-def _unwritten(folder: Path, error: OSError) -> PositionsError:
+def _write_error(folder: Path, error: OSError) -> PositionsError:
     count = len(GapMap(folder).shards) if folder.is_dir() else 0
     return PositionsError(
         f"the map cannot be written to {folder} ({error.strerror}); expected a writable folder with room: its {count} "

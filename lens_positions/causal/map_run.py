@@ -219,7 +219,7 @@ def _make_shards(
             counter.skip(sum(one.characters for one in windows))
             continue
 
-        rows = rows_of(windows, _found(windows, gradients, batch, counter), layers)
+        rows = rows_of(windows, _gradients_of(windows, gradients, batch, counter), layers)
         write_shard(kept.folder, number, rows, digest(windows))
 
     if not counts["gaps"]:
@@ -227,7 +227,7 @@ def _make_shards(
     write_end(kept.folder, counts)
 
 
-def _found(windows: list[Window], gradients: WindowGradients, batch: int, counter: Counter) -> list[Gradients]:
+def _gradients_of(windows: list[Window], gradients: WindowGradients, batch: int, counter: Counter) -> list[Gradients]:
     """What the backward passes of a shard give, in the order of its windows."""
     # Batches take the longest windows first, and say which these are.
     found: dict[int, Gradients] = {}

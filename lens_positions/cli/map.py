@@ -134,10 +134,11 @@ def map(
         )
 
     loaded = loading.load(model, state.device)
+    # One process speaks for all: each has its own part, and the first its bar.
     share = (state.process_index, state.num_processes)
     found = lp.causal.gap_map(loaded, corpus, output, **chosen, processes=share, progress=state.is_main_process)
     if state.is_main_process:
-        print_line(Console(highlight=False), _said(found))
+        print_line(Console(highlight=False), _summary_line(found))
     state.destroy_process_group()
 
 
@@ -151,9 +152,11 @@ def _baseline(given: str | None) -> float | Literal["mean"] | None:
         raise PositionsError(f"--baseline is {given!r}; expected a number of positions, or mean.") from None
 
 
-def _said(found: "GapMap") -> str:
+def _summary_line(found: "GapMap") -> str:
     """What is in the folder by now."""
     end = found.end or {}
+
+    # Other processes may still be writing: what is here so far is what can be said.
     there, every = len(found.shards), end.get("shards", 0)
     whole = "" if there == every else f"; {there} of {every} shards are there, and other processes have the rest"
     return f"map: {found.folder}, {end.get('gaps', 0):,} gaps of {end.get('documents', 0):,} documents{whole}"
@@ -191,6 +194,7 @@ def summarise(
     if csv is not None:
         write_table(table, csv)
         print_line(console, f"table: {csv}")
+
     if figure is not None:
         counts = table[table["layer"] == "all"].groupby(["model", "corpus"], sort=False)["n"].sum()
         gaps = " and ".join(f"{n:,} gaps" for n in counts)
@@ -208,8 +212,11 @@ def _print_summary(console: "Console", table: "pd.DataFrame", by: str, shuffles:
         print_line(console, f"{model}: mean gradient of the loss by the gap, nats per position, {corpus}")
         print_line(console, f"below 0 is longer; 95% intervals resample documents; [shuffled: 95% of {shuffles}]\n")
         whole = rows[rows["layer"] == "all"]
+
+        # Names of the groups in one column, whatever their length.
         width = max(len(str(name)) for name in whole[by])
         for row in whole.to_dict("records"):
+            # The sum over layers may hide that they disagree, so it comes with how many go which way.
             layers = rows[(rows[by] == row[by]) & (rows["layer"] != "all")]["wants"]
             decided = f"of {len(layers)} layers {sum(layers == 'longer')} longer, {sum(layers == 'shorter')} shorter"
             shuffled = f"[{row['shuffled_low']:+.4f} to {row['shuffled_high']:+.4f}]"

@@ -166,7 +166,7 @@ def _hook_handles(streams: PositionStreams, base: Any, rotary_attention: RotaryA
         # After the hooks of its leader, whose positions it takes.
         if attention.leader is not None:
             yield from attention.hook(partial(streams._follow, attention.leader))
-            cast(PositionStream, streams.layers[attention.leader]).followed = True
+            cast(PositionStream, streams.layers[attention.leader]).has_followers = True
         yield attention.wrapper.register_forward_hook(streams._leave_attention, always_call=True)
 
 

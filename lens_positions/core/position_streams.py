@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 from transformer_lens.hook_points import HookPoint
 
+from .. import former_names
 from ..errors import PositionsError
 from .find_attention import AttentionModule, Link, argument
 from .forward_pass import CurrentPass, ForwardPass, tagged_pass
@@ -355,7 +356,7 @@ class PositionStreams(nn.Module):
             self._current.resume(None)
 
     @contextmanager
-    def recorded(self) -> Iterator[list[Float[Tensor, "rows pos *head"]]]:
+    def record(self) -> Iterator[list[Float[Tensor, "rows pos *head"]]]:
         """Collect the increments of every forward pass in the block, for models outside a bridge.
 
         The list is filled when the block ends: a tensor for each layer, of passes of equal length along the batch.
@@ -373,6 +374,11 @@ class PositionStreams(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def recorded(self) -> AbstractContextManager[list[Float[Tensor, "rows pos *head"]]]:
+        """`record` by its name of version 0.1.0."""
+        former_names.warn("PositionStreams.recorded", "PositionStreams.record")
+        return self.record()
 
     def extra_repr(self) -> str:
         """The configuration, for printing a model."""

@@ -75,7 +75,7 @@ class GraftedModel(Subject):
         torch.manual_seed(config.seed)
         if config.adapt == "lora":
             self._add_lora()
-        self.adapted = [p for p in self.model.parameters() if p.requires_grad]
+        self.adapted_parameters = [p for p in self.model.parameters() if p.requires_grad]
         torch.manual_seed(config.seed)
         self.streams = attach_positions(self.model, positions)
         if config.gradient_checkpointing:
@@ -102,7 +102,7 @@ class GraftedModel(Subject):
         """The source at its rate, and what else learns at another."""
         groups = [
             (list(self.streams.parameters()), self.config.learning_rate),
-            (self.adapted, self.config.adapt_learning_rate),
+            (self.adapted_parameters, self.config.adapt_learning_rate),
         ]
         return [group for group in groups if group[0]]
 
@@ -192,7 +192,7 @@ def _prepare_run(config: GraftConfig, part: str, folder: Path, cache_dir: Path) 
         )
     run = Run(config, folder / part, accelerator, corpus, subject, name=part, whole=folder)
     if (folder / part / "training.json").exists():
-        run.checked()
+        run.saved_progress()
     return run
 
 
