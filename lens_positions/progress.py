@@ -86,14 +86,14 @@ def _with_estimate(items: Iterable[Item], number: int, what: str) -> Iterator[It
             left = each * (number - done) + each * number * (passes.number - 1)
             if left >= LONG and say is not None:
                 times = f", {passes.number} times" if passes.number > 1 else ""
-                say(f"about {_rough_time(left)} on this machine: {what}, {number - done} of {number} parts left{times}")
+                say(f"about {rough_time(left)} on this machine: {what}, {number - done} of {number} parts left{times}")
         yield item
 
 
-def _rough_time(seconds: float) -> str:
+def rough_time(seconds: float) -> str:
     """A time as a person would say it: to ten seconds, then to minutes, then to half hours.
 
-    >>> _rough_time(42), _rough_time(130), _rough_time(9000)
+    >>> rough_time(42), rough_time(130), rough_time(9000)
     ('40 seconds', '2 minutes', '2.5 hours')
     """
     if seconds < 90:

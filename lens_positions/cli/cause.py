@@ -13,6 +13,7 @@ from ..errors import PositionsError, check_seed, check_text
 from ..terminal import effect_cell, print_grid, print_line
 from ..viz import output as viz_output
 from .app import BOS_OF_MODEL, Bos, announce_figure, app, check_learned, check_outputs, write_table
+from .durations import announce_duration
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -36,6 +37,8 @@ def gaps(
     bos: Bos = BOS_OF_MODEL,
 ) -> None:
     """Show what lengthening each gap of a text does, at every layer: the first thing to run on any RoPE model.
+
+    Takes about 10 seconds for a sentence with a shipped model, more with larger ones.
 
     Args:
         model: a folder, an adapter, the name of a packaged model, or a model of the hub.
@@ -82,6 +85,8 @@ def patch(
 
     The effect is on the logit of the answer minus that of the wrong one, after the last token.
 
+    Takes about 10 seconds for a sentence with a shipped model, more with larger ones.
+
     Args:
         model: a folder, an adapter, the name of a packaged model, or a model of the hub.
         clean: the prompt that values are recorded on.
@@ -119,7 +124,6 @@ def patch(
     with torch.no_grad():
         # What the effects stand between: the metric on either prompt, without any edit.
         ends = [float(metric(loaded(prompt))[0]) for prompt in (source, tokens)]
-
     what = (
         f"{loaded.name}: {site} of the clean prompt in the corrupted one; {unit} is {ends[0]:+.3f} in the clean one "
         f"and {ends[1]:+.3f} in the corrupted one"
@@ -144,6 +148,8 @@ def ablate(
     Increments go to 1.0, to the mean of their row, or to other tokens (shuffled). What 1.0 does beyond the mean is
     scale, not structure.
 
+    Takes about 40 seconds with a shipped model, more with larger ones.
+
     Args:
         model: a folder, an adapter, the name of a packaged model, or a model of the hub.
         corpus: held-out text to read: english, chinese, bilingual, code, a file or a folder.
@@ -161,6 +167,7 @@ def ablate(
 
     from rich.console import Console
 
+    announce_duration("ablate", characters)
     loaded = lp.HookedPositionTransformer.from_pretrained(model)
     check_learned(loaded, "ablating them does nothing", "a model with learned increments")
     texts = lp.corpora.heldout_excerpts(corpus, characters)

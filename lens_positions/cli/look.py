@@ -13,6 +13,7 @@ from ..errors import PositionsError, check_seed, check_text
 from ..terminal import increment_cell, print_grid, print_line
 from ..viz import output as viz_output
 from .app import BOS_OF_MODEL, Bos, announce_figure, app, check_outputs, complain, write_table
+from .durations import announce_duration
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,6 +37,8 @@ def show(
     bos: Bos = BOS_OF_MODEL,
 ) -> None:
     """Show how far apart a model puts the tokens of a text.
+
+    Takes about 10 seconds with a shipped model.
 
     Args:
         model: a folder, the name of a shipped model, or a model of the hub.
@@ -112,6 +115,8 @@ def extremes(
 ) -> None:
     """Show which tokens a graft or a trained model puts nearest and farthest, and which kinds of token.
 
+    Takes about 20 seconds with a shipped model, more with larger ones.
+
     Args:
         model: a folder, an adapter, the name of a packaged model, or a model of the hub.
         corpus: held-out text to read: english, chinese, bilingual, code, a file or a folder. A shared or frozen
@@ -130,6 +135,7 @@ def extremes(
     from rich.console import Console
     from rich.text import Text
 
+    announce_duration("extremes", 0 if corpus is None else characters)
     loaded = lp.HookedPositionTransformer.from_pretrained(model)
     texts = None if corpus is None else lp.corpora.heldout_excerpts(corpus, characters)
     corpus_increments = None if texts is None else lp.analysis.read_corpus(loaded, texts, prepend_bos=prepend_bos)
@@ -213,6 +219,8 @@ def report(
     Spacing, tokens tinted by increment, attention beside increments, increments by kind of token, loss and ablations.
     Interrupted, it keeps the parts that are done.
 
+    Takes about 40 seconds with a shipped model, more with larger ones.
+
     Args:
         model: a folder, an adapter, the name of a packaged model, or a model of the hub.
         output: the page to write, as .html.
@@ -231,6 +239,7 @@ def report(
 
     from rich.console import Console
 
+    announce_duration("report", characters if compare is None else 2 * characters)
     loaded = lp.HookedPositionTransformer.from_pretrained(model)
     other = None if compare is None else lp.HookedPositionTransformer.from_pretrained(compare)
     options: list[tuple[str, Any]] = [("--text", text), ("--compare", compare), ("--corpus", corpus)]

@@ -11,6 +11,7 @@ import lens_positions as lp
 from ..errors import PositionsError, check_seed
 from ..terminal import print_line, with_interval
 from .app import BOS_OF_MODEL, Bos, announce_figure, app, check_outputs, write_table
+from .durations import announce_duration
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -112,6 +113,8 @@ def map(
     Under `accelerate launch` or `torchrun` the processes share the work, each with a model on a device of its own. The
     same command goes on with a map that was interrupted.
 
+    Takes about 40 seconds for 100,000 characters with a shipped model, more with larger ones.
+
     Args:
         model: a folder, an adapter, the name of a packaged model, or a model of the hub.
         corpus: english, chinese, bilingual, code, a file, a folder, or a dataset of the hub, which is streamed.
@@ -133,13 +136,26 @@ def map(
             "a model on several devices, or a model for each process."
         )
 
+    if state.is_main_process:
+        announce_duration("map", _most_characters(corpus, flags))
     loaded = loading.load(model, state.device)
+
     # One process speaks for all: each has its own part, and the first its bar.
     share = (state.process_index, state.num_processes)
     found = lp.causal.gap_map(loaded, corpus, output, **chosen, processes=share, progress=state.is_main_process)
     if state.is_main_process:
         print_line(Console(highlight=False), _summary_line(found))
     state.destroy_process_group()
+
+
+def _most_characters(corpus: str, flags: MapFlags) -> int | None:
+    """How much text a map reads at most; None where only reading it would tell."""
+    if flags.characters is not None or not Path(corpus).is_file():
+        return flags.characters
+
+    # Bytes, of which a character has one or more.
+    size = Path(corpus).stat().st_size
+    return size // lp.corpora.HELDOUT_EVERY if flags.split == "heldout" else size
 
 
 def _baseline(given: str | None) -> float | Literal["mean"] | None:
@@ -172,6 +188,8 @@ def summarise(
     figure: Annotated[Path | None, arg(metavar="FILE")] = None,
 ) -> None:
     """Show which gaps a model would have longer and which shorter, from maps that `map` made.
+
+    Takes about 10 seconds for a map of 3,000 gaps, longer for larger ones.
 
     Args:
         maps: their folders; that of a control beside another, say.

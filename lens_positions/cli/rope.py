@@ -12,6 +12,7 @@ from ..config import BLOCK
 from ..errors import PositionsError, check_seed
 from ..terminal import print_grid, print_line, with_interval
 from .app import BOS_OF_MODEL, Bos, announce_figure, app, check_outputs
+from .durations import announce_duration
 from .measure import Characters, Chart, Corpus, Model, Seed, print_heading, read_heldout, write_if_asked
 
 if TYPE_CHECKING:
@@ -37,13 +38,15 @@ def frequencies(
     """Show which rotary frequencies queries and keys are large at, layer by layer, and which heads go by position.
 
     Works on any RoPE model that streams attach to, learned increments or not.
+
+    Takes about 10 seconds with a shipped model, more with larger ones.
     """
     check_outputs(csv, figure)
     prepend_bos = bos.prepend()
 
     from ..analysis.frequencies import SIDES
 
-    loaded, texts, what = read_heldout(model, corpus, characters)
+    loaded, texts, what = read_heldout("frequencies", model, corpus, characters)
     norms = lp.analysis.frequency_norms(loaded, texts, seed=seed, prepend_bos=prepend_bos)
     heads = lp.analysis.positional_heads(loaded, texts, seed=seed, prepend_bos=prepend_bos)
     console = print_heading(
@@ -121,6 +124,8 @@ def absolute(
 
     The log attention at a fixed distance varies over repeats through the score (the residual stream) and through the
     sum over all keys (the causal mask); then, what goes when the first token's embedding is replaced.
+
+    Takes about 20 seconds with a shipped model, more with larger ones.
     """
     check_outputs(csv, figure)
     prepend_bos = bos.prepend()
@@ -128,6 +133,7 @@ def absolute(
     if texts < 2:
         raise PositionsError(f"--texts is {texts}; expected at least 2, for intervals.")
 
+    announce_duration("absolute")
     loaded = lp.HookedPositionTransformer.from_pretrained(model)
     given = lp.corpora.heldout_pieces(corpus, texts)
 
@@ -190,13 +196,16 @@ def dispersion(
     figure: Chart = None,
     bos: Bos = BOS_OF_MODEL,
 ) -> None:
-    """Show how attention spreads with the number of items, and what an adaptive temperature does to the loss."""
+    """Show how attention spreads with the number of items, and what an adaptive temperature does to the loss.
+
+    Takes about 20 seconds with a shipped model, more with larger ones.
+    """
     check_outputs(csv, figure)
     prepend_bos = bos.prepend()
 
     from rich.text import Text
 
-    loaded, texts, what = read_heldout(model, corpus, characters)
+    loaded, texts, what = read_heldout("dispersion", model, corpus, characters)
 
     # Dispersion is of the model as it is; only the losses below are also with the temperature.
     hooks = lp.analysis.adaptive_temperature(loaded)
