@@ -64,9 +64,9 @@ class GapMap:
     >>> rows = found.table(["index", "layer", "before", "after", "crosses_word", "gradient"])
     >>> rows[rows["layer"] == 0].iloc[2:5].round(1)
         index  layer before after  crosses_word  gradient
-    12      3      0      h     e         False       0.5
-    18      4      0      e                True       0.2
-    24      5      0            c          True       2.1
+    12      3      0      h     e         False      -0.3
+    18      4      0      e                True      -1.0
+    24      5      0            c          True      -0.6
     """
 
     folder: Path
