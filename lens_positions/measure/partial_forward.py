@@ -70,7 +70,7 @@ class Replay:
 
         # Not every architecture can leave logits out.
         forward = inspect.signature(type(model.original_model).forward).parameters
-        self._last_only, self._masked = last_only, bool(how)
+        self._last_only, self._is_masked = last_only, bool(how)
         self._how: dict[str, Any] = {**(how or {})}
         if last_only and "logits_to_keep" in forward:
             self._how["logits_to_keep"] = 1
@@ -114,7 +114,7 @@ class Replay:
         """
         with evaluation_mode(self.model), torch.no_grad():
             if self.exact:
-                return self._resumed(hooks, joining, self.start(token))
+                return self._resume(hooks, joining, self.start(token))
             with own_hooks(self.model, hooks):
                 return self._logits(self.tokens.repeat(sum(joining.values()), 1), None)
 
@@ -140,11 +140,11 @@ class Replay:
         layer = len(self._blocks) // 2
 
         # Two copies that join at different blocks, as edits do; one, where more cannot be.
-        joining = Counter([layer] if self._masked and len(self.tokens) > 1 else [layer, len(self._blocks) - 1])
+        joining = Counter([layer] if self._is_masked and len(self.tokens) > 1 else [layer, len(self._blocks) - 1])
         token = 0 if self._cache is None else self.tokens.shape[1] // 2
         try:
             with evaluation_mode(self.model), torch.no_grad():
-                again = self._resumed([], joining, token)
+                again = self._resume([], joining, token)
         except Exception as error:  # the model's own code meets input that it need not be made for
             return " ".join(str(error).split())[:200]
 
@@ -154,7 +154,7 @@ class Replay:
         rounding = min(1e3 * torch.finfo(own.dtype).eps, 0.05)
         return None if off <= rounding else f"its logits are then off by {off:.1e} of their size"
 
-    def _resumed(self, hooks: Hooks, joining: Mapping[int, int], token: int) -> Tensor:
+    def _resume(self, hooks: Hooks, joining: Mapping[int, int], token: int) -> Tensor:
         # How many rows are in the batch at each block: those that joined there or before.
         present = list(accumulate(joining.get(i, 0) for i in range(len(self._blocks))))
         first = min(joining)
