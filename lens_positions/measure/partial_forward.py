@@ -3,7 +3,8 @@
 An edit at layer l and token t changes nothing below layer l and nothing before token t. So the residual stream that
 enters layer l, and the keys and values of the tokens before t, are taken from one baseline pass. Copies of the prompt
 join the batch at the layer that edits them: blocks below the first are skipped, and the tokens before t stand in a
-key-value cache, with what the streams remember of them in it.
+key-value cache, with what the streams remember of them in it. Where the logits of the last token alone are asked for, the last
+block's MLP runs for that token alone.
 
 Whether that holds in a model is tried, not assumed: the middle of the prompt is run again without any edit, and where
 it does not give the baseline's logits back, every run is one of the whole prompt (with a warning).
@@ -23,12 +24,14 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import Module
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import DynamicCache
 
 from ..core.kv_cache import memory_of
 from ..core.model_state import evaluation_mode
 from ..core.own_thread import in_this_thread, own_hooks, return_known_outputs
+from ..core.per_head import GROWING
 from ..interventions import Hooks, streams_of
 
 
@@ -71,6 +74,7 @@ class Replay:
         # Not every architecture can leave logits out.
         forward = inspect.signature(type(model.original_model).forward).parameters
         self._last_only, self._masked = last_only, bool(how)
+        self._last_mlp = last_only and isinstance(getattr(self._blocks[-1] if self._blocks else None, "mlp", None), Module)
         self._how: dict[str, Any] = {**(how or {})}
         if last_only and "logits_to_keep" in forward:
             self._how["logits_to_keep"] = 1
@@ -142,6 +146,14 @@ class Replay:
         # Two copies that join at different blocks, as edits do; one, where more cannot be.
         joining = Counter([layer] if self._masked and len(self.tokens) > 1 else [layer, len(self._blocks) - 1])
         token = 0 if self._cache is None else self.tokens.shape[1] // 2
+        why = self._why_inexact(joining, token)
+        if why is not None and self._last_mlp:
+            # A block may do with its MLP's output what needs all tokens.
+            self._last_mlp = False
+            why = self._why_inexact(joining, token)
+        return why
+
+    def _why_inexact(self, joining: Mapping[int, int], token: int) -> str | None:
         try:
             with evaluation_mode(self.model), torch.no_grad():
                 again = self._resumed([], joining, token)
@@ -166,6 +178,9 @@ class Replay:
             )
             for layer, copies in joining.items()
         ]
+        if self._last_mlp:
+            mlp = self._blocks[-1].mlp
+            handles.append(mlp.register_forward_pre_hook(in_this_thread(_last_token), with_kwargs=True))
         try:
             with (
                 return_known_outputs(self._blocks[:first], self._outputs),
@@ -198,7 +213,10 @@ class Replay:
 
         # Each layer has keys for the rows that are there when it runs; for layers that are skipped, for none.
         for layer, rows in zip(cache.layers, present, strict=False):
-            if rows:
+            if rows and type(layer).__name__ in GROWING:
+                # Such a layer makes a new tensor when it adds keys, so that until then all rows can be views of one.
+                layer.keys, layer.values = (x.expand(rows, *x.shape[1:]) for x in (layer.keys, layer.values))
+            elif rows:
                 layer.batch_repeat_interleave(rows)
         streams: Any = streams_of(self.model).layers
 
@@ -219,3 +237,10 @@ class Replay:
 
     def _keep_output(self, _block: Any, _args: Any, output: Any) -> None:
         self._outputs.append(output)
+
+
+def _last_token(_mlp: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Give an MLP the last token alone; its output is added to all tokens, of which only the last is read."""
+    if args:
+        return (args[0][:, -1:], *args[1:]), kwargs
+    return args, {name: x[:, -1:] if isinstance(x, Tensor) and x.ndim == 3 else x for name, x in kwargs.items()}
