@@ -271,7 +271,7 @@ class ShipConfig:
         cache: where tokenised corpora are kept.
     """
 
-    preset: str = "base"
+    preset: str = "long"
     runs: Path | None = None
     results: Path = GATHERED
     output: Path = Path("lens_positions/checkpoints")
