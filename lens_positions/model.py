@@ -217,7 +217,7 @@ class HookedPositionTransformer(HookedCalls):
         names = [getattr(stream, hook).name for stream in self.position_streams.layers]
 
         # Rows of equal length run together, and no row is padded for another.
-        prompts = self._checked_tokens(input, attention_mask, prepend_bos)
+        prompts = self._valid_tokens(input, attention_mask, prepend_bos)
         groups = []
         for numbers, rows in by_length(prompts):
             with torch.no_grad():
@@ -235,7 +235,7 @@ class HookedPositionTransformer(HookedCalls):
                 values[:, number, real[number]] = found[:, i]
         return values
 
-    def _checked_tokens(
+    def _valid_tokens(
         self, input: TextOrTokens, attention_mask: Mask = None, prepend_bos: bool | None = None
     ) -> list[Int[Tensor, " _pos"]]:
         """The tokens of each prompt, of equal length where no mask says otherwise."""

@@ -148,9 +148,12 @@ class WindowGradients:
     ) -> Gradients:
         def cut(values: Tensor) -> np.ndarray:
             found = values_of_gaps(values[:, row, :length].float().cpu(), self._gap, dim=1)
+
+            # There is no gap before the first token.
             found[:, 0] = 0
             return found.numpy()
 
+        # Nothing in a window predicts its first token.
         first = torch.full((1,), torch.nan)
         of_tokens = torch.cat([first, surprisal[row, : length - 1].float().cpu()]).numpy()
         if path is None:
@@ -162,7 +165,7 @@ class WindowGradients:
         found: dict[str, Tensor] = {}
         added: dict[str, Tensor] = {}
 
-        def longer(increments: Tensor, hook: HookPoint) -> Tensor:
+        def lengthen(increments: Tensor, hook: HookPoint) -> Tensor:
             name = str(hook.name)
             found.setdefault(name, increments.detach())
 
@@ -170,7 +173,8 @@ class WindowGradients:
             zeros = added.setdefault(name, torch.zeros_like(increments).requires_grad_())
             return increments + zeros
 
-        with self._running([(name, longer) for name in self._names]):
+        # One backward pass for all layers and gaps: each has zeros of its own to differentiate by.
+        with self._run_with([(name, lengthen) for name in self._names]):
             losses = self._losses(batch)
             gradients = torch.autograd.grad(losses.sum(), [added[name] for name in self._names], materialize_grads=True)
         # Layers of a model on several devices.
@@ -191,8 +195,10 @@ class WindowGradients:
     ) -> tuple[Tensor, Tensor]:
         """Each gap's part [layer batch pos *head], and how far their sum is off, by window."""
         real = torch.ones_like(batch.tokens) if batch.mask is None else batch.mask
+
+        # Padding goes nowhere: on its own path it would count in the sums.
         way = (own - self._at_baseline(batch)) * real.view(1, *real.shape, *[1] * (own.ndim - 3)).to(own)
-        with torch.no_grad(), self._running(_setting(self._names, own - way)):
+        with torch.no_grad(), self._run_with(_hooks_that_set(self._names, own - way)):
             whole = losses - self._losses(batch).sum(1)
 
         # Each window by itself gets as many points as it needs, so that its values do not depend on the others.
@@ -208,6 +214,7 @@ class WindowGradients:
 
     def _mean_gradient(self, batch: Batch, own: Tensor, way: Tensor, points: int) -> Tensor:
         """The gradient averaged over the path by quadrature."""
+        # From [-1, 1], where the points are defined, to the path from 0 to 1.
         places, weights = np.polynomial.legendre.leggauss(points)
         mean = torch.zeros_like(own)
         for place, weight in zip((places + 1) / 2, weights / 2, strict=True):
@@ -222,8 +229,9 @@ class WindowGradients:
         def keep(increments: Tensor, hook: HookPoint) -> None:
             found.setdefault(str(hook.name), increments.detach().clone().to(self._device))
 
+        # A baseline may depend on the prompt ("mean"), so it is read off a run with it in place.
         hooks: Hooks = ablation_hooks(self._model, to=self._baseline)
-        with torch.no_grad(), self._running([*hooks, *((name, keep) for name in self._names)]):
+        with torch.no_grad(), self._run_with([*hooks, *((name, keep) for name in self._names)]):
             self._losses(batch)
         return torch.stack([found[name] for name in self._names])
 
@@ -232,16 +240,16 @@ class WindowGradients:
     ) -> Float[Tensor, "layer batch pos *head"]:
         """The gradient where the increments of all layers are set."""
         increments = increments.detach().requires_grad_()
-        with self._running(_setting(self._names, increments)):
+        with self._run_with(_hooks_that_set(self._names, increments)):
             return torch.autograd.grad(self._losses(batch).sum(), increments)[0]
 
     @contextmanager
-    def _running(self, hooks: Hooks) -> Iterator[None]:
+    def _run_with(self, hooks: Hooks) -> Iterator[None]:
         with own_hooks(self._model, hooks), in_pieces(self._model) if self._pieces else nullcontext():
             yield
 
 
-def _setting(names: list[str], increments: Float[Tensor, "layer batch pos *head"]) -> Hooks:
+def _hooks_that_set(names: list[str], increments: Float[Tensor, "layer batch pos *head"]) -> Hooks:
     def put(values: Tensor) -> Callable[..., Tensor]:
         return lambda given, hook: values.to(given.device)
 
@@ -263,5 +271,6 @@ def fixed_weights(model: torch.nn.Module) -> Iterator[None]:
 
 def is_offloaded(model: Any) -> bool:
     """Whether weights are loaded when they are needed: a backward pass of the whole would hold all of them."""
+    # accelerate puts a hook on each module that it loads, alone or as one of several.
     hooks = (getattr(module, "_hf_hook", None) for module in base_model(model).modules())
     return any(getattr(one, "offload", False) for hook in hooks for one in (hook, *getattr(hook, "hooks", ())))

@@ -1,5 +1,6 @@
 """Maps of a corpus: `map` makes one, and `summarise` says what it shows."""
 
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,9 +14,88 @@ from .app import BOS_OF_MODEL, Bos, announce_figure, app, check_outputs, write_t
 
 if TYPE_CHECKING:
     import pandas as pd
+    import torch
     from rich.console import Console
 
     from ..causal.map_folder import GapMap
+
+
+@dataclass(frozen=True)
+class MapFlags:
+    """What is mapped, and how much at once.
+
+    Attributes:
+        split: the held-out documents, or all.
+        characters: at most so much text, taken evenly from the held-out documents.
+        text_column: of a table or a hub dataset.
+        layers: the layers to map; all of them if none is named.
+        window: tokens that the model reads at once; 256 or its context by default.
+        overlap: tokens that a window shares with the next; a quarter by default.
+        baseline: also integrate from these increments to the model's own: a number or mean.
+        steps: points of that path at most.
+        jieba: let jieba cut Chinese into words.
+        shard: windows a file.
+        batch: tokens that run together.
+    """
+
+    split: Literal["heldout", "all"] = "heldout"
+    characters: int | None = None
+    text_column: str = "text"
+    layers: Annotated[tuple[int, ...], arg(metavar="LAYER ...")] = ()
+    window: int | None = None
+    overlap: int | None = None
+    baseline: str | None = None
+    steps: int = 256
+    jieba: bool = False
+    shard: int = 32
+    batch: int = 1024
+
+    def arguments(self) -> dict[str, Any]:
+        """What `gap_map` takes under these names."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**given, "layers": self.layers or None, "baseline": _baseline(self.baseline)}
+
+
+@dataclass(frozen=True)
+class LoadingFlags:
+    """How the model is loaded.
+
+    Attributes:
+        heads: give each key-value head of a model without streams gaps of its own.
+        device_map: put one model on several devices, such as auto; no processes then.
+        dtype: of the weights, such as bfloat16.
+        offload_folder: where weights wait that fit nowhere else.
+    """
+
+    heads: bool = False
+    device_map: str | None = None
+    dtype: str | None = None
+    offload_folder: Annotated[Path | None, arg(metavar="FOLDER")] = None
+
+    def load(self, model: str, device: "torch.device") -> "lp.HookedPositionTransformer":
+        """The model, on the device of this process or on several."""
+        import torch
+
+        how: dict[str, Any] = {}
+        if self.dtype is not None:
+            if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+                raise PositionsError(f"--dtype is {self.dtype!r}; expected one such as float32 or bfloat16.")
+            how["dtype"] = getattr(torch, self.dtype)
+
+        if self.device_map is not None:
+            how["device_map"] = self.device_map
+        elif device.type == "cuda":
+            how["device_map"] = {"": device}
+        if self.offload_folder is not None:
+            how["offload_folder"] = str(self.offload_folder)
+
+        # Increments of 1.0 for each head change nothing, and give each head a gap to differentiate by.
+        positions = lp.PositionConfig("static", per_head=True) if self.heads else None
+        return lp.HookedPositionTransformer.from_pretrained(model, positions, **how)
+
+
+MAP_DEFAULTS = MapFlags()
+LOADING_DEFAULTS = LoadingFlags()
 
 
 @app.command
@@ -23,21 +103,8 @@ def map(
     model: Annotated[Positional[str], arg(metavar="MODEL")],
     corpus: str,
     output: Annotated[Path, arg(metavar="FOLDER")],
-    split: Literal["heldout", "all"] = "heldout",
-    characters: int | None = None,
-    text_column: str = "text",
-    layers: Annotated[tuple[int, ...], arg(metavar="LAYER ...")] = (),
-    heads: bool = False,
-    window: int | None = None,
-    overlap: int | None = None,
-    baseline: str | None = None,
-    steps: int = 256,
-    jieba: bool = False,
-    shard: int = 32,
-    batch: int = 1024,
-    device_map: str | None = None,
-    dtype: str | None = None,
-    offload_folder: Annotated[Path | None, arg(metavar="FOLDER")] = None,
+    flags: Annotated[MapFlags, arg(name="")] = MAP_DEFAULTS,
+    loading: Annotated[LoadingFlags, arg(name="")] = LOADING_DEFAULTS,
     bos: Bos = BOS_OF_MODEL,
 ) -> None:
     """Map every gap of a corpus: which ones the model would have longer, and which shorter, by layer.
@@ -49,24 +116,10 @@ def map(
         model: a folder, an adapter, the name of a packaged model, or a model of the hub.
         corpus: english, chinese, bilingual, code, a file, a folder, or a dataset of the hub, which is streamed.
         output: the folder for the map's Parquet files.
-        split: the held-out documents, or all.
-        characters: at most so much text, taken evenly from the held-out documents.
-        text_column: of a table or a hub dataset.
-        layers: the layers to map; all of them if none is named.
-        heads: give each key-value head of a model without streams gaps of its own.
-        window: tokens that the model reads at once; 256 or its context by default.
-        overlap: tokens that a window shares with the next; a quarter by default.
-        baseline: also integrate from these increments to the model's own: a number or mean.
-        steps: points of that path at most.
-        jieba: let jieba cut Chinese into words.
-        shard: windows a file.
-        batch: tokens that run together.
-        device_map: put one model on several devices, such as auto; no processes then.
-        dtype: of the weights, such as bfloat16.
-        offload_folder: where weights wait that fit nowhere else.
+        flags: what is mapped, and how much at once.
+        loading: how the model is loaded.
     """
-    prepend_bos = bos.prepend()
-    start = _baseline(baseline)
+    chosen = {**flags.arguments(), "prepend_bos": bos.prepend()}
 
     import torch
     from accelerate import PartialState
@@ -74,37 +127,23 @@ def map(
 
     # Without an accelerator several processes are only seen where that is said. What it says is not typed.
     state: Any = PartialState(cpu=not torch.accelerator.is_available())
-    if device_map is not None and state.num_processes > 1:
+    if loading.device_map is not None and state.num_processes > 1:
         raise PositionsError(
-            f"--device-map {device_map} was given to {state.num_processes} processes; expected one process for a model "
-            "on several devices, or a model for each process."
+            f"--device-map {loading.device_map} was given to {state.num_processes} processes; expected one process for "
+            "a model on several devices, or a model for each process."
         )
-    loaded = _loaded(model, state, heads, device_map, dtype, offload_folder)
-    found = lp.causal.gap_map(
-        loaded,
-        corpus,
-        output,
-        split=split,
-        characters=characters,
-        text_column=text_column,
-        layers=layers or None,
-        window=window,
-        overlap=overlap,
-        baseline=start,
-        steps=steps,
-        jieba=jieba,
-        prepend_bos=prepend_bos,
-        shard=shard,
-        batch=batch,
-        processes=(state.process_index, state.num_processes),
-        progress=state.is_main_process,
-    )
+
+    loaded = loading.load(model, state.device)
+    # One process speaks for all: each has its own part, and the first its bar.
+    share = (state.process_index, state.num_processes)
+    found = lp.causal.gap_map(loaded, corpus, output, **chosen, processes=share, progress=state.is_main_process)
     if state.is_main_process:
-        print_line(Console(highlight=False), _said(found))
+        print_line(Console(highlight=False), _summary_line(found))
     state.destroy_process_group()
 
 
 def _baseline(given: str | None) -> float | Literal["mean"] | None:
+    """What stands after --baseline, as `gap_map` takes it."""
     if given is None or given == "mean":
         return given  # type: ignore[return-value]
     try:
@@ -113,35 +152,11 @@ def _baseline(given: str | None) -> float | Literal["mean"] | None:
         raise PositionsError(f"--baseline is {given!r}; expected a number of positions, or mean.") from None
 
 
-def _loaded(
-    model: str,
-    state: Any,
-    heads: bool,
-    device_map: str | None,
-    dtype: str | None,
-    offload_folder: Path | None,
-) -> "lp.HookedPositionTransformer":
-    """The model, on the device of this process or on several."""
-    import torch
-
-    how: dict[str, Any] = {}
-    if dtype is not None:
-        if not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise PositionsError(f"--dtype is {dtype!r}; expected one such as float32 or bfloat16.")
-        how["dtype"] = getattr(torch, dtype)
-    if device_map is not None:
-        how["device_map"] = device_map
-    elif state.device.type == "cuda":
-        how["device_map"] = {"": state.device}
-    if offload_folder is not None:
-        how["offload_folder"] = str(offload_folder)
-    positions = lp.PositionConfig("static", per_head=True) if heads else None
-    return lp.HookedPositionTransformer.from_pretrained(model, positions, **how)
-
-
-def _said(found: "GapMap") -> str:
+def _summary_line(found: "GapMap") -> str:
     """What is in the folder by now."""
     end = found.end or {}
+
+    # Other processes may still be writing: what is here so far is what can be said.
     there, every = len(found.shards), end.get("shards", 0)
     whole = "" if there == every else f"; {there} of {every} shards are there, and other processes have the rest"
     return f"map: {found.folder}, {end.get('gaps', 0):,} gaps of {end.get('documents', 0):,} documents{whole}"
@@ -179,6 +194,7 @@ def summarise(
     if csv is not None:
         write_table(table, csv)
         print_line(console, f"table: {csv}")
+
     if figure is not None:
         counts = table[table["layer"] == "all"].groupby(["model", "corpus"], sort=False)["n"].sum()
         gaps = " and ".join(f"{n:,} gaps" for n in counts)
@@ -196,8 +212,11 @@ def _print_summary(console: "Console", table: "pd.DataFrame", by: str, shuffles:
         print_line(console, f"{model}: mean gradient of the loss by the gap, nats per position, {corpus}")
         print_line(console, f"below 0 is longer; 95% intervals resample documents; [shuffled: 95% of {shuffles}]\n")
         whole = rows[rows["layer"] == "all"]
+
+        # Names of the groups in one column, whatever their length.
         width = max(len(str(name)) for name in whole[by])
         for row in whole.to_dict("records"):
+            # The sum over layers may hide that they disagree, so it comes with how many go which way.
             layers = rows[(rows[by] == row[by]) & (rows["layer"] != "all")]["wants"]
             decided = f"of {len(layers)} layers {sum(layers == 'longer')} longer, {sum(layers == 'shorter')} shorter"
             shuffled = f"[{row['shuffled_low']:+.4f} to {row['shuffled_high']:+.4f}]"

@@ -58,10 +58,12 @@ def kinds(
     console = print_heading(
         f"{loaded.name}: increments by kind of token, {what}", f"mean (least to largest); {PER_TOKEN}"
     )
+
     names = [f"{kind} ({n:,})" for kind, n in table.groupby("kind", sort=False)["n"].first().items()]
     _grid(console, table, "kind", "layer", lambda row: f"{row.mean:.2f} ({row.min:.2f} to {row.max:.2f})", names)
     print_line(console, Text("divided by the mean of the layer, with its interval", "bold"))
     _grid(console, table, "kind", "layer", lambda row: _with_interval(row, "relative", "relative_"), names)
+
     write_if_asked(console, table, csv)
     if figure is not None:
         caption = f"{loaded.name}; {what}. Intervals: 95% of resamples of documents, seed {seed}."
@@ -105,9 +107,13 @@ def boundaries(
         kept = range(0, len(texts), max(1, math.ceil(len(texts) / lines)))
         texts = [texts[i] for i in kept]
         segmented = segmented if isinstance(segmented, str) else [segmented[i] for i in kept]
+
+    # Held-out lines are measured, so the statistic of the text is counted in training text: it has not seen them
+    # either.
     counted = None if training == "none" else lp.corpora.load(training)["train"]["text"]
     loaded = lp.HookedPositionTransformer.from_pretrained(model)
     table = lp.analysis.boundary_auc(loaded, texts, segmented, counted, seed, prepend_bos=prepend_bos)
+
     first = table.iloc[0]
     what = f"{first['n']:,} gaps between Chinese characters in {first['lines']:,} lines, {of_what}"
     console = print_heading(
@@ -155,6 +161,8 @@ def names(
     lines = [] if names is None else [line.strip() for line in lp.corpora.read_text(names).splitlines()]
     given = NAMES if names is None else [line for line in lines if line]
     loaded = lp.HookedPositionTransformer.from_pretrained(model)
+
+    # Where every increment is 1.0 all differences are 0, and a table of them would look like a finding.
     check_learned(loaded, "names and other words are alike", "a model with learned increments")
     table = lp.analysis.entity_grouping(
         loaded, lp.corpora.load(corpus)["train"]["text"], given, prepend_bos=prepend_bos
@@ -164,6 +172,7 @@ def names(
         "mean with a 95% interval, share nearer in the real order, Wilcoxon p (q over layers), over families of pairs "
         "that share words",
     )
+
     counts = table.groupby("group", sort=False)[["n", "families"]].first()
     heads = [f"{row.Index} ({row.n} in {row.families} families)" for row in counts.itertuples()]
 
@@ -215,6 +224,7 @@ def heads(
     except PositionsError as error:
         complain(f"no correlation: {error}")
         return
+
     for row in correlations.itertuples():
         test = "" if math.isnan(row.p) else f", p = {row.p:.2g} of permutations"  # type: ignore[arg-type]
         interval = f"({row.low:+.2f} to {row.high:+.2f}){test}"
@@ -243,6 +253,7 @@ def saturation(
             print_line(console, f"  layer {row.layer}  {_share(row, 'share')}  least {row.min:.2f}")
         write_if_asked(console, table, csv)
         return
+
     table = lp.analysis.saturation(loaded, texts, seed, prepend_bos=prepend_bos)
     console = print_heading(f"{loaded.name}: increments at the cap of {table['cap'].iloc[0]:g}, {what}", PER_TOKEN)
     for row in table.itertuples():
@@ -301,10 +312,13 @@ def _word_segmentation(words: str, corpus: str | None) -> tuple[list[str], Any, 
         whose = "segmented by people" if words == "human" else "segmented by jieba"
         texts = ["".join(line) for line in segmented]
         return texts, segmented if words == "human" else "jieba", f"the held-out People's Daily {whose}"
+
+    # Text that nobody has cut: jieba is all there is.
     if corpus is not None:
         heldout = lp.corpora.load(corpus)["heldout"]["text"]
         texts = [line for text in heldout for line in text.splitlines() if line]
         return texts, "jieba", f"held out of {corpus}, segmented by jieba"
+
     path = Path(words)
     if not path.is_file():
         raise PositionsError(

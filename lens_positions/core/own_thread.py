@@ -24,7 +24,7 @@ def in_this_thread(function: Callable[..., Any]) -> Callable[..., Any]:
     To PyTorch and TransformerLens alike, None says that nothing changed. In a backward pass it always acts: the
     autograd engine runs checkpointed layers again in threads of its own.
     """
-    return partial(_if_own, threading.get_ident(), function)
+    return partial(_run_in_thread, threading.get_ident(), function)
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def own_hooks(model: Any, hooks: Iterable[tuple[Any, Callable[..., Any]]]) -> It
         yield
 
 
-def _if_own(thread: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _run_in_thread(thread: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_compiling() or threading.get_ident() == thread or torch._C._current_graph_task_id() >= 0:
         return function(*args, **kwargs)
     return None

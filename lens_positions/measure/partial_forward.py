@@ -73,8 +73,9 @@ class Replay:
 
         # Not every architecture can leave logits out.
         forward = inspect.signature(type(model.original_model).forward).parameters
-        self._last_only, self._masked = last_only, bool(how)
-        self._last_mlp = last_only and isinstance(getattr(self._blocks[-1] if self._blocks else None, "mlp", None), Module)
+        self._last_only, self._is_masked = last_only, bool(how)
+        last_block = self._blocks[-1] if self._blocks else None
+        self._prunes_mlp = last_only and isinstance(getattr(last_block, "mlp", None), Module)
         self._how: dict[str, Any] = {**(how or {})}
         if last_only and "logits_to_keep" in forward:
             self._how["logits_to_keep"] = 1
@@ -118,7 +119,7 @@ class Replay:
         """
         with evaluation_mode(self.model), torch.no_grad():
             if self.exact:
-                return self._resumed(hooks, joining, self.start(token))
+                return self._resume(hooks, joining, self.start(token))
             with own_hooks(self.model, hooks):
                 return self._logits(self.tokens.repeat(sum(joining.values()), 1), None)
 
@@ -144,19 +145,19 @@ class Replay:
         layer = len(self._blocks) // 2
 
         # Two copies that join at different blocks, as edits do; one, where more cannot be.
-        joining = Counter([layer] if self._masked and len(self.tokens) > 1 else [layer, len(self._blocks) - 1])
+        joining = Counter([layer] if self._is_masked and len(self.tokens) > 1 else [layer, len(self._blocks) - 1])
         token = 0 if self._cache is None else self.tokens.shape[1] // 2
         why = self._why_inexact(joining, token)
-        if why is not None and self._last_mlp:
+        if why is not None and self._prunes_mlp:
             # A block may do with its MLP's output what needs all tokens.
-            self._last_mlp = False
+            self._prunes_mlp = False
             why = self._why_inexact(joining, token)
         return why
 
     def _why_inexact(self, joining: Mapping[int, int], token: int) -> str | None:
         try:
             with evaluation_mode(self.model), torch.no_grad():
-                again = self._resumed([], joining, token)
+                again = self._resume([], joining, token)
         except Exception as error:  # the model's own code meets input that it need not be made for
             return " ".join(str(error).split())[:200]
 
@@ -166,7 +167,7 @@ class Replay:
         rounding = min(1e3 * torch.finfo(own.dtype).eps, 0.05)
         return None if off <= rounding else f"its logits are then off by {off:.1e} of their size"
 
-    def _resumed(self, hooks: Hooks, joining: Mapping[int, int], token: int) -> Tensor:
+    def _resume(self, hooks: Hooks, joining: Mapping[int, int], token: int) -> Tensor:
         # How many rows are in the batch at each block: those that joined there or before.
         present = list(accumulate(joining.get(i, 0) for i in range(len(self._blocks))))
         first = min(joining)
@@ -178,7 +179,7 @@ class Replay:
             )
             for layer, copies in joining.items()
         ]
-        if self._last_mlp:
+        if self._prunes_mlp:
             mlp = self._blocks[-1].mlp
             handles.append(mlp.register_forward_pre_hook(in_this_thread(_last_token), with_kwargs=True))
         try:
