@@ -8,8 +8,9 @@ random, in turns with the sweep in the same run, so that a machine that slows do
 that of the drawn ones, scaled to their number. Both are measured in seconds of the clock and in CPU seconds of the
 process, which say more where others use the machine.
 
-`least_cpu_seconds` is what the matrix products alone take that no sweep can leave out while each edit is computed: those
-of every block from an edit's layer and token on, on 1,024 rows at once, and the logits of one token an edit.
+`least_cpu_seconds` is what matrix products alone take that a sweep cannot leave out as long as it computes each edit:
+those of all blocks but the last from an edit's layer on, from its token on, at the speed of 1,024 rows at once, and the
+logits of one token an edit.
 """
 
 import json
@@ -115,7 +116,7 @@ def now() -> np.ndarray:
 def least_cpu_seconds(model: lp.HookedPositionTransformer, tokens: int, rows: int = 1024) -> float:
     """The matrix products of all edits, at the speed that they have in large batches.
 
-    The last block needs keys and values of all tokens and the rest for the last token: it is left out.
+    The last block is left out, as it runs for little more than keys and values: the rest is of the last token alone.
     """
     base, count = model.original_model, len(model.position_layers)
     block = [p for name, p in base.named_parameters() if f"layers.{count // 2}." in name and p.ndim == 2]

@@ -3,8 +3,8 @@
 An edit at layer l and token t changes nothing below layer l and nothing before token t. So the residual stream that
 enters layer l, and the keys and values of the tokens before t, are taken from one baseline pass. Copies of the prompt
 join the batch at the layer that edits them: blocks below the first are skipped, and the tokens before t stand in a
-key-value cache, with what the streams remember of them in it. Where the logits of the last token alone are asked for, the last
-block's MLP runs for that token alone.
+key-value cache, with what the streams remember of them in it. Where the logits of the last token alone are asked for,
+the last block's MLP runs for that token alone.
 
 Whether that holds in a model is tried, not assumed: the middle of the prompt is run again without any edit, and where
 it does not give the baseline's logits back, every run is one of the whole prompt (with a warning).

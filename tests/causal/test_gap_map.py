@@ -143,7 +143,8 @@ def test_gradients_by_head_are_those_of_attribution(tiny_llama, tmp_path, source
             assert found.shape == expected.shape == (2, len(tokens) - 1, 4 if kind == "query" else 2)
             assert found == pytest.approx(expected, abs=1e-5 * float(np.abs(expected).max()))
     sums = maps["query"].groupby(["document", "index", "layer"], sort=False)["gradient"].sum()
-    assert sums.to_numpy() == pytest.approx(whole["gradient"].to_numpy(), abs=1e-5 * float(whole["gradient"].abs().max()))
+    of_layers = whole["gradient"].to_numpy()
+    assert sums.to_numpy() == pytest.approx(of_layers, abs=1e-5 * float(np.abs(of_layers).max()))
     assert (maps["key_value"]["increment"].to_numpy()[::2] == whole["increment"].to_numpy()).all()
 
 
@@ -162,7 +163,7 @@ def test_integrated_parts_of_heads_sum_to_the_whole_effect(tiny_llama, tmp_path)
 def test_a_map_by_layer_is_not_gone_on_with_by_head(tiny_model, tmp_path):
     model = tiny_model()
     lp.causal.gap_map(model, ["abc"], tmp_path / "map", progress=False)
-    with pytest.raises(lp.PositionsError, match="with heads None where this one has 'query'|heads None .* query"):
+    with pytest.raises(lp.PositionsError, match="with heads None where this one has query"):
         lp.causal.gap_map(model, ["abc"], tmp_path / "map", by="head", progress=False)
 
 
