@@ -2,7 +2,8 @@
 
 The loss of a window is the sum of the nats of its tokens after the first, each predicted from those before it in the
 window. At every layer a tensor of zeros is added to the increments, [batch pos *head]; the derivative by it is what one
-position more would do at that layer alone, per position. Increments of later layers respond, as they do in `gap_sweep`.
+position more would do at that layer alone, per position; by head, at that query head alone. Increments of later layers
+respond, as they do in `gap_sweep`.
 
 The integrated attribution goes from a baseline's increments to the model's own on a straight path, all layers at once,
 at points of Gauss and Legendre (Sundararajan et al., arXiv 1703.01365, equation 1). Its sum over all gaps of a window
@@ -20,6 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from einops import reduce
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
@@ -104,22 +106,26 @@ class WindowGradients:
         baseline: Baseline | None = None,
         steps: int = 256,
         pieces: bool = False,
+        heads: int | None = None,
     ) -> None:
         """Choose what is computed.
 
         Args:
             model: a bridge with position streams.
-            names: of the hooks of the increments, a layer each.
+            names: of the hooks of the increments, a layer each; by head, of those of query heads.
             baseline: increments where the path of the integrated attribution begins, as for `attribution`; None for
                 the gradient alone.
             steps: points of that path at most.
             pieces: run each block a second time in the backward pass, so that little is kept between the two.
+            heads: by head, how many: fewer than query heads are the groups that share their keys, each the sum of its
+                query heads.
         """
         self._model = model
         self._names = names
         self._baseline = baseline
         self._steps = steps
         self._pieces = pieces
+        self._heads = heads
         self._gap = streams_of(model).config.gap
         base = base_model(model)
         self._device = device_of(base.get_input_embeddings(), base)
@@ -153,12 +159,21 @@ class WindowGradients:
             found[:, 0] = 0
             return found.numpy()
 
+        def of_heads(values: Tensor) -> np.ndarray:
+            if self._heads is None:
+                return cut(values)
+            return cut(reduce(values, "layer row pos (head query) -> layer row pos head", "sum", head=self._heads))
+
+        # The query heads of a group share increments, and have effects of their own, which sum to that of the group.
+        if self._heads is not None:
+            own = own[..., :: own.shape[-1] // self._heads]
+
         # Nothing in a window predicts its first token.
         first = torch.full((1,), torch.nan)
         of_tokens = torch.cat([first, surprisal[row, : length - 1].float().cpu()]).numpy()
         if path is None:
-            return Gradients(cut(own), cut(gradient), of_tokens)
-        return Gradients(cut(own), cut(gradient), of_tokens, cut(path[0]), float(path[1][row]))
+            return Gradients(cut(own), of_heads(gradient), of_tokens)
+        return Gradients(cut(own), of_heads(gradient), of_tokens, of_heads(path[0]), float(path[1][row]))
 
     def _gradient(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Increments and gradient [layer batch pos *head], and losses [batch next]."""

@@ -22,13 +22,14 @@ from typing import Any
 
 from ..corpus_stream import Documents, Split
 from ..errors import PositionsError
-from ..interventions import LayerIndices, finite_number, hook_names, is_static
+from ..interventions import HeadKind, LayerIndices, finite_number, hook_names, is_static
 from ..model import HookedPositionTransformer
 from ..progress import Counter
 from .map_folder import SHARD, GapMap, begin, digest_of, weights_digest, write_end, write_shard
 from .map_gradients import Baseline, Gradients, WindowGradients, batches_of, is_offloaded
 from .map_rows import rows_of
 from .map_windows import Window, digest, shards_of, tokens_of
+from .sweeps import HEAD_SITES, SITES, By, head_count
 
 WINDOW = 256
 """Tokens of a window, where the model's context is as long."""
@@ -43,6 +44,8 @@ def gap_map(
     characters: int | None = None,
     text_column: str = "text",
     layers: LayerIndices = None,
+    by: By = "layer",
+    heads: HeadKind = "query",
     window: int | None = None,
     overlap: int | None = None,
     baseline: Baseline | None = None,
@@ -65,6 +68,8 @@ def gap_map(
         characters: at most so many, as `corpora.heldout_excerpts` (of "all", the first ones).
         text_column: of a table or a hub dataset.
         layers: the model's own layer numbers; None is all that rotate.
+        by, heads: as for `gap_sweep`: "head" has a row for each gap, layer and head; of key-value heads, the sum of the
+            query heads that share their keys.
         window: tokens that the model reads at once; None is 256, or its context.
         overlap: tokens that a window shares with the next; None is a quarter of a window.
         baseline: also integrate from these increments to the model's own (a number or "mean", as for `attribution`).
@@ -87,7 +92,7 @@ def gap_map(
     _check_processes(processes)
     text = MapText(corpus, split, characters, text_column, jieba, prepend_bos)
     plan = plan_map(
-        model, text, layers, baseline, window=window, overlap=overlap, shard=shard, batch=batch, steps=steps
+        model, text, layers, by, heads, baseline, window=window, overlap=overlap, shard=shard, batch=batch, steps=steps
     )
     return run_map(plan, begin(Path(folder), plan.settings), pieces, processes, progress)
 
@@ -124,12 +129,14 @@ class MapPlan:
     """What a map is of, when all of it was checked and nothing is computed yet.
 
     Attributes:
-        hooks: the number of each layer, and the name of the hook of its increments.
+        hooks: the number of each layer, and the name of the hook of its increments, or of those of its query heads.
+        heads: by head, their kind and how many a layer has; None by layer.
         baseline: increments where the path of the integrated attribution begins; None for the gradient alone.
     """
 
     model: HookedPositionTransformer
     hooks: list[tuple[int, str]]
+    heads: tuple[HeadKind, int] | None
     text: MapText
     documents: Documents
     sizes: MapSizes
@@ -149,6 +156,7 @@ class MapPlan:
             "split": self.text.split,
             "characters": self.text.characters,
             "layers": [layer for layer, _ in self.hooks],
+            "heads": None if self.heads is None else self.heads[0],
             "window": self.sizes.window,
             "overlap": self.sizes.overlap,
             "shard": self.sizes.shard,
@@ -163,6 +171,8 @@ def plan_map(
     model: HookedPositionTransformer,
     text: MapText,
     layers: LayerIndices,
+    by: By,
+    heads: HeadKind,
     baseline: Baseline | None,
     *,
     window: int | None,
@@ -174,20 +184,22 @@ def plan_map(
     Raises:
         PositionsError: as `gap_map`, but for what is on disk.
     """
-    hooks = hook_names(model, layers, "attn.hook_increments")
+    count = head_count(model, by, heads)
+    hooks = hook_names(model, layers, HEAD_SITES["increments"] if by == "head" else SITES["increments"][0])
     chosen = _sizes_that_fit(model.cfg.n_ctx, window, overlap, sizes)
     if baseline is not None:
         baseline = _informative_baseline(model, baseline)
 
     # Last, as it reads the whole corpus: a mistake elsewhere should not wait for that.
-    return MapPlan(model, hooks, text, text.documents(), chosen, baseline)
+    return MapPlan(model, hooks, (heads, count) if by == "head" else None, text, text.documents(), chosen, baseline)
 
 
 def run_map(plan: MapPlan, kept: GapMap, pieces: bool | None, processes: tuple[int, int], progress: bool) -> GapMap:
     """Make what a map does not have yet of its plan; arguments as those of `gap_map`."""
     model, sizes, text = plan.model, plan.sizes, plan.text
     pieces = is_offloaded(model) if pieces is None else pieces
-    gradients = WindowGradients(model, [name for _, name in plan.hooks], plan.baseline, sizes.steps, pieces)
+    names, heads = [name for _, name in plan.hooks], None if plan.heads is None else plan.heads[1]
+    gradients = WindowGradients(model, names, plan.baseline, sizes.steps, pieces, heads)
 
     # Generators all the way: a corpus of any length is read, cut and mapped a shard at a time.
     tokens = tokens_of(model, plan.documents, text.jieba, text.prepend_bos)

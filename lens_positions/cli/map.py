@@ -30,6 +30,8 @@ class MapFlags:
         characters: at most so much text, taken evenly from the held-out documents.
         text_column: of a table or a hub dataset.
         layers: the layers to map; all of them if none is named.
+        by: layer, or head: a row for each head as well.
+        heads: query heads, or key_value heads: the query heads that share their keys together.
         window: tokens that the model reads at once; 256 or its context by default.
         overlap: tokens that a window shares with the next; a quarter by default.
         baseline: also integrate from these increments to the model's own: a number or mean.
@@ -43,6 +45,8 @@ class MapFlags:
     characters: int | None = None
     text_column: str = "text"
     layers: Annotated[tuple[int, ...], arg(metavar="LAYER ...")] = ()
+    by: Literal["layer", "head"] = "layer"
+    heads: Literal["query", "key_value"] = "query"
     window: int | None = None
     overlap: int | None = None
     baseline: str | None = None
@@ -62,13 +66,11 @@ class LoadingFlags:
     """How the model is loaded.
 
     Attributes:
-        heads: give each key-value head of a model without streams gaps of its own.
         device_map: put one model on several devices, such as auto; no processes then.
         dtype: of the weights, such as bfloat16.
         offload_folder: where weights wait that fit nowhere else.
     """
 
-    heads: bool = False
     device_map: str | None = None
     dtype: str | None = None
     offload_folder: Annotated[Path | None, arg(metavar="FOLDER")] = None
@@ -89,10 +91,7 @@ class LoadingFlags:
             how["device_map"] = {"": device}
         if self.offload_folder is not None:
             how["offload_folder"] = str(self.offload_folder)
-
-        # Increments of 1.0 for each head change nothing, and give each head a gap to differentiate by.
-        positions = lp.PositionConfig("static", per_head=True) if self.heads else None
-        return lp.HookedPositionTransformer.from_pretrained(model, positions, **how)
+        return lp.HookedPositionTransformer.from_pretrained(model, **how)
 
 
 MAP_DEFAULTS = MapFlags()
