@@ -9,6 +9,8 @@ which counts pages of weight files that the system keeps for reading and could d
 """
 
 import json
+import os
+import platform
 import resource
 import time
 from dataclasses import dataclass
@@ -67,7 +69,7 @@ def main(options: Options) -> None:
     print(f"small twin: {len(rows[0]):,} rows, largest difference {apart}", flush=True)
 
     written(large, SHAPE | {"num_hidden_layers": options.layers})
-    start = time.perf_counter()
+    start, used = time.perf_counter(), time.process_time()
     model = offloaded(large, options.memory, options.folder / "offload")
     loaded = time.perf_counter()
     found = one_map(model, options.folder / "map-large")
@@ -80,9 +82,11 @@ def main(options: Options) -> None:
         "largest_gradient": float(found["gradient"].abs().max()),
         "load_seconds": round(loaded - start, 1),
         "map_seconds": round(time.perf_counter() - loaded, 1),
+        "cpu_seconds": round(time.process_time() - used, 1),
         "peak_megabytes": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "small_twin_rows": len(rows[0]),
         "small_twin_largest_difference": apart,
+        "machine": f"{platform.machine()}, one thread of {os.cpu_count()} cores that others use too",
     }
     print(json.dumps(result))
     options.output.write_text(json.dumps(result, indent=2) + "\n")

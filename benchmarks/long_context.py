@@ -89,7 +89,7 @@ def main(options: Options) -> None:
     positions: list[Tensor] = []
     for stream in streams.layers:
         stream.hook_positions.add_hook(lambda p, hook: positions.append(p[0].clone()))
-    with streams.recorded() as seen, torch.no_grad():
+    with streams.record() as seen, torch.no_grad():
         model(tokens, logits_to_keep=1)
     increments = [layer[0] for layer in seen]
     streams.detach()

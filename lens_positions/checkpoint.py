@@ -121,7 +121,7 @@ def load_pretrained(
     if saved is not None and positions is not None:
         raise PositionsError(f"{name_or_path} has position streams of its own; expected no positions argument with it.")
     if saved is not None and saved.base is not None:
-        _checked_state(folder, saved.config)  # before a base of any size is read
+        _valid_state(folder, saved.config)  # before a base of any size is read
 
         # In the dtype that the adapter was made in: rounding the base would change its weights' digest.
         kwargs.setdefault("dtype", getattr(torch, saved.base["dtype"]))
@@ -130,7 +130,7 @@ def load_pretrained(
         return model, tokenizer
     if base is not None:
         raise PositionsError(f"{name_or_path} is no adapter; expected no base argument with it.")
-    state = {} if saved is None else _checked_state(folder, saved.config)
+    state = {} if saved is None else _valid_state(folder, saved.config)
     model, tokenizer = load_base(name_or_path, tokenizer=tokenizer, **kwargs)
     if saved is None:
         attach_positions(model, positions or "static")
@@ -250,7 +250,7 @@ def _refuse_other_family(name_or_path: str | Path, model: Any) -> None:
             )
 
 
-def _checked_state(folder: Path, config: PositionConfig) -> dict[str, Tensor]:
+def _valid_state(folder: Path, config: PositionConfig) -> dict[str, Tensor]:
     """The weights of a folder's streams, of a kind that its configuration can have."""
     path = folder / "positions.safetensors"
     state = read_tensors(path)
@@ -396,7 +396,7 @@ def load_adapter(model: Any, path: str | Path, *, merge: bool = False) -> Positi
     base = base_model(model)
     refuse_attached(base)
     _refuse_adapters(base)
-    state = _checked_state(path, saved.config)
+    state = _valid_state(path, saved.config)
     rounded, exact = base_digests(base)
 
     # The exact digest holds in one dtype only; the rounded one in all.

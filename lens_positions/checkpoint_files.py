@@ -87,7 +87,7 @@ def read_positions(folder: Path) -> SavedPositions | None:
     # True is an int in Python, and no version.
     version = saved.get("format")
     if isinstance(version, bool) or not isinstance(version, int):
-        raise _damaged(path, f"format is {_shown(version)}")
+        raise _damage_error(path, f"format is {_excerpt(version)}")
     if version != FORMAT:
         raise PositionsError(f"{path} has format {version}; expected {FORMAT}: it needs a newer lens-positions.")
     unknown = set(saved) - {"format", "positions", *(f.name for f in fields(SavedPositions)[1:])}
@@ -95,7 +95,7 @@ def read_positions(folder: Path) -> SavedPositions | None:
         raise PositionsError(f"{path} has the unknown field {sorted(unknown)[0][:60]!r}; expected those of format 1.")
     positions = saved.get("positions")
     if not isinstance(positions, dict):
-        raise _damaged(path, f"positions is {_shown(positions)}")
+        raise _damage_error(path, f"positions is {_excerpt(positions)}")
     unknown = set(positions) - {f.name for f in fields(PositionConfig)}
     if unknown:
         raise PositionsError(
@@ -104,7 +104,7 @@ def read_positions(folder: Path) -> SavedPositions | None:
     try:
         config = PositionConfig(**positions)
     except TypeError as error:  # a list where a word belongs
-        raise _damaged(path, str(error)) from error
+        raise _damage_error(path, str(error)) from error
     return SavedPositions(
         config,
         base=_base(path, saved.get("base")),
@@ -129,11 +129,11 @@ def read_description(path: Path) -> dict[str, Any]:
             raise ValueError(f"it has {path.stat().st_size} bytes")
         read = json.loads(path.read_text("utf-8"), object_pairs_hook=_each_once, parse_constant=_refuse_constant)
         if not isinstance(read, dict):
-            raise ValueError(f"it holds {_shown(read)}")
+            raise ValueError(f"it holds {_excerpt(read)}")
     except (ValueError, OSError) as error:
-        raise _damaged(path, str(error)) from error
+        raise _damage_error(path, str(error)) from error
     except RecursionError as error:
-        raise _damaged(path, "it is nested too deeply") from error
+        raise _damage_error(path, "it is nested too deeply") from error
     return read
 
 
@@ -152,19 +152,19 @@ def _refuse_constant(word: str) -> Any:
     raise ValueError(f"{word} is no number of JSON")
 
 
-def _damaged(path: Path, reason: str) -> PositionsError:
+def _damage_error(path: Path, reason: str) -> PositionsError:
     reason = " ".join(reason.split())[:200]
     return PositionsError(f"{path} is damaged ({reason}); expected the JSON that save_pretrained wrote.")
 
 
-def _shown(value: Any) -> str:
+def _excerpt(value: Any) -> str:
     kind = type(value).__name__
     return f"{kind} {str(value)[:40]!r}" if isinstance(value, str | int | float) else kind
 
 
 def _digest(path: Path, field: str, value: Any) -> str:
     if not (isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")):
-        raise _damaged(path, f"{field} is {_shown(value)}, no SHA-256")
+        raise _damage_error(path, f"{field} is {_excerpt(value)}, no SHA-256")
     return value
 
 
@@ -173,12 +173,12 @@ def _names(path: Path, field: str, value: Any) -> list[str] | None:
     if value is None:
         return None
     if not isinstance(value, list) or not all(isinstance(n, str) for n in value):
-        raise _damaged(path, f"{field} is {_shown(value)}, no list of names")
+        raise _damage_error(path, f"{field} is {_excerpt(value)}, no list of names")
     for name in value:
         # A name such as "../x" in a downloaded folder must not reach files outside of it.
         parts = Path(name).parts
         if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name or len(name) > 255:
-            raise _damaged(path, f"{field} has {name[:60]!r}, no name of a file in the folder")
+            raise _damage_error(path, f"{field} has {name[:60]!r}, no name of a file in the folder")
     return value
 
 
@@ -186,12 +186,12 @@ def _base(path: Path, value: Any) -> dict[str, str] | None:
     if value is None:
         return None
     if not isinstance(value, dict) or set(value) != {"name", "sha256", "dtype"}:
-        raise _damaged(path, f"base is {_shown(value)}, expected name, sha256 and dtype")
+        raise _damage_error(path, f"base is {_excerpt(value)}, expected name, sha256 and dtype")
     if not (isinstance(value["name"], str) and value["name"].strip()):
-        raise _damaged(path, f"the base's name is {_shown(value['name'])}")
+        raise _damage_error(path, f"the base's name is {_excerpt(value['name'])}")
     _digest(path, "the base's sha256", value["sha256"])
     if value["dtype"] not in ("float32", "bfloat16", "float16", "float64"):
-        raise _damaged(path, f"the base's dtype is {_shown(value['dtype'])}")
+        raise _damage_error(path, f"the base's dtype is {_excerpt(value['dtype'])}")
     return value
 
 
@@ -199,7 +199,7 @@ def _adapters(path: Path, value: Any) -> dict[str, Any] | None:
     if value is None:
         return None
     if not isinstance(value, dict) or set(value) != {"names", "active", "enabled"}:
-        raise _damaged(path, f"adapters is {_shown(value)}, expected names, active and enabled")
+        raise _damage_error(path, f"adapters is {_excerpt(value)}, expected names, active and enabled")
     names = _names(path, "adapters", value["names"]) or []
     active = _names(path, "adapters", value["active"]) or []
     distinct = len(set(names)) == len(names) and len(set(active)) == len(active)
@@ -207,7 +207,7 @@ def _adapters(path: Path, value: Any) -> dict[str, Any] | None:
     # Each adapter has a folder of its name, one level down.
     plain = all(len(Path(name).parts) == 1 for name in names)
     if not (names and distinct and plain and set(active) <= set(names) and isinstance(value["enabled"], bool)):
-        raise _damaged(path, "adapters has names that are not its own, or enabled is neither true nor false")
+        raise _damage_error(path, "adapters has names that are not its own, or enabled is neither true nor false")
     return value
 
 
@@ -215,7 +215,7 @@ def _files(path: Path, value: Any) -> dict[str, str] | None:
     if value is None:
         return None
     if not isinstance(value, dict):
-        raise _damaged(path, f"files is {_shown(value)}, expected SHA-256 by name")
+        raise _damage_error(path, f"files is {_excerpt(value)}, expected SHA-256 by name")
     _names(path, "files", list(value))
     return {name: _digest(path, f"the SHA-256 of {name[:60]}", digest) for name, digest in value.items()}
 

@@ -73,6 +73,8 @@ class PositionConfig:
             )
         if not isinstance(self.per_head, bool):
             raise PositionsError(f"per_head is {self.per_head!r}; expected True or False.")
+
+        # True is an int to Python, and no width.
         whole = isinstance(self.hidden, int) and not isinstance(self.hidden, bool)
         if self.hidden is not None and not (whole and self.hidden >= 1):
             raise PositionsError(f"hidden is {self.hidden!r}; expected a width of at least 1, or None.")
@@ -127,6 +129,8 @@ class PositionModelConfig:
             size, optional = getattr(self, name), name in ("d_mlp", "sliding_window")
             if not (isinstance(size, int) and size >= 1) and not (optional and size is None):
                 raise PositionsError(f"{name} is {size}; expected a whole number of at least 1.")
+
+        # RoPE turns pairs of components, so each head needs an even number of them.
         if self.d_model % self.n_heads or (self.d_model // self.n_heads) % 2:
             raise PositionsError(
                 f"d_model {self.d_model} over n_heads {self.n_heads} gives no even width per head; expected d_model to "
@@ -134,6 +138,7 @@ class PositionModelConfig:
             )
         if not 0 < self.rope_theta < math.inf:
             raise PositionsError(f"rope_theta is {self.rope_theta}; expected a positive number.")
+
         fraction = self.rope_fraction
         if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 <= fraction <= 1:
             raise PositionsError(f"rope_fraction is {fraction!r}; expected a number from 0 to 1.")
@@ -145,6 +150,7 @@ class PositionModelConfig:
         rope: dict[str, Any] = {"rope_type": "default", "rope_theta": self.rope_theta}
         if self.rope_fraction < 1:
             rope |= {"rope_type": "proportional", "partial_rotary_factor": self.rope_fraction}
+
         settings: dict[str, Any] = {
             "vocab_size": END_OF_DOCUMENT + 1,
             "hidden_size": self.d_model,

@@ -63,13 +63,18 @@ class Documents:
         if characters is not None and characters < 1:
             raise PositionsError(f"characters is {characters}; expected at least 1.")
         self.name = corpus if isinstance(corpus, str) else "texts"
-        self._corpus = corpus if isinstance(corpus, str) else _checked(corpus)
+        self._corpus = corpus if isinstance(corpus, str) else _valid_texts(corpus)
         self._split, self._limit, self._column = split, characters, column
+
         self._kept: list[Document] | None = None
+
+        # Excerpts are taken evenly over the whole split, so they are chosen at once; all else is read as it comes.
         streamed = isinstance(corpus, str) and corpora.is_hub_dataset(corpus)
         if isinstance(corpus, str) and split == "heldout" and characters is not None and not streamed:
             excerpts = corpora.heldout_documents(corpus, characters, text_column=column)
             self._kept = [Document(text, source, whole) for text, source, whole in excerpts]
+
+        # The one pass that meets whatever cannot be read before the work begins; of the hub it would download all.
         self.characters = None if streamed else sum(len(document.text) for document in self)
         if self.characters == 0:
             which = "held-out text" if split == "heldout" and isinstance(corpus, str) else "text"
@@ -86,6 +91,8 @@ class Documents:
                 continue
             if len(document.text) <= left:
                 yield document
+
+            # The last document is cut, and says so: a byte model must not see the end of a document there.
             elif left:
                 yield Document(document.text[:left], document.source, whole=False)
             left -= min(left, len(document.text))
@@ -96,6 +103,8 @@ class Documents:
         if not isinstance(self._corpus, str):
             yield from (Document(text, self.name) for text in self._corpus)
             return
+
+        # A name of a corpus goes before a file of that name, as in `corpora.load`.
         path = Path(os.path.expanduser(self._corpus))
         if self._corpus in corpora.NAMES or not (self._corpus and os.path.exists(path)):
             splits = corpora.load(self._corpus, text_column=self._column)
@@ -106,7 +115,7 @@ class Documents:
         yield from _heldout(documents) if self._split == "heldout" else documents
 
 
-def _checked(texts: Iterable[str]) -> list[str]:
+def _valid_texts(texts: Iterable[str]) -> list[str]:
     found = [texts] if isinstance(texts, str) else list(texts)
     for number, text in enumerate(found):
         if not isinstance(text, str):
@@ -162,6 +171,8 @@ def _paragraphs(path: Path) -> Iterator[str]:
                 *whole, last = corpora.BLANK_LINES.split(text)
                 rest = last + rest[len(text) :]
                 yield from whole
+
+        # A file that ends inside a character is refused here.
         rest += decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         place = "in the middle of a character" if error.reason == "unexpected end of data" else "in what is no text"

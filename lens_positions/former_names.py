@@ -74,7 +74,7 @@ def getattr_with_former_names(owner: str, known: Callable[[str], Any] | None = N
     def find(name: str) -> Any:
         former = f"{owner}.{name}"
         if former in NAMES:
-            _warn(former, f"{owner}.{NAMES[former]}", stacklevel=3)
+            warn(former, f"{owner}.{NAMES[former]}", stacklevel=3)
             module = sys.modules[owner]
             value = getattr(module, NAMES[former])
             setattr(module, name, value)  # the next look finds it there, without a warning
@@ -100,7 +100,8 @@ class FormerModules(MetaPathFinder, Loader):
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         """Return the module that is called otherwise now."""
-        _warn(spec.name, MODULES[spec.name], stacklevel=3)
+        # The module itself and no copy: a class must be one and the same under both names.
+        warn(spec.name, MODULES[spec.name], stacklevel=3)
         module = importlib.import_module(MODULES[spec.name])
         self._specs[spec.name] = module.__spec__
         return module
@@ -117,6 +118,7 @@ def install() -> None:
         sys.meta_path.insert(0, FormerModules())
 
 
-def _warn(former: str, name: str, stacklevel: int) -> None:
+def warn(former: str, name: str, stacklevel: int = 3) -> None:
+    """Warn of a former name that was used, by default in the call of the function that calls this one."""
     sentence = f"{former} is called {name} now; the former name goes with version 0.3.0."
     warnings.warn(sentence, DeprecationWarning, stacklevel=stacklevel)

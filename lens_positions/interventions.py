@@ -128,7 +128,7 @@ def ablate(
     >>> with model.hooks(fwd_hooks=lp.ablate(model, to=1.0, layers=0)):  # standard RoPE at layer 0
     ...     model.increments("The cat")[:2, 0].round(decimals=1)
     tensor([[1.0000, 1.0000, 1.0000, 1.0000, 1.0000, 1.0000, 1.0000, 1.0000],
-            [0.7000, 0.8000, 0.5000, 0.4000, 0.8000, 0.5000, 0.7000, 0.5000]])
+            [1.3000, 1.0000, 0.6000, 0.6000, 1.0000, 1.0000, 1.0000, 0.9000]])
     """
     # Arguments are checked first, so that a wrong one is named before the null result is.
     hooks = ablation_hooks(model, to, layers, positions, heads, site=site, seed=seed, head_kind=head_kind)
@@ -158,12 +158,14 @@ def ablation_hooks(
     if not (isinstance(to, str) and to in ("mean", "shuffle")):
         to = finite_number(to, "to", 'a finite number, "mean" or "shuffle"')
     seed = index_of(seed, "seed", "a whole number from 0")
+
     endless = (isinstance(positions, slice) and positions.stop is None) or _is_condition(positions)
     if isinstance(to, str) and endless:
         raise PositionsError(
             f"to is {to!r} and positions has no end, so that each new token would change it for those before; expected "
             "a number, or indices, a mask or a slice with an end."
         )
+
     hooks: Hooks = []
     hook, heads = _of_heads(model, site, heads, head_kind)
     for layer, name in hook_names(model, layers, hook):
@@ -258,6 +260,7 @@ def _gaps(model: TransformerBridge, before: Any, site: str) -> "tuple[Chosen, in
     if isinstance(before, slice):
         _check_slice(before, "before")
         if shift:
+            # The same slice a token earlier; there is nothing before token 0.
             stop = None if before.stop is None else before.stop - 1
             return slice(max((before.start or 1) - 1, 0), stop, before.step), None
         return before, None
@@ -336,7 +339,7 @@ def patch(
     >>> _, cache = model.run_with_cache("The cat")
     >>> with model.hooks(fwd_hooks=lp.patch(cache, layers=0, source=4, target=1)):  # that of the space, for "T"
     ...     model.increments("The cat")[0].round(decimals=1)
-    tensor([[4.9000, 7.2000, 1.1000, 1.1000, 7.2000, 1.6000, 1.1000, 1.3000]])
+    tensor([[3.8000, 2.1000, 1.1000, 1.1000, 2.1000, 1.4000, 1.1000, 1.2000]])
     """
     if (source is None) != (target is None):
         given, missing = ("source", "target") if target is None else ("target", "source")
@@ -586,7 +589,10 @@ class EditHook:
         else:
             chosen = _chosen_tokens(cast(Any, self.positions), tokens, *values.shape[:2])
         chosen = chosen.to(values.device)
+
         edited = self.edit(values, chosen, tokens)
+
+        # An edit may compute every value; here only those that were chosen are taken.
         where = _in_shape_of(chosen, values)
         if self.heads is not None:
             of_heads = torch.zeros(values.shape[2], dtype=torch.bool, device=values.device)
@@ -620,21 +626,25 @@ def describe(hooks: Hooks) -> str:
     """
     layers: dict[str, list[int]] = {}
     for name, function in hooks:
+        # Edits of the same words in several layers are said once, with the layers.
         if isinstance(function, EditHook):
             said = function.words
             if function.positions is not None and " before " not in said:
                 said += f" at {_chosen_words(function.positions)}"
             if function.heads is not None:
-                said += f", {_numbered('head', function.heads)}"
+                said += f", {_numbers_in_words('head', function.heads)}"
             layers.setdefault(said, []).append(int(name.split(".")[-3]))
         else:
+            # Behind a partial stands the function that has a name.
             function = getattr(function, "func", function)
             called = getattr(function, "__name__", type(function).__name__)
             layers.setdefault(f"the function {called} at {name}", [])
-    return "; ".join(f"{said} in {_numbered('layer', where)}" if where else said for said, where in layers.items())
+    return "; ".join(
+        f"{said} in {_numbers_in_words('layer', where)}" if where else said for said, where in layers.items()
+    )
 
 
-def _numbered(what: str, numbers: list[int]) -> str:
+def _numbers_in_words(what: str, numbers: list[int]) -> str:
     numbers = sorted(set(numbers))
     if len(numbers) == 1:
         return f"{what} {numbers[0]}"
@@ -656,7 +666,7 @@ def _chosen_words(positions: Any) -> str:
         return "the tokens that a function chooses" if called == "<lambda>" else f"the tokens that {called} chooses"
     numbers = positions if isinstance(positions, list) else [positions]
     more = f" and {len(numbers) - 8} more" if len(numbers) > 8 else ""
-    return _numbered("token", numbers[:8]) + more
+    return _numbers_in_words("token", numbers[:8]) + more
 
 
 def _with_sign(by: float) -> str:

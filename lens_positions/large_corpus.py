@@ -84,7 +84,7 @@ def build(
         is_whole = checksum(documents) == source.sha256
         if not is_whole:
             report(f"{source.name}: downloading {source.url}")
-            documents = _cut(source, _checkout(source, folder / ".downloads" / source.name))
+            documents = _documents_of(source, _checkout(source, folder / ".downloads" / source.name))
 
         # Also of what is there already, so that later sources know its lines.
         documents = _new(documents, seen)
@@ -168,7 +168,7 @@ def _checkout(source: Source, folder: Path) -> Path:
     return folder
 
 
-def _cut(source: Source, checkout: Path) -> list[str]:
+def _documents_of(source: Source, checkout: Path) -> list[str]:
     excluded = {path for pattern in source.exclude for path in checkout.glob(pattern)}
 
     # Sorted, as file systems list in orders of their own and the checksum is of one order.

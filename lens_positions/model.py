@@ -58,7 +58,7 @@ class HookedPositionTransformer(HookedCalls):
 
     >>> model = lp.HookedPositionTransformer.from_pretrained("bilingual-per-layer")
     >>> model.increments("The cat")[0].round(decimals=1)  # at layer 0: the beginning, "T", "h", "e", the space, ...
-    tensor([[4.9000, 2.4000, 1.1000, 1.1000, 7.2000, 1.6000, 1.1000, 1.3000]])
+    tensor([[3.8000, 1.8000, 1.1000, 1.1000, 2.1000, 1.4000, 1.1000, 1.2000]])
     """
 
     name: str
@@ -217,7 +217,7 @@ class HookedPositionTransformer(HookedCalls):
         names = [getattr(stream, hook).name for stream in self.position_streams.layers]
 
         # Rows of equal length run together, and no row is padded for another.
-        prompts = self._checked_tokens(input, attention_mask, prepend_bos)
+        prompts = self._valid_tokens(input, attention_mask, prepend_bos)
         groups = []
         for numbers, rows in by_length(prompts):
             with torch.no_grad():
@@ -235,7 +235,7 @@ class HookedPositionTransformer(HookedCalls):
                 values[:, number, real[number]] = found[:, i]
         return values
 
-    def _checked_tokens(
+    def _valid_tokens(
         self, input: TextOrTokens, attention_mask: Mask = None, prepend_bos: bool | None = None
     ) -> list[Int[Tensor, " _pos"]]:
         """The tokens of each prompt, of equal length where no mask says otherwise."""

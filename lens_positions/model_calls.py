@@ -92,22 +92,22 @@ class HookedCalls(OwnHandles, TransformerBridge):
         Warns:
             UserWarning: a hook function was not called, as the model does not come by its hook point.
         """
-        kwargs = _named("forward", args, kwargs)
+        kwargs = _by_name("forward", args, kwargs)
         forward, backward = self._heard("forward", input, kwargs, fwd_hooks, bwd_hooks)
         if forward or backward:
             # TransformerLens' forward knows no hooks; run_with_hooks does, and comes back to it with them in place.
             return self.run_with_hooks(input, fwd_hooks=forward, bwd_hooks=backward, **kwargs)
-        input = self._masked("forward", input, kwargs)
+        input = self._mask_padding("forward", input, kwargs)
         return super().forward(input, **kwargs)
 
     def run_with_hooks(
         self, input: Any, fwd_hooks: HookPairs = (), bwd_hooks: HookPairs = (), *args: Any, **kwargs: Any
     ) -> Any:
         """Run the model with hooks, as `TransformerBridge.run_with_hooks`; refusals and warnings as `forward`."""
-        kwargs = _named("run_with_hooks", args, kwargs, after=3)
+        kwargs = _by_name("run_with_hooks", args, kwargs, after=3)
         forward, backward = self._heard("run_with_hooks", input, kwargs, fwd_hooks, bwd_hooks)
-        input = self._masked("run_with_hooks", input, kwargs)
-        with _listened(forward, kwargs) as counted:
+        input = self._mask_padding("run_with_hooks", input, kwargs)
+        with _count_calls(forward, kwargs) as counted:
             return super().run_with_hooks(input, counted, backward, **kwargs)
 
     def run_with_cache(
@@ -118,17 +118,17 @@ class HookedCalls(OwnHandles, TransformerBridge):
         Arguments, refusals and warnings as `forward`, and those of `TransformerBridge.run_with_cache` (names_filter,
         pos_slice, incl_bwd, ...). With `start_at_layer`, hooks before that layer are left out, as in run_with_hooks.
         """
-        kwargs = _named("run_with_cache", args, kwargs)
+        kwargs = _by_name("run_with_cache", args, kwargs)
         forward, backward = self._heard("run_with_cache", input, kwargs, fwd_hooks, bwd_hooks)
         if isinstance(input, str):
             kwargs.pop("padding_side", None)  # one text has none; its tokens would be refused with it
-        input = self._masked("run_with_cache", input, kwargs)
+        input = self._mask_padding("run_with_cache", input, kwargs)
         if kwargs.get("start_at_layer") is not None:
             # Layers may be counted from the end.
             start = kwargs["start_at_layer"] % len(self.blocks)
             forward, backward = (self._from_layer(start, pairs) for pairs in (forward, backward))
         keep = {name: kwargs[name] for name in ("reset_hooks_end", "clear_contexts") if name in kwargs}
-        with self._hooked(forward, backward, kwargs, **keep), _caching(self):
+        with self._with_hooks(forward, backward, kwargs, **keep), _note_caching(self):
             return super().run_with_cache(input, **kwargs)
 
     def generate(
@@ -149,15 +149,15 @@ class HookedCalls(OwnHandles, TransformerBridge):
             PositionsError: as `forward`, a setting that only transformers' own generate hears, or one that would count
                 the padding of a prompt.
         """
-        kwargs = _named("generate", args, kwargs)
+        kwargs = _by_name("generate", args, kwargs)
         if kwargs.get("use_cache") is not None:
             # TransformerLens has a name of its own for what transformers calls use_cache.
             kwargs["use_past_kv_cache"] = kwargs["use_cache"]
         kwargs.pop("use_cache", None)
         forward = self._heard_in_generation("generate", kwargs, fwd_hooks, bwd_hooks)
-        input = self._masked("generate", input, kwargs)
-        with self._hooked(forward, [], kwargs):
-            return super().generate(_batched(input), **kwargs)
+        input = self._mask_padding("generate", input, kwargs)
+        with self._with_hooks(forward, [], kwargs):
+            return super().generate(_as_batch(input), **kwargs)
 
     def generate_stream(
         self, input: Any = "", *args: Any, fwd_hooks: HookPairs = (), bwd_hooks: HookPairs = (), **kwargs: Any
@@ -166,11 +166,11 @@ class HookedCalls(OwnHandles, TransformerBridge):
 
         Hooks are active while a piece is computed, and not between pieces.
         """
-        kwargs = _named("generate_stream", args, kwargs)
+        kwargs = _by_name("generate_stream", args, kwargs)
         forward = self._heard_in_generation("generate_stream", kwargs, fwd_hooks, bwd_hooks)
-        input = self._masked("generate_stream", input, kwargs)
-        pieces = super().generate_stream(_batched(input), **kwargs)
-        return self._hooked_pieces(pieces, forward) if forward else pieces
+        input = self._mask_padding("generate_stream", input, kwargs)
+        pieces = super().generate_stream(_as_batch(input), **kwargs)
+        return self._pieces_with_hooks(pieces, forward) if forward else pieces
 
     def hf_generate(
         self, input: Any = "", *args: Any, fwd_hooks: HookPairs = (), bwd_hooks: HookPairs = (), **kwargs: Any
@@ -185,8 +185,8 @@ class HookedCalls(OwnHandles, TransformerBridge):
             padding = isinstance(mask, Tensor) and not mask.all()
         if padding:
             _refuse_counting("hf_generate", vars(self.original_model.generation_config) | kwargs)
-        with self._hooked(self._pairs(fwd_hooks, "fwd_hooks"), [], {}):
-            return super().hf_generate(_batched(input), *args, **kwargs)
+        with self._with_hooks(self._pairs(fwd_hooks, "fwd_hooks"), [], {}):
+            return super().hf_generate(_as_batch(input), *args, **kwargs)
 
     def hooks(
         self, fwd_hooks: HookPairs = (), bwd_hooks: HookPairs = (), *args: Any, **kwargs: Any
@@ -200,20 +200,20 @@ class HookedCalls(OwnHandles, TransformerBridge):
         return super().hooks(forward, backward, *args, **kwargs)
 
     @contextmanager
-    def _hooked(
+    def _with_hooks(
         self, forward: list[Any], backward: list[Any], kwargs: Mapping[str, Any], **keep: bool
     ) -> Iterator[None]:
         with ExitStack() as stack:
             if forward or backward:
-                counted = stack.enter_context(_listened(forward, kwargs))
+                counted = stack.enter_context(_count_calls(forward, kwargs))
                 stack.enter_context(super().hooks(counted, backward, **keep))
             yield
 
-    def _hooked_pieces(self, pieces: Any, forward: list[Any]) -> Iterator[Any]:
+    def _pieces_with_hooks(self, pieces: Any, forward: list[Any]) -> Iterator[Any]:
         # Hooks are on only while a piece is computed: between pieces the caller may run the model for something else.
         done = object()
         try:
-            with _listened(forward, {}) as counted:
+            with _count_calls(forward, {}) as counted:
                 while True:
                     with super().hooks(counted):
                         piece = next(pieces, done)
@@ -246,7 +246,7 @@ class HookedCalls(OwnHandles, TransformerBridge):
             )
         return self._pairs(fwd_hooks, "fwd_hooks"), backward
 
-    def _masked(self, method: str, input: Any, kwargs: dict[str, Any]) -> Any:
+    def _mask_padding(self, method: str, input: Any, kwargs: dict[str, Any]) -> Any:
         """Several texts as tokens, with the mask of their padding among the keywords; other input as it is."""
         generates = method.startswith("generate")
         if _several_texts(input) and self._pads_as_texts_alone(generates):
@@ -336,7 +336,7 @@ class HookedCalls(OwnHandles, TransformerBridge):
         # Most names are found in the registry; aliases are listed only where one is not.
         every: Mapping[str, Any] = own
         for pair in pairs:
-            name = _checked_name(pair, argument)
+            name = _valid_name(pair, argument)
             if isinstance(name, str) and name in every:
                 continue
             if every is own:
@@ -426,7 +426,7 @@ def _settings_of_transformers() -> frozenset[str]:
     return named | {name for name in vars(GenerationConfig()) if not name.startswith("_")}
 
 
-def _named(method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], after: int = 1) -> dict[str, Any]:
+def _by_name(method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], after: int = 1) -> dict[str, Any]:
     """All arguments after the input by name."""
     names = _order(method)[after - 1 :]
     named = dict(zip(names, args, strict=False))
@@ -435,7 +435,7 @@ def _named(method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], after:
     return named | dict(kwargs)
 
 
-def _batched(input: Any) -> Any:
+def _as_batch(input: Any) -> Any:
     one = isinstance(input, Tensor) and input.ndim == 1 and not input.is_floating_point()
     return input[None] if one else input
 
@@ -480,7 +480,7 @@ def _refuse_counting(method: str, settings: Mapping[str, Any]) -> None:
             )
 
 
-def _checked_name(pair: Any, argument: str) -> Any:
+def _valid_name(pair: Any, argument: str) -> Any:
     """The name or filter of a pair whose function can be called."""
     if not isinstance(pair, tuple | list) or len(pair) != 2 or not (isinstance(pair[0], str) or callable(pair[0])):
         raise PositionsError(
@@ -519,7 +519,7 @@ def _refuse_for_tokens(method: str, kwargs: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _caching(model: Any) -> Iterator[None]:
+def _note_caching(model: Any) -> Iterator[None]:
     """For as long as this thread adds the hooks of a cache to a model and runs it."""
     inside = getattr(_CACHING, "models", ())
     _CACHING.models = (*inside, id(model))
@@ -530,11 +530,11 @@ def _caching(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _listened(pairs: list[Any], kwargs: Mapping[str, Any]) -> Iterator[list[Any]]:
+def _count_calls(pairs: list[Any], kwargs: Mapping[str, Any]) -> Iterator[list[Any]]:
     """The same hooks; at the end, a word of those that were not called by a whole forward pass."""
     # A hook that is never called looks like one that does nothing: a null result that is none.
     calls = [0] * len(pairs)
-    yield [(name, in_this_thread(partial(_counted, calls, i, function))) for i, (name, function) in enumerate(pairs)]
+    yield [(name, in_this_thread(partial(_count_call, calls, i, function))) for i, (name, function) in enumerate(pairs)]
     in_part = any(kwargs.get(name) is not None for name in ("start_at_layer", "stop_at_layer"))
     missed = [repr(name) for (name, _), n in zip(pairs, calls, strict=True) if n == 0 and isinstance(name, str)]
     if missed and not in_part:
@@ -544,6 +544,6 @@ def _listened(pairs: list[Any], kwargs: Mapping[str, Any]) -> Iterator[list[Any]
         )
 
 
-def _counted(calls: list[int], i: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _count_call(calls: list[int], i: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     calls[i] += 1
     return function(*args, **kwargs)

@@ -1,7 +1,7 @@
 """Progress of long work on standard error: how long it will take, how far it is; nothing for work that is short.
 
 A bar stands where somebody watches a terminal. How long work will take is said beforehand to whoever asked for it with
-`durations_said`, as the command line does: in a log file there is no bar to look at.
+`say_durations`, as the command line does: in a log file there is no bar to look at.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,7 +36,7 @@ _passes: ContextVar[_Passes | None] = ContextVar("passes", default=None)
 
 
 @contextmanager
-def durations_said(say: Say) -> Iterator[None]:
+def say_durations(say: Say) -> Iterator[None]:
     """Say of each long loop inside how long it will take, once its first second has shown how fast this machine is."""
     token = _say.set(say)
     try:
@@ -84,6 +84,7 @@ def track_progress(items: Sequence[Item], what: str, *, quick: bool = False) -> 
     from rich.console import Console
     from rich.progress import track
 
+    # Standard error, as standard output is for results that may go into a file.
     console = Console(stderr=True)
     tracked = track(items, what, console=console, transient=True, disable=quick or not console.is_terminal)
     return _with_estimate(tracked, len(items), what)
@@ -103,14 +104,14 @@ def _with_estimate(items: Iterable[Item], number: int, what: str) -> Iterator[It
             left = each * (number - done) + each * number * (passes.number - 1)
             if left >= LONG and say is not None:
                 times = f", {passes.number} times" if passes.number > 1 else ""
-                say(f"about {_rough_time(left)} on this machine: {what}, {number - done} of {number} parts left{times}")
+                say(f"about {rough_time(left)} on this machine: {what}, {number - done} of {number} parts left{times}")
         yield item
 
 
-def _rough_time(seconds: float) -> str:
+def rough_time(seconds: float) -> str:
     """A time as a person would say it: to ten seconds, then to minutes, then to half hours.
 
-    >>> _rough_time(42), _rough_time(130), _rough_time(9000)
+    >>> rough_time(42), rough_time(130), rough_time(9000)
     ('40 seconds', '2 minutes', '2.5 hours')
     """
     if seconds < 90:

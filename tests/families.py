@@ -529,7 +529,7 @@ def identity(model: Any) -> tuple[float, bool]:
         streams = lp.attach_positions(model, config)
         for given, unwatched, watched in zip(inputs, untouched, rows, strict=True):
             # Watched, static streams compute positions too, which they do for nobody otherwise.
-            with streams.recorded() as increments:
+            with streams.record() as increments:
                 logits = logits_of(model, **given)
             assert all((recorded == 1).all() for recorded in increments)
             largest = max(largest, min(apart(logits, watched), apart(logits, unwatched)))

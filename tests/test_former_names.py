@@ -83,3 +83,13 @@ print(json.dumps(result))
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
     assert found == {former: [True, 1] for former in [*CHECKOUT, "training"]}
+
+
+def test_a_method_by_its_former_name_records_and_warns(tiny_model) -> None:
+    model = tiny_model(source="shared")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with model.position_streams.recorded() as increments:
+            model("The cat")
+    assert warned(caught, "PositionStreams.recorded")
+    assert len(increments) == len(model.position_layers)

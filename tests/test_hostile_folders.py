@@ -394,7 +394,7 @@ def test_a_vocabulary_that_changes_size_keeps_its_increments_and_new_tokens_get_
     lp.attach_positions(model, lp.PositionConfig("frozen", per_head=per_head), table=table)
     model.resize_token_embeddings(vocab)
     tokens = torch.tensor([[5, 7, 50, vocab - 1, 3, vocab - 3]])
-    with model.position_streams.recorded() as increments, torch.no_grad():
+    with model.position_streams.record() as increments, torch.no_grad():
         want = model(tokens).logits
     expected = torch.ones(vocab, *table.shape[1:])
     expected[:61] = table[:vocab]

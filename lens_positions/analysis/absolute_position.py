@@ -396,7 +396,7 @@ def replace_first(model: TransformerBridge, how: Replacement, seed: int = 0) -> 
     >>> hooks = lp.analysis.replace_first(model, "zeros")
     >>> _, cache = model.run_with_cache("The cat", fwd_hooks=hooks)
     >>> cache["resid_pre", 0][0].norm(dim=-1).round(decimals=1)
-    tensor([0.0000, 1.1000, 1.2000, 1.2000, 1.2000, 1.3000, 1.2000, 1.2000])
+    tensor([0.0000, 1.3000, 1.4000, 1.3000, 1.3000, 1.5000, 1.3000, 1.4000])
     """
     if how not in REPLACEMENTS:
         raise PositionsError(f"how is {how!r}; expected one of {', '.join(REPLACEMENTS)}.")
@@ -525,7 +525,7 @@ def fingerprints(
     >>> table.loc[table["state"] == "resid_pre", ["first", "n", "first_token"]].round(2)
         first  n  first_token
     0  common  3         1.00
-    3     own  3         0.46
+    3     own  3         0.36
     """
     common = first_token(model, prepend_bos)
     own = _first_tokens(prompts_of(model, texts, attention_mask, prepend_bos, whole=True), common)

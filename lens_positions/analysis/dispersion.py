@@ -128,11 +128,11 @@ def attention_dispersion(
     >>> table.loc[table["head"] == "all", ["items", "log_items", "entropy"]].round(1)
         items  log_items  entropy
     0       2        0.9      0.2
-    5       4        1.7      0.5
+    5       4        1.7      0.4
     10      8        2.4      0.6
     15     16        3.1      0.6
-    20     32        3.8      0.8
-    25     64        4.5      0.8
+    20     32        3.8      0.7
+    25     64        4.5      0.7
     """
     documents, batches = windows(model, texts, attention_mask, prepend_bos)
     names = attention_names(model, layers, "pattern")

@@ -51,9 +51,9 @@ def extreme_tokens(
 
     >>> table = lp.analysis.extreme_tokens(model, texts, top=1)
     >>> table.loc[table["layer"] == 0, ["end", "token", "kind", "increment", "n"]].round(1)
-            end token    kind  increment    n
-    0   largest         space        7.2  112
-    1  smallest     r  letter        1.0   19
+            end token         kind  increment   n
+    0   largest     ,  punctuation        4.2   5
+    1  smallest     r       letter        1.0  19
     """
     if top < 1:
         raise PositionsError(f"top is {top}; expected at least 1.")

@@ -82,7 +82,7 @@ def frequency_norms(
     >>> table = lp.analysis.frequency_norms(model, texts, layers=0)
     >>> table.groupby("side")["norm"].mean().round(1)
     side
-    key      2.3
+    key      2.2
     query    1.9
     Name: norm, dtype: float64
     """
@@ -407,10 +407,10 @@ def positional_heads(
         PositionsError: attention without patterns, texts without a window of 17 tokens, and as `read_corpus`.
 
     >>> table = lp.analysis.positional_heads(model, texts, layers=0)
-    >>> table[["head", "offset", "positional"]].head(2)  # to the token before, in shuffled text too
-       head  offset  positional
-    0     0       1        True
-    1     1       1        True
+    >>> table[["head", "offset", "share", "shuffled", "positional"]].iloc[[0, 2]].round(1)  # in shuffled text too
+       head  offset  share  shuffled  positional
+    0     0       1    0.6       0.6        True
+    2     2       2    0.5       0.5        True
     """
     offsets = index_of(offsets, "offsets", f"a whole number from 1 to {EARLIEST}", least=1, most=EARLIEST)
     documents, batches = windows(model, texts, attention_mask, prepend_bos)
@@ -502,7 +502,7 @@ def high_frequency_use(norms: pd.DataFrame, heads: pd.DataFrame, highest: float 
     >>> table = lp.analysis.high_frequency_use(norms, lp.analysis.positional_heads(model, texts))
     >>> table[["side", "n", "others", "positional", "other"]].round(1)
         side  n  others  positional  other
-    0  query  2      22         0.5    0.3
+    0  query  2      22         0.5    0.2
     1    key  2      22         0.4    0.2
     """
     if not 0 < finite_number(highest, "highest", "a fraction above 0") < 1:

@@ -61,10 +61,10 @@ def head_profile(
     >>> table = lp.analysis.head_profile(model, texts)
     >>> table.loc[table["layer"] == 0, ["head", "increment", "look_back"]].round(1)
        head  increment  look_back
-    0     0        2.7        2.5
-    1     1        2.7        3.4
-    2     2        2.7        4.9
-    3     3        2.7        3.8
+    0     0        1.5        2.7
+    1     1        1.5        2.6
+    2     2        1.5        4.5
+    3     3        1.5        3.2
     """
     documents, batches = windows(model, texts, attention_mask, prepend_bos)
     patterns = attention_names(model, None, "pattern")

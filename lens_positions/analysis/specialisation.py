@@ -48,13 +48,13 @@ def saturation(
 
     >>> table = lp.analysis.saturation(model, texts)
     >>> table[["layer", "cap", "share", "max"]].round(1)
-       layer   cap  share   max
-    0      0  10.0    0.0   7.2
-    1      1  10.0    0.0   1.1
-    2      2  10.0    0.0   1.1
-    3      3  10.0    0.0   1.5
-    4      4  10.0    0.6  10.0
-    5      5  10.0    0.0   1.2
+       layer   cap  share  max
+    0      0  10.0    0.0  4.2
+    1      1  10.0    0.0  1.9
+    2      2  10.0    0.0  2.3
+    3      3  10.0    0.0  5.0
+    4      4  10.0    0.0  3.4
+    5      5  10.0    0.0  4.6
     """
     if (given := _other_activation(model, "sigmoid")) is not None:
         raise PositionsError(f"the model has {given}, which has no cap; expected learned increments with a sigmoid.")
@@ -147,8 +147,8 @@ def specialisation(
 
     >>> table = lp.analysis.specialisation(model, texts)
     >>> table[["layer", "explained", "shuffled", "farthest", "nearest"]].head(1).round(1)
-       layer  explained  shuffled farthest nearest
-    0      0        1.0       0.0    space  letter
+       layer  explained  shuffled     farthest nearest
+    0      0        0.9       0.0  punctuation  letter
     """
     corpus = read_corpus(model, texts, attention_mask, prepend_bos)
     table = increments_by_category(model, corpus, seed=seed, alphabet=alphabet)

@@ -78,11 +78,11 @@ def increments_by_category(
     >>> table.loc[table["layer"] == 0, ["kind", "n", "mean"]].round(1)
                   kind    n  mean
     0           letter  390   1.2
-    1          capital    8   2.1
-    2            space  112   7.2
-    3      punctuation    5   6.2
-    4     sentence end    8   6.6
-    5  end of document    3   4.9
+    1          capital    8   2.0
+    2            space  112   2.1
+    3      punctuation    5   4.2
+    4     sentence end    8   3.8
+    5  end of document    3   3.8
     """
     _check_heads(model, heads)
     corpus = read_corpus(model, texts, attention_mask, prepend_bos)

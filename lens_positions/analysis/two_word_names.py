@@ -231,6 +231,8 @@ def _grouping_table(
         ):
             both = {"real": real[i, part].mean(), "reversed": reversed_[i, part].mean()}
             rows.append({"layer": layer, "group": group, **both, **_difference_row(differences, _families(words))})
+
+        # What names have beyond ordinary pairs: each minus its own match, which counts what frequency alone does.
         beyond = _difference_row(of_names[partner] - of_others, _families(together))
         rows.append({"layer": layer, "group": "names - ordinary pairs", **beyond})
     return pd.DataFrame(rows)
@@ -268,6 +270,8 @@ def frequent_names(training: Iterable[str], most: int = 200) -> list[str]:
     for text in training:
         words.update(re.findall(r"[A-Za-z]+", text))
         pairs.update((found[1], found[2]) for found in re.finditer(CAPITALS, text))
+
+    # By frequency, and then by name, so that the same text always gives the same list.
     used: set[str] = set()
     names: list[str] = []
     for pair, _ in sorted(pairs.items(), key=lambda item: (-item[1], item[0])):

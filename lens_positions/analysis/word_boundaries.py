@@ -113,12 +113,12 @@ def boundary_auc(
     >>> table = lp.analysis.boundary_auc(model, lines, words)
     >>> table.loc[table["measure"] == "increment", ["layer", "auc", "n", "boundaries"]].round(2)
        layer   auc  n  boundaries
-    0    0.0  0.59  8           4
-    1    1.0  0.19  8           4
-    2    2.0  0.38  8           4
-    3    3.0  0.88  8           4
-    4    4.0  0.62  8           4
-    5    5.0  0.31  8           4
+    0    0.0  0.34  8           4
+    1    1.0  0.38  8           4
+    2    2.0  0.31  8           4
+    3    3.0  0.62  8           4
+    4    4.0  0.69  8           4
+    5    5.0  0.75  8           4
     """
     gaps = gaps_of(model, texts, words, prepend_bos)
     training = training if training is None or callable(training) else list(training)

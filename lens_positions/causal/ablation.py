@@ -124,14 +124,16 @@ def ablation_table(
     >>> ablations = lp.causal.ablation_table(model, texts, to=["mean"])
     >>> ablations.loss[["layer", "to", "baseline", "change"]].head(2).round(1)
       layer    to  baseline  change
-    0   all  mean       1.5     1.1
-    1     0  mean       1.5     1.1
+    0   all  mean       1.3     0.1
+    1     0  mean       1.3     0.1
     """
     names = dict(hook_names(model, layers, SITES["pattern"][0]))
-    to = _checked_ablations(model, to, means)
+    to = _valid_ablations(model, to, means)
     seed = index_of(seed, "seed", "a whole number from 0")
     bridge, texts = cast(HookedPositionTransformer, model), documents_of(corpus)
     documents, batches = windows(bridge, texts, attention_mask, prepend_bos)
+
+    # A bridge shows no pattern where it leaves a block whole: that layer has losses alone.
     patterns = {layer: name for layer, name in names.items() if attention and name in model.hook_dict}
     each = _each_ablation(model, list(names), by, heads)
     run = _Run(model, list(names), patterns, heads, means)
@@ -169,7 +171,7 @@ def _each_ablation(model: TransformerBridge, layers: list[int], by: By, heads: H
     return [("all", None), *((layer, head) for layer in layers for head in of_layer)]
 
 
-def _checked_ablations(
+def _valid_ablations(
     model: TransformerBridge, to: Sequence[To], means: Float[Tensor, "layer vocab *head"] | None
 ) -> list[To]:
     """The ablations, each once, with "token" among them where there are means."""
@@ -255,6 +257,8 @@ class _Run:
         joining: Counter[int] = Counter()
         found: dict[tuple[Ablated, To, int | None], Tensor] = {}
         compared: dict[tuple[Ablated, To, int], Tensor] = {}
+
+        # Copy after copy of the rows in one batch, each with the hooks of its own ablation.
         for copy, (ablated, how) in enumerate(together):
             rows, seen = slice(copy * size, (copy + 1) * size), self.layers_of(ablated)
             joining[min(seen)] += 1
@@ -272,6 +276,7 @@ class _Run:
             of_loss = token_losses(own, baseline.targets) - baseline.nats
             changed = own[:, :-1].argmax(-1) != baseline.best
             found[ablated, how, None] = torch.stack([of_loss, changed.to(of_loss)], dim=-1)
+
             which = slice(None) if ablated[1] is None else self.heads_of(ablated[1])
             for layer in self.layers_of(ablated):
                 if (ablated, how, layer) in compared:
@@ -303,6 +308,7 @@ def _tables(
     run: _Run,
 ) -> Ablations:
     """The table of losses and that of attention."""
+    # The same resamples for every row, so that rows can be compared.
     draws = resamples(documents, seed)
     baseline = float(base.summary(draws)[0][0])
     losses, attention = [], []
@@ -342,7 +348,7 @@ def token_means(
 
     >>> means = lp.causal.token_means(model, texts)  # layer, vocabulary
     >>> [round(float(means[0, ord(letter)]), 1) for letter in " a"]  # at layer 0, of the space and of an "a"
-    [7.2, 1.1]
+    [2.1, 1.1]
     """
     streams_of(model)
     corpus_increments = read_corpus(cast(HookedPositionTransformer, model), corpus, attention_mask, prepend_bos)

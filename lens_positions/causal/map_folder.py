@@ -41,14 +41,32 @@ SHARD = "gaps-{:06d}.parquet"
 class GapMap:
     """A map on disk, which may still be in the making.
 
+    A row is a gap at a layer (and head, where each has its own):
+
+        document, source, window        the document's number, where it is from, the window in it
+        index, layer, head              the token after the gap, and where the gap is
+        before, after                   the tokens on both sides as text; `before_id`, `before_kind` and
+                                        `before_surprisal` (nats; none for a document's first token), `after` alike
+        crosses_word                    null between Chinese characters that nobody has cut into words
+        crosses_sentence, crosses_line, crosses_document            by the rules of `measure/text_boundaries.py`
+        context, future                 tokens of the window before the gap, and those after the next one, which are
+                                        all that the gap can change
+        increment, gradient             in positions, and in nats per position
+        integrated, integrated_off      on request: nats, and how far the parts of its window are from the whole, as a
+                                        share of it
+
     Attributes:
         folder: where it is.
 
     >>> found = lp.causal.gap_map(model, texts, folder / "map", progress=False)
     >>> found == lp.causal.GapMap(folder / "map")
     True
-    >>> found.end["gaps"], len(found.table(["gradient"]))  # six layers
-    (526, 3156)
+    >>> rows = found.table(["index", "layer", "before", "after", "crosses_word", "gradient"])
+    >>> rows[rows["layer"] == 0].iloc[2:5].round(1)
+        index  layer before after  crosses_word  gradient
+    12      3      0      h     e         False      -0.3
+    18      4      0      e                True      -1.0
+    24      5      0            c          True      -0.6
     """
 
     folder: Path
@@ -97,7 +115,7 @@ class GapMap:
             try:
                 yield pyarrow.parquet.read_table(path, columns=columns).to_pandas()
             except (pa.ArrowException, OSError) as error:
-                raise _damaged(path, error) from error
+                raise _damage_error(path, error) from error
 
 
 def begin(folder: Path, settings: dict[str, Any]) -> GapMap:
@@ -112,19 +130,23 @@ def begin(folder: Path, settings: dict[str, Any]) -> GapMap:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "map.json").exists():
+            # A name that begins with .map.json is that of another process, which writes it aside at this moment.
             if others := [path.name for path in folder.iterdir() if not path.name.startswith(".map.json")]:
                 raise PositionsError(f"{folder} has other files ({sorted(others)[0]}); expected a new folder or a map.")
             _write(folder / "map.json", json.dumps(settings, indent=2).encode() + b"\n")
     except OSError as error:
-        raise _unwritten(folder, error) from error
+        raise _write_error(folder, error) from error
+
+    # Another process may have begun it: what counts is what the file says.
     found = GapMap(folder)
     before = found.settings
     for name, given in settings.items():
+        # One and the same model may be called by a path here and a name there: its weights are what tells.
         if before.get(name) != given and name not in ("model", "version"):
             of = f"{before.get('model')} and {before.get('corpus')}"
             raise PositionsError(
-                f"{folder} holds a map of {of}, with {name} {_short(before.get(name))} where this one has "
-                f"{_short(given)}; expected another folder, or the same again."
+                f"{folder} holds a map of {of}, with {name} {_excerpt(before.get(name))} where this one has "
+                f"{_excerpt(given)}; expected another folder, or the same again."
             )
     return found
 
@@ -138,7 +160,7 @@ def digest_of(path: Path) -> str:
     try:
         metadata = pyarrow.parquet.read_schema(path).metadata or {}
     except (pa.ArrowException, OSError) as error:
-        raise _damaged(path, error) from error
+        raise _damage_error(path, error) from error
     return metadata.get(DIGEST, b"").decode()
 
 
@@ -158,7 +180,7 @@ def write_shard(folder: Path, number: int, rows: pa.Table, digest: str) -> None:
     try:
         _write(path, buffer.getvalue())
     except OSError as error:
-        raise _unwritten(folder, error) from error
+        raise _write_error(folder, error) from error
 
 
 def write_end(folder: Path, counts: dict[str, int]) -> None:
@@ -170,7 +192,7 @@ def write_end(folder: Path, counts: dict[str, int]) -> None:
     try:
         _write(folder / "end.json", json.dumps(counts, indent=2).encode() + b"\n")
     except OSError as error:
-        raise _unwritten(folder, error) from error
+        raise _write_error(folder, error) from error
 
 
 def _write(path: Path, content: Any) -> None:
@@ -186,6 +208,8 @@ def _write(path: Path, content: Any) -> None:
 
 def weights_digest(model: Any) -> str:
     """SHA-256 of all parameters and of the tables of the streams, wherever they wait."""
+    # In the order of names, which does not depend on how a model is put together; a module at a time, as those that
+    # wait on the disk need not fit in memory together.
     hashed = hashlib.sha256()
     for name, module in sorted(base_model(model).named_modules(), key=lambda item: item[0]):
         with align_module_device(module, torch.device("cpu")):
@@ -198,6 +222,7 @@ def weights_digest(model: Any) -> str:
 
 
 def _tables(name: str, module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What streams keep as buffers, such as frozen increments; buffers of the model itself follow from its config."""
     return dict(module.named_buffers(recurse=False)) if "position_streams" in name else {}
 
 
@@ -209,24 +234,24 @@ def _read(path: Path) -> dict[str, Any]:
         if not isinstance(read, dict):
             raise ValueError("it is no JSON object")
     except (ValueError, OSError) as error:
-        raise _damaged(path, error) from error
+        raise _damage_error(path, error) from error
     if path.name == "map.json" and read.get("format") != FORMAT:
         raise PositionsError(f"{path} has format {read.get('format')!r}; expected {FORMAT}, of this lens-positions.")
     return read
 
 
-def _short(value: Any) -> str:
+def _excerpt(value: Any) -> str:
     return f"{value!s:.40}" if isinstance(value, str) else f"{value!r:.80}"
 
 
-def _damaged(path: Path, error: Exception) -> PositionsError:
+def _damage_error(path: Path, error: Exception) -> PositionsError:
     reason = " ".join(str(error).split())[:120]
     return PositionsError(
         f"{path} is damaged ({reason}); expected it as it was written (without it, it is made again)."
     )
 
 
-def _unwritten(folder: Path, error: OSError) -> PositionsError:
+def _write_error(folder: Path, error: OSError) -> PositionsError:
     count = len(GapMap(folder).shards) if folder.is_dir() else 0
     return PositionsError(
         f"the map cannot be written to {folder} ({error.strerror}); expected a writable folder with room: its {count} "

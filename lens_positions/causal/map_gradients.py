@@ -2,7 +2,8 @@
 
 The loss of a window is the sum of the nats of its tokens after the first, each predicted from those before it in the
 window. At every layer a tensor of zeros is added to the increments, [batch pos *head]; the derivative by it is what one
-position more would do at that layer alone, per position. Increments of later layers respond, as they do in `gap_sweep`.
+position more would do at that layer alone, per position; by head, at that query head alone. Increments of later layers
+respond, as they do in `gap_sweep`.
 
 The integrated attribution goes from a baseline's increments to the model's own on a straight path, all layers at once,
 at points of Gauss and Legendre (Sundararajan et al., arXiv 1703.01365, equation 1). Its sum over all gaps of a window
@@ -20,6 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from einops import reduce
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
@@ -104,22 +106,26 @@ class WindowGradients:
         baseline: Baseline | None = None,
         steps: int = 256,
         pieces: bool = False,
+        heads: int | None = None,
     ) -> None:
         """Choose what is computed.
 
         Args:
             model: a bridge with position streams.
-            names: of the hooks of the increments, a layer each.
+            names: of the hooks of the increments, a layer each; by head, of those of query heads.
             baseline: increments where the path of the integrated attribution begins, as for `attribution`; None for
                 the gradient alone.
             steps: points of that path at most.
             pieces: run each block a second time in the backward pass, so that little is kept between the two.
+            heads: by head, how many: fewer than query heads are the groups that share their keys, each the sum of its
+                query heads.
         """
         self._model = model
         self._names = names
         self._baseline = baseline
         self._steps = steps
         self._pieces = pieces
+        self._heads = heads
         self._gap = streams_of(model).config.gap
         base = base_model(model)
         self._device = device_of(base.get_input_embeddings(), base)
@@ -148,21 +154,33 @@ class WindowGradients:
     ) -> Gradients:
         def cut(values: Tensor) -> np.ndarray:
             found = values_of_gaps(values[:, row, :length].float().cpu(), self._gap, dim=1)
+
+            # There is no gap before the first token.
             found[:, 0] = 0
             return found.numpy()
 
+        def of_heads(values: Tensor) -> np.ndarray:
+            if self._heads is None:
+                return cut(values)
+            return cut(reduce(values, "layer row pos (head query) -> layer row pos head", "sum", head=self._heads))
+
+        # The query heads of a group share increments, and have effects of their own, which sum to that of the group.
+        if self._heads is not None:
+            own = own[..., :: own.shape[-1] // self._heads]
+
+        # Nothing in a window predicts its first token.
         first = torch.full((1,), torch.nan)
         of_tokens = torch.cat([first, surprisal[row, : length - 1].float().cpu()]).numpy()
         if path is None:
-            return Gradients(cut(own), cut(gradient), of_tokens)
-        return Gradients(cut(own), cut(gradient), of_tokens, cut(path[0]), float(path[1][row]))
+            return Gradients(cut(own), of_heads(gradient), of_tokens)
+        return Gradients(cut(own), of_heads(gradient), of_tokens, of_heads(path[0]), float(path[1][row]))
 
     def _gradient(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Increments and gradient [layer batch pos *head], and losses [batch next]."""
         found: dict[str, Tensor] = {}
         added: dict[str, Tensor] = {}
 
-        def longer(increments: Tensor, hook: HookPoint) -> Tensor:
+        def lengthen(increments: Tensor, hook: HookPoint) -> Tensor:
             name = str(hook.name)
             found.setdefault(name, increments.detach())
 
@@ -170,7 +188,8 @@ class WindowGradients:
             zeros = added.setdefault(name, torch.zeros_like(increments).requires_grad_())
             return increments + zeros
 
-        with self._running([(name, longer) for name in self._names]):
+        # One backward pass for all layers and gaps: each has zeros of its own to differentiate by.
+        with self._run_with([(name, lengthen) for name in self._names]):
             losses = self._losses(batch)
             gradients = torch.autograd.grad(losses.sum(), [added[name] for name in self._names], materialize_grads=True)
         # Layers of a model on several devices.
@@ -191,8 +210,10 @@ class WindowGradients:
     ) -> tuple[Tensor, Tensor]:
         """Each gap's part [layer batch pos *head], and how far their sum is off, by window."""
         real = torch.ones_like(batch.tokens) if batch.mask is None else batch.mask
+
+        # Padding goes nowhere: on its own path it would count in the sums.
         way = (own - self._at_baseline(batch)) * real.view(1, *real.shape, *[1] * (own.ndim - 3)).to(own)
-        with torch.no_grad(), self._running(_setting(self._names, own - way)):
+        with torch.no_grad(), self._run_with(_hooks_that_set(self._names, own - way)):
             whole = losses - self._losses(batch).sum(1)
 
         # Each window by itself gets as many points as it needs, so that its values do not depend on the others.
@@ -208,6 +229,7 @@ class WindowGradients:
 
     def _mean_gradient(self, batch: Batch, own: Tensor, way: Tensor, points: int) -> Tensor:
         """The gradient averaged over the path by quadrature."""
+        # From [-1, 1], where the points are defined, to the path from 0 to 1.
         places, weights = np.polynomial.legendre.leggauss(points)
         mean = torch.zeros_like(own)
         for place, weight in zip((places + 1) / 2, weights / 2, strict=True):
@@ -222,8 +244,9 @@ class WindowGradients:
         def keep(increments: Tensor, hook: HookPoint) -> None:
             found.setdefault(str(hook.name), increments.detach().clone().to(self._device))
 
+        # A baseline may depend on the prompt ("mean"), so it is read off a run with it in place.
         hooks: Hooks = ablation_hooks(self._model, to=self._baseline)
-        with torch.no_grad(), self._running([*hooks, *((name, keep) for name in self._names)]):
+        with torch.no_grad(), self._run_with([*hooks, *((name, keep) for name in self._names)]):
             self._losses(batch)
         return torch.stack([found[name] for name in self._names])
 
@@ -232,16 +255,16 @@ class WindowGradients:
     ) -> Float[Tensor, "layer batch pos *head"]:
         """The gradient where the increments of all layers are set."""
         increments = increments.detach().requires_grad_()
-        with self._running(_setting(self._names, increments)):
+        with self._run_with(_hooks_that_set(self._names, increments)):
             return torch.autograd.grad(self._losses(batch).sum(), increments)[0]
 
     @contextmanager
-    def _running(self, hooks: Hooks) -> Iterator[None]:
+    def _run_with(self, hooks: Hooks) -> Iterator[None]:
         with own_hooks(self._model, hooks), in_pieces(self._model) if self._pieces else nullcontext():
             yield
 
 
-def _setting(names: list[str], increments: Float[Tensor, "layer batch pos *head"]) -> Hooks:
+def _hooks_that_set(names: list[str], increments: Float[Tensor, "layer batch pos *head"]) -> Hooks:
     def put(values: Tensor) -> Callable[..., Tensor]:
         return lambda given, hook: values.to(given.device)
 
@@ -263,5 +286,6 @@ def fixed_weights(model: torch.nn.Module) -> Iterator[None]:
 
 def is_offloaded(model: Any) -> bool:
     """Whether weights are loaded when they are needed: a backward pass of the whole would hold all of them."""
+    # accelerate puts a hook on each module that it loads, alone or as one of several.
     hooks = (getattr(module, "_hf_hook", None) for module in base_model(model).modules())
     return any(getattr(one, "offload", False) for hook in hooks for one in (hook, *getattr(hook, "hooks", ())))

@@ -11,7 +11,7 @@ from .map_windows import Window
 
 
 def rows_of(windows: list[Window], gradients: list[Gradients], layers: list[int]) -> pa.Table:
-    """The table of a shard, sorted by document, gap, layer and head; `gap_map` says what its columns are."""
+    """The table of a shard, sorted by document, gap, layer and head; `GapMap` says what its columns are."""
     return pa.concat_tables(
         [_of_window(window, found, layers) for window, found in zip(windows, gradients, strict=True)],
     ).unify_dictionaries()
@@ -39,6 +39,8 @@ def _of_window(window: Window, found: Gradients, layers: list[int]) -> pa.Table:
     tokens = window.tokens
     ids = tokens.ids.numpy()
     count = len(here) * repeats
+
+    # Rows run gap by gap, in a gap layer by layer, in a layer head by head: every column is in that order.
     columns: dict[str, pa.Array] = {
         "document": pa.array(np.full(count, tokens.number), pa.int64()),
         "source": words([tokens.document.source], np.zeros(len(here), dtype=int)),
@@ -48,16 +50,20 @@ def _of_window(window: Window, found: Gradients, layers: list[int]) -> pa.Table:
     }
     if heads:
         columns["head"] = pa.array(np.tile(np.arange(heads[0]), len(here) * len(layers)), pa.int16())
+
+    # Text and kinds repeat so often that dictionaries keep a shard small.
     for side, at in (("before", here - 1), ("after", here)):
         columns[side] = words(tokens.labels, at)
         columns[f"{side}_id"] = of_gaps(ids[at], pa.int32())
         columns[f"{side}_kind"] = words(tokens.kinds, at)
         columns[f"{side}_surprisal"] = of_gaps(found.surprisal[at - window.start], pa.float32())
     for name in BOUNDARIES:
+        # Unknown is null, and neither yes nor no: whoever counts must decide.
         crossed = tokens.boundaries[name][here]
         columns[f"crosses_{name}"] = pa.array(
             np.repeat(crossed == 1, repeats), pa.bool_(), mask=np.repeat(crossed == UNKNOWN, repeats)
         )
+
     columns["context"] = of_gaps(place, pa.int32())
     columns["future"] = of_gaps(window.stop - 1 - here, pa.int32())
     columns["increment"] = of_rows(found.increments)

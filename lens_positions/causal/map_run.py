@@ -1,5 +1,9 @@
 """A map of what a model wants its distances to be: every gap of a corpus, layer by layer.
 
+The loss of a window is the sum of the nats of its tokens after the first, each predicted from those before it in the
+window. A gap belongs to one window, that in which it stands farther from an end (`map_windows.py`), and its gradient is
+that of this window's loss, in nats per position. Increments of later layers respond.
+
 Direction: `gradient` is the derivative of the loss by the gap. Where it is negative the loss falls as the gap grows:
 the model wants it longer; where it is positive, shorter. It is a slope at the increments as they are, and says nothing
 of large changes (`attribution.py` says where it fails); `integrated` goes all the way from a baseline.
@@ -11,18 +15,21 @@ folder is checked and kept, so that the same call goes on after an interruption,
 """
 
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from ..corpus_stream import Documents, Split
 from ..errors import PositionsError
-from ..interventions import LayerIndices, finite_number, hook_names, is_static
+from ..interventions import HeadKind, LayerIndices, finite_number, hook_names, is_static
 from ..model import HookedPositionTransformer
 from ..progress import Counter
 from .map_folder import SHARD, GapMap, begin, digest_of, weights_digest, write_end, write_shard
 from .map_gradients import Baseline, Gradients, WindowGradients, batches_of, is_offloaded
 from .map_rows import rows_of
 from .map_windows import Window, digest, shards_of, tokens_of
+from .sweeps import HEAD_SITES, SITES, By, head_count
 
 WINDOW = 256
 """Tokens of a window, where the model's context is as long."""
@@ -37,6 +44,8 @@ def gap_map(
     characters: int | None = None,
     text_column: str = "text",
     layers: LayerIndices = None,
+    by: By = "layer",
+    heads: HeadKind = "query",
     window: int | None = None,
     overlap: int | None = None,
     baseline: Baseline | None = None,
@@ -51,10 +60,6 @@ def gap_map(
 ) -> GapMap:
     """Write the derivative of the loss by every gap of a corpus, at every layer, to a folder of Parquet files.
 
-    The loss of a window is the sum of the nats of its tokens after the first, each predicted from those before it in
-    the window. A gap belongs to one window, that in which it stands farther from an end (`causal/map_windows.py`), and
-    its gradient is that of this window's loss, in nats per position. Increments of later layers respond.
-
     Args:
         model: the model, on whatever device it is, or on several.
         corpus: a name, a file, a folder or a dataset of the hub, as `corpora.load` takes them, or documents as texts.
@@ -63,6 +68,8 @@ def gap_map(
         characters: at most so many, as `corpora.heldout_excerpts` (of "all", the first ones).
         text_column: of a table or a hub dataset.
         layers: the model's own layer numbers; None is all that rotate.
+        by, heads: as for `gap_sweep`: "head" has a row for each gap, layer and head; of key-value heads, the sum of the
+            query heads that share their keys.
         window: tokens that the model reads at once; None is 256, or its context.
         overlap: tokens that a window shares with the next; None is a quarter of a window.
         baseline: also integrate from these increments to the model's own (a number or "mean", as for `attribution`).
@@ -75,57 +82,130 @@ def gap_map(
         processes: which of how many processes this is.
         progress: say on standard error how far it is.
 
-    Returns:
-        The map. A row is a gap at a layer (and head, where each has its own): `document` (its number), `source`,
-        `window`, `index` (of the token after the gap), `layer`, `head`; of the tokens on both sides `before` and
-        `after` (text), `_id`, `_kind`, `_surprisal` (nats; none for a document's first token); `crosses_word` (null
-        between Chinese characters that nobody has cut into words), `crosses_sentence`, `crosses_line` and
-        `crosses_document` (`measure/text_boundaries.py` has the rules); `context`, the tokens of the window before the
-        gap, and `future`, those after the next one, which are all that the gap can change; `increment`, in positions;
-        `gradient`; and on request `integrated` (nats) with `integrated_off`, how far the parts of its window are from
-        the whole, as a share of it.
-
     Raises:
-        PositionsError: no corpus or one without text, no such layer, sizes that do not fit, a folder that has something
-            else or no room. What is in the folder stays.
+        PositionsError: no text, no such layer, sizes that do not fit, a folder of something else or without room.
 
     >>> found = lp.causal.gap_map(model, texts, folder / "map", layers=[0, 1], progress=False)
-    >>> rows = found.table(["index", "layer", "before", "after", "crosses_word", "gradient"])
-    >>> rows[rows["layer"] == 0].iloc[2:5].round(1)
-       index  layer before after  crosses_word  gradient
-    4      3      0      h     e         False       0.5
-    6      4      0      e                True       0.2
-    8      5      0            c          True       2.1
+    >>> len(found.table(["gradient"]))  # nats per position, of 526 gaps at two layers
+    1052
     """
-    if not 0 <= processes[0] < processes[1]:
-        raise PositionsError(f"processes is {processes}; expected the number of one, from 0, and how many there are.")
-    names = hook_names(model, layers, "attn.hook_increments")
-    window, overlap = _sizes(model, window, overlap, {"shard": shard, "batch": batch, "steps": steps})
+    _check_processes(processes)
+    text = MapText(corpus, split, characters, text_column, jieba, prepend_bos)
+    plan = plan_map(
+        model, text, layers, by, heads, baseline, window=window, overlap=overlap, shard=shard, batch=batch, steps=steps
+    )
+    return run_map(plan, begin(Path(folder), plan.settings), pieces, processes, progress)
+
+
+@dataclass(frozen=True)
+class MapText:
+    """The text of a map, as `gap_map` is given it."""
+
+    corpus: str | Iterable[str]
+    split: Split
+    characters: int | None
+    text_column: str
+    jieba: bool
+    prepend_bos: bool | None
+
+    def documents(self) -> Documents:
+        """Find the corpus, and read it through once where it is made of files."""
+        return Documents(self.corpus, self.split, self.characters, self.text_column)
+
+
+@dataclass(frozen=True)
+class MapSizes:
+    """How much of a map is made at once; tokens, but for `shard` (windows) and `steps` (points of a path)."""
+
+    window: int
+    overlap: int
+    shard: int
+    batch: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class MapPlan:
+    """What a map is of, when all of it was checked and nothing is computed yet.
+
+    Attributes:
+        hooks: the number of each layer, and the name of the hook of its increments, or of those of its query heads.
+        heads: by head, their kind and how many a layer has; None by layer.
+        baseline: increments where the path of the integrated attribution begins; None for the gradient alone.
+    """
+
+    model: HookedPositionTransformer
+    hooks: list[tuple[int, str]]
+    heads: tuple[HeadKind, int] | None
+    text: MapText
+    documents: Documents
+    sizes: MapSizes
+    baseline: Baseline | None
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What map.json says: whatever rows depend on.
+
+        `batch` and `pieces` are not in it: they change values by rounding alone.
+        """
+        return {
+            "model": self.model.name,
+            "weights": weights_digest(self.model),
+            "positions": asdict(self.model.position_config),
+            "corpus": self.documents.name,
+            "split": self.text.split,
+            "characters": self.text.characters,
+            "layers": [layer for layer, _ in self.hooks],
+            "heads": None if self.heads is None else self.heads[0],
+            "window": self.sizes.window,
+            "overlap": self.sizes.overlap,
+            "shard": self.sizes.shard,
+            "baseline": self.baseline,
+            "steps": self.sizes.steps if self.baseline is not None else None,
+            "jieba": self.text.jieba,
+            "bos": self.text.prepend_bos,
+        }
+
+
+def plan_map(
+    model: HookedPositionTransformer,
+    text: MapText,
+    layers: LayerIndices,
+    by: By,
+    heads: HeadKind,
+    baseline: Baseline | None,
+    *,
+    window: int | None,
+    overlap: int | None,
+    **sizes: int,
+) -> MapPlan:
+    """Check what a map is asked to be; arguments as those of `gap_map`.
+
+    Raises:
+        PositionsError: as `gap_map`, but for what is on disk.
+    """
+    count = head_count(model, by, heads)
+    hooks = hook_names(model, layers, HEAD_SITES["increments"] if by == "head" else SITES["increments"][0])
+    chosen = _sizes_that_fit(model.cfg.n_ctx, window, overlap, sizes)
     if baseline is not None:
-        baseline = _checked(model, baseline)
-    documents = Documents(corpus, split, characters, text_column)
-    settings = {
-        "model": model.name,
-        "weights": weights_digest(model),
-        "positions": asdict(model.position_config),
-        "corpus": documents.name,
-        "split": split,
-        "characters": characters,
-        "layers": [layer for layer, _ in names],
-        "window": window,
-        "overlap": overlap,
-        "shard": shard,
-        "baseline": baseline,
-        "steps": steps if baseline is not None else None,
-        "jieba": jieba,
-        "bos": prepend_bos,
-    }
-    kept = begin(Path(folder), settings)
+        baseline = _informative_baseline(model, baseline)
+
+    # Last, as it reads the whole corpus: a mistake elsewhere should not wait for that.
+    return MapPlan(model, hooks, (heads, count) if by == "head" else None, text, text.documents(), chosen, baseline)
+
+
+def run_map(plan: MapPlan, kept: GapMap, pieces: bool | None, processes: tuple[int, int], progress: bool) -> GapMap:
+    """Make what a map does not have yet of its plan; arguments as those of `gap_map`."""
+    model, sizes, text = plan.model, plan.sizes, plan.text
     pieces = is_offloaded(model) if pieces is None else pieces
-    gradients = WindowGradients(model, [name for _, name in names], baseline, steps, pieces)
-    work = shards_of(tokens_of(model, documents, jieba, prepend_bos), window, overlap, shard)
-    with Counter(f"map of {model.name}", documents.characters, quick=not progress) as counter:
-        _make_shards(kept, work, gradients, processes, batch, counter)
+    names, heads = [name for _, name in plan.hooks], None if plan.heads is None else plan.heads[1]
+    gradients = WindowGradients(model, names, plan.baseline, sizes.steps, pieces, heads)
+
+    # Generators all the way: a corpus of any length is read, cut and mapped a shard at a time.
+    tokens = tokens_of(model, plan.documents, text.jieba, text.prepend_bos)
+    work = shards_of(tokens, sizes.window, sizes.overlap, sizes.shard)
+    with Counter(f"map of {model.name}", plan.documents.characters, quick=not progress) as counter:
+        _make_shards(kept, work, gradients, processes, sizes.batch, counter)
     return kept
 
 
@@ -145,18 +225,23 @@ def _make_shards(
         counts["shards"] += 1
         counts["documents"] += sum(one.number == 0 for one in windows)
         counts["gaps"] += sum(one.end - one.first for one in windows)
+
+        # Each process counts the whole corpus, so that whoever reaches its end can write end.json, and makes its share.
         if number % count != process or _is_there(kept, number, windows):
             counter.skip(sum(one.characters for one in windows))
             continue
-        rows = rows_of(windows, _found(windows, gradients, batch, counter), layers)
+
+        rows = rows_of(windows, _gradients_of(windows, gradients, batch, counter), layers)
         write_shard(kept.folder, number, rows, digest(windows))
+
     if not counts["gaps"]:
         raise PositionsError(f"{kept.settings['corpus']} has no document of two tokens; expected at least one gap.")
     write_end(kept.folder, counts)
 
 
-def _found(windows: list[Window], gradients: WindowGradients, batch: int, counter: Counter) -> list[Gradients]:
+def _gradients_of(windows: list[Window], gradients: WindowGradients, batch: int, counter: Counter) -> list[Gradients]:
     """What the backward passes of a shard give, in the order of its windows."""
+    # Batches take the longest windows first, and say which these are.
     found: dict[int, Gradients] = {}
     for chosen, together in batches_of([one.ids for one in windows], batch):
         found |= zip(chosen, gradients(together), strict=True)
@@ -170,6 +255,8 @@ def _is_there(kept: GapMap, number: int, windows: list[Window]) -> bool:
     path = kept.folder / SHARD.format(number)
     if not path.exists():
         return False
+
+    # Settings alone do not tell: a file of the same name may have other text by now.
     if digest_of(path) != digest(windows):
         raise PositionsError(
             f"{path} is of other text than {kept.settings['corpus']} has there now; expected the corpus that the map "
@@ -178,13 +265,17 @@ def _is_there(kept: GapMap, number: int, windows: list[Window]) -> bool:
     return True
 
 
-def _sizes(
-    model: HookedPositionTransformer, window: int | None, overlap: int | None, others: dict[str, int]
-) -> tuple[int, int]:
-    """The window and the overlap, of sizes that fit."""
-    context = model.cfg.n_ctx
+def _check_processes(processes: tuple[int, int]) -> None:
+    if not 0 <= processes[0] < processes[1]:
+        raise PositionsError(f"processes is {processes}; expected the number of one, from 0, and how many there are.")
+
+
+def _sizes_that_fit(context: int, window: int | None, overlap: int | None, others: dict[str, int]) -> MapSizes:
+    """All sizes, with the defaults of those that are None."""
     window = min(context, WINDOW) if window is None else window
     overlap = window // 4 if overlap is None else overlap
+
+    # A larger overlap than half a window would put some tokens into three windows.
     if not 4 <= window <= context:
         raise PositionsError(f"window is {window}; expected from 4 to {context} tokens, the model's context.")
     if not 2 <= overlap <= window // 2:
@@ -192,10 +283,11 @@ def _sizes(
     for name, size in others.items():
         if size < 1:
             raise PositionsError(f"{name} is {size}; expected at least 1.")
-    return window, overlap
+    return MapSizes(window, overlap, **others)
 
 
-def _checked(model: HookedPositionTransformer, baseline: Baseline) -> Baseline:
+def _informative_baseline(model: HookedPositionTransformer, baseline: Baseline) -> Baseline:
+    """The baseline, if the path from it to the model's own increments has any length."""
     if baseline == "mean":
         same = is_static(model)
     elif isinstance(baseline, str):

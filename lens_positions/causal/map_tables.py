@@ -93,10 +93,13 @@ def map_summary(
         raise PositionsError(f'by is {by!r}; expected "boundary", "before_kind" or "after_kind".')
     if shuffles < 1:
         raise PositionsError(f"shuffles is {shuffles}; expected at least 1.")
+
     given = [maps] if isinstance(maps, str | Path | GapMap) else list(maps)
     if not given:
         raise PositionsError("no map was given; expected at least one.")
     opened = [one if isinstance(one, GapMap) else GapMap(Path(one)) for one in given]
+
+    # All of them first: a table of large maps takes a while.
     for one in opened:
         _check_whole(one)
     return pd.concat([_of_map(one, by, seed, shuffles) for one in opened], ignore_index=True)
@@ -113,6 +116,7 @@ def _check_whole(one: GapMap) -> None:
 
 
 def _of_map(one: GapMap, by: Grouping, seed: int, shuffles: int) -> pd.DataFrame:
+    # A map need not fit in memory: one document at a time, and of it only sums by group.
     settings = one.settings
     generator = np.random.default_rng(seed)
     groups: dict[str, _Group] = defaultdict(_Group)
@@ -120,6 +124,8 @@ def _of_map(one: GapMap, by: Grouping, seed: int, shuffles: int) -> pd.DataFrame
     for names, gradients in _documents(one, by):
         _count(groups, documents, names, gradients, shuffles, generator)
         documents += 1
+
+    # Gaps of one document are no independent samples, so documents are resampled.
     draws = resamples(documents, seed)
     order = [name for name in ORDER if name in groups] if by == "boundary" else sorted(groups)
     layers: list[Any] = ["all", *settings["layers"]]
@@ -139,10 +145,13 @@ def _documents(one: GapMap, by: Grouping) -> Iterator[tuple[np.ndarray, Float64[
     names: list[np.ndarray] = []
     gradients: list[np.ndarray] = []
     for rows in one.tables(["document", "index", "layer", "gradient", *columns]):
+        # How many rows the first gap has, by layers: 1, or the number of heads.
         heads = int(((rows["index"] == rows["index"][0]) & (rows["document"] == rows["document"][0])).sum()) // layers
         values = rows["gradient"].to_numpy(np.float64).reshape(-1, layers, heads).sum(2)
         gaps = rows.iloc[:: layers * heads]
         group = _boundary(gaps) if by == "boundary" else gaps[by].astype(str).to_numpy(object)
+
+        # A document may go on in the next shard: it is given out when another one begins.
         owners = gaps["document"].to_numpy()
         starts = [0, *(np.flatnonzero(np.diff(owners)) + 1), len(owners)]
         for start, stop in pairwise(starts):
@@ -156,6 +165,7 @@ def _documents(one: GapMap, by: Grouping) -> Iterator[tuple[np.ndarray, Float64[
 
 
 def _boundary(gaps: pd.DataFrame) -> np.ndarray:
+    # Null says that nobody has cut these Chinese characters into words.
     unknown = gaps["crosses_word"].isna().to_numpy()
     crossed = {name: gaps[f"crosses_{name}"].fillna(False).to_numpy(bool) for name in BOUNDARIES}
     return strongest(crossed, unknown)
@@ -170,15 +180,22 @@ def _count(
     generator: np.random.Generator,
 ) -> None:
     """Add a document to the sums."""
+    # The column of all layers together comes first, as in `_rows`.
     values = np.concatenate([gradients.sum(1, keepdims=True), gradients], axis=1)
     known, codes = np.unique(names.astype(str), return_inverse=True)
+
+    # One-hot [gap group]: a product with it sums over the gaps of each group.
     members = np.eye(len(known))[codes]
     sums, longer, counts = members.T @ values, members.T @ (values < 0), members.sum(0)
+
+    # The control: gaps keep their document and lose their group.
     shuffled = np.stack([members[generator.permutation(len(codes))].T @ values for _ in range(shuffles)])
     for i, name in enumerate(known):
         group = groups[str(name)]
         group.counts[document] = int(counts[i])
         group.sums[document], group.longer[document] = sums[i], longer[i]
+
+        # What as many gaps of this document would sum to if groups meant nothing.
         group.chance[document] = counts[i] * values.mean(0)
         group.shuffled = group.shuffled + shuffled[:, i]
 
@@ -187,6 +204,7 @@ def _rows(
     group: _Group, documents: int, draws: Int64[np.ndarray, "draw document"], layers: list[Any]
 ) -> list[dict[str, Any]]:
     """A group's rows, by layer."""
+    # Documents without such a gap count 0, and are drawn like the others.
     counts = np.zeros(documents, dtype=np.int64)
     counts[list(group.counts)] = list(group.counts.values())
     n = int(counts.sum())
@@ -206,6 +224,8 @@ def _rows(
         found[f"{ends}low"], found[f"{ends}high"] = (np.broadcast_to(end, len(layers)) for end in (low, high))
         if name == "gradient":
             found["shuffled_low"], found["shuffled_high"] = interval_of(np.asarray(group.shuffled) / n)
+
+    # Both must agree: an interval away from 0 alone may be what every gap of these documents has.
     longer = (found["high"] < 0) & (found["gradient"] < found["shuffled_low"])
     shorter = (found["low"] > 0) & (found["gradient"] > found["shuffled_high"])
     wants = np.where(longer, "longer", np.where(shorter, "shorter", "undecided"))

@@ -63,6 +63,8 @@ class Tokens:
         ids = self.ids.tolist()
         if is_byte_tokenizer(self.tokenizer):
             return byte_labels(ids)
+
+        # A document repeats its tokens: each id is decoded once.
         text_of = {i: self.tokenizer.decode([i]) for i in set(ids)}
         return [text_of[i] for i in ids]
 
@@ -107,6 +109,8 @@ def tokens_of(
     byte_model = is_byte_tokenizer(model.tokenizer)
     for number, document in enumerate(documents):
         ids = prompts_of(model, document.text, None, prepend_bos, whole=True)[0].cpu()
+
+        # The gap before the end is a gap as well, but only where the text really ends there.
         if byte_model and document.whole:
             ids = torch.cat([ids, ids.new_tensor([END_OF_DOCUMENT])])
         yield Tokens(number, document, ids, model.tokenizer, jieba)
@@ -123,6 +127,8 @@ def windows_of(length: int, window: int, overlap: int) -> list[tuple[int, int, i
     while first < length:
         stop = min(start + window, length)
         following = start + window - overlap
+
+        # The middle of the overlap, where a gap is as far from the end of this window as from the start of the next.
         end = length if stop == length else following + overlap // 2 + 1
         found.append((start, stop, first, end))
         start, first = following, end
@@ -145,6 +151,8 @@ def shards_of(documents: Iterable[Tokens], window: int, overlap: int, size: int)
 def digest(shard: list[Window]) -> str:
     """SHA-256 of which tokens a shard is made of."""
     hashed = hashlib.sha256()
+
+    # Places and ids together: equal tokens that are cut elsewhere make other gaps.
     for one in shard:
         hashed.update(f"{one.tokens.number} {one.start} {one.stop} {one.first} {one.end}\n".encode())
         hashed.update(one.ids.numpy().tobytes())

@@ -91,7 +91,7 @@ def mediation(
     """
     hooks = hook_names(model, layers, SITES["increments"][0])
     names, numbers = [name for _, name in hooks], list(dict(hooks))
-    held: list[Held] = [(None, None), *_each(model, numbers, by, heads)]
+    held: list[Held] = [(None, None), *_layers_and_heads(model, numbers, by, heads)]
     cleans, corrupteds = _pairs(model, clean, corrupted, attention_mask, prepend_bos)
 
     # All layers together, then each layer or head alone.
@@ -138,7 +138,7 @@ def _effects_table(held: list[Held], effects: Float64[np.ndarray, "held path pai
     return pd.DataFrame(rows)
 
 
-def _each(model: TransformerBridge, layers: list[int], by: By, heads: HeadKind) -> list[Held]:
+def _layers_and_heads(model: TransformerBridge, layers: list[int], by: By, heads: HeadKind) -> list[Held]:
     """Each layer alone, or each head of each."""
     if by == "layer":
         return [(layer, None) for layer in layers]
@@ -173,15 +173,15 @@ def _effects(
     base = measure(clean, logits_clean)
     total = measure(corrupted, logits_corrupted) - base
 
-    def held(tokens: Int[Tensor, "pair pos"], hooks: Hooks) -> Float64[np.ndarray, " pair"]:
+    def effect_with(tokens: Int[Tensor, "pair pos"], hooks: Hooks) -> Float64[np.ndarray, " pair"]:
         with own_hooks(model, hooks):
             return measure(tokens, model(tokens, return_type="logits")) - base
 
     found = []
     for layer, head in each:
         # The corrupted prompt with the increments of the clean one: what does not go through them. And the reverse.
-        direct = held(corrupted, freeze(of_clean, layers=layer, heads=head, head_kind=kind))
-        through = held(clean, freeze(of_corrupted, layers=layer, heads=head, head_kind=kind))
+        direct = effect_with(corrupted, freeze(of_clean, layers=layer, heads=head, head_kind=kind))
+        through = effect_with(clean, freeze(of_corrupted, layers=layer, heads=head, head_kind=kind))
 
         # What is left over is what both do together and neither does alone.
         found.append([total, direct, through, total - direct - through])

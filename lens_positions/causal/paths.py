@@ -90,10 +90,13 @@ def path_sweep(
     """
     if receivers not in RECEIVERS:
         raise PositionsError(f"receivers is {receivers!r}; expected one of {', '.join(RECEIVERS)}.")
+
     prompt = one_prompt(model, tokens, attention_mask, prepend_bos)
     expected = f"the index of a token after the first, from 1 to {prompt.shape[1] - 1}"
     before = index_of(before, "before", expected, least=1, most=prompt.shape[1] - 1)
     edit = add_gap(model, before, length, layers, heads, head_kind=head_kind)
+
+    # All layers are in the result; those below the first sender hear nothing of it, and stay 0.
     names = known_hooks(model, RECEIVERS[receivers], None)
     also = keys_apart(model) if receivers == "key" else []
     senders = [int(name.split(".")[-3]) for name, _ in edit]
@@ -101,7 +104,7 @@ def path_sweep(
     frozen = _Frozen(model, prompt)
     values = frozen.through(edit, names, also)
     later = [place for place, (layer, _) in enumerate(names) if layer >= min(senders)]
-    return _effects(frozen.replay, metric, _Receiving(names, later, values, also), edited_token(model, before))
+    return _effects(frozen.replay, metric, _Receivers(names, later, values, also), edited_token(model, before))
 
 
 class _Frozen:
@@ -121,8 +124,11 @@ class _Frozen:
         if missing:
             raise PositionsError(f"the model has no {missing[0]}; expected a bridge whose blocks can be held there.")
 
+        # The baseline at every place that a run below is held at.
         self._own: dict[str, Tensor] = {}
         record: Hooks = [(name, partial(_keep, self._own, name)) for name in (*self.resid, *self.mlp)]
+
+        # Hooks of the user may do anything, so what they changed is computed anew in each run.
         hooked = any(point.has_hooks("fwd") for point in model.hook_dict.values())
         self.replay = Replay(model, prompt, hooks=record, resume=not hooked)
 
@@ -141,10 +147,13 @@ class _Frozen:
             total = total + (entering[name] - self._own[name])
             changed[name] = self._own[name] + total
 
+        # Receivers read the changed stream, with the edit in place; what they get is noted and goes no further.
         got: dict[str, Tensor] = {}
         move: Hooks = [(name, partial(_hold, {}, name, changed[name])) for name in self.resid]
         keep: Hooks = [(name, partial(_keep, got, name)) for _, name in names]
         self._run(edit + also + move + keep)
+
+        # A hook that never ran would leave the baseline there: an effect of 0 that is none.
         silent = [name for _, name in names if name not in got]
         if silent:
             raise PositionsError(
@@ -169,7 +178,7 @@ def _hold(entering: dict[str, Tensor], name: str, value: Tensor, values: Tensor,
 
 
 @dataclass(frozen=True)
-class _Receiving:
+class _Receivers:
     """What receivers get.
 
     Attributes:
@@ -185,16 +194,18 @@ class _Receiving:
     also: Hooks
 
 
-def _effects(replay: Replay, metric: Metric, receiving: _Receiving, token: int) -> Float[Tensor, "layer *head"]:
+def _effects(replay: Replay, metric: Metric, receivers: _Receivers, token: int) -> Float[Tensor, "layer *head"]:
     """Give each receiver what it gets, one in each row of a batch, and let all after it respond."""
     metric = of_prompts(metric, replay.tokens)
     baseline = baseline_of(metric, replay.logits)
     start = replay.start(token)
-    first = receiving.values[receiving.names[0][1]]
+
+    # Queries, keys and outputs have a head axis, [batch pos head ...]; the residual stream has none.
+    first = receivers.values[receivers.names[0][1]]
     by_head = first.ndim == 4
-    units = [(place, head) for place in receiving.later for head in (range(first.shape[2]) if by_head else [None])]
+    units = [(place, head) for place in receivers.later for head in (range(first.shape[2]) if by_head else [None])]
     at_once = max(1, TOKENS_A_BATCH // (replay.tokens.shape[1] - start))
-    effects = torch.zeros(len(receiving.names), first.shape[2] if by_head else 1, dtype=torch.float64)
+    effects = torch.zeros(len(receivers.names), first.shape[2] if by_head else 1, dtype=torch.float64)
 
     batches = [units[i : i + at_once] for i in range(0, len(units), at_once)]
     for batch in track_progress(batches, "following paths", quick=len(batches) < 4):
@@ -202,14 +213,19 @@ def _effects(replay: Replay, metric: Metric, receiving: _Receiving, token: int) 
         joining: Counter[int] = Counter()
         for row, (place, head) in enumerate(batch):
             rows.setdefault(place, []).append((row, head))
-            joining[receiving.names[place][0]] += 1
-        hooks: Hooks = list(receiving.also)
+            joining[receivers.names[place][0]] += 1
+
+        hooks: Hooks = list(receivers.also)
         for place, of_place in rows.items():
-            name = receiving.names[place][1]
-            hooks.append((name, partial(_receive, receiving.values[name][:, start:], of_place)))
+            name = receivers.names[place][1]
+            hooks.append((name, partial(_receive, receivers.values[name][:, start:], of_place)))
+
+        # Rows join at the layer of their receiver; up to there they would all be the baseline.
         logits = whole_logits(None, replay.logits, replay.run(hooks, joining, token), start)
         for (place, head), value in zip(batch, metric_values(metric, logits).double().tolist(), strict=True):
             effects[place, head or 0] = value - baseline
+
+    # Differences are taken in double precision, and are as exact as the logits were.
     effects = effects.to(replay.logits.dtype if replay.logits.dtype == torch.float64 else torch.float32)
     return effects if by_head else effects[:, 0]
 

@@ -102,11 +102,14 @@ def read_prompts(
             raise PositionsError(
                 f"a template was given with a {type(given).__name__}; expected a table with a column for each {{name}}."
             )
+
         rows = prompts_of(model, cast(Any, given), attention_mask, prepend_bos)
         return [Prompt(row, None, None, None, _places(len(row), count_from)) for row in rows]
+
     if attention_mask is not None:
         raise PositionsError("attention_mask was given with a table; expected none, as its prompts have no padding.")
     table = _frame(given)
+
     if template is not None:
         return _from_template(model, table, template, count_from, prepend_bos)
     clean = _column(model, table, "clean", prepend_bos)
@@ -137,7 +140,7 @@ def _places(length: int, count_from: Ends) -> list[tuple[str, int]]:
     return [("", t if count_from == "start" else t - length) for t in range(length)]
 
 
-def _checked_column(table: pd.DataFrame, name: str) -> list[Any]:
+def _cells_of_column(table: pd.DataFrame, name: str) -> list[Any]:
     if name not in table:
         known = ", ".join(map(repr, map(str, table.columns))) or "none"
         raise PositionsError(f"the table has no column {name!r}; expected one beside those that it has ({known}).")
@@ -147,7 +150,8 @@ def _checked_column(table: pd.DataFrame, name: str) -> list[Any]:
 def _prompt_cells(table: pd.DataFrame, name: str) -> list[str | Int[Tensor, "*_one _pos"]]:
     """The prompts of a column, each a text or token ids."""
     cells: list[Any] = []
-    for row, cell in enumerate(_checked_column(table, name)):
+    for row, cell in enumerate(_cells_of_column(table, name)):
+        # Columns of pandas and `datasets` hold ids as lists or arrays.
         if isinstance(cell, list | tuple | np.ndarray) and len(cell) and np.asarray(cell).dtype.kind in "iu":
             cell = torch.as_tensor(np.asarray(cell, dtype=np.int64))
         if not isinstance(cell, Tensor) and not (isinstance(cell, str) and cell):
@@ -178,6 +182,8 @@ def _one_token(model: TransformerBridge, name: str, row: int, cell: Any) -> int:
         return index_of(cell, where, f"one token as text, or an id from 0 to {size - 1}", most=size - 1)
     if getattr(model, "tokenizer", None) is None:
         raise PositionsError(f"{where} is text and the model has no tokenizer; expected token ids.")
+
+    # A metric reads one logit: a word of several tokens would be scored by its first alone, silently.
     ids = cast(Any, model.tokenizer)(cell, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
         raise PositionsError(f"{where} is {cell!r}, which has {len(ids)} tokens; expected one token.")
@@ -191,18 +197,23 @@ def _from_template(
     fields = list(dict.fromkeys(name for _, name in parts if name is not None))
     columns = {name: _cells(table, name) for name in fields}
     others = {name: _cells(table, CORRUPTED + name) for name in fields if CORRUPTED + name in table}
+
     prompts = []
     for row, (answer, wrong) in enumerate(zip(*_tokens_of_metric(model, table), strict=True)):
         fills = {name: cells[row] for name, cells in columns.items()}
-        clean, spans = _filled(model, parts, fills, row, prepend_bos)
+        clean, spans = _fill_template(model, parts, fills, row, prepend_bos)
         places = [
             (name, _index(i, of_span, count_from)) for name, of_span in spans.items() for i in range(len(of_span))
         ]
         corrupted, pairs = None, None
         if others:
+            # The corrupted prompt differs in the spans that have a column of their own; the rest of it is the clean
+            # one.
             fills |= {name: cells[row] for name, cells in others.items()}
-            corrupted, there = _filled(model, parts, fills, row, prepend_bos)
-            pairs = _aligned(spans, there, count_from)
+            corrupted, there = _fill_template(model, parts, fills, row, prepend_bos)
+            pairs = _align_spans(spans, there, count_from)
+
+            # Token by token is what measurements do anyway, and all of them can.
             pairs = None if len(clean) == len(corrupted) and all(a == b for a, b in pairs.items()) else pairs
         prompts.append(Prompt(clean, corrupted, answer, wrong, places, pairs))
     return prompts
@@ -225,6 +236,8 @@ def _parts(template: str) -> list[tuple[str, str | None]]:
         parsed = [(text, name) for text, name, _, _ in string.Formatter().parse(template)]
     except ValueError as error:
         raise PositionsError(f"the template {template!r:.60} cannot be read ({error}); {expected}.") from error
+
+    # {0} and {a.b} are formats of Python that name no column.
     names = [name for _, name in parsed if name is not None]
     if not names or not all(name.isidentifier() for name in names):
         raise PositionsError(f"the template {template!r:.60} names no span that a column could fill; {expected}.")
@@ -232,14 +245,14 @@ def _parts(template: str) -> list[tuple[str, str | None]]:
 
 
 def _cells(table: pd.DataFrame, name: str) -> list[str]:
-    cells = _checked_column(table, name)
+    cells = _cells_of_column(table, name)
     for row, cell in enumerate(cells):
         if not (isinstance(cell, str) and cell.strip()):
             raise PositionsError(f"row {row} of column {name!r} is {cell!r}; expected the text of that span.")
     return cells
 
 
-def _filled(
+def _fill_template(
     model: TransformerBridge,
     parts: list[tuple[str, str | None]],
     fills: dict[str, str],
@@ -250,6 +263,7 @@ def _filled(
     segments: list[tuple[str, str, bool]] = []  # its name, its text, whether it is a span
     seen: Counter[str] = Counter()
     for text, name in parts:
+        # A text is called by itself, a span by its column; what comes twice is numbered.
         both = ((text.strip() or text, text, False), (name or "", fills.get(name or "", ""), True))
         for what, fill, is_span in both:
             if fill:
@@ -257,8 +271,11 @@ def _filled(
                 label = what if seen[what] == 1 else f"{what} ({seen[what]})"
                 segments.append((label, fill, is_span))
     written = "".join(fill for _, fill, _ in segments)
+
     (tokens,) = prompts_of(model, [written], None, prepend_bos)
     of_character = character_spans(cast(Any, model.tokenizer), written)
+
+    # What stands before the first token of the text is the BOS.
     own = max(stop for _, stop in of_character)
     front = len(tokens) - own
 
@@ -268,6 +285,7 @@ def _filled(
         for first, stop in of_character[start : start + len(fill)]:
             owner[front + first : front + stop] = [label] * (stop - first)
         start += len(fill)
+
     counts = Counter(owner)
     for label, fill, is_span in segments:
         if is_span and not counts[label]:
@@ -275,6 +293,8 @@ def _filled(
                 f"span {label!r} of row {row} ({fill!r:.40}) has no token that ends in it; expected a template whose "
                 "spans do not end inside of tokens."
             )
+
+    # Parts come one after another, so each has a run of tokens.
     ranges, first = {}, 0
     for label in dict.fromkeys(owner):
         ranges[label] = range(first, first + counts[label])
@@ -282,7 +302,7 @@ def _filled(
     return tokens, ranges
 
 
-def _aligned(here: dict[str, range], there: dict[str, range], count_from: Ends) -> dict[int, int]:
+def _align_spans(here: dict[str, range], there: dict[str, range], count_from: Ends) -> dict[int, int]:
     """Tokens of the same place in the same part; what only one of the two has is left out."""
     pairs: dict[int, int] = {}
     for name, ours in here.items():

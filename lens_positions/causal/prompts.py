@@ -152,22 +152,21 @@ def over_prompts(
     8  animal      3       1
     9  animal      4       1
     """
-    if not callable(measurement):
-        raise PositionsError(f"the measurement is {measurement!r}; expected a function of a model and one prompt.")
+    _check_measurement(measurement)
     streams_of(model)
     size = index_of(tokens_a_batch, "tokens_a_batch", "a whole number from 1", least=1)
     read = read_prompts(model, prompts, template, count_from, attention_mask, prepend_bos)
     metrics, roles = _metrics(read, metric), _roles(measurement, read, arguments)
-    batched: Batched | None = getattr(measurement, "batched", None)
-    hooked = any(point.has_hooks("fwd") for point in model.hook_dict.values())
-    found = None if hooked or batched is None else _in_batches(batched, model, read, metrics, size, arguments)
-    if found is None:
-        pairs = track_progress(list(zip(read, metrics, strict=True)), "prompts", quick=len(read) < 4)
-        found = [_alone(measurement, model, roles, arguments, *pair) for pair in pairs]
+    found = _values(measurement, model, read, metrics, roles, size, arguments)
     of_prompts = _long(model, read, found, arguments.get("layers"))
     words = ", ".join(f"{key}={value!r:.60}" for key, value in arguments.items() if value is not None)
     name, of_model = (getattr(x, key, type(x).__name__) for x, key in ((measurement, "__name__"), (model, "name")))
     return PromptEffects(_summary(of_prompts, len(read), seed), of_prompts, name, of_model, count_from, words)
+
+
+def _check_measurement(measurement: Any) -> None:
+    if not callable(measurement):
+        raise PositionsError(f"the measurement is {measurement!r}; expected a function of a model and one prompt.")
 
 
 def many_prompts(batched: Batched | None = None, lists: bool = True) -> Callable[[Function], Function]:
@@ -193,9 +192,13 @@ def many_prompts(batched: Batched | None = None, lists: bool = True) -> Callable
                 arguments = signature.bind_partial(model, *given, **named).arguments
             except TypeError:  # as Python says it
                 return measurement(model, *given, **named, **options)
+
+            # A call on one prompt stays what it was: only lists, tables and options of `over_prompts` lead elsewhere.
             prompts = [arguments[name] for name in sides if name in arguments]
             if not any(map(is_many, prompts)) and not options:
                 return measurement(model, *given, **named)
+
+            # `call` and not the bare measurement: `over_prompts` finds the faster way at its `batched`.
             rest = {name: value for name, value in arguments.items() if name not in ("model", *sides)}
             return over_prompts(call, model, _one_table(prompts, list(sides.values())), **rest, **options)
 
@@ -213,6 +216,8 @@ def _one_table(prompts: list[Any], columns: list[str]) -> Any:
     """A list or table as it is; two lists, of both sides of pairs, as a table."""
     if len(prompts) == 1 and (len(columns) == 1 or is_table(prompts[0])):
         return prompts[0]
+
+    # One text beside a list is a list of one, which then has too few for pairs.
     lists = [[given] if isinstance(given, str) else list(given) for given in prompts if isinstance(given, Iterable)]
     if len(lists) < len(columns) or any(map(is_table, prompts)):
         raise PositionsError(
@@ -256,6 +261,7 @@ def _roles(measurement: Callable[..., Any], prompts: list[Prompt], arguments: Ma
             f"the measurement takes {', '.join(parameters) or 'nothing'}; expected a function with parameters "
             "model, tokens and metric."
         )
+
     roles = {"clean": clean}
     other = next((name for name in ("source", "corrupted") if name in parameters), None)
     if other is not None:
@@ -282,6 +288,28 @@ def _check_pairs(prompts: list[Prompt], may_map: bool) -> None:
             )
 
 
+def _values(
+    measurement: Callable[..., Any],
+    model: TransformerBridge,
+    prompts: list[Prompt],
+    metrics: list[Metric],
+    roles: dict[str, str],
+    size: int,
+    arguments: Mapping[str, Any],
+) -> list[Any]:
+    """The value of each prompt, in batches of so many tokens where that can be."""
+    batched: Batched | None = getattr(measurement, "batched", None)
+
+    # Batches pad rows and cut logits, which the hooks of a user need not bear: then each prompt runs alone.
+    hooked = any(point.has_hooks("fwd") for point in model.hook_dict.values())
+    if batched is not None and not hooked:
+        found = _in_batches(batched, model, prompts, metrics, size, arguments)
+        if found is not None:
+            return found
+    pairs = track_progress(list(zip(prompts, metrics, strict=True)), "prompts", quick=len(prompts) < 4)
+    return [_alone(measurement, model, roles, arguments, *pair) for pair in pairs]
+
+
 def _alone(
     measurement: Callable[..., Any],
     model: TransformerBridge,
@@ -295,6 +323,7 @@ def _alone(
     if "corrupted" in roles:
         given[roles["corrupted"]] = cast(Tensor, prompt.corrupted)[None]
         if prompt.pairs is not None and "align" in inspect.signature(measurement).parameters:
+            # An alignment that the caller gave goes before that of the spans.
             given.setdefault("align", prompt.pairs)
     return measurement(model, **given)
 
@@ -308,12 +337,14 @@ def _in_batches(
     arguments: Mapping[str, Any],
 ) -> list[Any] | None:
     """The value of each prompt, in batches of neighbours in length; None where they cannot be batched."""
+    # From short to long, so that a prompt is padded to a neighbour in length: the newest is the longest of its batch.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].clean))
     batches: list[list[int]] = []
     for i in order:
         if not batches or (len(batches[-1]) + 1) * len(prompts[i].clean) > size:
             batches.append([])
         batches[-1].append(i)
+
     found: dict[int, Any] = {}
     for batch in track_progress(batches, "batches", quick=len(batches) < 4):
         values = batched(model, [prompts[i] for i in batch], [metrics[i] for i in batch], arguments)
@@ -345,10 +376,15 @@ class Batch:
         lengths = [len(prompt) for prompt in prompts]
         longest = max(lengths)
         tokens = torch.stack([torch.cat([p, p[-1:].expand(longest - len(p))]) for p in prompts])
+
+        # The mask tells streams which tokens are real; those before the padding see none of it either way.
         how: dict[str, Any] = {}
         if min(lengths) < longest:
             real = torch.arange(longest) < torch.tensor(lengths)[:, None]
             how["attention_mask"] = real.long().to(tokens.device)
+
+        # Logits are the largest tensor of a small model: where every metric says which token it reads, only those are
+        # made.
         at = [getattr(metric, "at", None) for metric in metrics]
         places = None
         if None not in at and "logits_to_keep" in inspect.signature(type(model.original_model).forward).parameters:
@@ -386,6 +422,8 @@ def batched_gradients(
     with evaluation_mode(model), torch.inference_mode(False), torch.enable_grad():
         batch = Batch.of(model, [prompt.clean.clone() for prompt in prompts], metrics)
         cfg = model.cfg
+
+        # What the backward pass would keep of all blocks; beyond `ACTIVATIONS` it is computed twice instead.
         kept = (
             batch.tokens.numel()
             * cfg.n_layers
@@ -416,12 +454,14 @@ def batched_mediation(
     hooks = hook_names(model, arguments.get("layers"), HOOK.format("increments"))
     clean = _Side(model, [prompt.clean for prompt in prompts], metrics, hooks)
     corrupted = _Side(model, [cast(Tensor, prompt.corrupted) for prompt in prompts], metrics, hooks)
+
+    # The paths as `mediation` defines them; a row each, in the order of `PATHS`.
     total = corrupted.own - clean.own
     layers: list[Any] = ["all", *dict(hooks)]
     effects = []
     for layer in layers:
-        direct = corrupted.held(layer, clean.increments) - clean.own
-        through = clean.held(layer, corrupted.increments) - clean.own
+        direct = corrupted.metric_with(layer, clean.increments) - clean.own
+        through = clean.metric_with(layer, corrupted.increments) - clean.own
         effects.append(torch.stack([total, direct, through, total - direct - through]))
     values = torch.stack(effects).double().cpu().numpy()  # layer, path, prompt
     keys = pd.DataFrame(product(layers, PATHS), columns=["layer", "path"])
@@ -445,10 +485,10 @@ class _Side:
         self._replay = Replay(model, self.batch.tokens, hooks=record, tokens_too=False, how=self.batch.how)
         self.own = self.batch.metric(metrics, self._replay.logits)
 
-    def held(self, layer: Any, increments: Mapping[str, Tensor]) -> Float[Tensor, " prompt"]:
+    def metric_with(self, layer: Any, increments: Mapping[str, Tensor]) -> Float[Tensor, " prompt"]:
         """The metric of each prompt with these increments at one layer, or at all of them."""
         chosen = [(number, name) for number, name in self.hooks if layer in ("all", number)]
-        hooks: Hooks = [(name, partial(_replaced, increments[name])) for _, name in chosen]
+        hooks: Hooks = [(name, partial(_replace, increments[name])) for _, name in chosen]
         return self.batch.metric(self.metrics, self._replay.run(hooks, {min(dict(chosen)): 1}))
 
 
@@ -456,7 +496,7 @@ def _record(kept: dict[str, Tensor], increments: Tensor, hook: HookPoint) -> Non
     kept[str(hook.name)] = increments.detach()
 
 
-def _replaced(others: Tensor, increments: Tensor, hook: HookPoint) -> Tensor:
+def _replace(others: Tensor, increments: Tensor, hook: HookPoint) -> Tensor:
     return others.to(increments)
 
 
@@ -474,6 +514,8 @@ def _long(model: TransformerBridge, prompts: list[Prompt], found: list[Any], lay
                 f"the measurement returned {what} for prompt {row}; expected a tensor [layer pos] or [layer head pos] "
                 f"with {len(numbers)} layers and {len(prompt.clean)} tokens, or a table."
             )
+
+        # One row of the table for each entry of the tensor: its indices, flattened in the order of its values.
         layer, *head, token = np.indices(shape).reshape(len(shape), -1)
         spans, places = (np.array(column, dtype=object) for column in zip(*prompt.places, strict=True))
         columns: dict[str, Any] = {"prompt": row, "layer": np.array(numbers)[layer]}
@@ -490,6 +532,8 @@ def _of_table(row: int, values: pd.DataFrame) -> pd.DataFrame:
             f"the measurement returned a table with columns {', '.join(map(str, values))}; expected a column 'mean' "
             "beside its keys."
         )
+
+    # Whatever else a table has tells rows apart; its own n and interval say nothing over prompts.
     keys = [name for name in values if name not in ("n", "mean", "low", "high")]
     return values[keys].assign(effect=values["mean"]).assign(prompt=row)[["prompt", *keys, "effect"]]
 
@@ -510,16 +554,22 @@ def _summary(of_prompts: pd.DataFrame, prompts: int, seed: int) -> pd.DataFrame:
     # Layers, spans and paths in the order in which they come; tokens by their number.
     ranks = {name: rows[name] if name == "token" else pd.factorize(rows[name])[0] for name in keys}
     rows = rows.iloc[np.lexsort([np.asarray(ranks[name]) for name in reversed(keys)])]
+
+    # A prompt by cell matrix: NaN where a prompt has no such place.
     cells = rows.groupby(keys, sort=False, observed=True)
     cell = cells.ngroup().to_numpy()
     values = np.full((prompts, cells.ngroups), np.nan)
     values[rows["prompt"].to_numpy(), cell] = rows["effect"].to_numpy()
     table = rows.loc[~pd.Series(cell, rows.index).duplicated(), keys].reset_index(drop=True)
+
+    # A token stands for a place only if every prompt has that very token there.
     if "text" in rows:
         same = (cells["text"].nunique().to_numpy() == 1) & (np.isfinite(values).sum(0) == prompts)
         table["text"] = np.where(same, cells["text"].first().to_numpy(), "")
     n = np.isfinite(values).sum(0)
     low, high = _bootstrap(values, seed)
+
+    # One prompt resampled is the same prompt: an interval of no width that nobody should read.
     alone = n < 2
     return table.assign(
         n=n, mean=np.nanmean(values, axis=0), low=np.where(alone, np.nan, low), high=np.where(alone, np.nan, high)
@@ -530,6 +580,8 @@ def _bootstrap(values: Float64[np.ndarray, "prompt cell"], seed: int) -> tuple[n
     """Where 95% of the means lie over resamples of prompts; a prompt that lacks a cell counts for none there."""
     draws = resamples(len(values), seed)
     low, high = np.empty(values.shape[1]), np.empty(values.shape[1])
+
+    # Means of all resamples as one product; what a prompt lacks adds 0 to the sum and 0 to the count.
     for first in range(0, values.shape[1], CELLS_AT_ONCE):
         some = values[:, first : first + CELLS_AT_ONCE]
         counts = (draws @ np.isfinite(some)).astype(float)

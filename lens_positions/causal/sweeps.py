@@ -112,8 +112,8 @@ def gap_sweep(
 
     >>> effects = lp.causal.gap_sweep(model, "The cat sat.", lp.causal.loss(), by=1.0)
     >>> effects[0].round(decimals=2)  # nats per token, by lengthening the gap before each token at layer 0
-    tensor([ 0.0000,  0.0000,  0.0200,  0.0200,  0.0200,  0.1300,  0.0100, -0.1400,
-            -0.0100, -0.1400, -0.2700, -0.5000,  0.0000])
+    tensor([ 0.0000, -0.0000,  0.0400, -0.0100, -0.0900,  0.3600,  0.0800,  0.2700,
+            -0.0100,  0.0000, -0.1300, -0.3300,  0.0000])
     >>> lp.causal.gap_sweep(model, "The cat sat.", lp.causal.loss(), by="head").shape  # layer, head, pos
     torch.Size([6, 4, 13])
     """
@@ -182,13 +182,13 @@ def patch_sweep(
     places = _places(model, site, layers, by, heads)
     recorded = _recorded_values(model, source, places, prepend_bos)
     length, there = prompt.shape[1], recorded[0].shape[0]
-    pairs = _aligned(align, length, there, recorded[0].shape[-1] if site == "pattern" else None)
+    pairs = _token_pairs(align, length, there, recorded[0].shape[-1] if site == "pattern" else None)
 
     put = partial(_recorded_for, recorded, pairs, site)
     return _sweep(model, prompt, metric, places, {t: t for t in sorted(pairs)}, put)
 
 
-def _aligned(align: Mapping[int, int] | None, length: int, there: int, keys: int | None) -> dict[int, int]:
+def _token_pairs(align: Mapping[int, int] | None, length: int, there: int, keys: int | None) -> dict[int, int]:
     """The source's token for each of the prompt's, in a prompt of some length; `keys` of a recorded pattern."""
     if align is None and there != length:
         raise PositionsError(
@@ -199,6 +199,7 @@ def _aligned(align: Mapping[int, int] | None, length: int, there: int, keys: int
         raise PositionsError("patterns are patched row by row over all keys; expected equally long inputs and no map.")
     if align is not None and not (isinstance(align, Mapping) and align):
         raise PositionsError(f"align is {align!r}; expected {{token here: token there}} with at least one pair.")
+
     expected = "whole numbers from 0, as align maps tokens to tokens"
     pairs = {t: t for t in range(length)}
     if align is not None:
@@ -265,6 +266,8 @@ def _places(model: TransformerBridge, site: str, layers: LayerIndices, by: By, h
 
     names = known_hooks(model, HEAD_SITES.get(site, SITES[site][0]), layers)
     also: Hooks = []
+
+    # Keys have key-value heads already. For query heads each gets a copy of those of its group, to be edited alone.
     if site == "rot_k" and heads == "key_value":
         return _Places(names, axis, [[head] for head in range(count)], shared, [])
     if site == "rot_k":
@@ -293,10 +296,10 @@ def keys_apart(model: TransformerBridge, layers: LayerIndices = None) -> Hooks:
         PositionsError: the model cannot have them.
     """
     with_query_heads(model)
-    return [(name, _as_given) for _, name in hook_names(model, layers, HEAD_SITES["increments"])]
+    return [(name, _keep_values) for _, name in hook_names(model, layers, HEAD_SITES["increments"])]
 
 
-def _as_given(values: Tensor, hook: Any) -> Tensor:
+def _keep_values(values: Tensor, hook: Any) -> Tensor:
     return values.clone()
 
 
@@ -366,6 +369,7 @@ def _hooks_of(places: _Places, units: list[tuple[int, list[int] | None]], group:
     for row, (unit, token) in enumerate((unit, token) for unit in group.units for token in group.tokens):
         place, heads = units[unit]
         of_place.setdefault(place, []).append((row, token, heads))
+
     hooks: Hooks = []
     for place, cells in of_place.items():
         # An edit of several heads is one of each of them.
@@ -466,6 +470,7 @@ def _recorded_values(
 ) -> list[Float[Tensor, "pos_source ..."]]:
     """Values of the source at each of the hook points, by token."""
     names = [name for _, name in places.names]
+
     if isinstance(source, ActivationCache):
         cache = source
     elif isinstance(source, Tensor | Sequence):
@@ -495,6 +500,8 @@ def _of_heads(values: Float[Tensor, "1 pos_source ..."], places: _Places) -> Flo
     """Recorded values with as many heads as a sweep by head asks for."""
     if places.heads is None:
         return values
+
+    # A recording of fewer heads has one value for each group of them.
     count = 1 + max(max(heads) for heads in places.heads)
     if values.ndim == 2:
         return of_query_heads(values, count)

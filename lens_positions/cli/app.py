@@ -20,7 +20,7 @@ import lens_positions as lp
 from .. import exits
 from ..errors import PositionsError
 from ..exits import command_outcome
-from ..progress import durations_said
+from ..progress import say_durations
 from ..terminal import print_line
 from ..viz import output as viz_output
 
@@ -65,11 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = FORMER_NAMES[words[0]]
         complain(f"the command {words[0]} is called {name} now; expected {name}, as the old name goes with 0.3.0.")
         words[0] = name
+
+    # Training has a command line of its own, which `python -m training` runs too.
     if words and words[0] in TRAINING:
         from ..training.commands import main as training
 
         return training(words)
-    with command_outcome(PROGRAM) as outcome, durations_said(complain):
+    with command_outcome(PROGRAM) as outcome, say_durations(complain):
         outcome.status = _experiments(words[1:]) if words[:1] == ["experiments"] else _run(words)
     return outcome.status
 
@@ -92,6 +94,7 @@ def _experiments(words: list[str]) -> int:
     try:
         from experiments.commands import main as experiments
     except ModuleNotFoundError as error:
+        # A package that the study needs and that is missing is another error than a missing checkout.
         if error.name not in ("experiments", "experiments.commands"):
             raise
         raise PositionsError(
@@ -109,6 +112,8 @@ def overview() -> str:
         lines += ["", group]
         for name in names:
             said = TRAINING.get(name) or STUDY.get(name) or inspect.getdoc(getattr(cli, name)) or ""
+
+            # The first paragraph of a docstring, which may run over two lines of the source.
             first = said.split("\n\n")[0].replace("\n", " ").rstrip(".")
             lines += textwrap.wrap(first, 100, initial_indent=f"  {name:16}", subsequent_indent=" " * 18)
     return "\n".join(lines)

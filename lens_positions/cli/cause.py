@@ -13,6 +13,7 @@ from ..errors import PositionsError, check_seed, check_text
 from ..terminal import effect_cell, print_grid, print_line
 from ..viz import output as viz_output
 from .app import BOS_OF_MODEL, Bos, announce_figure, app, check_learned, check_outputs, write_table
+from .durations import announce_duration
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -37,6 +38,8 @@ def gaps(
 ) -> None:
     """Show what lengthening each gap of a text does, at every layer: the first thing to run on any RoPE model.
 
+    Takes about 10 seconds for a sentence with a shipped model, more with larger ones.
+
     Args:
         model: a folder, an adapter, the name of a packaged model, or a model of the hub.
         text: the prompt; put -- before one that begins with a dash.
@@ -53,12 +56,14 @@ def gaps(
     if wrong is not None and answer is None:
         raise PositionsError("--wrong was given without --answer; expected both, or the answer alone.")
 
+    # Whatever can be refused was refused by here: a typing error should not wait for torch.
     from ..text import one_prompt
 
     loaded = lp.HookedPositionTransformer.from_pretrained(model)
     tokens = one_prompt(loaded, text, prepend_bos=prepend_bos)
     metric, unit = _metric(loaded, tokens, answer, wrong)
     effects = lp.causal.gap_sweep(loaded, text, metric, by, layers or None, prepend_bos=prepend_bos)
+
     what = f"{loaded.name}: {by:g} more before each token, one gap and layer at a time"
     _show_effects(loaded, tokens, effects, layers, what, unit, csv, figure)
 
@@ -79,6 +84,8 @@ def patch(
     """Show what values recorded on the clean prompt do in the corrupted one, one layer and token at a time.
 
     The effect is on the logit of the answer minus that of the wrong one, after the last token.
+
+    Takes about 10 seconds for a sentence with a shipped model, more with larger ones.
 
     Args:
         model: a folder, an adapter, the name of a packaged model, or a model of the hub.
@@ -111,6 +118,7 @@ def patch(
             f"the clean prompt has {source.shape[1]} tokens and the corrupted one {tokens.shape[1]}; expected equally "
             "many (causal.patch_sweep takes a map of tokens)."
         )
+
     metric, unit = _metric(loaded, tokens, answer, wrong)
     effects = lp.causal.patch_sweep(loaded, clean, corrupted, metric, site, layers or None, prepend_bos=prepend_bos)
     with torch.no_grad():
@@ -140,6 +148,8 @@ def ablate(
     Increments go to 1.0, to the mean of their row, or to other tokens (shuffled). What 1.0 does beyond the mean is
     scale, not structure.
 
+    Takes about 40 seconds with a shipped model, more with larger ones.
+
     Args:
         model: a folder, an adapter, the name of a packaged model, or a model of the hub.
         corpus: held-out text to read: english, chinese, bilingual, code, a file or a folder.
@@ -157,6 +167,7 @@ def ablate(
 
     from rich.console import Console
 
+    announce_duration("ablate", characters)
     loaded = lp.HookedPositionTransformer.from_pretrained(model)
     check_learned(loaded, "ablating them does nothing", "a model with learned increments")
     texts = lp.corpora.heldout_excerpts(corpus, characters)
@@ -166,6 +177,7 @@ def ablate(
         training = lp.corpora.training_excerpts(corpus, characters)
         means = lp.causal.token_means(loaded, training, prepend_bos=prepend_bos)
     found = lp.causal.ablation_table(loaded, texts, layers or None, seed=seed, means=means, prepend_bos=prepend_bos)
+
     console = Console(highlight=False)
     of_text = _print_ablated_text(console, loaded, found, corpus)
     _print_ablations(console, found)
@@ -187,6 +199,8 @@ def _metric(
     """What effects are measured on, and its name with the unit."""
     if tokens.shape[1] < 2:
         raise PositionsError("the text has one token, so there is no gap in it; expected at least two.")
+
+    # A prompt without an answer still says something: how well the model predicts the prompt itself.
     if answer is None:
         return lp.causal.loss(tokens), "loss, nats per token"
     right = _single_token(model, answer, "answer")
@@ -229,6 +243,8 @@ def _show_effects(
     labels = [viz_output.visible_text(label) for label in model.to_str_tokens(tokens[0])]
     print_line(console, what)
     print_line(console, f"change of the {unit}; orange raises it, blue lowers it\n")
+
+    # One scale of colour for the whole grid, so that layers compare; NaN is a token that was not edited.
     most = float(effects.nan_to_num().abs().max())
     cells = [[effect_cell(value, most) for value in row] for row in effects.tolist()]
     print_grid(console, [f"layer {number}" for number in numbers], labels, cells)
@@ -241,6 +257,7 @@ def _show_effects(
         layer, t = divmod(i, length)
         around = "".join(labels[max(0, t - 4) : t]) + f"⟦{labels[t]}⟧" + "".join(labels[t + 1 : t + 3])
         print_line(console, f"  {float(effects[layer, t]):+.4f}  layer {numbers[layer]}, token {t}  {around}")
+
     if csv is not None:
         import pandas as pd
 
@@ -279,6 +296,8 @@ def _print_ablations(console: "Console", found: "lp.causal.Ablations") -> None:
     from ..viz.effect_charts import ABLATION_LABELS
 
     loss, attention = found.loss, found.attention
+
+    # Rows and columns in the order of the table, which is that of the model.
     layers, kinds = list(dict.fromkeys(loss["layer"])), list(dict.fromkeys(loss["to"]))
     rows = [layer if layer == "all" else f"layer {layer}" for layer in layers]
     columns = [ABLATION_LABELS.get(kind, f"to {kind}") for kind in kinds]

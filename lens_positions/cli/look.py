@@ -13,6 +13,7 @@ from ..errors import PositionsError, check_seed, check_text
 from ..terminal import increment_cell, print_grid, print_line
 from ..viz import output as viz_output
 from .app import BOS_OF_MODEL, Bos, announce_figure, app, check_outputs, complain, write_table
+from .durations import announce_duration
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,6 +38,8 @@ def show(
 ) -> None:
     """Show how far apart a model puts the tokens of a text.
 
+    Takes about 10 seconds with a shipped model.
+
     Args:
         model: a folder, the name of a shipped model, or a model of the hub.
         text: the text to show; put -- before a text that begins with a dash.
@@ -46,17 +49,7 @@ def show(
     """
     check_text(text)
     prepend_bos = bos.prepend()
-
-    # A figure that ends in .html is a page to explore.
-    explored = figure is not None and figure.suffix.lower() in (".html", ".htm")
-    if figure is not None and explored:
-        viz_output.check_page(figure)
-    elif figure is not None and figure.suffix.lower() not in viz_output.KINDS:
-        raise PositionsError(
-            f"the figure's path is {figure}; expected a name that ends in .png, .svg or .pdf, or .html to explore."
-        )
-    else:
-        check_outputs(None, figure)
+    explored = _check_figure(figure)
 
     from rich.console import Console
 
@@ -66,14 +59,18 @@ def show(
     text_positions = position_text(loaded, text, most=loaded.cfg.n_ctx, prepend_bos=prepend_bos)
     increments = text_positions.increments.mean(dim=-1)
     rows = layers_to_show(loaded, layers or None, increments)
+
     # Entry 0 stands before the text; with gap "after", it is the last increment that moves no token of the text.
     used = loaded.position_config.effective
     moving = increments[:, used] if increments.shape[1] > 1 else increments
     means = {layer: float(moving[layer].mean()) for layer in rows}
+
     console = Console(highlight=False)
     _print_tokens(console, loaded, text_positions, rows, means)
     if table:
         _print_kinds(console, loaded, text_positions, rows, means)
+
+    # A text past the context is read as far as it goes; that is said on standard error, not in the table.
     if text_positions.cut():
         complain(text_positions.cut().replace("drawn", "shown"))
     if figure is not None:
@@ -81,10 +78,29 @@ def show(
             if explored:
                 lp.viz.spacing_view(loaded, text, layers or None, prepend_bos=prepend_bos).save(figure)
             else:
-                # Signed increments may have a mean of zero or less, by which nothing can be divided.
-                divisible = all(text_positions.mean_increment(entry) > 0 for entry in rows)
-                scale: Scale = "relative" if divisible else "common"
+                scale = _scale_of(text_positions, rows)
                 lp.viz.spacing(loaded, text, layers or None, scale, figure, prepend_bos=prepend_bos)
+
+
+def _check_figure(figure: Path | None) -> bool:
+    """Refuse a figure that could not be written; whether it is a page to explore, which ends in .html."""
+    explored = figure is not None and figure.suffix.lower() in (".html", ".htm")
+    if figure is not None and explored:
+        viz_output.check_page(figure)
+    elif figure is not None and figure.suffix.lower() not in viz_output.KINDS:
+        raise PositionsError(
+            f"the figure's path is {figure}; expected a name that ends in .png, .svg or .pdf, or .html to explore."
+        )
+    else:
+        check_outputs(None, figure)
+    return explored
+
+
+def _scale_of(text_positions: "TextPositions", rows: dict[int, str]) -> "Scale":
+    """The scale of a figure: each row's own, if each has a mean that positions can be divided by."""
+    # Signed increments may have a mean of zero or less.
+    divisible = all(text_positions.mean_increment(entry) > 0 for entry in rows)
+    return "relative" if divisible else "common"
 
 
 @app.command
@@ -98,6 +114,8 @@ def extremes(
     bos: Bos = BOS_OF_MODEL,
 ) -> None:
     """Show which tokens a graft or a trained model puts nearest and farthest, and which kinds of token.
+
+    Takes about 20 seconds with a shipped model, more with larger ones.
 
     Args:
         model: a folder, an adapter, the name of a packaged model, or a model of the hub.
@@ -117,11 +135,14 @@ def extremes(
     from rich.console import Console
     from rich.text import Text
 
+    announce_duration("extremes", 0 if corpus is None else characters)
     loaded = lp.HookedPositionTransformer.from_pretrained(model)
     texts = None if corpus is None else lp.corpora.heldout_excerpts(corpus, characters)
     corpus_increments = None if texts is None else lp.analysis.read_corpus(loaded, texts, prepend_bos=prepend_bos)
     found = lp.analysis.extreme_tokens(loaded, corpus_increments, top)
     by_kind, what, mean = _extremes_by_kind(loaded, texts, corpus_increments, corpus)
+
+    # Refused here and not before loading: which layers there are depends on the source.
     shown = layers or tuple(dict.fromkeys(found["layer"]))
     if missing := set(shown) - set(found["layer"]):
         known = ", ".join(map(str, dict.fromkeys(found["layer"])))
@@ -134,6 +155,8 @@ def extremes(
         print_line(console, f"mean increment {mean:.3f}; × is an increment divided by that mean\n")
     else:
         print_line(console, "× is an increment divided by the mean of its layer; by kind with a 95% interval\n")
+
+    # A source of the whole vocabulary is the same in every layer, and needs no heading.
     for layer in shown:
         if texts is not None or len(shown) > 1:
             print_line(console, Text(f"layer {layer}", "bold"))
@@ -158,6 +181,7 @@ def _extremes_by_kind(
         by_kind = of_vocabulary.groupby("kind", as_index=False).agg(n=("id", "size"), relative=("relative", "mean"))
         by_kind = by_kind.assign(layer=0, relative_low=math.nan, relative_high=math.nan)
         return by_kind, f"{len(of_vocabulary):,} token ids, each once", of_vocabulary["increment"].mean()
+
     what = f"{sum(map(len, texts)):,} characters of {len(texts)} held-out documents of {corpus}"
     return lp.analysis.increments_by_category(model, corpus_increments), what, math.nan
 
@@ -195,6 +219,8 @@ def report(
     Spacing, tokens tinted by increment, attention beside increments, increments by kind of token, loss and ablations.
     Interrupted, it keeps the parts that are done.
 
+    Takes about 40 seconds with a shipped model, more with larger ones.
+
     Args:
         model: a folder, an adapter, the name of a packaged model, or a model of the hub.
         output: the page to write, as .html.
@@ -213,6 +239,7 @@ def report(
 
     from rich.console import Console
 
+    announce_duration("report", characters if compare is None else 2 * characters)
     loaded = lp.HookedPositionTransformer.from_pretrained(model)
     other = None if compare is None else lp.HookedPositionTransformer.from_pretrained(compare)
     options: list[tuple[str, Any]] = [("--text", text), ("--compare", compare), ("--corpus", corpus)]
@@ -265,6 +292,8 @@ def explore(
     from ..viz.explorer.server import Models, Server, is_local
 
     console = Console(highlight=False)
+
+    # The others are loaded when the page first asks for them.
     first = lp.HookedPositionTransformer.from_pretrained(names[0])
     server = Server(Models(names, [first]), host, port)
     if not is_local(host):
@@ -273,6 +302,7 @@ def explore(
             "page shows and keep this machine busy, and the connection is not encrypted."
         )
     print_line(console, f"the explorer is at {server.address} (Ctrl+C ends it)")
+
     if open:
         import webbrowser
 

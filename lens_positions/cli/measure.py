@@ -13,6 +13,7 @@ from ..config import Alphabet
 from ..errors import PositionsError
 from ..terminal import print_grid, print_line, with_interval
 from .app import BOS_OF_MODEL, Bos, announce_figure, app, check_learned, check_outputs, complain, write_table
+from .durations import announce_duration
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,6 +43,8 @@ def kinds(
 ) -> None:
     """Show increments by layer and kind of token: mean, least and largest.
 
+    Takes about 20 seconds with a shipped model, more with larger ones.
+
     Args:
         alphabet: kinds of prose, or those of program text (code).
         only: the kinds to show; all that occur if none is named.
@@ -51,17 +54,19 @@ def kinds(
 
     from rich.text import Text
 
-    loaded, texts, what = read_heldout(model, corpus, characters)
+    loaded, texts, what = read_heldout("kinds", model, corpus, characters)
     table = lp.analysis.increments_by_category(
         loaded, texts, seed=seed, alphabet=alphabet, only=only or None, prepend_bos=prepend_bos
     )
     console = print_heading(
         f"{loaded.name}: increments by kind of token, {what}", f"mean (least to largest); {PER_TOKEN}"
     )
+
     names = [f"{kind} ({n:,})" for kind, n in table.groupby("kind", sort=False)["n"].first().items()]
     _grid(console, table, "kind", "layer", lambda row: f"{row.mean:.2f} ({row.min:.2f} to {row.max:.2f})", names)
     print_line(console, Text("divided by the mean of the layer, with its interval", "bold"))
     _grid(console, table, "kind", "layer", lambda row: _with_interval(row, "relative", "relative_"), names)
+
     write_if_asked(console, table, csv)
     if figure is not None:
         caption = f"{loaded.name}; {what}. Intervals: 95% of resamples of documents, seed {seed}."
@@ -87,6 +92,8 @@ def boundaries(
     any order of those tokens could reach, the branching entropy after the character before, and the mutual information
     of both characters.
 
+    Takes about 80 seconds with a shipped model, more with larger ones.
+
     Args:
         words: "human" (the People's Daily of the corpus chinese, held-out lines), "jieba" (the same lines, or those of
             --corpus, segmented by jieba), or a file of lines whose words stand between spaces.
@@ -105,7 +112,11 @@ def boundaries(
         kept = range(0, len(texts), max(1, math.ceil(len(texts) / lines)))
         texts = [texts[i] for i in kept]
         segmented = segmented if isinstance(segmented, str) else [segmented[i] for i in kept]
+
+    # Held-out lines are measured, so the statistic of the text is counted in training text: it has not seen them
+    # either.
     counted = None if training == "none" else lp.corpora.load(training)["train"]["text"]
+    announce_duration("boundaries")
     loaded = lp.HookedPositionTransformer.from_pretrained(model)
     table = lp.analysis.boundary_auc(loaded, texts, segmented, counted, seed, prepend_bos=prepend_bos)
     first = table.iloc[0]
@@ -140,6 +151,8 @@ def names(
 
     As a control, the same for ordinary pairs of words that are as frequent in both orders.
 
+    Takes about 20 seconds with a shipped model, more with larger ones.
+
     Args:
         names: two-word names, one a line; 94 that presidents speak of if none are given.
     """
@@ -154,7 +167,10 @@ def names(
 
     lines = [] if names is None else [line.strip() for line in lp.corpora.read_text(names).splitlines()]
     given = NAMES if names is None else [line for line in lines if line]
+    announce_duration("names")
     loaded = lp.HookedPositionTransformer.from_pretrained(model)
+
+    # Where every increment is 1.0 all differences are 0, and a table of them would look like a finding.
     check_learned(loaded, "names and other words are alike", "a model with learned increments")
     table = lp.analysis.entity_grouping(
         loaded, lp.corpora.load(corpus)["train"]["text"], given, prepend_bos=prepend_bos
@@ -164,6 +180,7 @@ def names(
         "mean with a 95% interval, share nearer in the real order, Wilcoxon p (q over layers), over families of pairs "
         "that share words",
     )
+
     counts = table.groupby("group", sort=False)[["n", "families"]].first()
     heads = [f"{row.Index} ({row.n} in {row.families} families)" for row in counts.itertuples()]
 
@@ -188,13 +205,16 @@ def heads(
     csv: Csv = None,
     bos: Bos = BOS_OF_MODEL,
 ) -> None:
-    """Show each head's mean increment and how far back it looks, and how the two go together."""
+    """Show each head's mean increment and how far back it looks, and how the two go together.
+
+    Takes about 20 seconds with a shipped model, more with larger ones.
+    """
     check_outputs(csv, None)
     prepend_bos = bos.prepend()
 
     import pandas as pd
 
-    loaded, texts, what = read_heldout(model, corpus, characters)
+    loaded, texts, what = read_heldout("heads", model, corpus, characters)
     check_learned(loaded, "there is nothing to compare", "a model with learned increments")
     table = lp.analysis.head_profile(loaded, texts, seed, prepend_bos=prepend_bos)
     console = print_heading(f"{loaded.name}: heads, {what}", f"mean increment, and look-back in tokens; {PER_TOKEN}")
@@ -215,6 +235,7 @@ def heads(
     except PositionsError as error:
         complain(f"no correlation: {error}")
         return
+
     for row in correlations.itertuples():
         test = "" if math.isnan(row.p) else f", p = {row.p:.2g} of permutations"  # type: ignore[arg-type]
         interval = f"({row.low:+.2f} to {row.high:+.2f}){test}"
@@ -230,10 +251,13 @@ def saturation(
     csv: Csv = None,
     bos: Bos = BOS_OF_MODEL,
 ) -> None:
-    """Show the share of increments that sit at their cap, or below zero where they are signed, layer by layer."""
+    """Show the share of increments that sit at their cap, or below zero where they are signed, layer by layer.
+
+    Takes about 20 seconds with a shipped model, more with larger ones.
+    """
     check_outputs(csv, None)
     prepend_bos = bos.prepend()
-    loaded, texts, what = read_heldout(model, corpus, characters)
+    loaded, texts, what = read_heldout("saturation", model, corpus, characters)
 
     # Without an activation there is no cap to sit at, and increments may be negative.
     if loaded.position_config.learned and loaded.position_config.activation == "none":
@@ -243,6 +267,7 @@ def saturation(
             print_line(console, f"  layer {row.layer}  {_share(row, 'share')}  least {row.min:.2f}")
         write_if_asked(console, table, csv)
         return
+
     table = lp.analysis.saturation(loaded, texts, seed, prepend_bos=prepend_bos)
     console = print_heading(f"{loaded.name}: increments at the cap of {table['cap'].iloc[0]:g}, {what}", PER_TOKEN)
     for row in table.itertuples():
@@ -262,12 +287,14 @@ def specialisation(
 ) -> None:
     """Show how much of each layer's increments the kind of a token explains, and which kinds stand out.
 
+    Takes about 20 seconds with a shipped model, more with larger ones.
+
     Args:
         alphabet: kinds of prose, or those of program text (code).
     """
     check_outputs(csv, None)
     prepend_bos = bos.prepend()
-    loaded, texts, what = read_heldout(model, corpus, characters)
+    loaded, texts, what = read_heldout("specialisation", model, corpus, characters)
     check_learned(loaded, "no kind stands out", "a model with learned increments")
     table = lp.analysis.specialisation(loaded, texts, alphabet, seed, prepend_bos=prepend_bos)
     console = print_heading(
@@ -283,8 +310,11 @@ def specialisation(
 ENDS = ("farthest", "nearest")
 
 
-def read_heldout(model: str, corpus: str, characters: int) -> "tuple[lp.HookedPositionTransformer, list[str], str]":
-    """The model, held-out text, and how to name that text."""
+def read_heldout(
+    command: str, model: str, corpus: str, characters: int
+) -> "tuple[lp.HookedPositionTransformer, list[str], str]":
+    """The model, held-out text, and how to name that text; how long the command takes is said before."""
+    announce_duration(command, characters)
     loaded = lp.HookedPositionTransformer.from_pretrained(model)
     texts = lp.corpora.heldout_excerpts(corpus, characters)
     return loaded, texts, f"{sum(map(len, texts)):,} characters of {len(texts)} held-out documents of {corpus}"
@@ -301,10 +331,13 @@ def _word_segmentation(words: str, corpus: str | None) -> tuple[list[str], Any, 
         whose = "segmented by people" if words == "human" else "segmented by jieba"
         texts = ["".join(line) for line in segmented]
         return texts, segmented if words == "human" else "jieba", f"the held-out People's Daily {whose}"
+
+    # Text that nobody has cut: jieba is all there is.
     if corpus is not None:
         heldout = lp.corpora.load(corpus)["heldout"]["text"]
         texts = [line for text in heldout for line in text.splitlines() if line]
         return texts, "jieba", f"held out of {corpus}, segmented by jieba"
+
     path = Path(words)
     if not path.is_file():
         raise PositionsError(

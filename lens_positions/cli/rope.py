@@ -12,6 +12,7 @@ from ..config import BLOCK
 from ..errors import PositionsError, check_seed
 from ..terminal import print_grid, print_line, with_interval
 from .app import BOS_OF_MODEL, Bos, announce_figure, app, check_outputs
+from .durations import announce_duration
 from .measure import Characters, Chart, Corpus, Model, Seed, print_heading, read_heldout, write_if_asked
 
 if TYPE_CHECKING:
@@ -37,15 +38,15 @@ def frequencies(
     """Show which rotary frequencies queries and keys are large at, layer by layer, and which heads go by position.
 
     Works on any RoPE model that streams attach to, learned increments or not.
+
+    Takes about 10 seconds with a shipped model, more with larger ones.
     """
     check_outputs(csv, figure)
     prepend_bos = bos.prepend()
 
-    import pandas as pd
-
     from ..analysis.frequencies import SIDES
 
-    loaded, texts, what = read_heldout(model, corpus, characters)
+    loaded, texts, what = read_heldout("frequencies", model, corpus, characters)
     norms = lp.analysis.frequency_norms(loaded, texts, seed=seed, prepend_bos=prepend_bos)
     heads = lp.analysis.positional_heads(loaded, texts, seed=seed, prepend_bos=prepend_bos)
     console = print_heading(
@@ -57,6 +58,19 @@ def frequencies(
     norms["band"] = lp.analysis.frequency_quarters(norms).map(dict(enumerate(BANDS)))
     for side in SIDES:
         _print_norms(console, side, norms[norms["side"] == side])
+    use = _print_positional_heads(console, norms, heads)
+
+    _write_tables(console, csv, norms.drop(columns="band"), heads=heads, use=use)
+    if figure is not None:
+        caption = f"{loaded.name}; {what}. Means over heads and tokens."
+        with announce_figure(console, figure):
+            lp.viz.norms_map(norms, caption, figure)
+
+
+def _print_positional_heads(console: "Console", norms: "pd.DataFrame", heads: "pd.DataFrame") -> "pd.DataFrame":
+    """The heads that attend by position, and whether they use high frequencies more than others, as a table too."""
+    import pandas as pd
+
     found = heads[heads["positional"]]
     print_line(console, f"{len(found)} of {len(heads)} heads give over half of their attention to one offset, whatever")
     print_line(console, "the tokens are (share of attention, and with the tokens in another order; 95% intervals):\n")
@@ -79,17 +93,14 @@ def frequencies(
             )
     if not turns:
         print_line(console, "  no frequency turns in this model, so none is used more than another.")
-    _write_tables(console, csv, norms.drop(columns="band"), heads=heads, use=use)
-    if figure is not None:
-        caption = f"{loaded.name}; {what}. Means over heads and tokens."
-        with announce_figure(console, figure):
-            lp.viz.norms_map(norms, caption, figure)
+    return use
 
 
 def _print_norms(console: "Console", side: str, norms: "pd.DataFrame") -> None:
     """The mean norm of queries or keys, a row a layer, a column for each quarter of the frequencies that there is."""
     from rich.text import Text
 
+    # A model that turns few components lacks some quarters; an empty column would look like a zero.
     layers = list(dict.fromkeys(norms["layer"]))
     bands = [band for band in BANDS if (norms["band"] == band).any()]
     means = norms.groupby(["layer", "band"])["norm"].mean()
@@ -113,6 +124,8 @@ def absolute(
 
     The log attention at a fixed distance varies over repeats through the score (the residual stream) and through the
     sum over all keys (the causal mask); then, what goes when the first token's embedding is replaced.
+
+    Takes about 20 seconds with a shipped model, more with larger ones.
     """
     check_outputs(csv, figure)
     prepend_bos = bos.prepend()
@@ -120,12 +133,16 @@ def absolute(
     if texts < 2:
         raise PositionsError(f"--texts is {texts}; expected at least 2, for intervals.")
 
+    announce_duration("absolute")
     loaded = lp.HookedPositionTransformer.from_pretrained(model)
     given = lp.corpora.heldout_pieces(corpus, texts)
+
+    # The same edit in all three measurements, so that their numbers are of one model.
     hooks = lp.ablate(loaded, to="mean", site="positions") if hold else None
     table = lp.analysis.absolute_variation(loaded, given, hooks=hooks, block=block, seed=seed, prepend_bos=prepend_bos)
     drops = lp.analysis.replacement_effects(loaded, given, hooks=hooks, block=block, seed=seed, prepend_bos=prepend_bos)
     found = lp.analysis.attention_sinks(loaded, given, hooks=hooks, seed=seed, prepend_bos=prepend_bos)
+
     what = f"the beginnings of {len(given)} pieces of held-out {corpus}, repeated"
     console = print_heading(
         f"{loaded.name}: variance of log attention over absolute positions, {what}",
@@ -138,6 +155,7 @@ def absolute(
     for row in drops[drops["layer"] == "all"].to_dict("records"):
         drop = "nothing to lose" if math.isnan(row["drop"]) else with_interval(row, "drop", "+.0%")
         print_line(console, f"  {row['replacement']:6} {row['queries']:5}  {drop}")
+
     _write_tables(console, csv, table, drops=drops, sinks=found)
     if figure is not None:
         caption = f"{loaded.name}; {what}. Means over heads. log attention = score (residual) - log Z (mask)."
@@ -178,13 +196,18 @@ def dispersion(
     figure: Chart = None,
     bos: Bos = BOS_OF_MODEL,
 ) -> None:
-    """Show how attention spreads with the number of items, and what an adaptive temperature does to the loss."""
+    """Show how attention spreads with the number of items, and what an adaptive temperature does to the loss.
+
+    Takes about 20 seconds with a shipped model, more with larger ones.
+    """
     check_outputs(csv, figure)
     prepend_bos = bos.prepend()
 
     from rich.text import Text
 
-    loaded, texts, what = read_heldout(model, corpus, characters)
+    loaded, texts, what = read_heldout("dispersion", model, corpus, characters)
+
+    # Dispersion is of the model as it is; only the losses below are also with the temperature.
     hooks = lp.analysis.adaptive_temperature(loaded)
     table = lp.analysis.attention_dispersion(loaded, texts, seed=seed, prepend_bos=prepend_bos)
     losses = lp.analysis.loss_by_length(loaded, texts, hooks, lengths, seed, prepend_bos=prepend_bos)
@@ -192,6 +215,7 @@ def dispersion(
         f"{loaded.name}: attention by the number of items, {what}",
         "entropy in nats, mean over heads, with 95% intervals; the entropy of even attention below",
     )
+
     means = table[table["head"] == "all"]
     layers, items = list(dict.fromkeys(means["layer"])), sorted(set(means["items"]))
     groups = means.set_index(["layer", "items"])
@@ -203,6 +227,7 @@ def dispersion(
     even = means.groupby("items")["log_items"].mean()
     cells.append([Text(f"{even[n]:.2f}") for n in items])
     print_grid(console, [*(f"layer {layer}" for layer in layers), "even"], [f"{n:,}" for n in items], cells)
+
     print_line(console, "loss with every score at an adaptive temperature, nats per token (95% intervals):\n")
     for row in losses.to_dict("records"):
         difference = with_interval(row, "difference", "+.4f")

@@ -25,7 +25,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from ..errors import PositionsError
 from .devices import device_of, floating_dtype
-from .find_attention import RotaryAttention, Site, links_to, parameters
+from .find_attention import AttentionModule, RotaryAttention, links_to, parameters
 from .head_trial import refuse_inexact_heads
 from .increments import PositionConfig, build_sources
 from .model_wrappers import base_model, unwrap_model
@@ -90,13 +90,13 @@ def attach_positions(
     bridge = model if isinstance(model, TransformerBridge) else None
     base = base_model(model)
     refuse_attached(base)
-    attention = RotaryAttention(base)
-    streams = _build(config, base, attention, table)
+    rotary_attention = RotaryAttention(base)
+    streams = _build(config, base, rotary_attention, table)
 
     try:
-        _hook(streams, base, attention)
+        _hook(streams, base, rotary_attention)
         if bridge is not None:
-            _add_hook_points(bridge, streams, attention)
+            _add_hook_points(bridge, streams, rotary_attention)
     except BaseException:
         streams.detach()
         raise
@@ -105,9 +105,11 @@ def attach_positions(
     return streams
 
 
-def _build(config: PositionConfig, base: Any, attention: RotaryAttention, table: Tensor | None) -> PositionStreams:
+def _build(
+    config: PositionConfig, base: Any, rotary_attention: RotaryAttention, table: Tensor | None
+) -> PositionStreams:
     """Build streams for the layers that rotate, each source where what it reads is; the model stays as it is."""
-    own = _with_stream(attention)
+    own = _with_stream(rotary_attention)
     # In a model of images and text, the sizes of its decoder.
     text = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
 
@@ -115,7 +117,7 @@ def _build(config: PositionConfig, base: Any, attention: RotaryAttention, table:
     n_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     embedding = base.get_input_embeddings()
     if config.per_head:
-        refuse_inexact_heads(base, attention.sites, n_heads, text.num_attention_heads)
+        refuse_inexact_heads(base, rotary_attention.modules, n_heads, text.num_attention_heads)
     sources = build_sources(
         config,
         n_layers=len(own),
@@ -127,24 +129,26 @@ def _build(config: PositionConfig, base: Any, attention: RotaryAttention, table:
     )
 
     # A model may be on several devices.
-    places = [site.layer for site in own] if config.source == "per_layer" else [embedding]
+    places = [attention.layer for attention in own] if config.source == "per_layer" else [embedding]
     for source, place in zip(sources, places, strict=False):
         source.to(device_of(place, base))
 
     # The streams know the model's own numbers of layers, which hook names have; their own places count streams.
-    streams = PositionStreams(config, sources, [site.number for site in own], n_heads, text.num_attention_heads)
-    streams._sites = attention.sites
+    streams = PositionStreams(
+        config, sources, [attention.number for attention in own], n_heads, text.num_attention_heads
+    )
+    streams._attentions = rotary_attention.modules
     return streams
 
 
-def _with_stream(attention: RotaryAttention) -> list[Site]:
-    """The sites that have a stream: those that follow no other."""
-    return [site for site in attention.sites if site.leader is None]
+def _with_stream(rotary_attention: RotaryAttention) -> list[AttentionModule]:
+    """The attention modules that have a stream: those that follow no other."""
+    return [attention for attention in rotary_attention.modules if attention.leader is None]
 
 
-def _hook(streams: PositionStreams, base: Any, attention: RotaryAttention) -> None:
+def _hook(streams: PositionStreams, base: Any, rotary_attention: RotaryAttention) -> None:
     """Make streams part of a model's forward pass; `streams.detach` undoes what was done, also half of it."""
-    for handle in _hook_handles(streams, base, attention):
+    for handle in _hook_handles(streams, base, rotary_attention):
         streams._undo.append(handle.remove)
 
     # Part of the model, so that weights train, move and are saved with it.
@@ -152,23 +156,23 @@ def _hook(streams: PositionStreams, base: Any, attention: RotaryAttention) -> No
     streams._undo.append(partial(_remove_module, base, "position_streams"))
 
 
-def _hook_handles(streams: PositionStreams, base: Any, attention: RotaryAttention) -> Iterator[Any]:
+def _hook_handles(streams: PositionStreams, base: Any, rotary_attention: RotaryAttention) -> Iterator[Any]:
     """Register all hooks, one after another: those of the model, of each layer, and of layers that follow others."""
-    yield from _hook_model(streams, base, attention)
-    for i, site in enumerate(_with_stream(attention)):
-        yield from _hook_layer(streams, i, site)
+    yield from _hook_model(streams, base, rotary_attention)
+    for i, attention in enumerate(_with_stream(rotary_attention)):
+        yield from _hook_layer(streams, i, attention)
 
-    for site in attention.sites:
+    for attention in rotary_attention.modules:
         # After the hooks of its leader, whose positions it takes.
-        if site.leader is not None:
-            yield from site.hook(partial(streams._follow, site.leader))
-            cast(PositionStream, streams.layers[site.leader]).followed = True
-        yield site.wrapper.register_forward_hook(streams._leave_attention, always_call=True)
+        if attention.leader is not None:
+            yield from attention.hook(partial(streams._follow, attention.leader))
+            cast(PositionStream, streams.layers[attention.leader]).has_followers = True
+        yield attention.wrapper.register_forward_hook(streams._leave_attention, always_call=True)
 
 
-def _hook_model(streams: PositionStreams, base: Any, attention: RotaryAttention) -> Iterator[Any]:
+def _hook_model(streams: PositionStreams, base: Any, rotary_attention: RotaryAttention) -> Iterator[Any]:
     """Hook the model, its decoder, its embeddings and its rotary modules."""
-    own, embedding = _with_stream(attention), base.get_input_embeddings()
+    own, embedding = _with_stream(rotary_attention), base.get_input_embeddings()
     hooked = [embedding] if streams.config.source == "shared" else []
 
     # An adapter that takes the place of one of these is refused at the next pass.
@@ -177,28 +181,34 @@ def _hook_model(streams: PositionStreams, base: Any, attention: RotaryAttention)
     yield base.register_forward_hook(streams._end, always_call=True)
 
     # Layers and attention are checked only where streams did not run: a pass may leave layers out.
-    layers = [site.layer for site in attention.sites]
-    start = partial(streams._start, layers, attention.wrapper(layers[0]), parameters(attention.stack))
-    compiled = [module for site in attention.sites for module in (site.layer, site.wrapper, site.attention)]
-    links = links_to(base, [module for site in own for module in (site.layer, site.attention, site.wrapper)])
-    yield attention.stack.register_forward_pre_hook(start, with_kwargs=True)
-    yield attention.stack.register_forward_hook(partial(streams._finish, compiled, links), always_call=True)
+    layers = [attention.layer for attention in rotary_attention.modules]
+    start = partial(streams._start, layers, rotary_attention.wrapper(layers[0]), parameters(rotary_attention.stack))
+    compiled = [
+        module
+        for attention in rotary_attention.modules
+        for module in (attention.layer, attention.wrapper, attention.module)
+    ]
+    links = links_to(
+        base, [module for attention in own for module in (attention.layer, attention.module, attention.wrapper)]
+    )
+    yield rotary_attention.stack.register_forward_pre_hook(start, with_kwargs=True)
+    yield rotary_attention.stack.register_forward_hook(partial(streams._finish, compiled, links), always_call=True)
 
     yield embedding.register_forward_hook(streams._note_embeddings)
-    for rotary in attention.rotary:
+    for rotary in rotary_attention.rotary:
         yield rotary.register_forward_hook(streams._note_rotary, with_kwargs=True)
 
 
-def _hook_layer(streams: PositionStreams, i: int, site: Site) -> Iterator[Any]:
+def _hook_layer(streams: PositionStreams, i: int, attention: AttentionModule) -> Iterator[Any]:
     """Hook a decoder layer and its attention."""
-    names = parameters(site.layer)
+    names = parameters(attention.layer)
     note = partial(streams._note_residual, i, names, "hidden_states" if "hidden_states" in names else names[0])
 
     # Where no layer is around the attention, the note must be the component's, whose hooks run first.
-    layer = site.wrapper if site.layer is site.attention else site.layer
+    layer = attention.wrapper if attention.layer is attention.module else attention.layer
     yield layer.register_forward_pre_hook(note, with_kwargs=True)
-    yield site.wrapper.register_forward_pre_hook(partial(streams._enter_attention, site), with_kwargs=True)
-    yield from site.hook(partial(streams._rotation_of, i))
+    yield attention.wrapper.register_forward_pre_hook(partial(streams._enter_attention, attention), with_kwargs=True)
+    yield from attention.hook(partial(streams._rotation_of, i))
 
 
 def _drop_graphs() -> None:
@@ -239,17 +249,17 @@ def _remove_module(owner: nn.Module, name: str) -> None:
     del owner._modules[name]
 
 
-def _add_hook_points(bridge: Any, streams: PositionStreams, attention: RotaryAttention) -> None:
+def _add_hook_points(bridge: Any, streams: PositionStreams, rotary_attention: RotaryAttention) -> None:
     """Put the streams' hook points into a bridge, under the names that `attach_positions` promises."""
     added: list[tuple[nn.Module, str]] = []
     if streams.shared_source is not None:
         bridge.add_module("hook_increments", streams.hook_increments)
         added.append((bridge, "hook_increments"))
 
-    for stream, site in zip(streams.layers, _with_stream(attention), strict=True):
-        component = site.wrapper
-        if component is site.attention:  # inside a block that the bridge leaves whole
-            block = attention.component_around(site)
+    for stream, attention in zip(streams.layers, _with_stream(rotary_attention), strict=True):
+        component = attention.wrapper
+        if component is attention.module:  # inside a block that the bridge leaves whole
+            block = rotary_attention.component_around(attention)
             component = nn.Module()
             block._modules["attn"] = component
             added.append((block, "attn"))

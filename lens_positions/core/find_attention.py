@@ -1,8 +1,9 @@
 """Where a model's attention gets its rotation from: found by what the modules are, and by what they do.
 
-    Site          nearly all: (cos, sin) or a complex tensor, computed once, handed over as `position_embeddings`
-    InsideSite    the attention calls a rotary module of its own (RecurrentGemma)
-    TableSite     the attention gathers sines and cosines by position id from a table (GPT-J)
+    AttentionModule        nearly all: (cos, sin) or a complex tensor, computed once, handed over as
+                           `position_embeddings`
+    AttentionWithRotary    the attention calls a rotary module of its own (RecurrentGemma)
+    AttentionWithTable     the attention gathers sines and cosines by position id from a table (GPT-J)
 
 A layer counts only if its rotation has an effect: a forward pass over three tokens, when attaching, shows which
 rotation reaches the output of which attention. Layers without RoPE drop out, whatever they are called, and so do the
@@ -33,22 +34,22 @@ Replace = Callable[[Tensor, Any, RotaryCall | None], Any]
 """From hidden states, rotation and rotary call to another rotation, or None to keep it."""
 
 
-class Site:
+class AttentionModule:
     """One attention module, handed its rotation as a keyword.
 
     Attributes:
-        attention: the model's own module; `wrapper` the bridge component in its place, or the same.
+        module: the model's own; `wrapper` is the bridge component in its place, or the same.
         layer: the decoder layer around it, in the same way.
         number: the model's own number of that layer.
-        leader: the stream whose positions it follows, counted over the sites that have one; None for its own.
+        leader: the stream whose positions it follows, counted over the modules that have one; None for its own.
     """
 
-    def __init__(self, name: str, attention: nn.Module, wrapper: nn.Module, layer: nn.Module) -> None:
+    def __init__(self, name: str, module: nn.Module, wrapper: nn.Module, layer: nn.Module) -> None:
         self.name = name
-        self.attention: Any = attention
+        self.module: Any = module
         self.wrapper = wrapper
         self.layer = layer
-        self.parameters = parameters(attention)
+        self.parameters = parameters(module)
 
         # A layer is the first number in a name such as "model.layers.3.self_attn".
         self.number = next((int(part) for part in name.split(".") if part.isdigit()), 0)
@@ -66,7 +67,7 @@ class Site:
         return None if other is None else with_argument(self.parameters, args, kwargs, "position_embeddings", other)
 
 
-class InsideSite(Site):
+class AttentionWithRotary(AttentionModule):
     """One attention module that calls a rotary module of its own."""
 
     def __init__(self, rotary: nn.Module, *place: Any) -> None:
@@ -75,7 +76,7 @@ class InsideSite(Site):
         self._states = threading.local()  # `entering`: the hidden states of the call that runs
 
     def hook(self, replace: Replace) -> list[Any]:
-        """As `Site.hook`; what is replaced is the output of the rotary module."""
+        """As `AttentionModule.hook`; what is replaced is the output of the rotary module."""
         return [
             self.wrapper.register_forward_pre_hook(self._note, with_kwargs=True),
             self.wrapper.register_forward_hook(self._forget, always_call=True),
@@ -95,7 +96,7 @@ class InsideSite(Site):
         return replace(self._states.entering, output, RotaryCall.of(module, args, kwargs, output))
 
 
-class TableSite(Site):
+class AttentionWithTable(AttentionModule):
     """One attention module that gathers sines and cosines by position id from a table.
 
     For the time of its forward it gets another table and other ids:
@@ -114,7 +115,7 @@ class TableSite(Site):
         self._lock = threading.RLock()
 
     def hook(self, replace: Replace) -> list[Any]:
-        """As `Site.hook`."""
+        """As `AttentionModule.hook`."""
         restore = self.wrapper.register_forward_hook(self._restore, always_call=True)
         return [*super().hook(replace), restore, SimpleNamespace(remove=self._restore)]
 
@@ -125,14 +126,14 @@ class TableSite(Site):
         self._lock.acquire()
         self._put_back()  # an interrupt passes by hooks, and would have left the table of its batch
 
-        ids, own = argument(self.parameters, args, kwargs, "position_ids"), getattr(self.attention, self.table)
+        ids, own = argument(self.parameters, args, kwargs, "position_ids"), getattr(self.module, self.table)
         rotation = replace(states, None, RotaryCall(SinusoidTable(own), (), {}, states, ids))
         if rotation is None:
             return None
 
         cos, sin = rotation
         self._own[:] = [own]
-        setattr(self.attention, self.table, torch.cat([sin, cos], dim=-1).flatten(0, 1))
+        setattr(self.module, self.table, torch.cat([sin, cos], dim=-1).flatten(0, 1))
 
         # The new table has a row for each token of the batch, one after another, so ids just count.
         rows = torch.arange(cos.shape[0] * cos.shape[1], device=ids.device).view(cos.shape[:2])
@@ -147,7 +148,7 @@ class TableSite(Site):
 
     def _put_back(self) -> None:
         if self._own:
-            setattr(self.attention, self.table, self._own.pop())
+            setattr(self.module, self.table, self._own.pop())
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ class RotaryAttention:
     while the model holds them.
 
     Attributes:
-        sites: its attention modules whose rotation has an effect, in order.
+        modules: its attention modules whose rotation has an effect, in order.
         rotary: the modules that compute a rotation for several of them.
         stack: the module that calls them all (`model.model` in a Llama).
 
@@ -214,41 +215,44 @@ class RotaryAttention:
         # Names decide nothing yet: a candidate counts if its rotation is seen to act.
         candidates = self._candidates(decoder, rotary, callers)
         _refuse_positions_of_blocks(kind, candidates)
-        self.sites = _sites_with_effect(base, candidates)
-        if not self.sites:
+        self.modules = _attentions_with_effect(base, candidates)
+        if not self.modules:
             raise PositionsError(
                 f"{kind} has no attention that takes rotary position_embeddings; expected a RoPE model such as Llama, "
                 "Qwen, Gemma or GPT-NeoX."
             )
-        if not all(getattr(site.attention, "is_causal", True) for site in self.sites):
+        if not all(getattr(attention.module, "is_causal", True) for attention in self.modules):
             raise PositionsError(f"{kind} has attention that is not causal; expected a decoder such as Llama.")
-        self.stack = self._ancestor(self.sites[0].name, "input_ids")
+        self.stack = self._ancestor(self.modules[0].name, "input_ids")
 
     def _candidates(
         self, decoder: dict[str, nn.Module], rotary: dict[str, nn.Module], callers: dict[str, nn.Module]
-    ) -> list[Site]:
+    ) -> list[AttentionModule]:
         """All modules that look like rotary attention, of each kind."""
         keyword = [n for n, m in decoder.items() if _takes(m, "position_embeddings") and _takes(m, "hidden_states")]
         inside = [(n, m) for n, m in rotary.items() if not _takes(callers[n], "input_ids")]
         tables = [(n, table) for n, m in decoder.items() if (table := _sinusoids(m))]
         return [
-            *(self._site(Site, name) for name in keyword),
-            *(self._site(InsideSite, self._name(callers[name]), module) for name, module in inside),
-            *(self._site(TableSite, name, table) for name, table in tables),
+            *(self._attention_module(AttentionModule, name) for name in keyword),
+            *(
+                self._attention_module(AttentionWithRotary, self._name(callers[name]), module)
+                for name, module in inside
+            ),
+            *(self._attention_module(AttentionWithTable, name, table) for name, table in tables),
         ]
 
     def wrapper(self, module: nn.Module) -> nn.Module:
         """The bridge component that stands in for a module, or the module itself where there is none."""
         return self._wrappers.get(id(module), module)
 
-    def component_around(self, site: Site) -> nn.Module:
+    def component_around(self, attention: AttentionModule) -> nn.Module:
         """The innermost bridge component around an attention that has none of its own."""
-        names = [n for n, m in self._own.items() if site.name.startswith(n + ".") and id(m) in self._wrappers]
+        names = [n for n, m in self._own.items() if attention.name.startswith(n + ".") and id(m) in self._wrappers]
 
         # Modules come in order from the outside in.
         return self._wrappers[id(self._own[names[-1]])]
 
-    def _site(self, kind: Any, name: str, *first: Any) -> Site:
+    def _attention_module(self, kind: Any, name: str, *first: Any) -> AttentionModule:
         attention = self._own[name]
         around = self._ancestor(name, "")
 
@@ -354,48 +358,50 @@ def _decoder(base: Any) -> nn.Module:
     return found if holds_tokens else base
 
 
-def _refuse_positions_of_blocks(kind: str, sites: list[Site]) -> None:
+def _refuse_positions_of_blocks(kind: str, attentions: list[AttentionModule]) -> None:
     """Refuse attention that has a second rotation inside, as that of compressed keys."""
-    # Exactly `Site`: an attention that takes cos and sin, and has another rotary module inside it.
-    keyword = [site.name for site in sites if type(site) is Site]
-    for site in sites:
-        if isinstance(site, InsideSite) and any(site.name.startswith(name + ".") for name in keyword):
+    # Exactly this class: an attention that takes cos and sin, and has another rotary module inside it.
+    keyword = [attention.name for attention in attentions if type(attention) is AttentionModule]
+    for attention in attentions:
+        if isinstance(attention, AttentionWithRotary) and any(
+            attention.name.startswith(name + ".") for name in keyword
+        ):
             raise PositionsError(
-                f"{kind} rotates keys that stand for blocks of tokens by positions of their own, in {site.name}; "
+                f"{kind} rotates keys that stand for blocks of tokens by positions of their own, in {attention.name}; "
                 "expected a model that rotates the keys of tokens."
             )
 
 
-def _sites_with_effect(base: Any, sites: list[Site]) -> list[Site]:
-    """Keep the sites whose rotation reaches what their attention returns; each learns whose positions it follows.
+def _attentions_with_effect(base: Any, attentions: list[AttentionModule]) -> list[AttentionModule]:
+    """Keep the attention whose rotation reaches what it returns; each module learns whose positions it follows.
 
     Where the model cannot run on three tokens (its weights are elsewhere, its input is special), the innermost
     candidates are taken as they are.
     """
     try:
-        reached = _rotations_behind(base, sites)
+        reached = _rotations_behind(base, attentions)
     except Exception as error:  # it is the model's own code that runs here, on input that it need not be made for
         warnings.warn(
             f"{type(base).__name__} does not run on three tokens ({' '.join(str(error).split())[:200]}): every "
             "attention that could rotate gets a stream, even where it does not.",
             stacklevel=4,
         )
-        reached = {i: {i} for i in range(len(sites))}
+        reached = {i: {i} for i in range(len(attentions))}
 
     # A layer takes `position_embeddings` too, and hands them on to its attention: the innermost module counts.
-    inner = [i for i in reached if not any(sites[j].name.startswith(sites[i].name + ".") for j in reached)]
+    inner = [i for i in reached if not any(attentions[j].name.startswith(attentions[i].name + ".") for j in reached)]
     kept = [i for i in sorted(inner) if reached[i]]
 
-    # A follower's output depends on the rotation of another site, one that depends on its own alone.
+    # A follower's output depends on the rotation of another attention, one that depends on its own alone.
     leaders = {i: max((j for j in reached[i] - {i} if reached.get(j) == {j}), default=None) for i in kept}
     with_stream = [i for i in kept if leaders[i] is None]
     for i, leader in leaders.items():
-        sites[i].leader = None if leader is None else with_stream.index(leader)
-    return [sites[i] for i in kept]
+        attentions[i].leader = None if leader is None else with_stream.index(leader)
+    return [attentions[i] for i in kept]
 
 
-def _rotations_behind(base: Any, sites: list[Site]) -> dict[int, set[int]]:
-    """Run three tokens: of each site that ran, the sites whose rotation its attention's output depends on.
+def _rotations_behind(base: Any, attentions: list[AttentionModule]) -> dict[int, set[int]]:
+    """Run three tokens: of each attention that ran, those whose rotation its output depends on.
 
         hidden states, detached --+
                                   +-> attention -> output -> its autograd graph, walked back to the leaves
@@ -411,11 +417,13 @@ def _rotations_behind(base: Any, sites: list[Site]) -> dict[int, set[int]]:
     embedding = base.get_input_embeddings()
     try:
         # Pre-hooks run in the order of registration: states are detached before the rotation becomes a leaf.
-        for i, site in enumerate(sites):
+        for i, attention in enumerate(attentions):
             hooks += [
-                site.wrapper.register_forward_pre_hook(partial(_detach_states, site), with_kwargs=True),
-                *site.hook(partial(_rotation_as_leaf, leaves, i)),
-                site.wrapper.register_forward_hook(partial(_note_leaves, site, leaves, reached, i), with_kwargs=True),
+                attention.wrapper.register_forward_pre_hook(partial(_detach_states, attention), with_kwargs=True),
+                *attention.hook(partial(_rotation_as_leaf, leaves, i)),
+                attention.wrapper.register_forward_hook(
+                    partial(_note_leaves, attention, leaves, reached, i), with_kwargs=True
+                ),
             ]
         with (
             evaluation_mode(base),
@@ -432,25 +440,27 @@ def _rotations_behind(base: Any, sites: list[Site]) -> dict[int, set[int]]:
     return reached
 
 
-def _detach_states(site: Site, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    states = argument(site.parameters, args, kwargs, "hidden_states")
-    return with_argument(site.parameters, args, kwargs, "hidden_states", states.detach())
+def _detach_states(
+    attention: AttentionModule, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    states = argument(attention.parameters, args, kwargs, "hidden_states")
+    return with_argument(attention.parameters, args, kwargs, "hidden_states", states.detach())
 
 
 def _rotation_as_leaf(
     leaves: dict[int, tuple[int, Tensor]], i: int, _states: Tensor, rotation: Any, call: RotaryCall | None
 ) -> Any:
-    """Replace a rotation by a copy that autograd graphs end at, and note which site it belongs to."""
+    """Replace a rotation by a copy that autograd graphs end at, and note which attention it belongs to."""
     own = call.at(call.position_ids.float()) if rotation is None and call is not None else rotation
 
-    # A clone for each site: models hand one and the same (cos, sin) to all of them.
+    # A clone for each attention: models hand one and the same (cos, sin) to all of them.
     fresh = [t.detach().clone().requires_grad_() for t in ((own,) if isinstance(own, Tensor) else own)]
     leaves.update({id(leaf): (i, leaf) for leaf in fresh})  # which keeps them, so that no id is used again
     return fresh[0] if isinstance(own, Tensor) else tuple(fresh)
 
 
 def _note_leaves(
-    site: Site,
+    attention: AttentionModule,
     leaves: dict[int, tuple[int, Tensor]],
     reached: dict[int, set[int]],
     i: int,
@@ -459,8 +469,8 @@ def _note_leaves(
     kwargs: dict[str, Any],
     output: Any,
 ) -> None:
-    """Note which sites' rotations are behind the output of an attention, if it is one and was handed a leaf."""
-    states = argument(site.parameters, args, kwargs, "hidden_states")
+    """Note whose rotations are behind the output of an attention, if it is one and was handed a leaf."""
+    states = argument(attention.parameters, args, kwargs, "hidden_states")
 
     # Attention returns its output, or a tuple of it and its weights; what returns something else is no attention.
     result = output[0] if isinstance(output, tuple) else output

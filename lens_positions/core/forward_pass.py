@@ -36,7 +36,7 @@ class SharedPositions:
     positions: Tensor
     rotation: Rotation | None = None
 
-    def are_of(self, increments: Tensor, surplus: Tensor | None, call: RotaryCall) -> bool:
+    def match(self, increments: Tensor, surplus: Tensor | None, call: RotaryCall) -> bool:
         """Whether they were computed from these objects, with gradients as now."""
         same = self.increments is increments and self.surplus is surplus and self.call is call
         return same and self.with_grad == torch.is_grad_enabled()

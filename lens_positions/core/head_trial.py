@@ -20,7 +20,7 @@ from transformer_lens.hook_points import HookPoint
 
 from ..errors import PositionsError
 from .devices import device_of
-from .find_attention import InsideSite, Site, TableSite, argument, with_argument
+from .find_attention import AttentionModule, AttentionWithRotary, AttentionWithTable, argument, with_argument
 from .model_state import evaluation_mode
 from .per_head import head_rotation, repeat_keys
 from .rotation import RotaryCall
@@ -35,27 +35,27 @@ SWITCHES = ("use_split_qkv_input", "use_attn_in", "use_attn_result")
 Turn = Callable[[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
 
 
-def refuse_inexact_heads(base: Any, sites: Sequence[Site], n_heads: int, n_query: int) -> None:
+def refuse_inexact_heads(base: Any, attentions: Sequence[AttentionModule], n_heads: int, n_query: int) -> None:
     """Refuse a model whose heads cannot have rotations of their own.
 
     Args:
         base: the transformers model, whose hook functions do not run.
-        sites: its rotary attention.
+        attentions: its rotary attention, module by module.
         n_heads: heads with a rotation: the query heads, or the key-value heads.
         n_query: query heads.
 
     Raises:
         PositionsError: the first attention that cannot, and why.
     """
-    for site in sites:
-        kind = type(site.attention).__name__
-        if isinstance(site, TableSite | InsideSite):
+    for attention in attentions:
+        kind = type(attention.module).__name__
+        if isinstance(attention, AttentionWithTable | AttentionWithRotary):
             _refuse(kind, "which computes its own rotation")
-        if site.leader is not None:
+        if attention.leader is not None:
             _refuse(kind, "which reads the keys of another layer")
-        if getattr(site.attention, "num_key_value_groups", 1) != 1 and n_query % n_heads:
+        if getattr(attention.module, "num_key_value_groups", 1) != 1 and n_query % n_heads:
             _refuse(kind, f"whose {n_query} query heads do not divide by {n_heads}")
-    wrong = _first_wrong(base, sites, n_heads, n_query)
+    wrong = _first_wrong(base, attentions, n_heads, n_query)
     if wrong is not None:
         _refuse(*wrong)
 
@@ -67,28 +67,30 @@ def _refuse(kind: str, why: str) -> None:
     )
 
 
-def _first_wrong(base: Any, sites: Sequence[Site], n_heads: int, n_query: int) -> tuple[str, str] | None:
+def _first_wrong(
+    base: Any, attentions: Sequence[AttentionModule], n_heads: int, n_query: int
+) -> tuple[str, str] | None:
     """The first attention whose heads do not rotate by themselves, and why."""
-    told = [torch.zeros(n_query, dtype=torch.bool) for _ in sites]
+    told = [torch.zeros(n_query, dtype=torch.bool) for _ in attentions]
     kept: dict[int, Any] = {}
     for scale in SCALES:
         try:
-            plain = [_run(base, sites, n_query, scale, kept, partial(_turned, k)) for k in range(ROTATIONS)]
-            mixed = _run(base, sites, n_query, scale, kept, partial(_mixed, n_heads))
+            plain = [_run(base, attentions, n_query, scale, kept, partial(_turned, k)) for k in range(ROTATIONS)]
+            mixed = _run(base, attentions, n_query, scale, kept, partial(_mixed, n_heads))
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, IndexError, PositionsError) as error:
-            return type(sites[0].attention).__name__, f"where it fails ({' '.join(str(error).split())[:120]})"
-        for i, site in enumerate(sites):
+            return type(attentions[0].module).__name__, f"where it fails ({' '.join(str(error).split())[:120]})"
+        for i, attention in enumerate(attentions):
             apart = _told_apart([run[i] for run in plain], mixed[i], n_heads)
             if apart is None:
-                return type(site.attention).__name__, "whose heads do not rotate one by one"
+                return type(attention.module).__name__, "whose heads do not rotate one by one"
             told[i] |= apart
         if all(2 * int(heads.sum()) >= n_query for heads in told):
             return None
 
     # A head of no weight looks the same at any rotation. Others of its class then speak for it.
-    seen = {type(site.attention).__name__: False for site in sites}
-    for site, heads in zip(sites, told, strict=True):
-        seen[type(site.attention).__name__] |= bool(heads.any())
+    seen = {type(attention.module).__name__: False for attention in attentions}
+    for attention, heads in zip(attentions, told, strict=True):
+        seen[type(attention.module).__name__] |= bool(heads.any())
     unclear = next((kind for kind, any_head in seen.items() if not any_head), None)
     return None if unclear is None else (unclear, "where rotations make no difference to tell heads apart by")
 
@@ -111,23 +113,23 @@ def _told_apart(
 
 
 def _run(
-    base: Any, sites: Sequence[Site], n_query: int, scale: float, kept: dict[int, Any], turn: Turn
+    base: Any, attentions: Sequence[AttentionModule], n_query: int, scale: float, kept: dict[int, Any], turn: Turn
 ) -> list[Tensor]:
-    """Run a few tokens; of each site what reaches its output projection, head by head.
+    """Run a few tokens; of each attention what reaches its output projection, head by head.
 
-    The first rotation that a site is given is kept: a learned one would follow what earlier layers put out.
+    The first rotation that an attention is given is kept: a learned one would follow what earlier layers put out.
     """
     embedding = base.get_input_embeddings()
     found: dict[int, Tensor] = {}
     hooks: list[Any] = []
     undo: list[Callable[[], object]] = []
     try:
-        for i, site in enumerate(sites):
-            enter = partial(_with_states, site, i, scale)
-            hooks.append(site.wrapper.register_forward_pre_hook(enter, with_kwargs=True))
-            hooks += site.hook(partial(_rotation, site.attention, n_query, kept.setdefault(i, []), turn, undo))
-            hooks.append(site.wrapper.register_forward_hook(partial(_undo_all, undo), always_call=True))
-            for child in filter(_has_matrix, site.attention.children()):
+        for i, attention in enumerate(attentions):
+            enter = partial(_with_states, attention, i, scale)
+            hooks.append(attention.wrapper.register_forward_pre_hook(enter, with_kwargs=True))
+            hooks += attention.hook(partial(_rotation, attention.module, n_query, kept.setdefault(i, []), turn, undo))
+            hooks.append(attention.wrapper.register_forward_hook(partial(_undo_all, undo), always_call=True))
+            for child in filter(_has_matrix, attention.module.children()):
                 hooks.append(child.register_forward_pre_hook(partial(_note_input, found, i, n_query)))
         with _quiet(base), evaluation_mode(base), torch.inference_mode(False), torch.no_grad():
             tokens = torch.arange(TOKENS, device=device_of(embedding, base))[None] % len(embedding.weight)
@@ -137,14 +139,16 @@ def _run(
         _undo_all(undo)
         for hook in hooks:
             hook.remove()
-    return [found[i].unflatten(-1, (n_query, -1)) for i in range(len(sites))]
+    return [found[i].unflatten(-1, (n_query, -1)) for i in range(len(attentions))]
 
 
-def _with_states(site: Site, i: int, scale: float, _module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
+def _with_states(
+    attention: AttentionModule, i: int, scale: float, _module: nn.Module, args: tuple[Any, ...], kwargs: Any
+) -> Any:
     """Give an attention random states, the same in each run."""
-    states = argument(site.parameters, args, kwargs, "hidden_states")
+    states = argument(attention.parameters, args, kwargs, "hidden_states")
     drawn = scale * torch.randn(states.shape, generator=torch.Generator().manual_seed(i))
-    return with_argument(site.parameters, args, kwargs, "hidden_states", drawn.to(states))
+    return with_argument(attention.parameters, args, kwargs, "hidden_states", drawn.to(states))
 
 
 def _rotation(

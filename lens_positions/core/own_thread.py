@@ -27,7 +27,7 @@ def in_this_thread(function: Callable[..., Any]) -> Callable[..., Any]:
     To PyTorch and TransformerLens alike, None says that nothing changed. In a backward pass it always acts, as the
     autograd engine runs checkpointed layers again in threads of its own; but for `acting_for`, which knows for whom.
     """
-    return partial(_if_own, threading.get_ident(), function)
+    return partial(_run_in_thread, threading.get_ident(), function)
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def thread_of(hook: Any) -> int | None:
     if code is not None and "hook" in code.co_freevars:
         hook = hook.__closure__[code.co_freevars.index("hook")].cell_contents
     while isinstance(hook, partial):
-        if hook.func is _if_own:
+        if hook.func is _run_in_thread:
             return int(hook.args[0])
         hook = hook.func
     return None
@@ -66,7 +66,7 @@ def own_hooks(model: Any, hooks: Iterable[tuple[Any, Callable[..., Any]]]) -> It
         yield
 
 
-def _if_own(thread: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _run_in_thread(thread: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_compiling():
         return function(*args, **kwargs)
     running = getattr(_ACTING, "thread", None)

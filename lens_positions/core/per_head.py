@@ -162,7 +162,16 @@ def _repeat_cached(attention: Any, count: int, groups: int, kv_cache: Any) -> No
         )
     keys = getattr(layer, "keys", None)
     if keys is not None and keys.numel() and keys.shape[1] * groups == count:
-        layer.keys, layer.values = (x.repeat_interleave(groups, dim=1) for x in (layer.keys, layer.values))
+        layer.keys, layer.values = (_for_query_heads(x, groups) for x in (layer.keys, layer.values))
+
+
+def _for_query_heads(
+    cached: Float[Tensor, "batch head past d_head"], groups: int
+) -> Float[Tensor, "batch query_head past d_head"]:
+    """Cached keys or values for each query head; rows that are views of one row stay so."""
+    if cached.stride(0) == 0:
+        return cached[:1].repeat_interleave(groups, dim=1).expand(len(cached), -1, -1, -1)
+    return cached.repeat_interleave(groups, dim=1)
 
 
 def refuse_split_inputs(attention: nn.Module) -> None:

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 from transformer_lens.hook_points import HookPoint
 
+from .. import former_names
 from ..errors import PositionsError
-from .find_attention import Link, Site, argument
+from .find_attention import AttentionModule, Link, argument
 from .forward_pass import CurrentPass, ForwardPass, tagged_pass
 from .head_trial import refuse_inexact_heads
 from .hook_points import StreamHookPoint, run_hook
@@ -62,7 +63,7 @@ class PositionStreams(nn.Module):
         self.n_query = n_query
         self.n_key_value = n_heads
         # Whether query heads can have rotations of their own is tried when one shall.
-        self._sites: list[Site] = []
+        self._attentions: list[AttentionModule] = []
         self._query_heads: PositionsError | Literal["untried", "exact"] = "untried"
         self._current = CurrentPass()
         self._undo: list[Callable[[], object]] = []
@@ -87,7 +88,7 @@ class PositionStreams(nn.Module):
             return
         self._query_heads = "exact"  # as the trial runs the model
         try:
-            refuse_inexact_heads(base, self._sites, self.n_query, self.n_query)
+            refuse_inexact_heads(base, self._attentions, self.n_query, self.n_query)
         except PositionsError as error:
             self._query_heads = error
 
@@ -306,8 +307,8 @@ class PositionStreams(nn.Module):
                 "query heads have rotations of their own in a pass that began without them; expected the model to be "
                 "called as a whole, and not compiled before its first edit by head."
             )
-        attention = [site for site in self._sites if site.leader is None][stream].attention
-        forward_pass.undo += repeat_keys(attention, self.n_query, forward_pass.cache)
+        with_stream = [attention for attention in self._attentions if attention.leader is None]
+        forward_pass.undo += repeat_keys(with_stream[stream].module, self.n_query, forward_pass.cache)
 
     def _follow(self, leader: int, states: Tensor, rotation: Any, call: RotaryCall | None) -> Rotation | None:
         """Return the rotation of a layer that attends to another layer's keys: by the positions of that layer.
@@ -336,13 +337,15 @@ class PositionStreams(nn.Module):
         cos_sin = cast(CosSin, move_to_device((cos[:, last], sin[:, last]), states.device))
         return cos_sin if cos.ndim == 3 else head_rotation(cos_sin)
 
-    def _enter_attention(self, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter_attention(
+        self, attention: AttentionModule, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         """Note the cache that an attention writes to."""
         forward_pass = self._current.get()
         if forward_pass is not None and forward_pass.cache is None:  # one that the decoder stack made itself, empty
-            forward_pass.cache = argument(site.parameters, args, kwargs, "past_key_values")
+            forward_pass.cache = argument(attention.parameters, args, kwargs, "past_key_values")
             if forward_pass.cache is None:
-                forward_pass.cache = argument(site.parameters, args, kwargs, "layer_past")
+                forward_pass.cache = argument(attention.parameters, args, kwargs, "layer_past")
 
     def _leave_attention(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
         """Undo what was for this call, and leave a pass that was entered again for a checkpointed layer."""
@@ -353,7 +356,7 @@ class PositionStreams(nn.Module):
             self._current.resume(None)
 
     @contextmanager
-    def recorded(self) -> Iterator[list[Float[Tensor, "rows pos *head"]]]:
+    def record(self) -> Iterator[list[Float[Tensor, "rows pos *head"]]]:
         """Collect the increments of every forward pass in the block, for models outside a bridge.
 
         The list is filled when the block ends: a tensor for each layer, of passes of equal length along the batch.
@@ -371,6 +374,11 @@ class PositionStreams(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def recorded(self) -> AbstractContextManager[list[Float[Tensor, "rows pos *head"]]]:
+        """`record` by its name of version 0.1.0."""
+        former_names.warn("PositionStreams.recorded", "PositionStreams.record")
+        return self.record()
 
     def extra_repr(self) -> str:
         """The configuration, for printing a model."""

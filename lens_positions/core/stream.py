@@ -58,7 +58,7 @@ class PositionStream(nn.Module):
         self.config = config
         self.index = index
         self.layer = layer
-        self.followed = False
+        self.has_followers = False
         self.heads = (n_heads,) if config.per_head else ()
         self.n_query = n_query
         self.source = source
@@ -98,7 +98,7 @@ class PositionStream(nn.Module):
         if static and surplus is None and apart is None and not self.has_hooks():
             return None
 
-        call = self._checked(call, forward_pass)
+        call = self._valid_call(call, forward_pass)
         with full_precision(states.device.type):
             increments, positions, shared, tokens = self._positions(states, call, surplus, forward_pass)
             by_head = self._by_head(increments, positions, apart, tokens, forward_pass, key)
@@ -124,7 +124,7 @@ class PositionStream(nn.Module):
                 return None
 
             # A layer that attends to this layer's keys comes later in the pass.
-            if self.followed:
+            if self.has_followers:
                 forward_pass.of_leaders[self.index] = positions, call, rotation
             return move_to_device(rotation, states.device)
 
@@ -142,7 +142,7 @@ class PositionStream(nn.Module):
         # computes its own, so that it can be run again.
         shares = from_source is forward_pass.increments and increments is from_source and not forward_pass.checkpointed
         candidates = forward_pass.shared_positions if shares else []
-        found = [known for known in candidates if known.are_of(increments, surplus, call)]
+        found = [known for known in candidates if known.match(increments, surplus, call)]
 
         # All layers with one source sum the same increments: the sum is made once, and so are cos and sin.
         if found:
@@ -198,7 +198,7 @@ class PositionStream(nn.Module):
         if found is of_heads:
             return None
 
-        if self.followed:
+        if self.has_followers:
             raise PositionsError(
                 f"other layers attend to the keys of layer {self.layer}, whose query heads cannot have positions of "
                 "their own; expected an edit of all heads."
@@ -258,7 +258,7 @@ class PositionStream(nn.Module):
             )
         return surplus
 
-    def _checked(self, call: RotaryCall | None, forward_pass: ForwardPass) -> RotaryCall:
+    def _valid_call(self, call: RotaryCall | None, forward_pass: ForwardPass) -> RotaryCall:
         """Return the rotary call, if increments can act in this pass; refuse the pass otherwise."""
         if forward_pass.paged:
             raise PositionsError(

@@ -226,7 +226,7 @@ def visible_tokens(
     mask = _one_mask(mask)
 
     if mask is not None and mask.ndim == 4:
-        seen = _seen(mask, past, length, slides).to(wide.device)
+        seen = _visibility(mask, past, length, slides).to(wide.device)
         return _line_or_tree(seen, past, gap, wide, real, ancestors)
 
     if mask is not None and mask.shape[1] != total:
@@ -285,7 +285,7 @@ def _one_mask(mask: Any) -> Tensor | None:
     )
 
 
-def _seen(mask: Tensor, past: int, length: int, slides: bool) -> Bool[Tensor, "#batch pos total"]:
+def _visibility(mask: Tensor, past: int, length: int, slides: bool) -> Bool[Tensor, "#batch pos total"]:
     """Return which tokens each token of this pass sees, itself among them.
 
     Two tokens of an image may see each other. The sum needs an order, so the later one is taken to see the earlier.

@@ -87,8 +87,8 @@ def read_corpus(
     >>> corpus = lp.analysis.read_corpus(model, texts)  # once, for several measurements
     >>> corpus.increments.shape  # layer, head, token
     (6, 1, 526)
-    >>> lp.analysis.saturation(model, corpus)["share"].round(1).tolist()
-    [0.0, 0.0, 0.0, 0.0, 0.6, 0.0]
+    >>> lp.analysis.saturation(model, corpus)["max"].round(1).tolist()  # the largest increment of each layer
+    [4.2, 1.9, 2.3, 5.0, 3.4, 4.6]
     """
     if isinstance(texts, CorpusIncrements):
         if attention_mask is not None or prepend_bos is not None:

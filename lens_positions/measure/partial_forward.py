@@ -3,7 +3,8 @@
 An edit at layer l and token t changes nothing below layer l and nothing before token t. So the residual stream that
 enters layer l, and the keys and values of the tokens before t, are taken from one baseline pass. Copies of the prompt
 join the batch at the layer that edits them: blocks below the first are skipped, and the tokens before t stand in a
-key-value cache, with what the streams remember of them in it.
+key-value cache, with what the streams remember of them in it. Where the logits of the last token alone are asked for,
+the last block's MLP runs for that token alone.
 
 Whether that holds in a model is tried, not assumed: the middle of the prompt is run again without any edit, and where
 it does not give the baseline's logits back, every run is one of the whole prompt (with a warning).
@@ -23,12 +24,14 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import Module
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import DynamicCache
 
 from ..core.kv_cache import memory_of
 from ..core.model_state import evaluation_mode
 from ..core.own_thread import in_this_thread, own_hooks, return_known_outputs
+from ..core.per_head import GROWING
 from ..interventions import Hooks, streams_of
 
 
@@ -70,7 +73,8 @@ class Replay:
 
         # Not every architecture can leave logits out.
         forward = inspect.signature(type(model.original_model).forward).parameters
-        self._last_only, self._masked = last_only, bool(how)
+        self._last_only, self._is_masked = last_only, bool(how)
+        self._prunes_mlp = False
         self._how: dict[str, Any] = {**(how or {})}
         if last_only and "logits_to_keep" in forward:
             self._how["logits_to_keep"] = 1
@@ -114,7 +118,7 @@ class Replay:
         """
         with evaluation_mode(self.model), torch.no_grad():
             if self.exact:
-                return self._resumed(hooks, joining, self.start(token))
+                return self._resume(hooks, joining, self.start(token))
             with own_hooks(self.model, hooks):
                 return self._logits(self.tokens.repeat(sum(joining.values()), 1), None)
 
@@ -140,11 +144,11 @@ class Replay:
         layer = len(self._blocks) // 2
 
         # Two copies that join at different blocks, as edits do; one, where more cannot be.
-        joining = Counter([layer] if self._masked and len(self.tokens) > 1 else [layer, len(self._blocks) - 1])
+        joining = Counter([layer] if self._is_masked and len(self.tokens) > 1 else [layer, len(self._blocks) - 1])
         token = 0 if self._cache is None else self.tokens.shape[1] // 2
         try:
             with evaluation_mode(self.model), torch.no_grad():
-                again = self._resumed([], joining, token)
+                again = self._resume([], joining, token)
         except Exception as error:  # the model's own code meets input that it need not be made for
             return " ".join(str(error).split())[:200]
 
@@ -152,9 +156,27 @@ class Replay:
         own = self.logits[:, -again.shape[1] :].repeat(len(again) // len(self.logits), 1, 1)
         off = float((again - own).abs().max() / own.abs().max().clamp(min=1e-30))
         rounding = min(1e3 * torch.finfo(own.dtype).eps, 0.05)
-        return None if off <= rounding else f"its logits are then off by {off:.1e} of their size"
+        if off > rounding:
+            return f"its logits are then off by {off:.1e} of their size"
+        self._prunes_mlp = self._last_only and self._can_prune(joining, token, again)
+        return None
 
-    def _resumed(self, hooks: Hooks, joining: Mapping[int, int], token: int) -> Tensor:
+    def _can_prune(self, joining: Mapping[int, int], token: int, expected: Tensor) -> bool:
+        """Whether the last block's MLP can leave out all tokens but the last: tried, as blocks differ."""
+        if not isinstance(getattr(self._blocks[-1], "mlp", None), Module):
+            return False
+        self._prunes_mlp = True
+        try:
+            with evaluation_mode(self.model), torch.no_grad():
+                found = self._resume([], joining, token)
+        except Exception:  # a block that does more with its MLP's output than to add it
+            return False
+
+        # The arithmetic is the same but for its order.
+        rounding = 32 * torch.finfo(found.dtype).eps * expected.abs().max()
+        return found.shape == expected.shape and bool((found - expected).abs().max() <= rounding)
+
+    def _resume(self, hooks: Hooks, joining: Mapping[int, int], token: int) -> Tensor:
         # How many rows are in the batch at each block: those that joined there or before.
         present = list(accumulate(joining.get(i, 0) for i in range(len(self._blocks))))
         first = min(joining)
@@ -166,6 +188,9 @@ class Replay:
             )
             for layer, copies in joining.items()
         ]
+        if self._prunes_mlp:
+            mlp = self._blocks[-1].mlp
+            handles.append(mlp.register_forward_pre_hook(in_this_thread(_last_token), with_kwargs=True))
         try:
             with (
                 return_known_outputs(self._blocks[:first], self._outputs),
@@ -198,7 +223,10 @@ class Replay:
 
         # Each layer has keys for the rows that are there when it runs; for layers that are skipped, for none.
         for layer, rows in zip(cache.layers, present, strict=False):
-            if rows:
+            if rows and type(layer).__name__ in GROWING:
+                # Such a layer makes a new tensor when it adds keys, so that until then all rows can be views of one.
+                layer.keys, layer.values = (x.expand(rows, *x.shape[1:]) for x in (layer.keys, layer.values))
+            elif rows:
                 layer.batch_repeat_interleave(rows)
         streams: Any = streams_of(self.model).layers
 
@@ -219,3 +247,10 @@ class Replay:
 
     def _keep_output(self, _block: Any, _args: Any, output: Any) -> None:
         self._outputs.append(output)
+
+
+def _last_token(_mlp: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Give an MLP the last token alone; its output is added to all tokens, of which only the last is read."""
+    if args:
+        return (args[0][:, -1:], *args[1:]), kwargs
+    return args, {name: x[:, -1:] if isinstance(x, Tensor) and x.ndim == 3 else x for name, x in kwargs.items()}

@@ -19,6 +19,7 @@ TRAIN = """Train a model with position streams from fresh weights.
 --preset NAME (%s) sets the fields below; every one can be given on top of it.
 --output DIR is the folder of the run (default: runs/NAME); --resume DIR goes on with an interrupted one.
 --cache DIR keeps tokenised corpora (default: .cache).
+The preset quick takes about three minutes on two cores; how long a run takes is shown while it trains.
 """
 
 GRAFT = """Learn position streams on a pretrained model, and compare it with the same model without them.

@@ -22,7 +22,7 @@ Config = TypeVar("Config")
 def check_whole(name: str, value: object, least: int, most: int = MOST) -> None:
     """Refuse what is no whole number of a range."""
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise PositionsError(f"{name} is {_shown(value)}; expected at least {least}, a whole number up to {most}.")
+        raise PositionsError(f"{name} is {_excerpt(value)}; expected at least {least}, a whole number up to {most}.")
 
 
 def check_number(name: str, value: object, zero: bool = False) -> None:
@@ -30,10 +30,10 @@ def check_number(name: str, value: object, zero: bool = False) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and -MOST_FLOAT <= value <= MOST_FLOAT
     if not is_number or value < 0 or (value == 0 and not zero):  # type: ignore[operator]
         expected = "a finite number that is not negative" if zero else "a positive number"
-        raise PositionsError(f"{name} is {_shown(value)}; expected {expected}.")
+        raise PositionsError(f"{name} is {_excerpt(value)}; expected {expected}.")
 
 
-def _shown(value: object) -> str:
+def _excerpt(value: object) -> str:
     """A value as a sentence can hold it."""
     if isinstance(value, int) and abs(value) >= 10**40:
         return "a number of over 40 digits"
@@ -250,7 +250,7 @@ def update_config(config: Config, values: dict[str, Any], where: str) -> Config:
         current = known[name]
         if is_dataclass(current):
             if not isinstance(value, dict):
-                raise PositionsError(f"{where} has {_shown(value)} as {name}; expected its fields.")
+                raise PositionsError(f"{where} has {_excerpt(value)} as {name}; expected its fields.")
             changes[name] = update_config(current, value, f"{where}, {name}")
         else:
             changes[name] = _of_type(types[name], value, f"{where} has a wrong {name}")

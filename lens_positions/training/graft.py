@@ -75,7 +75,7 @@ class GraftedModel(Subject):
         torch.manual_seed(config.seed)
         if config.adapt == "lora":
             self._add_lora()
-        self.adapted = [p for p in self.model.parameters() if p.requires_grad]
+        self.adapted_parameters = [p for p in self.model.parameters() if p.requires_grad]
         torch.manual_seed(config.seed)
         self.streams = attach_positions(self.model, positions)
         if config.gradient_checkpointing:
@@ -84,10 +84,10 @@ class GraftedModel(Subject):
     def _add_lora(self) -> None:
         # peft wants names; attention is found as modules.
         names = {id(module): name for name, module in self.model.named_modules()}
-        sites = RotaryAttention(self.model).sites
+        attentions = RotaryAttention(self.model).modules
 
         # All linear maps of attention that rotates, by what they are and not by name: families name them differently.
-        projections = [m for site in sites for m in site.attention.modules() if isinstance(m, nn.Linear)]
+        projections = [m for one in attentions for m in one.module.modules() if isinstance(m, nn.Linear)]
         if not projections:
             raise PositionsError(f"{self.config.base} has no linear projections in its attention; expected some.")
         rank = self.config.lora_rank
@@ -102,7 +102,7 @@ class GraftedModel(Subject):
         """The source at its rate, and what else learns at another."""
         groups = [
             (list(self.streams.parameters()), self.config.learning_rate),
-            (self.adapted, self.config.adapt_learning_rate),
+            (self.adapted_parameters, self.config.adapt_learning_rate),
         ]
         return [group for group in groups if group[0]]
 
@@ -192,7 +192,7 @@ def _prepare_run(config: GraftConfig, part: str, folder: Path, cache_dir: Path) 
         )
     run = Run(config, folder / part, accelerator, corpus, subject, name=part, whole=folder)
     if (folder / part / "training.json").exists():
-        run.checked()
+        run.saved_progress()
     return run
 
 

@@ -108,7 +108,7 @@ def train(config: TrainConfig, run: Path, *, resume: bool = False, cache_dir: Pa
     corpus = tokenize_corpus_once(config, cache_dir, accelerator)
     training = Run(config, run, accelerator, corpus, FreshModel(config, corpus))
     if resume:
-        training.checked()
+        training.saved_progress()
     with lock_folder(run):
         return training.go(resume)
 
@@ -276,7 +276,7 @@ class Run:
             torch._dynamo.config.optimize_ddp = False
 
         # The model and its loss as one module, so that DDP sees the whole of a step.
-        self.prepared = accelerator.prepare(TokenNats(self.model))
+        self.prepared_model = accelerator.prepare(TokenNats(self.model))
         self.learns = any(group["params"] for group in groups)
         if self.learns:
             groups = [group for group in groups if group["params"]]
@@ -387,12 +387,12 @@ class Run:
         for i, part in enumerate(parts):
             # Gradients are exchanged between processes once a step, with the last part.
             more = i + 1 < len(parts)
-            with accelerator.no_sync(self.prepared) if more else nullcontext():
+            with accelerator.no_sync(self.prepared_model) if more else nullcontext():
                 # The mean over the batch is the mean over parts of one size.
                 loss = self._nats(part, self.step_nats).mean() / len(parts)
                 accelerator.backward(loss)
             total += loss.detach()
-        accelerator.clip_grad_norm_(self.prepared.parameters(), config.clip)
+        accelerator.clip_grad_norm_(self.prepared_model.parameters(), config.clip)
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=not self.keeps_gradients)
@@ -405,7 +405,7 @@ class Run:
             # first token.
             rows = torch.cat([torch.full_like(rows[:, :1], self.subject.bos), rows[:, 1:]], dim=1)
         with torch.autocast(self.accelerator.device.type, dtype=torch.bfloat16, enabled=bf16):
-            return cast(Tensor, self.prepared(rows, nats))
+            return cast(Tensor, self.prepared_model(rows, nats))
 
     @torch.no_grad()
     def evaluate(self, show: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
@@ -416,7 +416,7 @@ class Run:
         self.model.eval()
 
         # A bare model has no cache of activations: the streams record themselves.
-        with streams.recorded() as seen:
+        with streams.record() as seen:
             # Always eager: a window batch of another size would compile a graph of its own.
             for rows in self.windows.split(self.config.batch_size):
                 found.append(self._nats(rows.to(self.accelerator.device), token_nats).double().cpu())
@@ -428,7 +428,7 @@ class Run:
         self.heldout_nats = torch.cat(found)
 
         # Per byte: the tokens that end documents are predicted, and are no bytes.
-        count = int(self._counted().sum())
+        count = int(self._loss_mask().sum())
         nats = self.heldout_nats.sum().item() / count
         return {
             "step": self.step,
@@ -438,7 +438,7 @@ class Run:
             "increments": [spread(layer[:, streams.config.effective], cap) for layer in seen],
         }
 
-    def _counted(self) -> Bool[Tensor, "window pos_less_one"]:
+    def _loss_mask(self) -> Bool[Tensor, "window pos_less_one"]:
         """Predicted tokens that a loss is divided by."""
         predicted = self.windows[:, 1:]
         return are_bytes(predicted) if self.subject.byte_tokens else torch.ones_like(predicted, dtype=torch.bool)
@@ -449,16 +449,16 @@ class Run:
 
         # By document, as these are the samples that a difference of two runs is tested over.
         documents = heldout_documents(self.corpus, self.n_ctx, self.config.eval_windows)
-        columns = {"document": documents, self.unit + "s": self._counted().int(), "nats": self.heldout_nats}
+        columns = {"document": documents, self.unit + "s": self._loss_mask().int(), "nats": self.heldout_nats}
         table = pd.DataFrame({name: values.flatten().numpy() for name, values in columns.items()})
         text = table.groupby("document").sum().to_csv()
         write_whole(self.folder / "heldout.csv", lambda file: file.write(text.encode()))
 
     def _open(self, resume: bool) -> None:
         """Begin the run, or take up where it was left; everything there is checked before anything is written."""
-        described, kept = self._described(), list[str]()
+        described, kept = self._description(), list[str]()
         if resume:
-            described, checkpoint, state, kept = self.checked()
+            described, checkpoint, state, kept = self.saved_progress()
             if checkpoint is not None and state is not None:
                 self._load(checkpoint, state)
         else:
@@ -477,7 +477,7 @@ class Run:
         if self.config.trackers:
             self.accelerator.init_trackers("lens-positions", config={"run": str(self.folder)})
 
-    def _described(self) -> dict[str, Any]:
+    def _description(self) -> dict[str, Any]:
         described = {
             "config": to_json(self.config),
             "corpus_fingerprint": self.corpus.fingerprint,
@@ -534,13 +534,13 @@ class Run:
                     shutil.rmtree(other, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
-    def checked(self) -> tuple[dict[str, Any], Path | None, CheckpointState | None, list[str]]:
+    def saved_progress(self) -> tuple[dict[str, Any], Path | None, CheckpointState | None, list[str]]:
         """What is there to go on from: the run's description, its checkpoint, that one's state, the log up to there.
 
         Raises:
             PositionsError: it is of another run, or damaged.
         """
-        refuse_other(self.folder, self._described())
+        refuse_other(self.folder, self._description())
         described = dict(read_description(self.folder))
         checkpoint = newest_checkpoint(self.folder)
         if checkpoint is None:
@@ -548,7 +548,7 @@ class Run:
         state = read_state(checkpoint)
         if not self.learns or state["step"] > self.config.steps:
             raise PositionsError(f"{checkpoint} is of a step that this run does not have; expected its own.")
-        refuse_damaged(checkpoint, state, self._decided(state["step"]))
+        refuse_damaged(checkpoint, state, self._expected_state(state["step"]))
         return described, checkpoint, state, read_log(self.folder, state["step"], self._is_evaluated)
 
     def _load(self, checkpoint: Path, state: CheckpointState) -> None:
@@ -564,7 +564,7 @@ class Run:
             raise PositionsError(f"the checkpoint {checkpoint} is damaged: {' '.join(str(error).split())}") from error
         self.step = state["step"]
 
-    def _decided(self, step: int) -> dict[str, Any]:
+    def _expected_state(self, step: int) -> dict[str, Any]:
         """The schedule and the groups of parameters after a step, which the configuration decides."""
         schedule, groups = self.schedule.state_dict(), self.optimizer.state_dict()["param_groups"]
 

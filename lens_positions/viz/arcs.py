@@ -66,28 +66,28 @@ def arcs(
     if path is not None:
         style.check_path(path)
     how: dict[str, Any] = {"attention_mask": attention_mask, "prepend_bos": prepend_bos}
-    placed, after = before_and_after(model, text, hooks, patterns=True, most=MOST_ATTENDING, **how)
-    layer, head, token = _checked(placed, layer, head, token)
-    sides = [_rulers(side, layer, head, token) for side in (placed, after) if side is not None]
+    before, after = before_and_after(model, text, hooks, patterns=True, most=MOST_ATTENDING, **how)
+    layer, head, token = _valid_choice(before, layer, head, token)
+    sides = [_rulers(side, layer, head, token) for side in (before, after) if side is not None]
     # One scale for both: the longer of the two fills its ruler.
     longest = max(max(float(np.ptp(side.positions)) for side in sides), 1e-9)
     with style.context():
-        figure = _draw(placed, after, sides, longest, f"layer {layer}, head {head}, token {token}")
+        figure = _draw(before, after, sides, longest, f"layer {layer}, head {head}, token {token}")
     if path is not None:
         style.save(figure, path)
     return figure
 
 
-def _checked(placed: TextPositions, layer: int, head: int, token: int | None) -> tuple[int, int, int]:
+def _valid_choice(text: TextPositions, layer: int, head: int, token: int | None) -> tuple[int, int, int]:
     """The layer, head and token that are asked for.
 
     Raises:
         PositionsError: there is no such one.
     """
-    n, heads = len(placed.tokens), placed.attention().shape[1]
+    n, heads = len(text.tokens), text.attention().shape[1]
     layer = index_of(layer, "layer", "a number from 0")
-    if layer not in placed.layers:
-        known = ", ".join(map(str, placed.layers))
+    if layer not in text.layers:
+        known = ", ".join(map(str, text.layers))
         raise PositionsError(f"layer is {layer}; expected one of the layers with positions ({known}).")
     head = index_of(head, "head", f"one from 0 to {heads - 1}", most=heads - 1)
     return layer, head, n - 1 if token is None else index_of(token, "token", f"one from 0 to {n - 1}", most=n - 1)
@@ -104,28 +104,28 @@ class _Rulers:
     static: bool
 
 
-def _rulers(placed: TextPositions, layer: int, head: int, token: int) -> _Rulers:
-    patterns, entry = placed.attention(), placed.layers.index(layer)
-    of_heads = placed.positions[entry]
+def _rulers(text: TextPositions, layer: int, head: int, token: int) -> _Rulers:
+    patterns, entry = text.attention(), text.layers.index(layer)
+    of_heads = text.positions[entry]
 
     # Query heads that share a key-value head share its positions; one head of positions stands for all.
     positions = of_heads[:, head * of_heads.shape[1] // patterns.shape[1]].numpy()
-    labels = [style.visible_text(label) for label in placed.labels]
+    labels = [style.visible_text(label) for label in text.labels]
     labels = [label if len(label) <= LABEL_LENGTH else label[: LABEL_LENGTH - 1] + "…" for label in labels]
     weights = patterns[entry, head, token].double().numpy()
-    return _Rulers(labels, token, weights, positions - positions[0], placed.config.source == "static")
+    return _Rulers(labels, token, weights, positions - positions[0], text.config.source == "static")
 
 
 def _draw(
-    placed: TextPositions, after: TextPositions | None, sides: list[_Rulers], longest: float, what: str
+    before: TextPositions, after: TextPositions | None, sides: list[_Rulers], longest: float, what: str
 ) -> Figure:
     """The drawings beside each other."""
-    labels, n = sides[0].labels, len(placed.tokens)
+    labels, n = sides[0].labels, len(before.tokens)
     fonts = style.fonts_for("".join(labels))
     upright = sum(len(label) > 2 for label in labels) <= n / 10
     caption = (
-        f"{placed.name}. Arcs run from the blue token to those that it attends to, as wide and strong as the "
-        f"attention; below {SHOWN:.0%} none is drawn. {' '.join(edits_in_words(after))} {placed.cut()}"
+        f"{before.name}. Arcs run from the blue token to those that it attends to, as wide and strong as the "
+        f"attention; below {SHOWN:.0%} none is drawn. {' '.join(edits_in_words(after))} {before.cut()}"
     )
     wide, between = min(max(0.2 * n, 4.5), 11.0), 0.75 if upright else 0.5 + 0.16 * max(map(len, labels))
     gap, high = 0.4, 2 * max(_reach(side, longest, wide) for side in sides) + between
@@ -142,7 +142,7 @@ def _draw(
     return figure
 
 
-def _attended(side: _Rulers) -> list[int]:
+def _keys_with_arcs(side: _Rulers) -> list[int]:
     return [key for key in range(side.token + 1) if side.weights[key] >= SHOWN]
 
 
@@ -156,7 +156,7 @@ def _reach(side: _Rulers, longest: float, wide: float) -> float:
     """Inches that the highest arc and what is written above it need."""
     # An arc is a half circle where there is room for it; the highest decides how much room there is.
     reaches = [
-        abs(x[side.token] - x[key]) * wide / 2 for x in _places(side, longest) for key in _attended(side)
+        abs(x[side.token] - x[key]) * wide / 2 for x in _places(side, longest) for key in _keys_with_arcs(side)
     ]  # fmt: skip
     return min(max(reaches, default=0.0), 1.1) + 0.3
 
@@ -181,7 +181,7 @@ def _draw_rulers(
     for name, x, y, up in (("learned", learned, between, 1), ("counted", counted, 0.0, -1)):
         axes.plot([0, max(float(x.max()), 1e-9)], [y, y], color=style.FAINT, linewidth=1, zorder=1)
         axes.plot(x, np.full(n, y), "|", color=style.QUIET, markersize=5, zorder=2)
-        for key in _attended(side):
+        for key in _keys_with_arcs(side):
             reach = max(abs(x[side.token] - x[key]), 0.012)
             tall = 2 * min(reach * wide / 2, arc - 0.3)
             axes.add_patch(

@@ -289,7 +289,7 @@ def frequency_map(
     >>> [axes.get_title() for axes in figure.axes[:2]]
     ['query', 'key']
     """
-    count = _checked_count(amounts, layers, wavelengths)
+    count = _valid_count(amounts, layers, wavelengths)
 
     # Short wavelengths, the highest frequencies, at the left.
     order = np.arange(count) if wavelengths is None else np.argsort(wavelengths)
@@ -321,7 +321,7 @@ def frequency_map(
     return figure
 
 
-def _checked_count(
+def _valid_count(
     amounts: Mapping[str, Float[Tensor, "layer frequency"]],
     layers: Sequence[int],
     wavelengths: Sequence[float] | Float64[np.ndarray, " frequency"] | None,

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
+from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from torch import Tensor
 
 from ..errors import PositionsError
@@ -71,6 +73,7 @@ def effect_map(
             f"the model is a {type(model).__name__}; expected the model that was measured, then its effects and the "
             "prompt."
         )
+
     numbers = [number for number, _ in hook_names(model, layers, "")]
     prompt = one_prompt(model, text, attention_mask, prepend_bos)[0]
     known = getattr(model, "tokenizer", None) is not None
@@ -122,6 +125,7 @@ def map_of(
         figure, axes = style.frame_figure((wide, high), title, unit, caption, (0.75, 1.05, top, below))
         image = axes.imshow(values, cmap=DIVERGING, vmin=-most, vmax=most, aspect="auto", origin="lower")
         if sure is not None:
+            # A dot and not a colour: the colour already says how large the effect is.
             rows, columns = sure.nonzero()
             axes.plot(columns, rows, "o", color=style.INK, markersize=1.8, linestyle="none")
         for column, said in enumerate(above):
@@ -133,15 +137,20 @@ def map_of(
         # Some ten labels, however many layers.
         step = max(1, round(len(layers) / 10))
         axes.set_yticks(range(0, len(layers), step), [str(layers[i]) for i in range(0, len(layers), step)])
-        axes.set_xticks(range(len(tokens)))
-        labels = [style.draw_text(token or " ", fonts) for token in tokens]
-        axes.set_xticklabels([text for text, _ in labels], rotation=90, parse_math=False)
-        for label, (_, font) in zip(axes.get_xticklabels(), labels, strict=True):
-            label.set_fontproperties(font)
-            label.set_fontsize(8)
+        _label_tokens(axes, tokens, fonts)
         axes.tick_params(length=0)
         style.colour_bar(figure, axes, image)
     return figure
+
+
+def _label_tokens(axes: Axes, tokens: Sequence[str], fonts: list[FontProperties]) -> None:
+    """A token below each column, in a font that has its characters."""
+    axes.set_xticks(range(len(tokens)))
+    labels = [style.draw_text(token or " ", fonts) for token in tokens]
+    axes.set_xticklabels([text for text, _ in labels], rotation=90, parse_math=False)
+    for label, (_, font) in zip(axes.get_xticklabels(), labels, strict=True):
+        label.set_fontproperties(font)
+        label.set_fontsize(8)
 
 
 def head_map(
@@ -179,6 +188,8 @@ def head_map(
         largest = np.abs(values).argmax(-1, keepdims=True)
         values = np.take_along_axis(values, largest, axis=-1)[..., 0]
         unit += ", at the token where it is largest"
+
+    # As in `map_of`: white is no effect.
     most = float(np.abs(values).max()) or 1.0
     with style.context():
         size = (max(0.22 * values.shape[1], 3.0), max(0.16 * len(layers), 0.9))
@@ -234,6 +245,8 @@ def ablation_bars(
             )  # fmt: skip
         axes.axhline(0, color=style.FAINT, linewidth=0.8, zorder=0)
         axes.set_xticks(range(len(groups)), [str(g) if g == "all" else f"layer {g}" for g in groups])
+
+        # "layer 12" and its neighbours would run into one another.
         if len(groups) > 12:
             axes.set_xticks(range(len(groups)), [str(g) for g in groups])
         axes.set_ylabel(f"change of loss, {unit}")

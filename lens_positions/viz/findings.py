@@ -25,11 +25,15 @@ def of_kinds(name: str, table: pd.DataFrame) -> str:
     >>> of_kinds("m", pd.DataFrame(rows, columns=columns))
     'm puts tokens apart by kind most in layer 0: space ×2.000 the mean of the layer (1.900 to 2.100), letter ×0.500 (0.400 to 0.600)'
     """  # noqa: E501 - a sentence
+
+    # A kind of a few tokens is easily the farthest of all by chance.
     known = table[(table["n"] >= FEWEST) & table["relative_low"].notna()]
     by_layer = known.groupby("layer")["relative"]
     ranges = (by_layer.max() - by_layer.min())[by_layer.count() > 1]
     if ranges.empty:
         return f"{name} has no layer in which two kinds of token are frequent enough to compare"
+
+    # The layer was chosen after looking: its extremes are called apart only if their intervals do not overlap.
     rows = known[known["layer"] == ranges.idxmax()].sort_values("relative")
     least, most = rows.iloc[0], rows.iloc[-1]
     if most["relative_low"] <= least["relative_high"]:

@@ -132,21 +132,22 @@ def spacing_view(
     >>> view.data["units"]
     ['T', 'h', 'e', '␣', 'c', 'a', 't']
     """
-    placed, after = before_and_after(model, text, hooks, attention_mask=attention_mask, prepend_bos=prepend_bos)
-    shown = rows_to_show(model, layers, placed, after, "positions")
-    rows = rows_of(placed, after, shown, "common")
+    before, after = before_and_after(model, text, hooks, attention_mask=attention_mask, prepend_bos=prepend_bos)
+    shown = rows_to_show(model, layers, before, after, "positions")
+    rows = rows_of(before, after, shown, "common")
 
     # Not where some row's mean is near zero, by which it would be divided.
     relative = all(row.mean_increment > LEAST_MEAN for row in rows)
 
     # A browser becomes slow with thousands of elements: fewer units where there are more rows.
-    n = _drawable_units(placed, len(rows))
-    ranges = list(zip(placed.first[:n], placed.last[:n], strict=True))
-    increments = [_source(placed, after, edited).increments[layer].mean(-1).tolist() for layer, _, edited in shown]
+    n = _drawable_units(before, len(rows))
+    ranges = list(zip(before.first[:n], before.last[:n], strict=True))
+    increments = [_source(before, after, edited).increments[layer].mean(-1).tolist() for layer, _, edited in shown]
+
     scales: tuple[Scale, ...] = ("relative", "common")
     data = {
-        "units": [style.visible_text(unit) for unit in placed.units[:n]],
-        "boundary": [is_boundary(unit) for unit in placed.units[:n]],
+        "units": [style.visible_text(unit) for unit in before.units[:n]],
+        "boundary": [is_boundary(unit) for unit in before.units[:n]],
         "relative": relative,
         "rows": [
             {
@@ -159,10 +160,10 @@ def spacing_view(
             for row, of_row in zip(rows, increments, strict=True)
         ],
         "caption": {
-            scale: " ".join([*caption_of(placed, after, rows, scale), placed.cut(n)]).strip() for scale in scales
+            scale: " ".join([*caption_of(before, after, rows, scale), before.cut(n)]).strip() for scale in scales
         },
     }
-    return View("spacing", "Characters at their learned positions", data, placed.cut(n))
+    return View("spacing", "Characters at their learned positions", data, before.cut(n))
 
 
 def tokens_view(
@@ -185,35 +186,39 @@ def tokens_view(
     >>> view.title, view.kind
     ('Tokens tinted by increment', 'tokens')
     """
-    placed, after = before_and_after(model, text, hooks, attention_mask=attention_mask, prepend_bos=prepend_bos)
-    shown = rows_to_show(model, layers, placed, after, "increments")
-    n = _drawable_units(placed, len(shown))
-    stop = placed.last[n - 1] + 1
-    moves = torch.zeros(len(placed.tokens), dtype=torch.bool)
-    moves[placed.config.effective] = True  # the others have no tint
+    before, after = before_and_after(model, text, hooks, attention_mask=attention_mask, prepend_bos=prepend_bos)
+    shown = rows_to_show(model, layers, before, after, "increments")
+
+    # Up to the last token of the last unit that is drawn.
+    n = _drawable_units(before, len(shown))
+    stop = before.last[n - 1] + 1
+    moves = torch.zeros(len(before.tokens), dtype=torch.bool)
+    moves[before.config.effective] = True  # the others have no tint
     rows = []
     for layer, name, edited in shown:
-        source = _source(placed, after, edited)
-        increments = source.increments[layer, placed.first[0] : stop].mean(-1)
+        source = _source(before, after, edited)
+        increments = source.increments[layer, before.first[0] : stop].mean(-1)
         mean = source.mean_increment(layer)
+
+        # A mean near zero would make every deviation from it enormous.
         tint = increments / mean - 1 if abs(mean) > LEAST_MEAN else torch.zeros_like(increments)
-        tint[~moves[placed.first[0] : stop]] = 0
+        tint[~moves[before.first[0] : stop]] = 0
         rows.append({"name": name, "mean": _short(mean), "relative": _short(tint.tolist())})
     said = [
-        *placed.convention(),
+        *before.convention(),
         *edits_in_words(after, shown),
         "White: at the row's mean; orange: twice as far or more; blue: no distance at all. Pointing at a token shows "
         "the deviation, as a share of the mean.",
-        placed.cut(n),
+        before.cut(n),
     ]
     data = {
-        "labels": [style.visible_text(label) for label in placed.labels[placed.first[0] : stop]],
+        "labels": [style.visible_text(label) for label in before.labels[before.first[0] : stop]],
         "rows": rows,
         "farther": style.ORANGE,
         "nearer": style.BLUE,
         "caption": " ".join(said).strip(),
     }
-    return View("tokens", "Tokens tinted by increment", data, placed.cut(n))
+    return View("tokens", "Tokens tinted by increment", data, before.cut(n))
 
 
 def attention_view(
@@ -243,46 +248,49 @@ def attention_view(
     ('Attention beside increments', 'attention')
     """
     how: dict[str, Any] = {"attention_mask": attention_mask, "prepend_bos": prepend_bos}
-    placed, after = before_and_after(model, text, hooks, patterns=True, most=most, **how)
+    before, after = before_and_after(model, text, hooks, patterns=True, most=most, **how)
     if after is None:
-        return _attention_of(placed, _most_structured(placed), [])
-    changed = (after.attention() - placed.attention()).abs().amax(dim=(1, 2, 3))
-    layer = int(changed.argmax()) if bool(changed.any()) else _most_structured(placed)
+        return _attention_of(before, _most_structured(before), [])
+
+    # The view begins where the edits did most, or, if they did nothing here, as it would without them.
+    changed = (after.attention() - before.attention()).abs().amax(dim=(1, 2, 3))
+    layer = int(changed.argmax()) if bool(changed.any()) else _most_structured(before)
     said = edits_in_words(after)
     if not bool(changed.any()):
         said.append("They change no attention that is drawn here.")
-    before = _attention_of(placed, layer, [*said, "Here: before them."], WHEN[0])
-    return replace(before, beside=_attention_of(after, layer, [*said, "Here: after them."], WHEN[1]))
+    view = _attention_of(before, layer, [*said, "Here: before them."], WHEN[0])
+    return replace(view, beside=_attention_of(after, layer, [*said, "Here: after them."], WHEN[1]))
 
 
-def _most_structured(placed: TextPositions) -> int:
+def _most_structured(text: TextPositions) -> int:
     """The entry of the layer whose increments differ most for their size, which a view begins with."""
-    spread = placed.increments.std(dim=(1, 2), correction=0) / placed.increments.abs().mean(dim=(1, 2)).clamp_min(1e-9)
+    spread = text.increments.std(dim=(1, 2), correction=0) / text.increments.abs().mean(dim=(1, 2)).clamp_min(1e-9)
     return int(spread.argmax())
 
 
-def _attention_of(placed: TextPositions, layer: int, edits: list[str], when: str = "") -> View:
-    """The view of a text as it was placed, which begins with a layer."""
-    patterns = placed.attention()
-    static = placed.config.source == "static"
+def _attention_of(text: TextPositions, layer: int, edits: list[str], when: str = "") -> View:
+    """The view of a text at its positions, which begins with a layer."""
+    patterns = text.attention()
+    static = text.config.source == "static"
+
     said = [
-        *placed.convention(heads="each head has its own"),
+        *text.convention(heads="each head has its own"),
         *edits,
         "Each arc runs from the chosen token to one that it attends to; its width and strength are the "
         "attention, and below 1% none is drawn. Above the line tokens stand at their "
         + ("positions, one step a token unless they are edited" if static else "learned positions")
         + "; below it they are counted. Click a token, or use the arrow keys.",
-        placed.cut(),
+        text.cut(),
     ]
     data = {
-        "labels": [style.visible_text(label) for label in placed.labels],
+        "labels": [style.visible_text(label) for label in text.labels],
         "rows": [
             {
                 "name": f"layer {number}",
-                "increments": _short(placed.increments[entry].T.tolist()),
-                "positions": _short(placed.positions[entry].T.tolist()),
+                "increments": _short(text.increments[entry].T.tolist()),
+                "positions": _short(text.positions[entry].T.tolist()),
             }
-            for entry, number in enumerate(placed.layers)
+            for entry, number in enumerate(text.layers)
         ],
         "heads": patterns.shape[1],
         "patterns": [_pack_patterns(of_layer) for of_layer in patterns],
@@ -292,11 +300,11 @@ def _attention_of(placed: TextPositions, layer: int, edits: list[str], when: str
         "positive": style.BLUE,
         "caption": " ".join(said).strip(),
     }
-    return View("attention", "Attention beside increments" + (f", {when}" if when else ""), data, placed.cut())
+    return View("attention", "Attention beside increments" + (f", {when}" if when else ""), data, text.cut())
 
 
-def _source(placed: TextPositions, after: TextPositions | None, edited: bool) -> TextPositions:
-    return after if after is not None and edited else placed
+def _source(before: TextPositions, after: TextPositions | None, edited: bool) -> TextPositions:
+    return after if after is not None and edited else before
 
 
 def page_of(views: Sequence[View], title: str) -> str:
@@ -334,8 +342,8 @@ def write_page(page: str, path: str | Path) -> None:
     write_whole(path, page.encode("utf-8", "backslashreplace"), "page")
 
 
-def _drawable_units(placed: TextPositions, rows: int) -> int:
-    return min(len(placed.units), max(1, MOST_UNITS // rows))
+def _drawable_units(text: TextPositions, rows: int) -> int:
+    return min(len(text.units), max(1, MOST_UNITS // rows))
 
 
 def _short(values: Any) -> Any:

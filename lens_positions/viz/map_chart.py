@@ -40,12 +40,16 @@ def map_chart(table: pd.DataFrame, caption: str = "", path: str | Path | None = 
     maps = [rows for _, rows in table.groupby(["model", "corpus"], sort=False)]
     groups = list(dict.fromkeys(table[by]))
     layers = max(len(set(rows["layer"])) - 1 for rows in maps)
+
+    # Inches: a line for each group above, a row of cells for each below, a column for each map.
     dots, cells = 0.26 * len(groups), 0.2 * len(groups)
     wide, between, around = max(0.17 * layers, 3.2), 1.0, 2.1
     title, unit = "Which gaps a model would have longer", "gradient of the loss, nats per position: below 0 is longer"
     with style.context():
         size = (wide * len(maps) + (around - 0.3) * (len(maps) - 1), dots + between + cells)
         figure, whole = style.frame_figure(size, title, unit, caption, (around, 0.9, 0.95, 0.5))
+
+        # The frame is only measured: its place is taken by two axes for each map.
         frame = whole.get_position()
         whole.remove()
         across, up = frame.width / size[0], frame.height / size[1]
@@ -64,6 +68,7 @@ def map_chart(table: pd.DataFrame, caption: str = "", path: str | Path | None = 
 
 def _draw_dots(axes: Axes, rows: pd.DataFrame, groups: list[str]) -> None:
     """All layers together: the mean with its interval, before the shuffles."""
+    # Another map may have groups that this one lacks; they keep their line, so that lines can be followed across.
     rows = rows.reindex(groups)
     places = np.arange(len(groups))
     axes.axvline(0, color=style.FAINT, linewidth=0.8, zorder=0)
@@ -71,6 +76,8 @@ def _draw_dots(axes: Axes, rows: pd.DataFrame, groups: list[str]) -> None:
     colours = [COLOURS.get(str(wants), style.QUIET) for wants in rows["wants"]]
     axes.hlines(places, rows["low"], rows["high"], color=colours, linewidth=1.6)
     axes.scatter(rows["gradient"], places, c=colours, s=18, zorder=3)
+
+    # From top to bottom in the order of the table.
     axes.set_ylim(len(groups) - 0.5, -0.5)
     counts = ["" if np.isnan(n) else f"  n={n:,.0f}" for n in rows["n"]]
     axes.set_yticks(places, [f"{name}{n}" for name, n in zip(groups, counts, strict=True)])
@@ -83,10 +90,14 @@ def _draw_layers(figure: Figure, axes: Axes, rows: pd.DataFrame, by: str, groups
     layers = list(dict.fromkeys(rows["layer"]))
     means = rows.pivot(index=by, columns="layer", values="gradient").reindex(index=groups, columns=layers)
     wants = rows.pivot(index=by, columns="layer", values="wants").reindex(index=groups, columns=layers)
+
+    # White is no gradient, so the scale reaches as far below zero as above.
     most = float(np.nanmax(np.abs(means.to_numpy(float)))) or 1.0
     image = axes.imshow(means.to_numpy(float), cmap=DIVERGING, vmin=-most, vmax=most, aspect="auto")
     decided = np.argwhere(wants.isin(["longer", "shorter"]).to_numpy())
     axes.scatter(decided[:, 1], decided[:, 0], s=3, color=style.INK)
+
+    # Some ten labels, however many layers.
     step = max(1, round(len(layers) / 10))
     axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
     axes.set_yticks(range(len(groups)), groups)

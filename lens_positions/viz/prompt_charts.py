@@ -50,11 +50,14 @@ def prompts_chart(
     """
     if path is not None:
         style.check_path(path)
+
     table = _of_head(effects.table, head)
     title = title or effects.measurement.replace("_", " ")
     of_head = "" if head is None else f", head {head}"
     how = f" ({effects.arguments})" if effects.arguments else ""
     said = f"{effects.model}{of_head}; {effects.measurement}{how}; {effects.prompts} prompts. {caption}".strip()
+
+    # What has places is a map; mediation has paths instead.
     if "token" in table:
         figure = _map(table, title, unit, f"{said} {DOT} Tokens count from the {effects.count_from}.")
     else:
@@ -76,13 +79,17 @@ def _map(table: pd.DataFrame, title: str, unit: str, caption: str) -> Figure:
     places = [name for name in ("span", "token") if name in table]
     columns = list(dict.fromkeys(table[places].itertuples(index=False, name=None)))
     if places == ["token"]:
+        # Counted from the end, a longer prompt adds places before those of the others.
         columns.sort()
+
     layers = list(dict.fromkeys(table["layer"]))
     shape = (len(layers), len(columns))
     row, column = table["layer"].map(layers.index), [columns.index(c) for c in table[places].itertuples(False, None)]
     means, sure = np.full(shape, np.nan), np.zeros(shape, dtype=bool)
     means[row, column] = table["mean"]
     sure[row, column] = (table["low"] > 0) | (table["high"] < 0)
+
+    # Layers of one place have the same token and as many prompts, so its first row speaks for all.
     first = table.assign(column=column).drop_duplicates("column").set_index("column").sort_index()
     labels = [_label(place, str(text)) for place, text in zip(columns, first["text"], strict=True)]
     counts = [f"{n:,}" for n in first["n"]]
@@ -107,6 +114,8 @@ def _lines(table: pd.DataFrame, title: str, unit: str, caption: str) -> Figure:
         size = (max(0.4 * len(layers), 4.2), 2.4)
         figure, axes = style.frame_figure(size, title, unit, caption, (0.75, 0.3, 0.95, 0.45))
         axes.axhline(0, color=style.FAINT, linewidth=0.8, zorder=0)
+
+        # Side by side around the mark of the layer, so that intervals do not cover one another.
         for i, (measure, rows) in enumerate(table.groupby(named, sort=False)):
             colour, places = MEASURE_COLOURS[i % len(MEASURE_COLOURS)], at[rows.index] + (i - 1.5) * 0.12
             axes.vlines(places, rows["low"], rows["high"], color=colour, linewidth=1.2)

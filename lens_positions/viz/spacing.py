@@ -76,11 +76,11 @@ def spacing(
         raise PositionsError(f'scale is {scale!r}; expected "relative" or "common".')
     if path is not None:
         style.check_path(path)
-    placed, after = before_and_after(model, text, hooks, attention_mask=attention_mask, prepend_bos=prepend_bos)
-    rows = rows_of(placed, after, rows_to_show(model, layers, placed, after, "positions"), scale)
-    fonts = style.fonts_for("".join(placed.units))
+    before, after = before_and_after(model, text, hooks, attention_mask=attention_mask, prepend_bos=prepend_bos)
+    rows = rows_of(before, after, rows_to_show(model, layers, before, after, "positions"), scale)
+    fonts = style.fonts_for("".join(before.units))
     with style.context():
-        figure = _draw(placed, after, rows, scale, fonts)
+        figure = _draw(before, after, rows, scale, fonts)
     if path is not None:
         style.save(figure, path)
     return figure
@@ -105,12 +105,12 @@ class Row:
 
 
 def rows_of(
-    placed: TextPositions, after: TextPositions | None, shown: list[tuple[int, str, bool]], scale: Scale
+    before: TextPositions, after: TextPositions | None, shown: list[tuple[int, str, bool]], scale: Scale
 ) -> list[Row]:
     """The rows to draw, in units of the axis.
 
     Args:
-        placed, after: the text without and with edits.
+        before, after: the text without and with edits.
         shown: from `rows_to_show`.
         scale: see the module.
 
@@ -119,7 +119,7 @@ def rows_of(
     """
     rows = []
     for layer, name, edited in shown:
-        source = after if after is not None and edited else placed
+        source = after if after is not None and edited else before
         positions, mean = source.positions[layer].mean(-1), source.mean_increment(layer)
         if scale == "relative" and mean <= 0:
             raise PositionsError(
@@ -127,18 +127,18 @@ def rows_of(
                 'divides: use scale="common".'
             )
         positions = positions / mean if scale == "relative" else positions
-        first, last = positions[placed.first].tolist(), positions[placed.last].tolist()
+        first, last = positions[before.first].tolist(), positions[before.last].tolist()
         rows.append(Row(name, mean, first, last, edited))
     return rows
 
 
-def caption_of(placed: TextPositions, after: TextPositions | None, rows: list[Row], scale: Scale) -> list[str]:
+def caption_of(before: TextPositions, after: TextPositions | None, rows: list[Row], scale: Scale) -> list[str]:
     """What a reader must know to read the picture, a sentence each."""
-    said = placed.convention()
+    said = before.convention()
     if after is not None:
         said += edits_in_words(after, [(0, row.name, row.edited) for row in rows])
     edited = any(row.edited for row in rows)
-    if placed.config.source != "static" or edited:
+    if before.config.source != "static" or edited:
         if scale == "relative":
             said.append("Each row is divided by its mean increment, printed at its left in steps of standard RoPE.")
         else:
@@ -147,7 +147,7 @@ def caption_of(placed: TextPositions, after: TextPositions | None, rows: list[Ro
         said.append("Lines follow a character from row to row.")
     if any(row.first != row.last for row in rows):
         said.append("A character of several tokens stands at its first; the line under it runs to its last.")
-    if any(map(is_boundary, placed.units)):
+    if any(map(is_boundary, before.units)):
         said.append("Orange: whitespace (␣, ⏎) and punctuation.")
     return said
 
@@ -158,9 +158,9 @@ def is_boundary(unit: str) -> bool:
 
 
 def _draw(
-    placed: TextPositions, after: TextPositions | None, rows: list[Row], scale: Scale, fonts: list[FontProperties]
+    before: TextPositions, after: TextPositions | None, rows: list[Row], scale: Scale, fonts: list[FontProperties]
 ) -> Figure:
-    units = placed.units
+    units = before.units
 
     # How wide the picture must be for its characters; in more panels where one would be too wide.
     needed = _points_needed(units, rows)
@@ -174,10 +174,10 @@ def _draw(
     width = min(max(1.4 * needed * extent / POINTS_PER_INCH, PANEL_WIDTH[0]), PANEL_WIDTH[1])
     margin = max(extent, 1e-6) * 0.13 / width
 
-    said = caption_of(placed, after, rows, scale)
+    said = caption_of(before, after, rows, scale)
     if any(style.draw_text(unit, fonts)[0] != style.visible_text(unit) for unit in set(units)):
         said.append(f"{style.SUBSTITUTE} stands for a character that no installed font draws.")
-    said += filter(None, [placed.cut(panels[-1].stop)])
+    said += filter(None, [before.cut(panels[-1].stop)])
     caption = textwrap.wrap(" ".join(said), width=int((width + 0.9) * 17))
     left, right, top, between = 1.4 if after else 1.1, 0.25, 0.5, 0.45
     bottom = 0.75 + 0.16 * len(caption)

@@ -98,6 +98,8 @@ def fonts_for(text: str) -> list[FontProperties]:
             "install the Debian package fonts-wqy-zenhei or fonts-noto-cjk."
         )
     latin = FontProperties(family=["DejaVu Sans"])
+
+    # Names of files vary by distribution and version; what they have in common is a part of them.
     return [latin, chinese] if chinese else [latin]
 
 
@@ -136,6 +138,8 @@ def frame_figure(
     lines = textwrap.wrap(caption, width=int(width * 15))
     bottom = below + 0.15 * len(lines)
     height = bottom + size[1] + top
+
+    # Parts of a figure are placed in shares of it, and thought of in inches.
     figure = Drawing(figsize=(width, height))
     axes = figure.add_axes((left / width, bottom / height, size[0] / width, size[1] / height))
     places: list[tuple[float, str, dict[str, Any]]] = [
@@ -190,6 +194,8 @@ def page_svg(figure: Figure, label: str) -> str:
     with context():
         figure.savefig(content, format="svg", metadata={"Date": None}, bbox_inches="tight", transparent=True)
     svg = content.getvalue().decode("utf-8")
+
+    # Without the XML declaration, which may only stand at the beginning of a document.
     svg = svg[svg.index("<svg") :]
     for colour, variable in PAGE_COLOURS.items():
         svg = svg.replace(colour, f"var(--{variable})")

@@ -156,10 +156,11 @@ def position_text(
     kept = sum(stop <= room for _, stop in spans)
     if not kept:
         raise PositionsError(f"the first character takes more than {room} tokens; expected a text that begins in them.")
+
     limit = f"the model's context is {room:,} tokens" if room == model.cfg.n_ctx else f"they are {room:,} tokens"
     tokens = tokens[: spans[kept - 1][1]] if kept < len(units) else tokens
 
-    increments, positions, attention = _recorded(model, tokens, patterns, hooks or [])
+    increments, positions, attention = _record(model, tokens, patterns, hooks or [])
     return TextPositions(
         name=model.name,
         config=model.position_config,
@@ -188,11 +189,13 @@ def _one_text(
     prompts = prompts_of(model, text, attention_mask, prepend_bos, whole=True)
     if len(prompts) != 1:
         raise PositionsError(f"{len(prompts)} texts were given; expected one text, or its token ids [pos].")
+
+    # A list of one text counts as that text.
     (given,) = [text] if isinstance(text, str | Tensor) else text
     return prompts[0], given if isinstance(given, str) else None
 
 
-def _recorded(
+def _record(
     model: HookedPositionTransformer, tokens: Int[Tensor, " pos"], patterns: bool, edits: Hooks
 ) -> tuple[
     Float64[Tensor, "layer pos head"],
@@ -258,6 +261,8 @@ def rows_to_show(
     edited: Tensor = getattr(after, what)
     shown = layers_to_show(model, layers, torch.cat([values, edited], dim=-1))
     changed = [entry for entry in shown if not torch.equal(values[entry], edited[entry])]
+
+    # Layers that are the same with and without edits share one row, if they are also like one another.
     rows, same = [], [entry for entry in shown if entry not in changed]
     alike = len(same) > 1 and all(torch.equal(values[entry], values[same[0]]) for entry in same)
     for entry, name in shown.items():
@@ -331,6 +336,7 @@ def _units(
             stops = list(accumulate((size for _, size in named), initial=len(tokens) - own))
             return [unit for unit, _ in named], [1] * len(named), list(pairwise(stops))
         of_character = character_spans(tokenizer, text)
+
     before = len(tokens) - own
     starts = [min(start, own - 1) for start, _ in of_character]
 

@@ -35,6 +35,8 @@ def explore(model: HookedPositionTransformer, text: str = page.TEXT, edits: Sequ
     >>> logits = model.run_with_hooks(widget.text, fwd_hooks=widget.hooks())
     """
     state = {"model": model.name, "text": text, "edits": [dict(edit) for edit in edits]}
+
+    # A wrong edit is refused here, and not in the browser, which would show it to nobody.
     read_state(state)
     explorer = Explorer(model)
     return _widget_class()(explorer, state)
@@ -68,7 +70,7 @@ def _widget_class() -> Any:
         def __init__(self, explorer: Explorer, state: dict[str, Any]) -> None:
             self._explorer = explorer
             super().__init__(state=state, result=explorer.run(state))
-            self.on_msg(self._asked)
+            self.on_msg(self._on_question)
 
         @property
         def text(self) -> str:
@@ -95,10 +97,11 @@ def _widget_class() -> Any:
             write_page(self._explorer.page(self._question()), path)
 
         def _question(self) -> dict[str, Any]:
+            # Only what decides the answer: the page may keep more in its state.
             known = ("model", "text", "edits", "token", "layer", "head")
             return {name: self.state[name] for name in known if name in self.state}
 
-        def _asked(self, _widget: Any, message: dict[str, Any], _buffers: Any) -> None:
+        def _on_question(self, _widget: Any, message: dict[str, Any], _buffers: Any) -> None:
             """Answer a question of the page, under its number."""
             try:
                 answer = self._answer(message.get("question"), message.get("state"))
@@ -108,6 +111,7 @@ def _widget_class() -> Any:
 
         def _answer(self, question: Any, state: Any) -> Any:
             if question == "run":
+                # Kept in the notebook, so that it shows the last answer when it is opened without a kernel.
                 found = self._explorer.run(state)
                 self.result = {"text": self.result["text"]} | found
                 return found
@@ -123,6 +127,8 @@ def _widget_class() -> Any:
             """The widget, and a still of it for whatever shows notebooks without running widgets."""
             bundle = super()._repr_mimebundle_(**kwargs)
             data, more = bundle if isinstance(bundle, tuple) else (bundle, {})
+
+            # A frame, so that neither the styles of the notebook nor those of the page reach the other.
             frame = (
                 f'<iframe srcdoc="{escape(self._explorer.page(self._question()))}" title="The explorer, a still" '
                 'style="width:100%;height:760px;border:0"></iframe>'

@@ -157,6 +157,35 @@ def test_an_inexact_shortcut_is_found_out(monkeypatch):
     torch.testing.assert_close(swept, expected, atol=1e-5, rtol=0)
 
 
+def test_the_last_mlp_runs_for_the_token_that_is_read():
+    model = fresh_model()
+    rows = []
+    handle = model.blocks[-1].mlp.register_forward_hook(lambda mlp, args, output: rows.append(output.shape[1]))
+    try:
+        causal.gap_sweep(model, TOKENS, LOSS)
+        assert rows[2] > 1  # after the baseline and the trial: a loss reads all tokens
+        rows.clear()
+        causal.gap_sweep(model, TOKENS, DIFFERENCE)
+        assert set(rows[2:]) == {1}
+    finally:
+        handle.remove()
+
+
+def test_a_block_that_does_more_with_its_mlp_is_not_cut_short():
+    """The MLP's output is shifted by a token here, so that the last one's is from the token before."""
+    model = fresh_model()
+    shift = model.blocks[-1].mlp.register_forward_hook(lambda mlp, args, output: output.roll(1, dims=1))
+    try:
+        replay = Replay(model, TOKENS, last_only=True)
+        assert replay.exact
+        assert not replay._prunes_mlp
+        (plain,) = loop(model, TOKENS, [DIFFERENCE], lambda la, t: lp.add_gap(model, t, layers=la), range(1, 8))
+        swept = causal.gap_sweep(model, TOKENS, DIFFERENCE)[:, 1:8]
+        assert (swept - plain).abs().max() <= 1e-5 * max(1, float(plain.abs().max()))
+    finally:
+        shift.remove()
+
+
 def test_a_sweep_leaves_the_model_as_it_was():
     model = fresh_model().train()
     plain, hooks = model(TOKENS), {name: len(h.fwd_hooks) for name, h in model.hook_dict.items()}

@@ -122,6 +122,51 @@ def test_a_gradient_is_the_slope_of_the_loss_by_that_gap_and_head(tiny_llama, tm
         assert found[layer, t - 1, head] == pytest.approx(slope, abs=1e-3 * float(np.abs(found).max()))
 
 
+@pytest.mark.parametrize("source", ["static", "shared"])
+@pytest.mark.parametrize("gap", ["before", "after"])
+def test_gradients_by_head_are_those_of_attribution(tiny_llama, tmp_path, source, gap):
+    """Two query heads share keys, and the shorter text is padded beside the longer one."""
+    llama = tiny_llama(vocab_size=257, num_attention_heads=4, num_key_value_heads=2)
+    model = lp.HookedPositionTransformer.from_transformers(llama, byte_tokenizer(), lp.PositionConfig(source, gap=gap))
+    texts = ["abc de.", "The cat sat."]
+    maps = {
+        kind: lp.causal.gap_map(model, texts, tmp_path / kind, by="head", heads=kind, progress=False).table()
+        for kind in ("query", "key_value")
+    }
+    whole = lp.causal.gap_map(model, texts, tmp_path / "layers", progress=False).table()
+    for kind, rows in maps.items():
+        for number, text in enumerate(texts):
+            tokens = torch.tensor([256, *text.encode(), 256])
+            expected = lp.causal.attribution(model, tokens, lp.causal.loss(), by="head", heads=kind)
+            expected = expected.movedim(1, 2)[:, 1:].numpy() * (len(tokens) - 1)
+            found = by_layer(rows[rows["document"] == number])
+            assert found.shape == expected.shape == (2, len(tokens) - 1, 4 if kind == "query" else 2)
+            assert found == pytest.approx(expected, abs=1e-5 * float(np.abs(expected).max()))
+    sums = maps["query"].groupby(["document", "index", "layer"], sort=False)["gradient"].sum()
+    of_layers = whole["gradient"].to_numpy()
+    assert sums.to_numpy() == pytest.approx(of_layers, abs=1e-5 * float(np.abs(of_layers).max()))
+    assert (maps["key_value"]["increment"].to_numpy()[::2] == whole["increment"].to_numpy()).all()
+
+
+def test_integrated_parts_of_heads_sum_to_the_whole_effect(tiny_llama, tmp_path):
+    llama = tiny_llama(vocab_size=257, num_attention_heads=4, num_key_value_heads=2)
+    model = lp.HookedPositionTransformer.from_transformers(llama, byte_tokenizer(), lp.PositionConfig("shared"))
+    rows = lp.causal.gap_map(model, ["abc de."], tmp_path / "map", by="head", baseline=0.0, progress=False).table()
+    tokens = torch.tensor([256, *b"abc de.", 256])
+    with torch.no_grad():
+        own = float(losses(model, tokens).sum())
+        with model.hooks(fwd_hooks=lp.ablate(model, to=0.0)):
+            whole = own - float(losses(model, tokens).sum())
+    assert rows["integrated"].sum() == pytest.approx(whole, rel=0.011)
+
+
+def test_a_map_by_layer_is_not_gone_on_with_by_head(tiny_model, tmp_path):
+    model = tiny_model()
+    lp.causal.gap_map(model, ["abc"], tmp_path / "map", progress=False)
+    with pytest.raises(lp.PositionsError, match="with heads None where this one has query"):
+        lp.causal.gap_map(model, ["abc"], tmp_path / "map", by="head", progress=False)
+
+
 @pytest.mark.parametrize("source", ["static", "per_layer"])
 def test_results_do_not_depend_on_the_batch_or_on_pieces(tiny_model, tmp_path, source):
     model = tiny_model(source=source)

@@ -58,7 +58,7 @@ def test_fresh_streams_leave_the_bare_model_bit_identical(base, tokens, dtype, a
     untouched = model(tokens).logits
     for source in ("static", "shared", "per_layer"):
         streams = lp.attach_positions(model, lp.PositionConfig(source=source, hidden=16))
-        with streams.recorded() as seen:
+        with streams.record() as seen:
             assert (model(tokens).logits - untouched).abs().max() == 0.0
         assert len(seen) == 30
         streams.detach()
@@ -178,7 +178,7 @@ def test_streams_leave_the_bridge_bit_identical_before_and_after_compatibility_m
         assert (logits - untouched).abs().max() == 0.0
         assert folded or torch.equal(untouched, bare)
         streams = lp.attach_positions(bridge, lp.PositionConfig(source="per_layer", hidden=16))
-        with streams.recorded():
+        with streams.record():
             assert (bridge(tokens) - untouched).abs().max() == 0.0
         streams.detach()
         lp.attach_positions(bridge)

@@ -119,7 +119,7 @@ def test_layers_that_read_another_layers_keys_go_by_its_positions(name):
     model = families.build(name)
     streams = lp.attach_positions(model)
     assert [stream.layer for stream in streams.layers] == [0, 1]
-    assert all(stream.followed for stream in streams.layers)
+    assert all(stream.has_followers for stream in streams.layers)
     seen = []
     attention = model.get_decoder().layers[2].self_attn
     handle = attention.register_forward_pre_hook(

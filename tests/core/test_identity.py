@@ -34,7 +34,7 @@ def test_fresh_streams_leave_logits_bit_identical(tiny_llama, source, gap, padde
     untouched = logits_of(model, **given)
     streams = lp.attach_positions(model, lp.PositionConfig(source=source, gap=gap))
     assert (logits_of(model, **given) - untouched).abs().max() == 0.0
-    with streams.recorded():
+    with streams.record():
         assert (logits_of(model, **given) - untouched).abs().max() == 0.0
 
 
@@ -108,7 +108,7 @@ def test_scaled_rope_is_exact(tiny_llama, rope, source):
     untouched = [logits_of(model, input_ids=TOKENS[:, :length]) for length in (11, 5)]
     streams = lp.attach_positions(model, lp.PositionConfig(source=source))
     for length, expected in zip((11, 5), untouched, strict=True):
-        with streams.recorded():
+        with streams.record():
             assert torch.equal(logits_of(model, input_ids=TOKENS[:, :length]), expected)
 
 

@@ -51,7 +51,7 @@ def test_fresh_source_gives_exactly_one_after_the_base_moves_to_bfloat16(tiny_ll
     model = tiny_llama()
     streams = lp.attach_positions(model, lp.PositionConfig(source=source, per_head=per_head))
     model.to(torch.bfloat16)
-    with streams.recorded() as recorded, torch.no_grad():
+    with streams.record() as recorded, torch.no_grad():
         model(torch.randint(0, 61, (2, 7)))
     assert {t.dtype for t in recorded} == {torch.float32}
     assert all((t == 1).all() for t in recorded)

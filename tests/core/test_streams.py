@@ -309,7 +309,7 @@ def test_static_shared_and_frozen_do_the_rotary_work_once_for_all_layers(tiny_st
         assert counter.during(model, TOKENS[:, 5:7], past_key_values=prompt) == calls
         prompt.reorder_cache(torch.tensor([1, 0]))
         assert counter.during(model, TOKENS[:, 7:], past_key_values=prompt) == calls
-        with streams.recorded():  # looking on is no edit
+        with streams.record():  # looking on is no edit
             assert counter.during(model, TOKENS) == calls
 
 
