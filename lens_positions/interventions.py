@@ -24,7 +24,8 @@ sees its own queries and the keys of its group by the positions that it is given
 which tokens, padding left as it is:
 
     None                        all of them
-    3, [0, 5]                   indices from 0, of tokens of the prompt
+    3, [0, 5]                   indices from 0, of tokens of the prompt; of several texts those of each, padding not
+                                counted
     slice(20, None)             every token from number 20 on, also those that a generation adds
     a mask [pos], [batch pos]   the tokens of the prompt where it is True
     a function of token ids     those where it returns True: `lambda ids: ids == newline`, say, or "all after the first
@@ -34,7 +35,7 @@ which tokens, padding left as it is:
                                 which it does is refused.
 
 Generation with a key-value cache calls hooks once for the prompt and once for each new token. Indices count from the
-start of the prompt (padding at its left counted); new tokens get the same number, factor or, with "mean", the prompt's
+first token of a text, wherever its padding stands; new tokens get the same number, factor or, with "mean", the prompt's
 mean; a shuffle and values recorded on the prompt leave them as they are. A list with a mean serves one generation at a
 time. A slice and a function choose the same tokens with a cache and without; the mean and the shuffle, which look at a
 whole row, take neither a slice without an end nor a function.
@@ -763,17 +764,30 @@ def _chosen_tokens(
         # A mask of the prompt says nothing of tokens that are generated: they are not chosen.
         mask = mask[:, tokens.past : tokens.past + length].to(real.device)
         return real & torch.nn.functional.pad(mask, (0, length - mask.shape[1]))
-    chosen = torch.zeros(1, length, dtype=torch.bool, device=real.device)
+    numbers, count = _token_numbers(tokens, length)
     if isinstance(positions, slice):
-        numbers = range(tokens.past + length)[positions]
-        chosen[:, [i - tokens.past for i in numbers if i >= tokens.past]] = True
-        return real & chosen
-    if tokens.past == 0 and max(positions) >= length:
-        raise PositionsError(f"there is no token {max(positions)}; expected tokens from 0 to {length - 1}.")
+        start, step = positions.start or 0, positions.step or 1
+        chosen = (numbers >= start) & ((numbers - start) % step == 0)
+        return real & (chosen if positions.stop is None else chosen & (numbers < positions.stop))
 
-    # With a cache the tokens of this pass begin at `past`; indices before it were edited in their own pass.
-    chosen[:, [i - tokens.past for i in positions if 0 <= i - tokens.past < length]] = True
-    return real & chosen
+    # With a cache, indices before this pass were edited in their own.
+    if tokens.past == 0 and max(positions) >= count:
+        raise PositionsError(f"there is no token {max(positions)}; expected tokens from 0 to {count - 1}.")
+    return real & torch.isin(numbers, torch.tensor(positions, device=numbers.device))
+
+
+def _token_numbers(tokens: HookedTokens, length: int) -> tuple[Int[Tensor, "#batch pos"], int]:
+    """The number of each token of this pass in its own text, from 0, and how many tokens the shortest text has.
+
+    Padding has no number of its own, so that an index means the same token whatever stands beside its text in a batch.
+    """
+    total = tokens.past + length
+    device = tokens.ids.device
+    real = tokens.real_so_far()
+    if real is None:
+        return torch.arange(tokens.past, total, device=device)[None], total
+    numbers = real.to(device).cumsum(1) - 1
+    return numbers[:, tokens.past : total], int(numbers[:, -1].min()) + 1
 
 
 def _in_shape_of(mask: Tensor, values: Tensor) -> Tensor:
@@ -849,8 +863,9 @@ def _multiply(factor: float, values: Tensor, _chosen: Tensor, _tokens: HookedTok
 
 
 def _lengthen(by: float, before: int | None, values: Tensor, _chosen: Tensor, tokens: HookedTokens) -> Tensor:
-    if before is not None and tokens.past == 0 and before >= values.shape[1]:
-        raise PositionsError(f"there is no token {before}; expected tokens from 1 to {values.shape[1] - 1}.")
+    count = _token_numbers(tokens, values.shape[1])[1]
+    if before is not None and tokens.past == 0 and before >= count:
+        raise PositionsError(f"there is no token {before}; expected tokens from 1 to {count - 1}.")
     return values + by
 
 

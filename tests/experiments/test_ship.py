@@ -60,7 +60,7 @@ def done(tmp_path_factory):
         learning_rate=3e-2,
         eval_windows=4,
     )
-    folders = {"output": folder / "runs", "results": folder / "files" / "base", "cache": folder / "cache"}
+    folders = {"output": folder / "runs", "results": folder / "files" / "long", "cache": folder / "cache"}
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(suite_module, "load_preset", lambda name: tiny)
         suite(SuiteConfig(seeds=(0,), variants=tuple(SHIPPED.values()), **folders))
@@ -134,7 +134,7 @@ def test_scores_are_those_of_the_shipped_weights(name, variant, shipped, done):
     assert list(written.columns) == ["document", "source", "length", "bytes", "nats"]
     assert set(written["source"]) == {"sotu", "peoples_daily", "reviews"}
     assert written["nats"].tolist() == pytest.approx(found["nats"].tolist(), abs=1e-6)
-    exact = pd.read_csv(done / "files" / "base" / f"{variant}-0" / "heldout.csv")
+    exact = pd.read_csv(done / "files" / "long" / f"{variant}-0" / "heldout.csv")
     table = tables[name].set_index(["text", "length"])
     for length in (32, 64, 128):
         at = found[found["length"] == length]
@@ -172,7 +172,7 @@ def test_the_card_says_what_the_run_says(shipped, done):
     for name, variant in SHIPPED.items():
         text = card_of(folder / name)
         described = json.loads((folder / name / "run.json").read_text("utf-8"))
-        results = done / "files" / "base" / f"{variant}-0" / "run.json"
+        results = done / "files" / "long" / f"{variant}-0" / "run.json"
         assert (folder / name / "run.json").read_bytes() == results.read_bytes()
         rounding = tables[name]["rounding"][0]
         for said in (
@@ -247,7 +247,7 @@ def rewrite(path, **changes):
     path.write_text(json.dumps(described), "utf-8")
 
 
-RUN, RESULTS = Path("runs/shared-0"), Path("files/base/shared-0")
+RUN, RESULTS = Path("runs/shared-0"), Path("files/long/shared-0")
 SPOILT = {
     "no run": (lambda at: (at / RUN / "training.json").unlink(), "there is no run .*shared-0; expected one that"),
     "an unfinished run": (lambda at: (at / RUN / "heldout.csv").unlink(), "run .*shared-0 is not finished; expected"),
@@ -268,11 +268,11 @@ SPOILT = {
         "shared-0 was trained with model.d_model 32 and .*static-0 with 16",
     ),
     "another corpus": (
-        lambda at: [rewrite(path, corpus="code") for path in at.glob("files/base/*/run.json")],
+        lambda at: [rewrite(path, corpus="code") for path in at.glob("files/long/*/run.json")],
         "static-0 was trained on code; expected bilingual, as the names bilingual-rope, .* say",
     ),
     "text that has changed": (
-        lambda at: [rewrite(path, max_bytes=9000) for path in at.glob("files/base/*/run.json")],
+        lambda at: [rewrite(path, max_bytes=9000) for path in at.glob("files/long/*/run.json")],
         "static-0 was started with another configuration or text",
     ),
     "scores of other text": (
@@ -336,9 +336,9 @@ def test_the_card_of_what_the_package_ships_has_the_losses_of_its_scores(name):
 @pytest.mark.parametrize("name", REAL)
 def test_what_the_package_says_of_a_run_is_what_the_tables_say(name):
     folder, results = pretrained.CHECKPOINTS / name, read_tables(ROOT / "experiments" / "results")
-    described = dict(results.runs[RunName("base", SHIPPED[name], 0)])
+    described = dict(results.runs[RunName("long", SHIPPED[name], 0)])
     assert json.dumps(described, indent=2) + "\n" == (folder / "run.json").read_text("utf-8")
-    exact = scores_by_seed(results, "base", SHIPPED[name])[0]
+    exact = scores_by_seed(results, "long", SHIPPED[name])[0]
     table = score_table(folder, exact, pretrained.CHECKPOINTS / ROPE, "run")
     command = re.search(r"and shipped by\n\n    (.*)\n", card_of(folder))[1]
     assert card(name, described, table, command) == card_of(folder)
