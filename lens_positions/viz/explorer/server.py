@@ -195,7 +195,9 @@ class Server:
                 "(or lens-positions[explore])."
             ) from error
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._socket = socket.socket(family, socket.SOCK_STREAM)
+        # asyncio sends small packets at once only where a socket says that it is of TCP; otherwise the end of an answer
+        # waits for the receiver's acknowledgement of its beginning, which Linux holds back for 40 ms.
+        self._socket = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         try:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self._socket.bind((host, port))
