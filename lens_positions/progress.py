@@ -60,7 +60,7 @@ def estimated(seconds: float, what: str) -> Iterator[None]:
     """Say at once how long the work inside will take, as somebody has worked out; its loops then say nothing of it."""
     say = _say.get()
     if say is not None and seconds >= LONG:
-        say(f"about {_rough_time(seconds)} on this machine: {what}")
+        say(f"about {rough_time(seconds)} on this machine: {what}")
     token = _passes.set(_Passes(said=True))
     try:
         yield

@@ -11,6 +11,7 @@ Measurements are kept as small files beside the scores of a run, as `measure` ke
     long/per_layer-0/probes.csv       areas of probes and increments, by training step and layer
     long/per_layer-0/gap_effects.csv  the effects of edited gaps, by line
     long/head_steps-0/head_reach.csv  increment and look-back of every head
+    rope/smollm2-135m-instruct/gap_effects.csv  as above, of English, by document
 """
 
 from collections.abc import Callable
@@ -21,6 +22,7 @@ import pandas as pd
 
 from lens_positions import corpora
 from lens_positions.analysis.heads import head_profile
+from lens_positions.checkpoint import fingerprint
 from lens_positions.errors import PositionsError
 from lens_positions.model import HookedPositionTransformer
 from lens_positions.training.schema import RunDescription, read_json
@@ -28,18 +30,22 @@ from lens_positions.training.schema import RunDescription, read_json
 from ..gather import gather
 from ..measure import measure_left
 from ..options import STAGED, GatherConfig, QuestionsConfig
+from ..rope_measures import SMOLLM2
 from ..suite import is_finished, print_progress, read_results, weights_of
 from ..tables import read_tables
 from .answers import find_answers
 from .page import write_page
 from .probes import BoundaryText, BranchingEntropy, boundary_probes
-from .word_gaps import gap_effects
+from .word_gaps import gap_effects, token_gap_effects
 
 EVERY_LINE = 4
 """One held-out line of so many is read for the probes."""
 
 LINES = 150
 """Lines at most for edited gaps."""
+
+PAIRS = 24
+"""Pairs of a document at most for edited gaps of SmolLM2."""
 
 CHARACTERS = 20_000
 """Of English and Chinese text, for the look-back of heads."""
@@ -59,6 +65,11 @@ class Text:
         words = self.segmented[::EVERY_LINE]
         training = corpora.load("chinese")["train"]["text"]
         return BoundaryText(["".join(line) for line in words], words, BranchingEntropy(training))
+
+    @cached_property
+    def messages(self) -> list[str]:
+        """English documents, whole."""
+        return list(corpora.load("english")["heldout"]["text"])
 
     @cached_property
     def prose(self) -> list[str]:
@@ -111,10 +122,25 @@ def questions(options: QuestionsConfig) -> Path:
     text = Text()
     for described in sorted(results.glob("*/run.json")):
         _measure(runs / described.parent.name, described.parent, text, options.tables or tuple(MEASUREMENTS))
+    if "gap_effects" in (options.tables or MEASUREMENTS):
+        _measure_pretrained(results.parent / "rope" / SMOLLM2, text)
     if results.is_dir():
         gather(GatherConfig(results.parent, options.results))
     found = find_answers(read_tables(options.results), options.suite)
     return write_page(found, options)
+
+
+def _measure_pretrained(folder: Path, text: Text) -> None:
+    """Question 3 of a pretrained model; its results stand beside those of how it uses RoPE."""
+    try:
+        model = HookedPositionTransformer.from_pretrained(SMOLLM2)
+    except PositionsError as error:  # a package that need not be there
+        print_progress(f"{SMOLLM2}: {error} What was measured stays.")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    command = "lens-positions experiments questions --tables gap_effects"
+    tables = {"gap_effects": (lambda: token_gap_effects(model, text.messages, PAIRS), command)}
+    measure_left(tables, folder, {"model": fingerprint(model.original_model)}, SMOLLM2)
 
 
 def _measure(run: Path, folder: Path, text: Text, names: tuple[str, ...]) -> None:

@@ -7,7 +7,7 @@ compared. `documents_low` to `documents_high` is a second interval, over lines o
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,9 @@ from scipy import stats
 from lens_positions.errors import PositionsError
 from lens_positions.measure.intervals import t_interval
 
+from ..rope_measures import SMOLLM2
 from ..suite import paired_difference, scores_by_seed
-from ..tables import Tables
+from ..tables import Tables, run_of_model
 from .word_gaps import OUTCOMES
 
 CONTRASTS = {
@@ -132,7 +133,7 @@ def _nats(scores: pd.DataFrame, length: int, sources: Sequence[str]) -> pd.DataF
 def causes(tables: Tables, suite: str) -> list[dict[str, Any]]:
     """Question 3: the effect of an edited gap at true minus at matched false word beginnings, and at both.
 
-    Last, by how much `per_layer` exceeds `static` in the first of these.
+    Then by how much `per_layer` exceeds `static` in the first of these; last, a pretrained model over documents.
     """
     rows: list[dict[str, Any]] = []
     by_variant: dict[str, pd.DataFrame] = {}
@@ -142,14 +143,11 @@ def causes(tables: Tables, suite: str) -> list[dict[str, Any]]:
             continue
         whole = pd.concat([table.assign(seed=seed) for seed, table in by_seed.items()], ignore_index=True)
         common = {"question": 3, "variant": variant, "unit": "seeds"}
-        for by, outcome in itertools.product(sorted(whole["by"].unique(), reverse=True), OUTCOMES):
-            of = whole[whole["by"] == by]
-            true, false = of[f"{outcome}_true"], of[f"{outcome}_false"]
-            for name, values in (("true minus false", true - false), ("both", (true + false) / 2)):
-                row = {"quantity": f"{outcome}: {name}", "by": by, **over(values.groupby(of["seed"]).mean())}
-                of_lines = values.groupby(of["line"]).mean().to_numpy()
-                low, high = t_interval(of_lines)
-                rows.append(common | row | {"documents": len(of_lines), "documents_low": low, "documents_high": high})
+        for quantity, by, values in _contrasts(whole):
+            row = {"quantity": quantity, "by": by, **over(values.groupby(whole["seed"]).mean())}
+            of_lines = values.groupby(whole["line"]).mean().to_numpy()
+            low, high = t_interval(of_lines)
+            rows.append(common | row | {"documents": len(of_lines), "documents_low": low, "documents_high": high})
         difference = whole["character_true"] - whole["character_false"]
         by_variant[variant] = difference.groupby([whole["by"], whole["seed"]]).mean().unstack("seed")
     if len(by_variant) == 2:
@@ -157,7 +155,23 @@ def causes(tables: Tables, suite: str) -> list[dict[str, Any]]:
         common = {"question": 3, "variant": "per_layer", "minus": "static", "unit": "seeds"}
         quantity = "character: true minus false"
         rows += [common | {"quantity": quantity, "by": by, **over(learned.loc[by])} for by in learned.index[::-1]]
+    pretrained = tables.table("gap_effects", run_of_model(SMOLLM2))
+    if pretrained is not None:
+        common = {"question": 3, "variant": SMOLLM2, "unit": "documents"}
+        for quantity, by, values in _contrasts(pretrained):
+            of_documents = over(values.groupby(pretrained["line"]).mean())
+            documents = {f"documents{end}": of_documents[end.strip("_") or "n"] for end in ("", "_low", "_high")}
+            rows.append(common | {"quantity": quantity, "by": by} | of_documents | documents)
     return with_q(rows, only="true minus false")
+
+
+def _contrasts(effects: pd.DataFrame) -> Iterator[tuple[str, float, "pd.Series[float]"]]:
+    """What is told of each outcome of an edit: its effect at true minus at false beginnings, and at both."""
+    for by, outcome in itertools.product(sorted(effects["by"].unique(), reverse=True), OUTCOMES):
+        of = effects[effects["by"] == by]
+        true, false = of[f"{outcome}_true"], of[f"{outcome}_false"]
+        yield f"{outcome}: true minus false", float(by), true - false
+        yield f"{outcome}: both", float(by), (true + false) / 2
 
 
 def reaches(tables: Tables, suite: str) -> list[dict[str, Any]]:

@@ -213,7 +213,7 @@ def what_gaps_cause(rows: pd.DataFrame) -> Answer:
         + ", ".join(
             f"{row['half_width']:.3f} ({row['by']:+g}, `{row['variant']}`)" for _, row in differences.iterrows()
         )
-        + " nats would have been seen over seeds.",
+        + " nats would have been seen over seeds (of one pretrained model: over documents).",
         [f"At both kinds of places the edit costs the character, in nats: {moved}.", _causes_table(rows)],
     )
 
@@ -224,16 +224,16 @@ def _causes_table(rows: pd.DataFrame) -> pd.DataFrame:
             str(row["quantity"]),
             str(row["variant"]) + ("" if pd.isna(row["minus"]) else f" - {row['minus']}"),
             f"{row['by']:+g}",
-            f"{row['n']:.0f}",
+            f"{row['n']:.0f}" if row["unit"] == "seeds" else "",
             f"{row['estimate']:+.4f}",
-            _interval(row["low"], row["high"]),
+            _interval(row["low"], row["high"]) if row["unit"] == "seeds" else "",
             "" if pd.isna(row["documents"]) else f"{row['documents']:.0f}",
             _interval(row["documents_low"], row["documents_high"]),
             "" if pd.isna(row["q"]) else f"{row['q']:.3f}",
         ]
         for _, row in rows.iterrows()
     ]
-    columns = ["effect", "variant", "gap", "seeds", "mean", "over seeds", "lines", "over lines", "q"]
+    columns = ["effect", "variant", "gap", "seeds", "mean", "over seeds", "lines or documents", "over these", "q"]
     return grid(columns, cells)
 
 

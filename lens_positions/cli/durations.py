@@ -4,6 +4,7 @@ Loading a large model takes minutes by itself, so who asked should know before i
 work is done, `progress.py` says how long the rest takes on this machine with this model.
 """
 
+import sys
 from dataclasses import dataclass
 
 from ..progress import LONG, rough_time
@@ -45,12 +46,16 @@ DURATIONS = {
 
 
 def announce_duration(command: str, characters: int | None = 0) -> None:
-    """Say how long a command will take, roughly, where it is ten seconds or more.
+    """Say in a terminal how long a command will take, roughly, where it is ten seconds or more.
+
+    In a log the measured time follows (`progress.py`), and a refusal stays the only line.
 
     Args:
         command: its name.
         characters: of the text that it reads, at most; None: all there is, which nobody has counted yet.
     """
+    if not sys.stderr.isatty():
+        return
     duration = DURATIONS[command]
     if characters is None:
         what, seconds = " for every 100,000 characters", duration.thousand * 100

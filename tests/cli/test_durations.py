@@ -19,7 +19,8 @@ def test_the_help_of_a_command_says_how_long_it_takes(command):
 
 
 @pytest.mark.parametrize("command", sorted(DURATIONS))
-def test_help_and_announcement_agree(command, capsys):
+def test_help_and_announcement_agree(command, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     function = getattr(cli, command)
     given = inspect.signature(function).parameters.get("characters")
     characters = 100_000 if given is None else given.default
@@ -29,11 +30,14 @@ def test_help_and_announcement_agree(command, capsys):
     assert f"{command} takes about {rough_time(seconds)} with a shipped model" in capsys.readouterr().err
 
 
-def test_short_work_is_not_announced(capsys):
+def test_short_work_is_not_announced_and_neither_is_any_in_a_log(capsys, monkeypatch):
+    announce_duration("kinds", 500_000)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     announce_duration("kinds", 500)
     assert capsys.readouterr().err == ""
 
 
-def test_text_that_nobody_has_counted_is_announced_by_its_share(capsys):
+def test_text_that_nobody_has_counted_is_announced_by_its_share(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     announce_duration("map", None)
     assert "for every 100,000 characters" in capsys.readouterr().err

@@ -15,9 +15,17 @@ from experiments.questions.answers import COLUMNS, causes, find_answers, known, 
 from experiments.questions.page import write_page
 from experiments.questions.probes import BranchingEntropy, area_within, gap_states, lead_bytes, probe_areas
 from experiments.questions.verdicts import how_far_heads_look, known_but_unused, what_for, what_gaps_cause
-from experiments.questions.word_gaps import CALIPER, edited_outcomes, gap_effects, matched_gaps
-from experiments.tables import RunName, Tables, read_tables
-from lens_positions import PositionsError
+from experiments.questions.word_gaps import (
+    CALIPER,
+    WORD_PIECES,
+    edited_outcomes,
+    gap_effects,
+    matched_gaps,
+    matched_tokens,
+    token_gap_effects,
+)
+from experiments.tables import RunName, Tables, read_tables, run_of_model
+from lens_positions import PositionsError, corpora
 from lens_positions.analysis.word_boundaries import Gaps, gaps_of
 from lens_positions.measure.intervals import auc_interval, resamples
 from lens_positions.measure.metrics import token_losses
@@ -273,6 +281,48 @@ def test_an_edited_row_is_what_add_gap_makes_of_it(tiny_model, positions, by):
     assert outcomes[0, 0] != pytest.approx(outcomes[2, 0], abs=1e-6)
 
 
+def test_tokens_are_paired_by_first_letter_and_surprisal_where_enough_text_follows():
+    tokens = ["", " a", " bet", "ter", " Toy", "s", " is", " ted", "tle", " no", "w", " or", " in", " the", " end"]
+    losses = np.zeros(len(tokens) - 1)
+    toy, ter, ted, tle = (0, 4), (0, 3), (0, 7), (0, 8)
+    assert matched_tokens([tokens], [losses]) == [(toy, ter), (ted, tle)]
+    dearer = losses.copy()
+    dearer[3] = CALIPER + 0.1  # of " Toy", which follows "ter"
+    assert matched_tokens([tokens], [dearer]) == [(ted, tle)]
+    assert matched_tokens([tokens[:7]], [losses[:6]]) == []
+    both = matched_tokens([tokens, tokens], [dearer, losses])  # of two windows of a text
+    assert {place for pair in both for place in pair} == {ted, tle, (1, 4), (1, 3), (1, 7), (1, 8)}
+
+
+def test_word_pieces_count_the_next_token_and_the_three_after_it(tiny_model):
+    model = tiny_model(source="static")
+    tokens = gaps_of(model, LINES, WORDS).tokens[0]
+    outcomes = edited_outcomes(model, tokens, torch.tensor([6, 6]), torch.tensor([0.5, 0.0]), WORD_PIECES)
+    with model.hooks(fwd_hooks=lp.add_gap(model, before=6, by=0.5)):
+        logits, cache = model.run_with_cache(tokens[None])
+    losses = token_losses(logits, tokens[None, 1:])[0]
+    across = torch.stack([cache["pattern", layer][0, :, 6:8, :6] for layer in range(model.cfg.n_layers)])
+    expected = [losses[6].item(), losses[7:10].sum().item(), across.sum(-1).mean().item()]
+    assert outcomes[0] == pytest.approx(expected, abs=1e-4)
+
+
+def test_gaps_of_a_pretrained_model_are_edited_by_document(smollm2):
+    text = corpora.load("english")["heldout"]["text"][0]
+    model = lp.HookedPositionTransformer.from_pretrained(str(smollm2))
+    found = token_gap_effects(model, [text, text], 1)
+    assert found["line"].tolist() == [0, 0, 1, 1]
+    assert found["by"].tolist() == [0.5, -0.5] * 2
+    assert (found["surprisal_true"] - found["surprisal_false"]).abs().max() < CALIPER
+    assert found.drop(columns="line").iloc[:2].to_numpy() == pytest.approx(
+        found.drop(columns="line").iloc[2:].to_numpy()
+    )
+    farther, nearer = found["across_true"].iloc[:2]
+    assert farther < 0
+    assert nearer > 0
+    with pytest.raises(PositionsError, match="match"):
+        token_gap_effects(model, ["Too short."], 1)
+
+
 def test_edited_gaps_of_lines_without_a_pair_are_refused(tiny_model):
     with pytest.raises(PositionsError, match="match"):
         gap_effects(tiny_model(source="static"), ["中国人"], [["中国", "人"]], 5)
@@ -308,6 +358,18 @@ def test_planted_effects_of_gaps_get_their_verdict(differences, verdict):
     found = rows[(rows["quantity"] == "character: true minus false") & (rows["variant"] == "static")]
     assert ((found["low"] < 0.01) & (found["high"] > -0.01)).all()
     assert what_gaps_cause(rows).verdict == verdict
+
+
+def test_a_pretrained_model_is_told_of_over_documents():
+    tables = of_seeds("gap_effects", {"per_layer": [effects(d) for d in (0.3, 0.31, 0.29)]})
+    tables.measurements["gap_effects"][run_of_model("smollm2-135m-instruct")] = effects(-0.2)
+    rows = pd.DataFrame(causes(tables, "long"), columns=COLUMNS)
+    own = rows[(rows["variant"] == "smollm2-135m-instruct") & (rows["quantity"] == "character: true minus false")]
+    assert own["unit"].tolist() == ["documents"] * 2
+    assert own["n"].tolist() == [30] * 2
+    assert own["estimate"].tolist() == pytest.approx([-0.2] * 2, abs=0.02)
+    assert (own["high"] < -0.18).all()
+    assert what_gaps_cause(rows).verdict == "more than other gaps"  # by the models with seeds alone
 
 
 # Question 4

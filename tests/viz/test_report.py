@@ -14,7 +14,7 @@ from conftest import drawn_weights
 import lens_positions as lp
 from lens_positions import cli, corpora, viz
 from lens_positions.analysis.losses import compare_losses, losses
-from lens_positions.progress import durations_said
+from lens_positions.progress import say_durations
 from lens_positions.viz import findings
 
 report_module = importlib.import_module("lens_positions.viz.report")  # `viz.report` is the function
@@ -66,7 +66,7 @@ def test_it_says_at_the_start_how_long_it_will_take(folders, monkeypatch, tmp_pa
     said, parts = [], []
     finish = report_module._finished_parts
     monkeypatch.setattr(report_module, "_finished_parts", lambda *of: (parts.append(list(said)), finish(*of))[1])
-    with durations_said(said.append):
+    with say_durations(said.append):
         viz.report(model, tmp_path / "report.html", "The cat", corpus=str(folders / "corpus"), characters=1500)
     assert len(said) == 1
     assert parts == [said]
