@@ -132,7 +132,8 @@ def token_gap_effects(model: HookedPositionTransformer, texts: list[str], most: 
     """
     rows: list[dict[str, float]] = []
     for number, text in enumerate(texts):
-        whole = model.to_tokens(text, prepend_bos=False)[0]
+        # By the tokenizer itself, as a text may be longer than the model's context.
+        whole = torch.tensor(model.tokenizer.encode(text, add_special_tokens=False))
         prompts = [
             model.to_tokens(model.tokenizer.decode(window))[0]
             for window in whole.split(WINDOW)

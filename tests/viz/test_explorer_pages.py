@@ -493,7 +493,7 @@ def test_the_widget_runs_the_same_page(browser, model, tmp_path):
     widget.send = answers.append
 
     def kernel(message):
-        widget._asked(widget, json.loads(message), [])
+        widget._on_question(widget, json.loads(message), [])
         return json.dumps(answers.pop())
 
     def saved(state):
