@@ -764,30 +764,38 @@ def _chosen_tokens(
         # A mask of the prompt says nothing of tokens that are generated: they are not chosen.
         mask = mask[:, tokens.past : tokens.past + length].to(real.device)
         return real & torch.nn.functional.pad(mask, (0, length - mask.shape[1]))
-    numbers, count = _token_numbers(tokens, length)
+    numbers = _token_numbers(tokens, length)
     if isinstance(positions, slice):
         start, step = positions.start or 0, positions.step or 1
         chosen = (numbers >= start) & ((numbers - start) % step == 0)
         return real & (chosen if positions.stop is None else chosen & (numbers < positions.stop))
 
-    # With a cache, indices before this pass were edited in their own.
-    if tokens.past == 0 and max(positions) >= count:
-        raise PositionsError(f"there is no token {max(positions)}; expected tokens from 0 to {count - 1}.")
+    _refuse_missing(max(positions), 0, tokens, length)
     return real & torch.isin(numbers, torch.tensor(positions, device=numbers.device))
 
 
-def _token_numbers(tokens: HookedTokens, length: int) -> tuple[Int[Tensor, "#batch pos"], int]:
-    """The number of each token of this pass in its own text, from 0, and how many tokens the shortest text has.
+def _token_numbers(tokens: HookedTokens, length: int) -> Int[Tensor, "#batch pos"]:
+    """The number of each token of this pass in its own text, from 0.
 
     Padding has no number of its own, so that an index means the same token whatever stands beside its text in a batch.
     """
-    total = tokens.past + length
-    device = tokens.ids.device
+    total, device = tokens.past + length, tokens.ids.device
     real = tokens.real_so_far()
     if real is None:
-        return torch.arange(tokens.past, total, device=device)[None], total
-    numbers = real.to(device).cumsum(1) - 1
-    return numbers[:, tokens.past : total], int(numbers[:, -1].min()) + 1
+        return torch.arange(tokens.past, total, device=device)[None]
+    return (real.to(device).cumsum(1) - 1)[:, tokens.past : total]
+
+
+def _refuse_missing(token: int, first: int, tokens: HookedTokens, length: int) -> None:
+    """Refuse a token that one of the texts does not have, of those from `first` on that may be chosen.
+
+    With a cache, indices before this pass were edited, and refused, in their own.
+    """
+    if tokens.past:
+        return
+    last = int(_token_numbers(tokens, length)[:, -1].min())
+    if token > last:
+        raise PositionsError(f"there is no token {token}; expected tokens from {first} to {last}.")
 
 
 def _in_shape_of(mask: Tensor, values: Tensor) -> Tensor:
@@ -863,9 +871,8 @@ def _multiply(factor: float, values: Tensor, _chosen: Tensor, _tokens: HookedTok
 
 
 def _lengthen(by: float, before: int | None, values: Tensor, _chosen: Tensor, tokens: HookedTokens) -> Tensor:
-    count = _token_numbers(tokens, values.shape[1])[1]
-    if before is not None and tokens.past == 0 and before >= count:
-        raise PositionsError(f"there is no token {before}; expected tokens from 1 to {count - 1}.")
+    if before is not None:
+        _refuse_missing(before, 1, tokens, values.shape[1])
     return values + by
 
 

@@ -29,7 +29,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from ..core.forward_pass import CurrentPass, ForwardPass
-from ..core.own_thread import acting_for, own_forward, thread_of
+from ..core.own_thread import acting_for, own_forward, thread_of, value_for_thread
 from ..interventions import streams_of
 
 OWN_HOOKS = ("transformer_lens.", "lens_positions.", "transformers.")
@@ -197,12 +197,8 @@ _active_runs = threading.local()
 @contextmanager
 def _hooks_of_block(tape: Tape | None) -> Iterator[None]:
     """The tape that hook functions of this thread are kept on; None runs them as they are."""
-    outer = getattr(_active_runs, "tape", None)
-    _active_runs.tape = tape
-    try:
+    with value_for_thread(_active_runs, "tape", tape):
         yield
-    finally:
-        _active_runs.tape = outer
 
 
 def _has_foreign_hooks(block: nn.Module) -> bool:

@@ -33,12 +33,19 @@ def in_this_thread(function: Callable[..., Any]) -> Callable[..., Any]:
 @contextmanager
 def acting_for(thread: int) -> Iterator[None]:
     """Run what follows as a thread would, by its `threading.get_ident()`: with its hooks, and no others'."""
-    outer = getattr(_ACTING, "thread", None)
-    _ACTING.thread = thread
+    with value_for_thread(_ACTING, "thread", thread):
+        yield
+
+
+@contextmanager
+def value_for_thread(values: threading.local, name: str, value: Any) -> Iterator[None]:
+    """Give this thread another value for the time being, and that of before, or None, at the end."""
+    outer = getattr(values, name, None)
+    setattr(values, name, value)
     try:
         yield
     finally:
-        _ACTING.thread = outer
+        setattr(values, name, outer)
 
 
 def thread_of(hook: Any) -> int | None:
