@@ -29,27 +29,33 @@ EPS = 1e-6
 """Of the RMSNorm: that of Llama."""
 
 
-class LinearToOne(nn.Linear):
-    """A Linear with one output, computed as a matrix times a vector.
+class LinearPlusConstant(nn.Linear):
+    """A Linear plus a constant, in few operators where it has one output."""
 
-    torch.compile fuses such a product with the operators before and after it; a product of two matrices it does not.
-    """
+    def __init__(self, d_in: int, d_out: int, constant: float) -> None:
+        super().__init__(d_in, d_out)
+        self.constant = constant
 
-    def forward(self, x: Float[Tensor, "batch pos hidden"]) -> Float[Tensor, "batch pos 1"]:
-        """As nn.Linear."""
-        rows = torch.addmv(self.bias, x.flatten(0, -2), self.weight.view(-1))
-        return rows.view(*x.shape[:-1], 1)
+    def forward(self, x: Float[Tensor, "batch pos hidden"]) -> Float[Tensor, "batch pos out"]:
+        """As nn.Linear, plus the constant."""
+        if self.out_features > 1:
+            return super().forward(x) + self.constant
+
+        # torch.compile fuses a matrix times a vector with its neighbours; in place, as addmv copies its first argument.
+        rows = x.flatten(0, -2)
+        start = self.bias.expand(len(rows)) + self.constant
+        return start.addmv_(rows, self.weight.view(-1)).view(*x.shape[:-1], 1)
 
 
 class LearnedIncrements(nn.Module):
     """Increments from a two-layer network: Linear, GELU, Linear, activation.
 
-    The last layer starts at zero, so that x, what it returns, is 0 everywhere. Increments are f(x + b) / f(b), which is
+    The last layer starts at zero, so that its product x is 0 everywhere. Increments are f(x + b) / f(b), which is
     exactly 1.0 then, for a fixed offset b:
 
         sigmoid     f(b) = 1 / max_increment    increments between 0 and max_increment
         softplus    f(b) = 1                    positive
-        none        1 + x, without f            any number, negative ones too
+        none        f(b) = b = 1                any number, negative ones too
 
     `normalize` puts an RMSNorm in front, so that the network of every layer gets inputs of size 1, whatever the
     residual stream has grown to there.
@@ -60,14 +66,13 @@ class LearnedIncrements(nn.Module):
         hidden = config.hidden or max(1, d_model // 4)
         self.norm = nn.RMSNorm(d_model, eps=EPS) if normalize else nn.Identity()
         self.hidden = nn.Linear(d_model, hidden)
-        self.out = LinearToOne(hidden, 1) if n_heads in (None, 1) else nn.Linear(hidden, n_heads)
-        self.per_head = n_heads is not None
-        self.activation = config.activation
         self.offset = {
             "sigmoid": -math.log(config.max_increment - 1),
             "softplus": math.log(math.e - 1),
-            "none": 0.0,
+            "none": 1.0,
         }[config.activation]
+        self.out = LinearPlusConstant(hidden, n_heads or 1, self.offset)
+        self.per_head, self.activation = n_heads is not None, config.activation
         self._fresh: Tensor | None = None  # `_fresh_activation` of the last shape
 
         # Inputs of size 1 come out of the hidden layer with size 1, and out of the last one as zeros.
@@ -79,15 +84,11 @@ class LearnedIncrements(nn.Module):
     def forward(self, states: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos *head"]:
         """Increments of each token, from its embedding or its residual stream."""
         x = states.to(self.out.weight.dtype)
-        x = self.out(functional.gelu(self.hidden(self.norm(x))))
-        if not self.per_head:
-            x = x.squeeze(-1)
-        if self.activation == "none":
-            return 1 + x
-        return self._activation(x) / self._fresh_activation(x)
+        x = self.out(functional.gelu(self.hidden(self.norm(x))))  # with the offset added
+        x = x if self.per_head else x.squeeze(-1)
+        return x if self.activation == "none" else self._activation(x) / self._fresh_activation(x)
 
     def _activation(self, x: Tensor) -> Tensor:
-        x = x + self.offset
         return torch.sigmoid(x) if self.activation == "sigmoid" else functional.softplus(x)
 
     def _fresh_activation(self, x: Tensor) -> Tensor:
@@ -97,12 +98,12 @@ class LearnedIncrements(nn.Module):
         for the next call of that shape.
         """
         if torch.compiler.is_compiling():  # in the graph, where nothing can be kept
-            return self._activation(torch.zeros_like(x))
+            return self._activation(torch.full_like(x, self.offset))
         kept = self._fresh
         if kept is None or kept.shape != x.shape or kept.dtype != x.dtype or kept.device != x.device:
             # A tensor of inference mode could not be kept for a pass with gradients.
             with torch.no_grad(), torch.inference_mode(False):
-                kept = self._activation(torch.zeros(x.shape, dtype=x.dtype, device=x.device))
+                kept = self._activation(torch.full(x.shape, self.offset, dtype=x.dtype, device=x.device))
             self._fresh = kept
         return kept
 

@@ -151,8 +151,9 @@ class RotaryGradient(torch.autograd.Function):
         ctx: Any, positions: Float[Tensor, "batch pos"], cos: Tensor, sin: Tensor, w: Float[Tensor, " d_rotary"]
     ) -> CosSin:
         """Return cos and sin unchanged."""
-        # An autograd function must not return its inputs themselves; a view costs nothing.
-        cos, sin = cos.view_as(cos), sin.view_as(sin)
+        # An autograd function must not return its inputs themselves; a view costs nothing. torch.compile stores what
+        # has this kind of view, where it would otherwise compute cos and sin anew for each head.
+        cos, sin = (x.as_strided(x.size(), x.stride()) for x in (cos, sin))
         ctx.save_for_backward(cos, sin, w)
         ctx.dtype = positions.dtype
         return cos, sin

@@ -119,7 +119,9 @@ def test_constant_on_all_positions_changes_no_pattern(tiny_model):
         shift = [(f"blocks.{layer}.attn.hook_positions", lambda p, hook, c=constant: p + c) for layer in range(2)]
         with model.hooks(fwd_hooks=shift):
             _, shifted = model.run_with_cache(TOKENS, names_filter=patterns)
-        assert max((shifted[name] - plain[name]).abs().max() for name in patterns) < 2e-5
+
+        # A position near 100 is rounded by up to 4e-6, and the angle of the fastest component with it.
+        assert max((shifted[name] - plain[name]).abs().max() for name in patterns) < 4e-5
 
 
 @pytest.mark.parametrize("gap", ["before", "after"])
