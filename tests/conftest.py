@@ -12,16 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import beartype
 import jaxtyping
 import pytest
+import shape_checks
 import torch
 from filelock import FileLock
 from transformers import LlamaConfig, LlamaForCausalLM
 
-# Before the packages are first imported: in the tests every annotated shape is checked at every call.
-checked = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
-jaxtyping.install_import_hook(["lens_positions", "experiments"], f"{__name__}.checked")
+shape_checks.install()  # before the packages are first imported
 
 import lens_positions as lp  # noqa: E402
 from lens_positions.checkpoint import load_base  # noqa: E402
