@@ -12,7 +12,8 @@
 
 PYTHON ?= python3
 VENV := .venv
-RUN := HF_HUB_OFFLINE=1 $(VENV)/bin
+# Compiled modules are kept: dozens of processes that tests start would compile all of the packages again.
+RUN := HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE= $(VENV)/bin
 
 .PHONY: demo test quick families placements notebooks docs lint bench gpu-bench fonts chromium clean
 

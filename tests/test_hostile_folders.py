@@ -12,9 +12,9 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import drawn_weights
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
+from tiny_models import drawn_weights
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lens_positions as lp
@@ -335,6 +335,7 @@ def test_a_base_that_is_not_there_is_named(saved):
     assert moved.position_config.source == "shared"
 
 
+@pytest.mark.slow
 def test_a_folder_from_before_checksums_still_loads(saved):
     for name in ("whole", "adapter"):
         want = H.from_pretrained(saved / name)(TOKENS)
@@ -361,6 +362,7 @@ def test_names_that_no_folder_can_have_are_refused(where):
     refused_once("folder|cannot be loaded|is no name of a model", lambda: H.from_pretrained(where))
 
 
+@pytest.mark.slow
 def test_a_model_without_a_tokenizer_loads_and_takes_tokens(tiny_llama, tmp_path):
     model = tiny_llama(vocab_size=257)
     H.from_transformers(model).save_pretrained(tmp_path / "ours")
@@ -483,6 +485,7 @@ def test_a_link_to_a_folder_stays_a_link(saved, tiny_model):
     assert torch.equal(H.from_pretrained(saved / "whole")(TOKENS), model(TOKENS))
 
 
+@pytest.mark.slow
 def test_another_family_is_refused_and_a_head_of_the_same_is_read(tmp_path):
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     LlamaForCausalLM(LlamaConfig(vocab_size=61, **sizes)).save_pretrained(tmp_path / "model")

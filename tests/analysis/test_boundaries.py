@@ -52,6 +52,7 @@ def by_hand(model, texts, words, layer):
     return np.array(labels), np.array(values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positions", [{}, {"gap": "after"}, {"per_head": True}], ids=str)
 def test_the_area_is_that_of_run_with_cache_alone(tiny_model, positions):
     model = tiny_model(source="per_layer", **positions)
@@ -160,6 +161,7 @@ def test_branching_entropy_is_that_of_counts():
         branching_entropy(["none"])
 
 
+@pytest.mark.slow
 def test_branching_entropy_finds_the_ends_of_words(tiny_model):
     rng = np.random.default_rng(0)
     words = [word for line in WORDS for word in line]

@@ -97,6 +97,7 @@ def test_a_name_that_the_text_does_not_have_is_not_matched():
     assert list(matched_pairs(TRAINING, [*SOME, "Not There"])["name"]) == list(matched_pairs(TRAINING, SOME)["name"])
 
 
+@pytest.mark.slow
 def test_where_the_token_alone_decides_nothing_differs(tiny_model):
     """The inner space is the same byte in both orders."""
     table = entity_grouping(tiny_model(source="shared"), TRAINING, SOME)

@@ -284,6 +284,7 @@ def test_high_frequencies_of_positional_heads_are_set_beside_the_others():
     assert nobody["p"].isna().all()
 
 
+@pytest.mark.slow
 def test_for_any_query_and_distance_a_key_scores_highest_exactly_there():
     """Barbero et al., section 3: RoPE need not make attention decay."""
     generator = torch.Generator().manual_seed(0)

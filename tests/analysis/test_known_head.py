@@ -177,6 +177,7 @@ def test_patch_gives_the_effect_on_paper(static, learned):
     assert causal.patch_sweep(static, OTHER, TEXT, METRIC).abs().max() == 0.0
 
 
+@pytest.mark.slow
 def test_attribution_is_the_slope_and_the_integral_on_paper(learned):
     own, step = increments_of(TEXT), 1e-6
     unit = np.eye(8)

@@ -63,6 +63,7 @@ def test_the_kinds_that_stand_out_are_those_of_the_table(tiny_model):
     assert row["nearest_relative"] == of_layer.min()
 
 
+@pytest.mark.slow
 def test_signed_increments_are_ranked_by_size_and_have_no_ratio_to_nothing(tiny_model):
     model = tiny_model(source="per_layer", activation="none")
     source = model.position_streams.layers[1].source

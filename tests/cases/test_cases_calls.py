@@ -202,6 +202,7 @@ def test_a_text_begins_with_one_bos_whatever_its_tokenizer_does(tmp_path, adds_b
 # Folders and vocabularies
 
 
+@pytest.mark.slow
 @every_source
 def test_a_model_saved_without_a_tokenizer_loads(tmp_path, source):
     """TransformerLens #800, #655, #592."""
@@ -432,6 +433,7 @@ def test_gradients_of_threads_do_not_mix(source):
         assert torch.equal(found, right)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bridge", "masks"])
 def test_threads_with_masks_of_their_own_or_a_bridge_do_not_mix(kind):
     model = streamed("per_layer")

@@ -58,6 +58,7 @@ def only_in(model, layer, heads, hooks):
     return [(name, put)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("positions", ["static", lp.PositionConfig("shared")])
 def test_a_gap_of_one_head_is_what_its_output_alone_does(family, positions):
@@ -87,6 +88,7 @@ def test_key_value_heads_are_all_query_heads_of_their_group_together(family):
         assert value(model, hooks) - value(model) == pytest.approx(float(effects[1, group, 3]), abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("positions", ["static", lp.PositionConfig("per_layer", gap="after")])
 def test_sweeps_by_head_agree_with_a_loop_of_interventions(family, positions):
@@ -98,6 +100,7 @@ def test_sweeps_by_head_agree_with_a_loop_of_interventions(family, positions):
             assert value(model, hooks) - value(model) == pytest.approx(float(effects[0, head, t]), abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("site", ["increments", "positions", "rot_q", "rot_k", "pattern"])
 def test_patches_by_head_are_what_the_output_of_this_head_does(site):
     model = model_of("Llama", lp.PositionConfig("shared"))
@@ -120,6 +123,7 @@ def test_patches_by_head_are_what_the_output_of_this_head_does(site):
     assert effects.abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_by_head_are_slopes_of_the_sweep_and_sum_to_those_of_the_layer(family):
     model = model_of(family, lp.PositionConfig("shared"))
@@ -138,6 +142,7 @@ def test_integrated_attribution_by_head_sums_to_the_whole_effect():
     assert parts.shape == (2, HEADS, TOKENS.shape[1])
 
 
+@pytest.mark.slow
 def test_mediation_by_head_holds_one_head():
     model = model_of("Llama", lp.PositionConfig("shared"))
     clean, corrupted = TOKENS, TOKENS.flip(1)
@@ -150,6 +155,7 @@ def test_mediation_by_head_holds_one_head():
     assert len(table) == 4 * (1 + 2 * HEADS)
 
 
+@pytest.mark.slow
 def test_ablation_by_head_changes_one_head():
     model = lp.HookedPositionTransformer.from_pretrained("bilingual-per-layer")
     tokens = model.to_tokens("The cat sat on the mat and slept.")

@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import drawn_weights
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny_models import drawn_weights
 
 import lens_positions as lp
 from lens_positions import causal
@@ -69,6 +69,7 @@ def put_in(cache, site, layer, t):
     return [(name, put)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "per_head", "gap", "dtype", "error"),
     [(*case, torch.float64, 1e-5) for case in EVERY_SOURCE]
@@ -171,6 +172,7 @@ def test_the_last_mlp_runs_for_the_token_that_is_read():
         handle.remove()
 
 
+@pytest.mark.slow
 def test_a_block_that_does_more_with_its_mlp_is_not_cut_short():
     """The MLP's output is shifted by a token here, so that the last one's is from the token before."""
     model = fresh_model()
@@ -314,6 +316,7 @@ def test_metrics_of_one_token_agree_with_plain_functions():
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("source", "per_head", "gap"), EVERY_SOURCE)
 def test_gradient_attribution_is_the_slope_of_gap_sweep(source, per_head, gap):
     model = random_model(source, per_head, gap, dtype=torch.float64)
@@ -353,6 +356,7 @@ def test_an_integral_that_does_not_add_up_is_said(monkeypatch):
         causal.attribution(model, TOKENS, DIFFERENCE, "integrated", baseline=40.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES)
 def test_mediation_adds_up(source):
     model = random_model(source)
@@ -521,6 +525,7 @@ def refusals(model):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_what_a_person_can_get_wrong_is_one_sentence():
     model = random_model()

@@ -1,5 +1,6 @@
 """The map: every gap of a corpus once a layer, exact, whole after any kill, the same from any number of processes."""
 
+import functools
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from forked import Command
 
 import lens_positions as lp
 from lens_positions import cli
@@ -62,6 +64,7 @@ def test_every_gap_has_one_window_with_text_on_both_sides(length, window, overla
         assert stop == length or stop - end >= overlap - overlap // 2 - 1
 
 
+@pytest.mark.slow
 def test_every_gap_of_the_corpus_is_there_once_a_layer(tiny_model, tmp_path):
     model = tiny_model(source="per_layer")
     found = lp.causal.gap_map(model, TEXTS, tmp_path / "map", **SMALL)
@@ -97,6 +100,7 @@ def test_gradients_are_those_of_attribution(tiny_model, tmp_path, source, gap):
     assert by_layer(rows, "increment") == pytest.approx(shown.numpy(), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_gradient_is_the_slope_of_the_loss_by_that_gap_and_head(tiny_llama, tmp_path):
     """By finite differences in double precision, each gap, layer and head alone."""
     llama = tiny_llama(dtype=torch.float64, vocab_size=257)
@@ -122,6 +126,7 @@ def test_a_gradient_is_the_slope_of_the_loss_by_that_gap_and_head(tiny_llama, tm
         assert found[layer, t - 1, head] == pytest.approx(slope, abs=1e-3 * float(np.abs(found).max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["static", "shared"])
 @pytest.mark.parametrize("gap", ["before", "after"])
 def test_gradients_by_head_are_those_of_attribution(tiny_llama, tmp_path, source, gap):
@@ -148,6 +153,7 @@ def test_gradients_by_head_are_those_of_attribution(tiny_llama, tmp_path, source
     assert (maps["key_value"]["increment"].to_numpy()[::2] == whole["increment"].to_numpy()).all()
 
 
+@pytest.mark.slow
 def test_integrated_parts_of_heads_sum_to_the_whole_effect(tiny_llama, tmp_path):
     llama = tiny_llama(vocab_size=257, num_attention_heads=4, num_key_value_heads=2)
     model = lp.HookedPositionTransformer.from_transformers(llama, byte_tokenizer(), lp.PositionConfig("shared"))
@@ -167,6 +173,7 @@ def test_a_map_by_layer_is_not_gone_on_with_by_head(tiny_model, tmp_path):
         lp.causal.gap_map(model, ["abc"], tmp_path / "map", by="head", progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["static", "per_layer"])
 def test_results_do_not_depend_on_the_batch_or_on_pieces(tiny_model, tmp_path, source):
     model = tiny_model(source=source)
@@ -181,6 +188,7 @@ def test_results_do_not_depend_on_the_batch_or_on_pieces(tiny_model, tmp_path, s
         )
 
 
+@pytest.mark.slow
 def test_integrated_parts_sum_to_the_whole_effect(tiny_model, tmp_path):
     model = tiny_model(source="per_layer")
     given = {"window": 64, "baseline": 1.0, "progress": False}
@@ -198,6 +206,7 @@ def test_integrated_parts_sum_to_the_whole_effect(tiny_model, tmp_path):
         assert by_layer(of_document, "integrated") == pytest.approx(expected[:, 1:].numpy(), abs=0.02 * abs(whole))
 
 
+@pytest.mark.slow
 def test_chosen_layers_are_those_of_the_whole_map(tiny_model, tmp_path):
     model = tiny_model(source="per_layer")
     every = lp.causal.gap_map(model, TEXTS, tmp_path / "every", **SMALL).table()
@@ -221,6 +230,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+@pytest.mark.slow
 def test_any_number_of_processes_gives_the_same_files(tiny_model, tmp_path):
     model = tiny_model(source="per_layer")
     lp.causal.gap_map(model, TEXTS, tmp_path / "one", **SMALL)
@@ -245,10 +255,8 @@ def test_what_is_missing_is_made_again_and_nothing_else(tiny_model, tmp_path):
 COMMAND = ("map", "bilingual-rope", "--corpus", "english", "--characters", "9000", "--shard", "2", "--window", "64")
 
 
-def started(folder: Path, *launch: str, **how) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", *(launch or ("lens_positions",)), *COMMAND, "--output", str(folder)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
+def started(folder: Path, **how) -> Command:
+    return Command(folder.parent, *COMMAND, "--output", folder, **how)
 
 
 @pytest.fixture(scope="module")
@@ -276,16 +284,19 @@ def test_a_kill_at_random_moments_loses_and_repeats_nothing(uninterrupted, tmp_p
         before = len(there)
     assert 0 < before < len(uninterrupted) - 2
     process = started(folder)
-    said, complaint = process.communicate()
-    assert process.returncode == 0, complaint
+    assert process.wait() == 0, process.said()
+    said, _ = process.said()
     assert f"{json.loads(uninterrupted['end.json'])['gaps']:,} gaps" in said
     assert contents(folder) == uninterrupted
 
 
 @pytest.mark.slow
 def test_two_launched_processes_write_what_one_does(uninterrupted, tmp_path):
-    process = started(tmp_path / "map", "torch.distributed.run", "--nproc-per-node=2", "-m", "lens_positions")
-    said, complaint = process.communicate()
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "lens_positions"]
+    words = [*launch, *COMMAND, "--output", str(tmp_path / "map")]
+    process = subprocess.run(words, env=environment, capture_output=True, text=True)
+    said, complaint = process.stdout, process.stderr
     assert process.returncode == 0, complaint
     assert said.count("map: ") == 1
     assert contents(tmp_path / "map") == uninterrupted
@@ -297,12 +308,10 @@ def test_a_full_disk_is_one_sentence_and_leaves_whole_shards(uninterrupted, tmp_
     sizes = sorted(len(content) for name, content in uninterrupted.items() if name.startswith("gaps-"))
     limit = sizes[-1] - 1
 
-    def small_files() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    process = started(tmp_path / "map", preexec_fn=small_files)
-    _, complaint = process.communicate()
-    assert process.returncode == 2
+    small_files = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
+    process = started(tmp_path / "map", before=small_files)
+    assert process.wait() == 2
+    _, complaint = process.said()
     assert complaint.count("\n") == 1
     assert "the map cannot be written to" in complaint
     assert "File too large" in complaint
@@ -318,6 +327,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_whole_shards(uninterrupted, tmp_
 # Models in several places
 
 
+@pytest.mark.slow
 def test_a_model_that_waits_on_the_disk_gives_the_same_map(tiny_llama, tmp_path):
     byte_llama = tiny_llama(vocab_size=257, tie_word_embeddings=False)
     byte_llama.save_pretrained(tmp_path / "model")
@@ -358,6 +368,7 @@ def test_mistakes_are_one_sentence_and_touch_nothing(tiny_model, tmp_path, unche
         lp.causal.GapMap(new).table()
 
 
+@pytest.mark.slow
 def test_a_folder_of_something_else_is_refused_and_left_alone(tiny_model, tmp_path):
     model = tiny_model(source="static")
     found = lp.causal.gap_map(model, TEXTS, tmp_path / "map", **SMALL)
@@ -418,6 +429,7 @@ def spaces_are_too_short(text, t, layer, generator):
     return generator.normal() * 0.1 - (0.5 if layer == 0 and " " in text[t - 1 : t + 1] else 0.0)
 
 
+@pytest.mark.slow
 def test_the_table_finds_what_was_put_in_and_shuffles_do_not(tmp_path):
     found = written_map(tmp_path / "map", spaces_are_too_short)
     table = lp.causal.map_summary(found).set_index(["boundary", "layer"])
@@ -444,6 +456,7 @@ def test_the_table_finds_what_was_put_in_and_shuffles_do_not(tmp_path):
     assert table["n"].loc[("word", "all")] == (rows["boundary"] == "word").sum() / 2
 
 
+@pytest.mark.slow
 def test_noise_alone_is_undecided(tmp_path):
     """Of 60 rows, one layer each, of six maps."""
     decided = []
@@ -455,6 +468,7 @@ def test_noise_alone_is_undecided(tmp_path):
     assert np.mean(decided) <= 0.1
 
 
+@pytest.mark.slow
 def test_kinds_group_the_table_too(tmp_path):
     table = lp.causal.map_summary(written_map(tmp_path / "map", spaces_are_too_short), by="after_kind")
     wants = table[table["layer"] == 3].set_index("after_kind")["wants"]
@@ -473,6 +487,7 @@ def test_a_map_that_is_not_whole_has_no_table(tmp_path, unchecked):
         lp.causal.map_summary([])
 
 
+@pytest.mark.slow
 def test_the_figure_has_a_column_a_map(tmp_path):
     maps = [written_map(tmp_path / name, spaces_are_too_short) for name in ("a", "b")]
     table = lp.causal.map_summary(maps)
@@ -486,6 +501,7 @@ def test_the_figure_has_a_column_a_map(tmp_path):
 # The command
 
 
+@pytest.mark.slow
 def test_the_commands_make_and_show_a_map(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     corpus = tmp_path / "notes.txt"

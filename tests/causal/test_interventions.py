@@ -7,9 +7,9 @@ import families
 import numpy as np
 import pytest
 import torch
-from conftest import drawn_weights
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny_models import drawn_weights
 
 import lens_positions as lp
 from lens_positions.interventions import ablation_hooks
@@ -60,6 +60,7 @@ def test_writing_what_was_there_changes_no_bit(source, per_head, gap, site):
         assert torch.equal(model.run_with_hooks(TOKENS, fwd_hooks=hook), logits)
 
 
+@pytest.mark.slow
 @FEW
 @given(
     case=st.sampled_from(EVERY_SOURCE), seed=st.integers(0, 3), layer=st.integers(0, 1), token=st.integers(1, 8),
@@ -82,6 +83,7 @@ def test_nothing_changes_before_the_edited_token(case, seed, layer, token, kind,
         assert torch.equal(plain[:, :token], edited[:, :token])
 
 
+@pytest.mark.slow
 @FEW
 @given(case=st.sampled_from(EVERY_SOURCE), other=st.sampled_from(SOURCES), seed=st.integers(0, 3))
 def test_frozen_patterns_depend_on_content_alone(case, other, seed):

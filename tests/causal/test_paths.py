@@ -53,6 +53,7 @@ def circuit():
     return lp.HookedPositionTransformer.from_transformers(base)
 
 
+@pytest.mark.slow
 def test_paths_of_a_known_circuit_are_its_own():
     model = circuit()
     whole = float(lp.causal.gap_sweep(model, TOKENS, METRIC, layers=0)[0, 3])
@@ -107,6 +108,7 @@ def put(name, value, head=None):
     return [(name, hook)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("receivers", ["head", "query", "resid"])
 def test_paths_agree_with_freezing_all_else_by_hand(family, receivers):

@@ -11,7 +11,7 @@ from pathlib import Path
 import families
 import pytest
 import torch
-from conftest import drawn_weights, in_threads
+from tiny_models import drawn_weights, in_threads
 from torch.profiler import ProfilerActivity, profile
 
 import lens_positions as lp
@@ -243,6 +243,7 @@ def test_another_thread_runs_the_model_as_it_is():
     torch.testing.assert_close(graphs[0], alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["static", "per_layer"])
 def test_four_threads_attribute_with_edits_of_their_own_to_the_bit(source):
     """Gradients of one model at once, beside passes with edits and parts of passes."""
@@ -263,12 +264,12 @@ def test_four_threads_attribute_with_edits_of_their_own_to_the_bit(source):
 
     alone = [work(i).detach() for i in range(60)]
     with model.hooks(fwd_hooks=look):
-        found = in_threads(work, 240, 4)
-    assert [i for i in range(240) if not torch.equal(found[i], alone[i % 60])] == []
+        found = in_threads(work, 120, 4)
+    assert [i for i in range(120) if not torch.equal(found[i], alone[i % 60])] == []
     assert not torch.equal(alone[0], alone[20])  # of one prompt with different edits
 
     # The function of every thread ran once in each pass with gradients, and once in every other that meets it.
-    assert len(seen) == 240 - sum(i % 5 == 4 and i % 3 == 2 for i in range(240))
+    assert len(seen) == 120 - sum(i % 5 == 4 and i % 3 == 2 for i in range(120))
     assert not any(point._forward_hooks for point in model.hook_dict.values())
     assert not any("forward" in vars(block) for block in model.blocks)
 
@@ -319,6 +320,7 @@ def a_layer(length, pieces):
     return (held(6, length, pieces) - held(3, length, pieces)) / 3
 
 
+@pytest.mark.slow
 def test_a_layer_keeps_what_enters_it_and_no_pattern():
     width = 32 * 8  # bytes of a token's residual stream in float64
     for length in (64, 256):

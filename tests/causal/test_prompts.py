@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import drawn_weights
 from datasets import Dataset
+from tiny_models import drawn_weights
 
 import lens_positions as lp
 from lens_positions import causal
@@ -47,6 +47,7 @@ def of_prompt(found, row):
     return found.of_prompts[found.of_prompts["prompt"] == row]["effect"].to_numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["static", "shared", "per_layer", "frozen"])
 @pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize("gap", ["before", "after"])
@@ -60,6 +61,7 @@ def test_gradients_in_padded_batches_are_those_of_each_prompt_alone(source, per_
                 np.testing.assert_allclose(of_prompt(found, row), alone.ravel(), atol=1e-5 * np.abs(alone).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["GPTNeoXForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Qwen3ForCausalLM", "MixtralForCausalLM",
@@ -77,6 +79,7 @@ def test_other_families_give_each_prompt_its_own_gradients(name):
             np.testing.assert_allclose(of_prompt(found, row), alone.ravel(), atol=2e-5 * np.abs(alone).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["static", "shared", "per_layer"])
 @pytest.mark.parametrize("layers", [None, [2, 0]])
 def test_mediation_in_batches_is_that_of_each_pair_alone(source, layers):
@@ -93,6 +96,7 @@ def test_mediation_in_batches_is_that_of_each_pair_alone(source, layers):
     assert set(found.table["n"]) == {3}
 
 
+@pytest.mark.slow
 def test_sweeps_of_lists_and_pairs_are_those_of_each_alone(model):
     metric = causal.logit_difference(5, 9)
     found = causal.gap_sweep(model, TEXTS, metric, 0.7, layers=[1])
@@ -104,6 +108,7 @@ def test_sweeps_of_lists_and_pairs_are_those_of_each_alone(model):
     np.testing.assert_allclose(of_prompt(found, 1), alone.ravel().double().numpy(), atol=1e-7)
 
 
+@pytest.mark.slow
 def test_hooks_and_arguments_that_batches_do_not_know_go_one_by_one(model, monkeypatch):
     """An edit in place of a padded row would not be that of the prompt, so no row is padded."""
     monkeypatch.setattr(module, "Batch", None)
@@ -124,6 +129,7 @@ def test_blocks_that_run_twice_give_the_same_gradients(model, monkeypatch):
     np.testing.assert_allclose(whole, pieces, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_table_says_what_is_measured_and_where():
     model = small_model(dtype=torch.float64)
     found = causal.attribution(model, TABLE, template=TEMPLATE)
@@ -150,6 +156,7 @@ def test_a_table_says_what_is_measured_and_where():
     assert plain[plain["layer"] == 0]["n"].tolist()[-3:] == [5, 5, 5]
 
 
+@pytest.mark.slow
 def test_pairs_of_other_lengths_are_aligned_by_span_and_left_out_where_they_have_no_partner(model):
     table = pd.DataFrame({"animal": ["cat", "horse"], "corrupted_animal": ["horse", "cow"], "answer": [".", "."]})
     for count_from, pairs in (("start", {5: 5, 6: 6, 7: 7}), ("end", {5: 7, 6: 8, 7: 9})):
@@ -201,6 +208,7 @@ def test_means_and_intervals_are_those_of_a_bootstrap_over_prompts():
     assert alone[["low", "high"]].isna().all(axis=None)
 
 
+@pytest.mark.slow
 def test_the_bootstrap_covers_the_mean_about_as_often_as_it_says():
     """Of 300 draws of 40 prompts, 95% of the intervals hold the true mean; a few less, as such intervals are."""
     random = np.random.default_rng(0)

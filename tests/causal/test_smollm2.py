@@ -6,7 +6,7 @@ import importlib.util
 import pytest
 import torch
 from browser import chromium, needs_chromium, opened
-from conftest import SMOLLM2 as NAME
+from tiny_models import SMOLLM2 as NAME
 
 import lens_positions as lp
 from lens_positions import corpora

@@ -42,6 +42,7 @@ def numbers(line: str) -> list[float]:
     return [float(number) for number in re.findall(r"-?\d+\.\d\d", line)]
 
 
+@pytest.mark.slow
 def test_every_token_is_printed_with_its_increment_in_every_layer(run, folder):
     code, out, _ = run("show", folder, "ab 中c", "--no-table")
     increments = lp.HookedPositionTransformer.from_pretrained(folder).increments("ab 中c")[:, 0]
@@ -132,6 +133,7 @@ def test_without_a_terminal_or_with_no_color_there_is_no_colour(folder, monkeypa
     assert "layer 0" in out
 
 
+@pytest.mark.slow
 def test_a_figure_is_written(run, folder, tmp_path):
     path = tmp_path / "spacing.svg"
     code, out, _ = run("show", folder, "ab c", "--figure", str(path))
@@ -211,6 +213,7 @@ def test_an_interrupt_is_quiet(run, folder, monkeypatch):
     assert run("show", folder, "ab") == (130, "", "")
 
 
+@pytest.mark.slow
 def test_python_m_runs_the_command(folder):
     done = subprocess.run(
         [sys.executable, "-m", "lens_positions", "show", folder, "ab", "--layers", "9"], capture_output=True, text=True

@@ -72,6 +72,7 @@ def test_a_position_config_needs_no_torch():
     assert not set(imported) & HEAVY
 
 
+@pytest.mark.slow
 def test_help_and_wrong_arguments_import_no_library():
     every = [
         [name, "--help"]
@@ -101,6 +102,7 @@ def test_help_and_wrong_arguments_import_no_library():
     assert all("expected" in sentence for sentence in said[-len(refused) :])
 
 
+@pytest.mark.slow
 def test_help_and_wrong_arguments_of_training_import_no_library():
     study = ["suite", "measure", "questions", "results", "ship", "rope", "maximum"]
     names = ["train", "graft", "resume", "corpus", "pack", *(f"experiments {name}" for name in study)]

@@ -33,7 +33,7 @@ def environment() -> dict[str, str]:
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory):
     path = tmp_path_factory.mktemp("compiled") / "compiled.json"
-    run_python("benchmarks/compiled.py", "--backend", "aot_eager", "--layers", "3", "--output", str(path))
+    run_python("benchmarks/compiled.py", "--backend", "aot_eager", "--layers", "2", "--output", str(path))
     return json.loads(path.read_text())
 
 
@@ -175,7 +175,7 @@ from lens_positions import PositionConfig, PositionModelConfig
 from lens_positions.training.config import TrainConfig
 from lens_positions.training.loop import train
 
-folder, compiled, accumulate = Path(sys.argv[1]), sys.argv[2] == "compiled", int(sys.argv[3])
+folder, processes = Path(sys.argv[1]), sys.argv[2]
 graphs, handed = [], []
 
 
@@ -197,15 +197,26 @@ def note(optimizer, args, kwargs):
 register_optimizer_step_pre_hook(note)
 # Over 1 MiB of weights, which is more than the first bucket of gradients that DDP sends.
 model = PositionModelConfig(d_model=128, n_layers=3, n_heads=2, n_ctx=32, positions=PositionConfig("per_layer"))
-config = TrainConfig(
-    model=model, corpus=str(folder / "corpus"), steps=5, batch_size=8, warmup_steps=1, eval_every=5, eval_windows=8,
-    save_every=5, compile=compiled, accumulate=accumulate,
-)
-run = folder / "-".join(sys.argv[2:])
-train(config, run, cache_dir=folder / "cache")
-if os.environ.get("RANK", "0") == "0":
-    (run / "graphs.json").write_text(json.dumps(graphs))
+for words in sys.argv[3:]:
+    how, accumulate = words.split("-")
+    config = TrainConfig(
+        model=model, corpus=str(folder / "corpus"), steps=5, batch_size=8, warmup_steps=1, eval_every=5, eval_windows=8,
+        save_every=5, compile=how == "compiled", accumulate=int(accumulate),
+    )
+    run = folder / f"{words}-{processes}"
+
+    # A run begins with no graphs, as one in a process of its own.
+    torch._dynamo.reset()
+    counters.clear()
+    graphs.clear()
+    handed.clear()
+    train(config, run, cache_dir=folder / "cache")
+    if os.environ.get("RANK", "0") == "0":
+        (run / "graphs.json").write_text(json.dumps(graphs))
 """
+
+RUNS = {1: ("eager-1", "compiled-2"), 2: ("compiled-1", "compiled-2")}
+"""What is trained in one process, and in two; each process imports everything once."""
 
 
 @pytest.fixture(scope="module")
@@ -218,11 +229,14 @@ def trained(tmp_path_factory):
     (folder / "trained.py").write_text(TRAINED)
 
     @functools.cache
-    def run(how, accumulate=1, processes=1):
+    def train(processes):
         launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0", "--standalone"]
-        words = [str(folder / "trained.py"), str(folder), how, str(accumulate), str(processes)]
+        words = [str(folder / "trained.py"), str(folder), str(processes), *RUNS[processes]]
         run_python(*(launch if processes > 1 else []), *words)
-        done = folder / "-".join(words[2:])
+
+    def run(how, accumulate=1, processes=1):
+        train(processes)
+        done = folder / f"{how}-{accumulate}-{processes}"
         lines = [json.loads(line) for line in (done / "log.jsonl").read_text("utf-8").splitlines()]
         losses = [line["loss"] for line in lines if "loss" in line]
         return losses, json.loads((done / "graphs.json").read_text())

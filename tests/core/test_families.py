@@ -21,6 +21,7 @@ def test_every_architecture_of_transformer_lens_is_accounted_for():
     assert set(SUPPORTED_ARCHITECTURES) - set(FAMILIES) == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKED)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("unchecked")

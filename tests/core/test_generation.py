@@ -290,6 +290,7 @@ def edits_that_start_later(model):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["static", "per_layer"])
 @pytest.mark.parametrize("gap", ["before", "after"])
 @pytest.mark.parametrize("per_head", [False, True])
@@ -316,6 +317,7 @@ def test_edits_that_start_later_generate_alike_with_and_without_a_cache(tiny_mod
     assert plain.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bilingual-rope", "bilingual-shared", "bilingual-per-layer"])
 def test_shipped_models_generate_alike_with_edits_that_start_past_the_prompt(name):
     model = lp.HookedPositionTransformer.from_pretrained(name)

@@ -76,6 +76,7 @@ def test_a_failure_in_the_middle_of_attaching_is_undone(tiny_llama, monkeypatch)
     lp.attach_positions(model, lp.PositionConfig("per_layer"))
 
 
+@pytest.mark.slow
 def test_a_refused_bridge_leaves_the_model_as_it_was(tiny_llama, monkeypatch):
     model = tiny_llama()
     model.config.architectures = ["NobodysForCausalLM"]
@@ -96,6 +97,7 @@ def test_a_refused_bridge_leaves_the_model_as_it_was(tiny_llama, monkeypatch):
     assert torch.equal(bridge(TOKENS), tiny_llama()(TOKENS).logits)
 
 
+@pytest.mark.slow
 def test_wrappers_that_are_exact_are_taken_off(tiny_llama):
     expected = tiny_llama()(TOKENS).logits
     adapted = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj"]))

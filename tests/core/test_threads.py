@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import in_threads
+from tiny_models import in_threads
 
 import lens_positions as lp
 from lens_positions.measure.partial_forward import Replay

@@ -19,6 +19,7 @@ def test_every_number_and_call_of_the_table_is_that_of_the_files():
     assert set(check.rows_of(SAID)) == {key for key, _ in CLAIMS.values()}
 
 
+@pytest.mark.slow
 def test_the_check_is_a_script_of_pandas_and_numpy_alone():
     tree = ast.parse((ROOT / "experiments" / "check.py").read_text("utf-8"))
     imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
@@ -41,6 +42,7 @@ def row_of(key):
     return row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", [key for key, _ in CLAIMS.values()])
 def test_another_digit_or_another_call_fails(key):
     row = row_of(key)

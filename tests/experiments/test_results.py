@@ -74,6 +74,7 @@ def on_disk(folder):
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+@pytest.mark.slow
 def test_every_measurement_is_that_of_its_function(trained):
     assert measure(asked(trained)) == ["per_layer-0"]
     folder = trained / "results" / "per_layer-0"
@@ -107,6 +108,7 @@ def test_every_measurement_is_that_of_its_function(trained):
     assert not (folder / "below_zero.csv").exists()
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_left_and_new_weights_are_measured_anew(trained, capsys, tiny_model):
     measure(asked(trained))
     before = on_disk(trained)
@@ -124,6 +126,7 @@ def test_what_is_measured_is_left_and_new_weights_are_measured_anew(trained, cap
     assert "what was measured stays" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_some_measurements_can_be_asked_for_and_the_rest_come_later(trained):
     measure(asked(trained, tables=("saturation", "kinds")))
     described = trained / "results" / "per_layer-0" / "measured.json"
@@ -142,6 +145,7 @@ def test_the_loss_on_other_writers_english_is_that_of_each_document(trained):
     assert table["nats"][0] == pytest.approx(by_hand, rel=0.02)  # the document's end is left out
 
 
+@pytest.mark.slow
 def test_an_interruption_keeps_the_measurements_that_are_done(trained, monkeypatch):
     def stop(subject):
         raise KeyboardInterrupt
@@ -241,6 +245,7 @@ def call_of(said, title):
     return row.split(" | ")[3].strip("*")
 
 
+@pytest.mark.slow
 def test_the_same_files_give_the_same_text_and_figures(results):
     write_results(written(results))
     before = on_disk(results)
@@ -250,6 +255,7 @@ def test_the_same_files_give_the_same_text_and_figures(results):
     assert on_disk(results) == before
 
 
+@pytest.mark.slow
 def test_losses_are_judged_by_their_interval_over_seeds(results):
     write_results(written(results))
     said = (results / "RESULTS.md").read_text()
@@ -285,6 +291,7 @@ def test_a_cost_in_one_language_is_a_cost(results):
     assert found["all"].mean < 0.01 < 0.05 < found["Chinese"].mean
 
 
+@pytest.mark.slow
 def test_a_seed_that_diverged_is_said_and_nothing_agrees_beside_it(results):
     gone = results / "results/tiny/per_layer-2"
     for file in gone.iterdir():
@@ -296,6 +303,7 @@ def test_a_seed_that_diverged_is_said_and_nothing_agrees_beside_it(results):
     assert "per layer diverged: seed 2 at step 7." in said
 
 
+@pytest.mark.slow
 def test_seeds_that_static_lacks_have_no_difference(results):
     for seed in (1, 2):
         for file in (results / f"results/tiny/static-{seed}").iterdir():
@@ -307,6 +315,7 @@ def test_seeds_that_static_lacks_have_no_difference(results):
     assert "nan" not in said
 
 
+@pytest.mark.slow
 def test_another_suite_is_told_beside_with_what_it_has(results):
     base = results / "results" / "base"
     for variant in ("static", "per_layer"):
@@ -323,6 +332,7 @@ def test_another_suite_is_told_beside_with_what_it_has(results):
     assert not (results / "results_boundaries_base.png").exists()
 
 
+@pytest.mark.slow
 def test_sentences_are_drawn_with_the_shipped_model(results, tiny_model, monkeypatch, capsys):
     monkeypatch.setattr(results_module, "shipped_names", lambda: [results_module.DRAWN])
     monkeypatch.setattr(
@@ -381,6 +391,7 @@ def names_of(folder, seed, beyond, names=0.7):
     pd.DataFrame(rows).to_csv(folder / f"results/tiny/per_layer-{seed}/names.csv", index=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("beyond", "verdict"),
     [
@@ -397,11 +408,21 @@ def test_names_are_judged_beyond_ordinary_pairs(results, beyond, verdict):
     assert finding_of(results, "Two-word names are pulled together").verdict == verdict
 
 
+OF_TITLE = {}
+"""The function of each finding, which says its title only with its verdict."""
+
+
 def finding_of(folder, title):
-    (found,) = [finding for finding in (find(tiny_of(folder)) for find in FINDINGS) if finding.title == title]
+    suite = tiny_of(folder)
+    if not OF_TITLE:
+        OF_TITLE.update({find(suite).title: find for find in FINDINGS})
+        assert len(OF_TITLE) == len(FINDINGS)
+    found = OF_TITLE[title](suite)
+    assert found.title == title
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("largest", "verdict"),
     [((7, 8, 9), "agrees"), ((2, 2.1, 2.2), "weaker"), ((1, 1.1, 1.2), "absent"), ((1, 3, 9), "undecided")],
@@ -427,6 +448,7 @@ def test_scope_is_judged_in_models_of_program_text(results, largest, verdict, mo
     assert "1.00 (1.00 to 1.00)" in found.control
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("within", "verdict"),
     [
@@ -448,6 +470,7 @@ def test_heads_are_judged_within_layers_over_seeds(results, within, verdict):
     assert finding_of(results, "Heads with larger increments look back less far").verdict == verdict
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shares", "verdict"),
     [
@@ -464,6 +487,7 @@ def test_the_cap_is_judged_by_all_seeds(results, shares, verdict):
     assert finding_of(results, "Some layers sit at the cap").verdict == verdict
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cost", "verdict"), [(0.0, "agrees"), (0.05, "contrary")])
 def test_frozen_increments_are_judged_over_seeds(results, cost, verdict):
     title = "Frozen increments do as well as learned ones"
@@ -504,10 +528,12 @@ def test_what_increments_cause_is_told_of_layer_0_over_seeds(results):
     assert "cannot reach p = 0.05" in found.blocks[1]
 
 
+@pytest.mark.slow
 def test_every_finding_is_a_row_of_the_table_and_is_computed_again_by_its_key(results, capsys):
     asked = written(results)
     text = write_results(asked).read_text()
-    for finding in (find(tiny_of(results)) for find in FINDINGS):
+    suite = tiny_of(results)
+    for finding in (find(suite) for find in FINDINGS):
         key, reported = CLAIMS[finding.title]
         capsys.readouterr()
         assert study(["row", key, "--results", str(asked.results), "--preset", "tiny"]) == 0
@@ -518,6 +544,7 @@ def test_every_finding_is_a_row_of_the_table_and_is_computed_again_by_its_key(re
     assert "there is no row 'nothing'; expected one of loss, longer, frozen" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_order_by_chance_is_that_of_all_orders():
     rng = np.random.default_rng(0)
     drawn = [stats.spearmanr(range(6), rng.permutation(6)).statistic for _ in range(2000)]
@@ -532,6 +559,7 @@ def test_what_was_not_run_is_said_not_guessed(results):
     assert found["Two-word names are pulled together"].ours == "not measured"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("order", "verdict"), [(1, "agrees"), (-1, "contrary")])
 def test_kinds_are_judged_by_their_order(results, order, verdict):
     kinds = list(LAYER_0_REPORTED)
@@ -551,6 +579,7 @@ def test_a_folder_without_results_is_refused(tmp_path, capsys):
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_results_of_this_repository_are_those_of_its_files(tmp_path, monkeypatch):
     """Regenerating changes nothing, and every file that is named is there."""
     monkeypatch.chdir(ROOT)

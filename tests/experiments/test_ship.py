@@ -333,6 +333,7 @@ def test_the_card_of_what_the_package_ships_has_the_losses_of_its_scores(name):
     assert row.groups() == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_what_the_package_says_of_a_run_is_what_the_tables_say(name):
     folder, results = pretrained.CHECKPOINTS / name, read_tables(ROOT / "experiments" / "results")

@@ -133,6 +133,7 @@ def test_variants_of_rope_change_the_model_and_have_static_increments(tiny, tmp_
         assert parse(shlex.split(run.command)[2:])[0] == run.config
 
 
+@pytest.mark.slow
 def test_fixed_increments_are_the_shared_ones_or_one_for_each_head(tiny, corpus, tmp_path):
     suite(asked(tmp_path, variants=("shared", "frozen", "constant", "swapped", "head_steps")))
     tables = {

@@ -41,6 +41,7 @@ def test_an_interval_ends_where_numbers_can_lie():
     assert found.low == pytest.approx(over_seeds((0.9, 0.95, 1.0)).low)
 
 
+@pytest.mark.slow
 def test_an_effect_as_large_as_the_stated_power_is_told_four_times_in_five():
     """The spread of seeds is known here, so that the formula is that of the noncentral t up to its approximation."""
     rng = np.random.default_rng(0)

@@ -33,6 +33,7 @@ def test_a_boundary_is_where_two_characters_are_not_of_one_unit(name, expected):
     assert cut(expected.replace("|", ""), name) == expected
 
 
+@pytest.mark.slow
 def test_words_of_chinese_are_unknown_unless_jieba_is_asked():
     text = "你好世界 ok"
     assert character_boundaries(text)["word"].tolist() == [1, UNKNOWN, UNKNOWN, UNKNOWN, 1, 1, 0]

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from forked import Command
 from scipy import stats
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -159,21 +158,15 @@ def test_the_comparison_is_a_paired_t_interval_over_documents(config, tmp_path):
     assert json.loads((tmp_path / "run" / "comparison.json").read_text()) == found
 
 
-def command(*arguments):
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    line = [sys.executable, "-m", "lens_positions", *map(str, arguments)]
-    return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 @pytest.mark.slow
 def test_a_killed_graft_goes_on_to_the_bit(config, tmp_path, capsys):
     given = ["--base", config.base, "--corpus", config.corpus, "--cache", tmp_path / "cache", "--adapt", "lora"]
     given += ["--n-ctx=32", "--steps=60", "--batch-size=4", "--eval-windows=8", "--eval-every=30", "--save-every=7"]
     assert main(["graft", *map(str, given), "--output", str(tmp_path / "whole")]) == 0
-    killed = command("graft", *given, "--output", tmp_path / "killed")
+    killed = Command(tmp_path, "graft", *given, "--output", tmp_path / "killed")
     log = tmp_path / "killed" / "graft" / "log.jsonl"
     while not (log.exists() and log.read_text("utf-8").count("\n") > 25):
-        assert killed.poll() is None, killed.stderr.read()
+        assert killed.poll() is None, killed.said()
         time.sleep(0.005)
     killed.send_signal(signal.SIGKILL)
     killed.wait()

@@ -496,6 +496,7 @@ def test_a_token_cache_with_damaged_digests_is_made_again(content, corpus, tmp_p
     assert json.loads(next(tmp_path.rglob("digests.json")).read_text())
 
 
+@pytest.mark.slow
 def test_every_file_of_results_in_the_package_is_read():
     results = read_tables(ROOT / "experiments" / "results")
     configs = {str(run): of["config"] for run, of in results.runs.items()}
@@ -518,6 +519,7 @@ def test_resume_without_one_folder_is_one_sentence_on_standard_error(words, caps
     assert "expected the folder of one run" in printed.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [["--resume"], ["--output"]], ids=["resume", "output"])
 def test_a_folder_that_another_process_works_on_is_refused(command, run, config_of, corpus, cache, capsys):
     words = ["train", *command, run, "--cache", cache]
@@ -588,6 +590,7 @@ def opening(names: list[str], full_at: int | None, do: Callable[[], Any]) -> Non
         do()
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_at_any_write_is_one_sentence_and_the_run_goes_on_later(
     config_of, cache, tmp_path, capsys
 ):

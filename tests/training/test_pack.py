@@ -181,6 +181,7 @@ def test_a_capped_corpus_is_packed_with_its_cap(config, corpus, tmp_path):
     assert len(heldout_sources(capped, found)) == len(found.heldout_starts) == 1
 
 
+@pytest.mark.slow
 def test_two_packed_texts_of_one_name_are_refused(config, corpus, tmp_path):
     for ending in ("", '\n{"text": "more"}'):
         corpus.write_text(corpus.read_text("utf-8") + ending, "utf-8")
@@ -306,6 +307,7 @@ def test_the_folder_trains_with_nothing_but_an_image_and_what_is_carried(config,
     assert (packed / "runs" / "quick" / "model" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_wheels_that_cannot_be_had_are_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
@@ -321,6 +323,7 @@ def test_what_cannot_be_measured_without_its_text_is_left_to_where_the_text_is(t
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @in_a_checkout
 @pytest.mark.parametrize(
     ("words", "told"),

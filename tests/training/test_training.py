@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import Command
 
 from lens_positions import HookedPositionTransformer, PositionConfig, PositionModelConfig, PositionsError
 from lens_positions.core.attach import increment_table
@@ -111,10 +112,10 @@ def test_a_run_killed_at_an_arbitrary_step_and_resumed_logs_the_same_losses_to_t
     arguments += ["--steps=80", "--save-every=8", "--eval-every=40", "--warmup-steps=5"]
     assert called(*arguments, "--output", tmp_path / "whole") == 0
 
-    killed = command(*arguments, "--output", tmp_path / "killed")
+    killed = Command(tmp_path, *arguments[2:], "--output", tmp_path / "killed")
     log = tmp_path / "killed" / "log.jsonl"
     while not (log.exists() and log.read_text("utf-8").count("\n") > 30):
-        assert killed.poll() is None, killed.stderr.read()
+        assert killed.poll() is None, killed.said()
         time.sleep(0.005)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
@@ -130,14 +131,14 @@ def test_a_run_killed_at_an_arbitrary_step_and_resumed_logs_the_same_losses_to_t
 @pytest.mark.slow
 def test_an_interrupt_saves_and_leaves_cleanly(corpus, tmp_path):
     arguments = ["-m", "lens_positions", "train", "--corpus", corpus, "--cache", tmp_path / "cache", *SMALL]
-    run = command(*arguments, "--steps=100000", "--output", tmp_path / "run")
+    run = Command(tmp_path, *arguments[2:], "--steps=100000", "--output", tmp_path / "run")
     log = tmp_path / "run" / "log.jsonl"
     while not (log.exists() and log.read_text("utf-8").count("\n") > 15):
-        assert run.poll() is None, run.stderr.read()
+        assert run.poll() is None, run.said()
         time.sleep(0.02)
     run.send_signal(signal.SIGINT)
     assert run.wait(timeout=60) == 130
-    error = run.stderr.read()
+    _, error = run.said()
     assert "Traceback" not in error
     assert "--resume" in error
     step = int(newest_checkpoint(tmp_path / "run").name.split("-")[1])

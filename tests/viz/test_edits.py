@@ -88,6 +88,7 @@ def test_the_loss_with_edits_is_that_of_a_run_with_hooks(model):
     np.testing.assert_allclose(table["difference"][1], table["loss"][1] - table["loss"][0])
 
 
+@pytest.mark.slow
 def test_a_report_shows_edits_of_one_model_alone(model, tmp_path):
     hooks = lp.scale(model, 3.0, layers=0)
     corpus = tmp_path / "corpus"

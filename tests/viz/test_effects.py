@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import drawn_weights
+from tiny_models import drawn_weights
 
 import lens_positions as lp
 from lens_positions import causal, cli
@@ -148,6 +148,7 @@ def test_gaps_are_printed_listed_written_and_drawn(run, folder, model, tmp_path)
     assert "change of the loss, nats per token" in out
 
 
+@pytest.mark.slow
 def test_gaps_of_some_layers_on_an_answer(run, folder, model):
     tokens = model.to_tokens("ab cd")
     for options, metric in (
@@ -162,6 +163,7 @@ def test_gaps_of_some_layers_on_an_answer(run, folder, model):
         torch.testing.assert_close(torch.tensor(rows["2"]), effects[2], atol=5e-3, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("site", ["increments", "rot_k", "resid", "pattern"])
 def test_patches_go_from_the_clean_prompt_into_the_corrupted_one(run, folder, model, site):
     prompts = ["--clean", "The cat", "--corrupted", "The dog", "--answer", "s", "--wrong", "r"]
@@ -177,6 +179,7 @@ def test_patches_go_from_the_clean_prompt_into_the_corrupted_one(run, folder, mo
         assert f"{float(metric(model(corrupted))[0]):+.3f} in the corrupted one" in out
 
 
+@pytest.mark.slow
 def test_ablations_are_printed_written_and_drawn(run, folder, model, corpus, tmp_path):
     csv, figure = tmp_path / "loss.csv", tmp_path / "loss.png"
     code, out, err = run("ablate", folder, "--corpus", corpus, "--csv", str(csv), "--figure", str(figure))

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import drawn_weights
+from tiny_models import drawn_weights
 
 import lens_positions as lp
 from lens_positions.viz.explorer import engine
@@ -161,6 +161,7 @@ def test_a_question_that_nobody_waits_for_is_dropped(tiny_model):
     assert explorer.run({"text": TEXT}, lambda: True) == {"stale": True}
 
 
+@pytest.mark.slow
 def test_few_texts_are_kept(tiny_model):
     explorer = Explorer(tiny_model())
     for i in range(12):

@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 from browser import chromium, needs_chromium, settle
-from conftest import drawn_weights
+from tiny_models import drawn_weights
 
 import lens_positions as lp
 from lens_positions import viz

@@ -160,6 +160,7 @@ def test_a_question_is_dropped_when_its_tab_asked_another(client):
     assert other.json().get("key")
 
 
+@pytest.mark.slow
 def test_it_listens_on_this_machine_alone_and_draws_a_token_each_time(tiny_model):
     servers = [Server(Models([], [tiny_model()])) for _ in range(2)]
     try:
@@ -176,6 +177,7 @@ def test_it_listens_on_this_machine_alone_and_draws_a_token_each_time(tiny_model
     assert not is_local("0.0.0.0")
 
 
+@pytest.mark.slow
 def test_the_command_says_what_another_address_means(monkeypatch, capsys):
     from lens_positions.cli import main
     from lens_positions.viz.explorer import server

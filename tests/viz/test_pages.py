@@ -3,7 +3,7 @@
 import pytest
 import torch
 from browser import chromium, needs_chromium, opened, settle
-from conftest import drawn_weights
+from tiny_models import drawn_weights
 
 import lens_positions as lp
 from lens_positions import viz

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from browser import chromium, needs_chromium, opened, settle
-from conftest import drawn_weights
+from tiny_models import drawn_weights
 
 import lens_positions as lp
 from lens_positions import cli, corpora, viz
@@ -57,6 +57,7 @@ def text_of(page: str) -> str:
     return " ".join(re.sub(r"<(script|style).*?</\1>|<[^>]+>", " ", page, flags=re.DOTALL).split())
 
 
+@pytest.mark.slow
 def test_it_says_at_the_start_how_long_it_will_take(folders, monkeypatch, tmp_path):
     """From the time of a pass, times the passes planned: here a clock that gives each pass a second."""
     model = lp.HookedPositionTransformer.from_pretrained(folders / "learned")
@@ -87,6 +88,7 @@ def page(folders):
     return path
 
 
+@pytest.mark.slow
 def test_it_holds_every_part_with_its_numbers(page, folders):
     html = page.read_text("utf-8")
     said = text_of(html)
@@ -141,6 +143,7 @@ def test_the_layer_that_is_named_is_the_one_with_the_widest_range(folders):
     assert f"most in layer {layer}: {most['kind']} ×{most['relative']:.3f} the mean of the layer" in said
 
 
+@pytest.mark.slow
 def test_of_much_text_a_share_is_ablated_and_the_page_says_which(folders, tmp_path):
     model = lp.HookedPositionTransformer.from_pretrained(folders / "learned")
     held_out = [f"Sentence {i} of many, long enough to count for something.\n" for i in range(200)]

@@ -117,6 +117,7 @@ def test_lines_follow_each_character_from_row_to_row(model):
         assert ends == [(a, b) for (a, _), (b, _) in zip(above, below, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("latin_only")
 def test_the_bytes_of_a_character_are_joined_from_first_to_last(model):
     text = "aéb"
@@ -263,6 +264,7 @@ def test_chinese_without_a_font_is_an_error_that_names_the_packages(model, text,
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @needs_chinese
 def test_a_font_installed_since_matplotlib_listed_the_fonts_is_found(model, latin_only, monkeypatch):
     monkeypatch.setattr(font_manager, "findSystemFonts", lambda *args, **kwargs: CHINESE_FILES)
@@ -301,6 +303,7 @@ def test_hostile_text_is_drawn_as_text(model, suffix, tmp_path, monkeypatch):
     assert (tmp_path / f"figure.{suffix}").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_png_and_svg_are_what_they_say_and_written_alike_twice(model, tmp_path):
     for name, magic in (("a.png", b"\x89PNG"), ("a.svg", b"<?xml")):
         spacing(model, "ab c", path=tmp_path / name)

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import drawn_weights
 from matplotlib.patches import Arc
+from tiny_models import drawn_weights
 
 import lens_positions as lp
 from lens_positions import viz
@@ -275,6 +275,7 @@ def test_kinds_below_zero_are_in_sight(model):
         assert axes.get_xlim()[0] < -1.4
 
 
+@pytest.mark.slow
 def test_kinds_in_many_layers_are_a_map():
     table = increments_by_category(small_model(n_layers=9), TEXTS)
     figure = viz.kinds_chart(table)
