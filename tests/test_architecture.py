@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import lens_positions.core.positions
 
 ROOT = Path(__file__).parents[1]
