@@ -10,8 +10,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 
 LONGEST = (
-    *("test_causal", "test_families", "test_smollm2", "test_graft", "test_training", "test_hooked"),
-    *("test_cases_models", "test_cases"),
+    *("test_compiled", "test_smollm2", "test_training", "test_causal", "test_families", "test_results"),
+    *("test_explorer_pages", "test_gap_map", "test_threads", "test_generation", "test_pieces", "test_hooked"),
+    *("test_cases", "test_cases_models", "test_graft", "test_hostile_training", "test_hostile_cli"),
 )
 
 DEAR = {"smollm2", "browser", "done", "shipped", "forked", "figures"}
