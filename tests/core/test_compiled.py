@@ -266,9 +266,6 @@ import torch
 import lens_positions as lp
 from lens_positions.model import build_model
 
-# What attention makes of positions is not asked here; at this length it would take most of the time.
-torch.nn.functional.scaled_dot_product_attention = lambda query, key, value, **how: value
-
 TOKENS = torch.randint(0, 256, (1, 8192), generator=torch.Generator().manual_seed(0))
 SIZES = lp.PositionModelConfig(d_model=8, n_layers=1, n_heads=1, d_mlp=8, n_ctx=8192)
 
@@ -280,6 +277,7 @@ def positions(dtype, increment, source, compiled):
         model.position_streams.shared_source.table.fill_(increment)
     seen = []
     model.position_streams.layers[0].hook_positions.add_hook(lambda p, hook: seen.append(p.clone()))
+
     with torch.no_grad():
         run = torch.compile(model, backend="aot_eager") if compiled else model
         run(TOKENS, use_cache=False)
