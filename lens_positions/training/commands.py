@@ -26,12 +26,12 @@ GRAFT = """Learn position streams on a pretrained model, and compare it with the
 
 --output DIR is the folder (default: runs/graft); --resume DIR goes on with an interrupted one.
 --cache DIR keeps tokenised corpora (default: .cache).
-The defaults (300 steps on SmolLM2-135M) take about half an hour on two cores; how long is left is shown while it trains.
+The defaults (300 steps on SmolLM2-135M) take about half an hour on two cores; what is left is shown while it trains.
 """
 
 RESUME = """usage: lens-positions resume RUN
 
-Go on with a training run or a graft that was interrupted. It takes what was left of it, which is shown while it trains."""
+Go on with a training run or a graft that was interrupted. How long what is left takes is shown while it trains."""
 
 CORPUS = """Download a corpus from its sources. What is there already is kept, so the same command goes on.
 
