@@ -55,7 +55,13 @@ def address(tmp_path):
     folders = {f"JUPYTER_{name.upper()}_DIR": str(tmp_path / name) for name in ("data", "config", "runtime")}
     paths = {"JUPYTER_PATH": str(Path(sys.prefix, "share", "jupyter")), "PYTHONPATH": str(HERE)}
     own = {**folders, **paths, "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    options = ["--no-browser", "--allow-root", "--ip=127.0.0.1", "--port=0", f"--ServerApp.root_dir={tmp_path / 'work'}"]
+    options = [
+        "--no-browser",
+        "--allow-root",
+        "--ip=127.0.0.1",
+        "--port=0",
+        f"--ServerApp.root_dir={tmp_path / 'work'}",
+    ]
     quiet = ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.news_url="]
     with open(tmp_path / "log", "w") as log:
         server = subprocess.Popen([LAB, *options, *quiet], env=os.environ | own, stdout=log, stderr=log)
