@@ -116,10 +116,7 @@ def report(
         raise PositionsError("a text is empty; expected at least one character.")
     held_out, of_corpus = _held_out(corpus, characters)
     found: dict[str, list[str]] = {"kinds": [], "ablations": [], "losses": []}
-    of = (models, held_out, of_corpus, seed, prepend_bos)
-
-    # Read once, for the kinds and for the losses.
-    read = cache(lambda number: increments_and_losses(models[number], held_out, prepend_bos))
+    of, read = (models, held_out, of_corpus, seed, prepend_bos), _reader(models, held_out, prepend_bos)
     planned: list[Part] = [
         *_text_parts(models, texts, prepend_bos, hooks),
         ("Increments by kind of token", lambda: _kinds(models, held_out, of_corpus, seed, read, found)),
@@ -135,6 +132,11 @@ def report(
     if interrupted is not None:
         raise type(interrupted)(str(path)) from interrupted
     return [*_cut_views(parts), *([] if held_out else [of_corpus])]
+
+
+def _reader(models: list[HookedPositionTransformer], texts: list[str], bos: bool | None) -> Read:
+    """What reads the texts with a model: once, for the kinds and for the losses."""
+    return cache(lambda number: increments_and_losses(models[number], texts, bos))
 
 
 def _seconds(

@@ -1,6 +1,7 @@
 """The explorer as a widget in a live JupyterLab: pulled by hand and by keyboard, and Python sees it.
 
-JupyterLab may be installed anywhere on the PATH, or beside this Python: its kernel is this Python in either case.
+JupyterLab may be installed anywhere on the PATH, or beside this Python: its kernel is this Python in either case. It is
+not among the requirements of development, as it takes more than a hundred megabytes for this one test.
 """
 
 import json
