@@ -70,6 +70,10 @@ def main(argv: list[str] | None = None) -> int:
     }
 
     def run() -> int:
+        if argv and argv[0] in ("-h", "--help"):
+            print("usage: lens-positions experiments COMMAND [--help]\n")
+            print("\n".join(f"  {name:10} {command.__doc__}" for name, command in commands.items()))
+            return 0
         if not argv or argv[0] not in commands:
             given = f"{argv[0]!r} is no command" if argv else "no command was given"
             raise PositionsError(f"{given}; expected: lens-positions experiments {', '.join(commands)} [--help]")

@@ -458,6 +458,7 @@ def word_boundaries(suite: Suite) -> Finding:
         _areas_by_layer(everyone),
         f"{note}; of the one before alone, {entropy:.3f}. What a probe of the residual stream knows there is the first "
         "of [four questions](docs/findings-questions.md). Rows of a first byte compare gaps before the same one only.",
+        *_boundaries_of_others(suite),
     ]
     return Finding(
         title,
@@ -467,11 +468,35 @@ def word_boundaries(suite: Suite) -> Finding:
         f"beyond {KNOWN_A_LITTLE} at {beyond} of {found.n} seeds. Beside it: {control}.",
         rule,
         blocks,
-        [suite.results.path("boundaries")],
+        [suite.results.path("boundaries"), *suite.files("per_layer", "treebank")],
         ours=ours,
         control=control,
         power=power if found.n > 1 else "",
     )
+
+
+def _boundaries_of_others(suite: Suite) -> list[Block]:
+    """What increments and a probe tell of word boundaries in text that others wrote and segmented."""
+    tables = suite.tables("per_layer", "treebank")
+    if not tables:
+        return []
+
+    def farthest(measure: str) -> str:
+        each = []
+        for table in tables.values():
+            own = table[(table["measure"] == measure) & (table["layer"] > 0)]
+            each.append(float((own["within"] - 0.5).abs().max()))
+        found = over_seeds(each)
+        return f"{found.text('.3f')}, by seed {', '.join(f'{value:.3f}' for value in found.values)}"
+
+    first = next(iter(tables.values())).iloc[0]
+    return [
+        f"In other people's text, segmented by other people ({first['text']}: {first['n']:,} gaps in "
+        f"{first['lines']:,} sentences that no model was trained on), the area within a first byte lies at most so far "
+        f"from 0.5, over the layers above 0: of increments {farthest('increment')}; of a probe of the residual stream "
+        f"that they read {farthest('probe')}; with labels shuffled {farthest('increment, labels shuffled')} and "
+        f"{farthest('probe, labels shuffled')}. [Which text](docs/measurements.md#other-peoples-segmentation)."
+    ]
 
 
 def _boundary_control(table: pd.DataFrame, within: dict[int, pd.DataFrame]) -> str:

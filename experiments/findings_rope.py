@@ -447,7 +447,8 @@ def first_embedding(of: RopeResults) -> Finding:
     ]
     blocks: list[Block] = [
         grid(["model", "queries", *REPLACEMENTS.values()], rows),
-        f"Share of the residual part (mean over layers and heads) that goes; below 0 there is more of it. {n} repeated "
+        f"Share of the residual part (mean over layers and heads) that goes; below 0 there is more of it, and where it "
+        f"more than doubles the cell says how many times as much there is. {n} repeated "
         "beginnings, which intervals resample. Early are a quarter of the repeats, from the third on, so not the very "
         "first queries; and on repeated content a query's place and the number of copies before it are one, so that "
         f"heads that look for copies vary too. Layer by layer, at early queries of {display_name(SMOLLM2)}:",
@@ -464,8 +465,17 @@ def first_embedding(of: RopeResults) -> Finding:
 
 def _drops(by: Any) -> list[str]:
     """The cells of what every replacement takes away, from rows by replacement."""
-    rows = [by.loc[how] for how in REPLACEMENTS]
-    return ["nothing to lose" if pd.isna(row["drop"]) else with_interval(row, "drop", "+.0%") for row in rows]
+    return [_drop(by.loc[how]) for how in REPLACEMENTS]
+
+
+def _drop(row: Any) -> str:
+    """A share that goes, or how many times as much there is where it more than doubles."""
+    if pd.isna(row["drop"]):
+        return "nothing to lose"
+    if row["drop"] > -1:
+        return with_interval(row, "drop", "+.0%")
+    times, least, most = (f"{1 - row[name]:.1f}" for name in ("drop", "high", "low"))
+    return f"{times} times as much ({least} to {most})"
 
 
 def sinks_carry_a_fingerprint(of: RopeResults) -> Finding:

@@ -12,6 +12,7 @@
     tiny/signed-0/below_zero.csv         the share below zero, where increments are signed
     tiny/per_layer-0/specialisation.csv  what the kind of a byte explains, in prose and in program text
     tiny/per_layer-0/ablation.csv        the loss without the structure of increments, in English and Chinese
+    tiny/per_layer-0/treebank.csv        word boundaries in other people's text, of increments and of a probe
     tiny/per_layer-0/measured.json       the weights, command, text and time of each
 
 All text is held out; what is only counted or chosen (pairs of words and of characters, each byte's mean increment, the
@@ -22,7 +23,7 @@ command.
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ from lens_positions.model import HookedPositionTransformer
 from lens_positions.training.loop import are_bytes
 
 from .gather import read_measured
-from .options import CONSTANTS, OF_STATIC, STAGED, MeasureConfig
+from .options import CONSTANTS, OF_STATIC, STAGED, WHERE_ASKED, MeasureConfig
 from .suite import commit, is_finished, print_progress, read_results, weights_of
 
 CHARACTERS = 60_000
@@ -73,7 +74,22 @@ DOCUMENTS, DOCUMENT_CHARACTERS = 96, 1000
 
 
 class Text:
-    """The text that all runs are measured on, read once."""
+    """The text that all runs are measured on, read once.
+
+    Args:
+        treebanks: files of text that other people segmented.
+    """
+
+    def __init__(self, treebanks: Sequence[Path] = ()) -> None:
+        self._treebanks = treebanks
+        self.treebank_names = " and ".join(path.stem for path in treebanks)
+
+    @cached_property
+    def treebank(self) -> list[list[str]]:
+        """The words of each sentence of the treebanks."""
+        if not self._treebanks:
+            raise PositionsError("treebank was asked for without a text; expected --treebank FILE.conllu.")
+        return [words for path in self._treebanks for words in corpora.read_segmentation(path)]
 
     @cached_property
     def segmented(self) -> list[list[str]]:
@@ -181,6 +197,16 @@ def _boundaries(subject: Subject) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
+def _treebank(subject: Subject) -> pd.DataFrame:
+    """What increments and a probe of the residual stream tell of word boundaries, in other people's text."""
+    from .questions.probes import gap_states, lead_bytes, probe_areas  # the questions import this module
+
+    words = subject.text.treebank
+    gaps = gaps_of(subject.model, ["".join(line) for line in words], words)
+    table = probe_areas(gaps, lead_bytes(gaps), *gap_states(subject.model, gaps))
+    return table.assign(text=subject.text.treebank_names)
+
+
 def _specialisation(subject: Subject) -> pd.DataFrame:
     prose = specialisation(subject.model, subject.prose).assign(corpus="bilingual")
     code = specialisation(subject.model, subject.code, "code").assign(corpus="code")
@@ -241,6 +267,7 @@ MEASUREMENTS: dict[str, tuple[Callable[[Subject], pd.DataFrame], str]] = {
     "specialisation": (_specialisation, "specialisation {model}"),
     "ablation": (_ablation, "experiments measure --tables ablation"),
     "english": (_english, "experiments measure --tables english"),
+    "treebank": (_treebank, "experiments measure --tables treebank --treebank FILE.conllu"),
 }
 """Each measurement, and the command that prints it (or the first half of it, where two texts are measured)."""
 
@@ -249,8 +276,9 @@ def measure(options: MeasureConfig) -> list[str]:
     """Measure what is not measured yet, and return the names of the runs that are measured and whose weights are here.
 
     A file is written when its measurement is done, so that an interruption loses one measurement at most. A run whose
-    weights have changed since is measured anew; one whose weights are not here keeps the files that it has. The loss on
-    other writers' English, which needs text that is downloaded, is measured where it is asked for by its name.
+    weights have changed since is measured anew; one whose weights are not here keeps the files that it has. What needs
+    text that is downloaded, other writers' English and other people's treebanks, is measured where it is asked for by
+    its name.
 
     Raises:
         PositionsError: no scored run with increments of its own, or an unknown one, or an unknown measurement.
@@ -263,7 +291,7 @@ def measure(options: MeasureConfig) -> list[str]:
     if unknown := set(options.only) - {folder.name for folder in scored}:
         raise PositionsError(f"{results} has no scored run {min(unknown)!r}; expected one that the suite has finished.")
     chosen = [folder for folder in scored if not options.only or folder.name in options.only]
-    names = [name for name in MEASUREMENTS if name in (options.tables or set(MEASUREMENTS) - set(OF_STATIC))]
+    names = [name for name in MEASUREMENTS if name in (options.tables or set(MEASUREMENTS) - set(WHERE_ASKED))]
     if not set(names) & set(OF_STATIC):
         chosen = [folder for folder in chosen if not _is_static(folder)]
     if not chosen:
@@ -271,9 +299,13 @@ def measure(options: MeasureConfig) -> list[str]:
             f"{results} has no scored run with increments to measure (those of static are all 1); expected "
             "lens-positions experiments suite before."
         )
-    text, measured = Text(), []
+    text, measured = Text(options.treebank), []
+
+    # Refused here where it is not at hand, as no matter of a model.
     if "english" in names:
-        text.other_english  # noqa: B018 (refused here where it is not downloaded, as no matter of a model)
+        text.other_english  # noqa: B018
+    if "treebank" in names:
+        text.treebank  # noqa: B018
     for number, folder in enumerate(chosen, 1):
         run = runs / folder.name
         if not is_finished(run):

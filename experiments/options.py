@@ -61,11 +61,15 @@ RUN_TABLES = (
     "specialisation",
     "ablation",
     "english",
+    "treebank",
 )
 """What `measure` measures of a run."""
 
 OF_STATIC = ("english",)
 """Those that a run with increments of 1 has too."""
+
+WHERE_ASKED = ("english", "treebank")
+"""Those that need text which is downloaded; they are measured where they are asked for by name."""
 
 ROPE_TABLES = (
     "increments",
@@ -135,6 +139,7 @@ class MeasureConfig:
         results: the folder of the results; runs/results/PRESET where none is given.
         only: some of the runs, such as per_layer-0; all finished and scored ones if none is named.
         tables: some of the measurements, such as boundaries; all if none is named.
+        treebank: Chinese treebanks in CoNLL-U, for the measurement of that name.
     """
 
     preset: str = "tiny"
@@ -142,6 +147,7 @@ class MeasureConfig:
     results: Path | None = None
     only: tuple[str, ...] = ()
     tables: tuple[str, ...] = ()
+    treebank: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -185,6 +185,46 @@ def jieba_words(texts: Iterable[str]) -> list[list[str]]:
     return [jieba.lcut(text) for text in texts]
 
 
+def read_segmentation(path: Path) -> list[list[str]]:
+    """The words of each line of a file, as somebody segmented them; joined, they are the line's text.
+
+    A `.conllu` file is a treebank of Universal Dependencies (de Marneffe et al., "Universal Dependencies", 2021), whose
+    sentences are the lines; a space that it notes after a word is a word of its own. Any other file has lines whose
+    words stand between spaces. PositionsError where it cannot be read or has no words.
+    """
+    text = read_text(path)
+    if path.suffix == ".conllu":
+        lines = [_treebank_words(sentence, path) for sentence in BLANK_LINES.split(text)]
+        expected = "sentences of a CoNLL-U treebank"
+    else:
+        lines = [line.split() for line in text.splitlines()]
+        expected = "lines with spaces between words"
+    if not any(lines):
+        raise PositionsError(f"{path} has no words; expected {expected}.")
+    return [line for line in lines if line]
+
+
+def _treebank_words(sentence: str, path: Path) -> list[str]:
+    """The words of one sentence of a treebank, as they stand in its text."""
+    words: list[str] = []
+    within = 0  # the last part of a word that was written as one, such as "du" for "de le"
+    for line in sentence.splitlines():
+        if not line.strip() or line.startswith("#"):
+            continue
+        columns = line.split("\t")
+        number = re.fullmatch(r"(\d+)(?:-(\d+)|(\.)\d+)?", columns[0])
+        if len(columns) != 10 or number is None:
+            raise PositionsError(f"{path} has the line {line!r:.60}; expected CoNLL-U, ten columns a word.")
+
+        # An empty node (8.1) is no text, and the parts of a word (3, 4) follow the word itself (3-4).
+        first, last, empty = number.groups()
+        if empty or (last is None and int(first) <= within):
+            continue
+        within = int(last or 0)
+        words += [columns[1]] if "SpaceAfter=No" in columns[9].split("|") else [columns[1], " "]
+    return words[:-1] if words[-1:] == [" "] else words
+
+
 def _every_twentieth(documents: list[Document]) -> tuple[list[Document], list[Document]]:
     if len(documents) < HELDOUT_EVERY:
         return documents[:-1], documents[-1:]

@@ -76,6 +76,36 @@ def test_segmented_lines_spell_the_heldout_documents(chinese):
     assert sum(map(len, lines)) > 40_000
 
 
+def treebank(*words):
+    """A sentence in CoNLL-U, of numbers, forms and what is said of the space after them."""
+    rows = ["\t".join([number, form, *"_" * 7, space]) for number, form, space in words]
+    return "# text = some\n" + "\n".join(rows) + "\n\n"
+
+
+def test_words_of_a_treebank_are_those_that_stand_in_its_text(tmp_path):
+    path = tmp_path / "some.conllu"
+    path.write_text(
+        treebank(("1", "自从", "SpaceAfter=No"), ("2", "2004", "Translit=x|SpaceAfter=No"), ("3", "年", "_"))
+        + treebank(("1-2", "du", "_"), ("1", "de", "_"), ("2", "le", "_"), ("2.1", "gone", "_"), ("3", "a", "_")),
+        encoding="utf-8",
+    )
+    assert corpora.read_segmentation(path) == [["自从", "2004", "年"], ["du", " ", "a"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("a.conllu", "自从 2004 年\n", "expected CoNLL-U, ten columns a word"),
+        ("a.conllu", "# text = x\n", "no words; expected sentences of a CoNLL-U treebank"),
+        ("a.txt", " \n", "no words; expected lines with spaces between words"),
+    ],
+)
+def test_a_segmentation_that_is_none_is_refused(tmp_path, name, text, expected):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(PositionsError, match=expected):
+        corpora.read_segmentation(tmp_path / name)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", corpora.NAMES)
 def test_no_heldout_document_is_a_train_document(name):

@@ -33,6 +33,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from lens_positions.analysis.word_boundaries import TIES_AT, Gaps, gaps_of
+from lens_positions.errors import PositionsError
 from lens_positions.interventions import HOOK, hook_names
 from lens_positions.measure.attention import keep_states
 from lens_positions.measure.corpus_reader import rows_of, windows
@@ -180,6 +181,12 @@ def probe_scores(
     residual: Float64[np.ndarray, "gap width"], labels: Bool[np.ndarray, " gap"], lines: Int64[np.ndarray, " gap"]
 ) -> tuple[Float64[np.ndarray, " gap"], Int64[np.ndarray, " gap"]]:
     """How sure a logistic regression is of a boundary, fitted on other lines than the gap's own; and the gap's fold."""
+    owners = len(np.unique(lines))
+    if owners < FOLDS:
+        raise PositionsError(
+            f"{owners} of the lines have gaps between Chinese characters; expected {FOLDS} or more, to fit a probe on "
+            "others."
+        )
     scores, fold = np.zeros(len(labels)), np.zeros(len(labels), dtype=np.int64)
     for number, (fitted, scored) in enumerate(GroupKFold(FOLDS).split(residual, labels, lines)):
         probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))

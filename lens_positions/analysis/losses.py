@@ -10,16 +10,24 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float64, Int64
+from jaxtyping import Float, Float64, Int, Int64
+from torch import Tensor
 
 from ..errors import PositionsError
 from ..former_names import getattr_with_former_names
 from ..interventions import Hooks
-from ..measure.corpus_reader import windows
+from ..measure.corpus_reader import (
+    TOKENS_A_BATCH,
+    CorpusIncrements,
+    first_rows,
+    read_corpus_and_logits,
+    rows_of,
+    windows,
+)
 from ..measure.intervals import bootstrap_means, interval_of, resamples
 from ..measure.metrics import token_losses
+from ..measure.native_pass import native_blocks
 from ..model import HookedPositionTransformer
-from ..progress import track_progress
 
 
 @dataclass(frozen=True)
@@ -47,17 +55,44 @@ def losses(model: HookedPositionTransformer, texts: str | Sequence[str], prepend
     if not all(isinstance(text, str) for text in texts):
         raise PositionsError("losses were asked for of something else than text; expected documents as strings.")
     documents, batches = windows(model, texts, None, prepend_bos)
-    nats, tokens = np.zeros(len(documents)), np.zeros(len(documents), dtype=np.int64)
-    for batch in track_progress(batches, f"loss of {model.name}", quick=sum(map(len, documents)) < 4096):
-        rows = torch.stack([documents[number][start:stop] for number, start, stop in batch])
-        with torch.no_grad():
-            of_tokens = token_losses(model(rows), rows[:, 1:]).double().cpu()
-        owners = [number for number, _, _ in batch]
+    sums = _Sums(texts)
+    with native_blocks(model, first_rows(documents, batches)), torch.no_grad():
+        for rows, owners in rows_of(documents, batches, f"loss of {model.name}", quick=2 * TOKENS_A_BATCH):
+            sums.add(rows, owners, model(rows))
+    return sums.losses
+
+
+def increments_and_losses(
+    model: HookedPositionTransformer, texts: Sequence[str], prepend_bos: bool | None = None
+) -> tuple[CorpusIncrements, Losses]:
+    """What `read_corpus` and `losses` find, in one pass.
+
+    Raises:
+        PositionsError: as `losses`, or a model without position streams.
+
+    >>> from lens_positions.analysis.losses import increments_and_losses, losses
+    >>> corpus, found = increments_and_losses(model, texts)
+    >>> abs(found.nats - losses(model, texts).nats).max() < 1e-4
+    True
+    """
+    sums = _Sums(texts)
+    return read_corpus_and_logits(model, list(texts), sums.add, prepend_bos), sums.losses
+
+
+class _Sums:
+    """The losses of some documents, while they are read."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        sizes = np.array([len(text.encode()) for text in texts])
+        self.losses = Losses(np.zeros(len(texts)), np.zeros(len(texts), dtype=np.int64), sizes)
+
+    def add(self, rows: Int[Tensor, "batch pos"], owners: list[int], logits: Float[Tensor, "batch pos vocab"]) -> None:
+        """Add some windows, each of a document."""
+        of_tokens = token_losses(logits, rows[:, 1:]).double().cpu()
 
         # Unbuffered, as a document may have several windows in a batch.
-        np.add.at(nats, owners, of_tokens.sum(1).numpy())
-        np.add.at(tokens, owners, of_tokens.shape[1])
-    return Losses(nats, tokens, np.array([len(text.encode()) for text in texts]))
+        np.add.at(self.losses.nats, owners, of_tokens.sum(1).numpy())
+        np.add.at(self.losses.tokens, owners, of_tokens.shape[1])
 
 
 def compare_losses(
@@ -67,6 +102,7 @@ def compare_losses(
     *,
     hooks: Hooks | None = None,
     prepend_bos: bool | None = None,
+    unedited: Sequence[Losses] | None = None,
 ) -> pd.DataFrame:
     """The loss of each model in nats per byte, and its difference to the first one's.
 
@@ -76,6 +112,7 @@ def compare_losses(
         seed: of the resampling.
         hooks: edits, with which the first model is measured again, as the model "..., edited".
         prepend_bos: as for `analysis.read_corpus`.
+        unedited: the losses of the models on these documents without edits, where they are known.
 
     Returns:
         A row for each model: `model`, `documents`, `bytes`, `tokens` (predicted), `loss` (nats per byte) with its
@@ -92,7 +129,7 @@ def compare_losses(
     """
     texts = [texts] if isinstance(texts, str) else texts
     names = [model.name for model in models]
-    found = [losses(model, texts, prepend_bos) for model in models]
+    found = [losses(model, texts, prepend_bos) for model in models] if unedited is None else list(unedited)
     if hooks:
         with models[0].hooks(fwd_hooks=hooks):
             found.insert(1, losses(models[0], texts, prepend_bos))

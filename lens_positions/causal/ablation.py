@@ -11,6 +11,7 @@ Losses are paired: the same tokens with and without. A document is the unit of s
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -43,6 +44,7 @@ from ..interventions import (
 from ..measure.corpus_reader import TOKENS_A_BATCH, CorpusIncrements, Texts, read_corpus, rows_of, windows
 from ..measure.intervals import Tally, resamples
 from ..measure.metrics import look_back, token_losses
+from ..measure.native_pass import native_blocks
 from ..measure.partial_forward import Replay
 from ..model import HookedPositionTransformer
 from ..text import Mask
@@ -153,8 +155,11 @@ def _tallies(
     base, tallies = Tally(documents), dict[tuple[Ablated, To, int | None], Tally]()
 
     # Once for all passes, as each would switch every module there and back.
-    with evaluation_mode(run.model):
+    with evaluation_mode(run.model), ExitStack() as faster:
         for number, (rows, owners) in enumerate(batches):
+            # Heads with edits of their own act inside the attention.
+            if number == 0 and not run.patterns and all(head is None for (_, head), _ in ablations):
+                faster.enter_context(native_blocks(run.model, rows[:1]))
             baseline = run.baseline(rows)
             base.add(owners, baseline.nats[..., None])
             for together in run.groups(baseline, ablations):

@@ -91,6 +91,10 @@ def _run(words: list[str]) -> int:
 
 def _experiments(words: list[str]) -> int:
     """A command of the study, which stands in the repository and not in the package."""
+    # An installed command does not look in the current folder by itself.
+    here = str(Path.cwd())
+    if Path("experiments/commands.py").is_file() and here not in sys.path:
+        sys.path.insert(0, here)
     try:
         from experiments.commands import main as experiments
     except ModuleNotFoundError as error:

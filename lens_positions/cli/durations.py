@@ -39,7 +39,7 @@ DURATIONS = {
     "kinds": Duration(7, 0.2),
     "map": Duration(7, 0.3),
     "names": Duration(20),
-    "report": Duration(7, 1.6),
+    "report": Duration(7, 0.6),
     "saturation": Duration(7, 0.2),
     "specialisation": Duration(7, 0.2),
 }

@@ -96,7 +96,7 @@ def boundaries(
 
     Args:
         words: "human" (the People's Daily of the corpus chinese, held-out lines), "jieba" (the same lines, or those of
-            --corpus, segmented by jieba), or a file of lines whose words stand between spaces.
+            --corpus, segmented by jieba), or a file: a treebank (.conllu), or lines with spaces between words.
         corpus: held-out text for jieba.
         lines: at most so many lines, spread evenly.
         training: the corpus in whose training text characters are counted; none leaves that out.
@@ -341,11 +341,10 @@ def _word_segmentation(words: str, corpus: str | None) -> tuple[list[str], Any, 
     path = Path(words)
     if not path.is_file():
         raise PositionsError(
-            f"--words is {words!r}; expected human, jieba, or a file of lines with spaces between words."
+            f"--words is {words!r}; expected human, jieba, a treebank (.conllu), or a file of lines with spaces "
+            "between words."
         )
-    segmented = [line.split() for line in lp.corpora.read_text(path).splitlines() if line.split()]
-    if not segmented:
-        raise PositionsError(f"{path} has no words; expected lines with spaces between words.")
+    segmented = lp.corpora.read_segmentation(path)
     return ["".join(line) for line in segmented], segmented, f"lines of {path}"
 
 

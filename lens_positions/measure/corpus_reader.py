@@ -6,20 +6,26 @@
 - An increment of a token early in a window was computed from less context than one later on. Layer 0 does not care.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
 import numpy as np
 import torch
-from jaxtyping import Float64, Int, Int64
+from jaxtyping import Float, Float64, Int, Int64
 from torch import Tensor
+from transformer_lens.hook_points import HookPoint
 
+from ..core.own_thread import own_hooks
 from ..errors import PositionsError
 from ..former_names import getattr_with_former_names
+from ..interventions import HOOK, hook_names
 from ..model import HookedPositionTransformer
 from ..progress import track_progress
 from ..text import Mask, TextOrTokens, prompts_of
 from ..tokenizer import END_OF_DOCUMENT, is_byte_tokenizer
+from .native_pass import native_blocks
 
 WINDOW = 512
 """Tokens of a window at most, where the model's context is longer: attention costs their square."""
@@ -98,17 +104,66 @@ def read_corpus(
             )
         return texts
     documents, batches = windows(model, texts, attention_mask, prepend_bos)
+    values = []
+    for rows, _ in rows_of(documents, batches, "reading", quick=2 * TOKENS_A_BATCH):
+        # A mask of ones, as windows are of equal length: tokens that look like padding are text here.
+        with torch.no_grad():
+            values.append(model.increments(rows, torch.ones_like(rows)))
+    return _corpus_of(model, documents, batches, values)
 
+
+def read_corpus_and_logits(
+    model: HookedPositionTransformer,
+    texts: Texts,
+    see: Callable[[Int[Tensor, "batch pos"], list[int], Float[Tensor, "batch pos vocab"]], None],
+    prepend_bos: bool | None = None,
+) -> CorpusIncrements:
+    """Read documents as `read_corpus`, and let a function see the logits of the same passes.
+
+    Args:
+        model: the model.
+        texts: documents.
+        see: is called with the tokens of each batch of windows, the document of each row, and their logits.
+        prepend_bos: as for `read_corpus`.
+
+    Raises:
+        PositionsError: as `read_corpus`.
+
+    >>> from lens_positions.measure.corpus_reader import read_corpus_and_logits
+    >>> seen = []
+    >>> corpus = read_corpus_and_logits(model, texts, lambda rows, owners, logits: seen.append(rows.numel()))
+    >>> corpus.increments.shape, sum(seen)  # the first increment of a document lies between no two tokens
+    ((6, 1, 526), 529)
+    """
+    documents, batches = windows(model, texts, None, prepend_bos)
+    names = [name for _, name in hook_names(model, None, HOOK.format("increments"))]
+    values = []
+    with native_blocks(model, first_rows(documents, batches)), torch.no_grad():
+        for rows, owners in rows_of(documents, batches, "reading", quick=2 * TOKENS_A_BATCH):
+            kept: dict[str, Tensor] = {}
+            with own_hooks(model, [(name, partial(_keep, kept)) for name in names]):
+                logits = model(rows)
+            values.append(torch.stack([kept[name] for name in names]))
+            see(rows, owners, logits)
+    return _corpus_of(model, documents, batches, values)
+
+
+def _keep(kept: dict[str, Tensor], increments: Tensor, hook: HookPoint) -> None:
+    kept[cast(str, hook.name)] = increments
+
+
+def _corpus_of(
+    model: HookedPositionTransformer,
+    documents: list[Int[Tensor, " _pos"]],
+    batches: list[list[tuple[int, int, int]]],
+    increments: list[Tensor],
+) -> CorpusIncrements:
+    """What was read, from the increments [layer batch pos *head] of each batch of windows."""
     # The one increment of a window that lies between no two of its tokens is left out.
     kept = model.position_config.effective
     values, owners, places = [], [], []
-    for batch in track_progress(batches, "reading", quick=sum(map(len, documents)) < 2 * TOKENS_A_BATCH):
-        rows = torch.stack([documents[number][start:stop] for number, start, stop in batch])
-
-        # A mask of ones, as windows are of equal length: tokens that look like padding are text here.
-        with torch.no_grad():
-            increments = model.increments(rows, torch.ones_like(rows))[:, :, kept]
-        values.append(increments.flatten(1, 2).double().cpu().numpy())
+    for batch, found in zip(batches, increments, strict=True):
+        values.append(found[:, :, kept].flatten(1, 2).double().cpu().numpy())
         for number, start, stop in batch:
             place = np.arange(start, stop)[kept]
             places.append(place)
@@ -141,11 +196,22 @@ def windows(
     return documents, list(_batches(documents, min(model.cfg.n_ctx, WINDOW)))
 
 
+def first_rows(
+    documents: list[Int[Tensor, " _pos"]], batches: list[list[tuple[int, int, int]]]
+) -> Int[Tensor, "1 pos"]:
+    """The first window, to try something with."""
+    number, start, stop = batches[0][0]
+    return documents[number][None, start:stop]
+
+
 def rows_of(
-    documents: list[Int[Tensor, " _pos"]], batches: list[list[tuple[int, int, int]]], what: str
+    documents: list[Int[Tensor, " _pos"]], batches: list[list[tuple[int, int, int]]], what: str, quick: int = 512
 ) -> Iterator[tuple[Int[Tensor, "batch pos"], list[int]]]:
-    """The rows of each batch of windows, and the document that each is of; `what` is done is what progress says."""
-    for batch in track_progress(batches, what, quick=sum(map(len, documents)) < 512):
+    """The rows of each batch of windows, and the document that each is of.
+
+    Progress says that `what` is done, where there are as many tokens as `quick` or more.
+    """
+    for batch in track_progress(batches, what, quick=sum(map(len, documents)) < quick):
         yield (
             torch.stack([documents[number][start:stop] for number, start, stop in batch]),
             [number for number, _, _ in batch],

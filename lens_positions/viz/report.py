@@ -12,6 +12,7 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from datetime import date
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -25,13 +26,14 @@ from matplotlib.figure import Figure
 
 from .. import causal, corpora
 from .._version import __version__
-from ..analysis.losses import compare_losses
+from ..analysis.losses import Losses, compare_losses, increments_and_losses
 from ..analysis.token_kinds import increments_by_category
 from ..checkpoint import fingerprint
 from ..core.model_state import evaluation_mode
 from ..errors import PositionsError
 from ..interventions import Hooks, describe
-from ..measure.corpus_reader import WINDOW, windows
+from ..measure.corpus_reader import WINDOW, CorpusIncrements, first_rows, windows
+from ..measure.native_pass import native_blocks
 from ..model import HookedPositionTransformer
 from ..progress import announce_parts, durations_wanted, estimated
 from . import style
@@ -50,9 +52,9 @@ PACKAGES = ("torch", "transformers", "transformer-lens", "circuitsvis")
 LOSS_UNIT = "nats per byte"
 
 ABLATED = 8_000
-"""Characters that are ablated, about: each is read in three ways for each layer, where all else reads it twice."""
+"""Bytes that are ablated, about: each is read in three ways for each layer, where all else reads it once."""
 
-PROBED = 0.5
+PROBED = 0.25
 """Seconds of reading from which the length of a report is estimated."""
 
 DRAWN = 4.0
@@ -62,6 +64,9 @@ SNIPPET = 80
 """Characters of a text in a heading."""
 
 Piece = dict[str, Any]
+
+Read = Callable[[int], tuple[CorpusIncrements, Losses]]
+"""The increments and losses of the held-out text, by the number of a model."""
 
 Part = tuple[str, Callable[[], Iterator[Piece]]]
 """The title of a part, and what computes it."""
@@ -111,11 +116,11 @@ def report(
         raise PositionsError("a text is empty; expected at least one character.")
     held_out, of_corpus = _held_out(corpus, characters)
     found: dict[str, list[str]] = {"kinds": [], "ablations": [], "losses": []}
-    of = (models, held_out, of_corpus, seed, prepend_bos)
+    of, read = (models, held_out, of_corpus, seed, prepend_bos), _reader(models, held_out, prepend_bos)
     planned: list[Part] = [
         *_text_parts(models, texts, prepend_bos, hooks),
-        ("Increments by kind of token", lambda: _kinds(*of, found)),
-        ("Loss on held-out text", lambda: _losses(*of, hooks, found)),
+        ("Increments by kind of token", lambda: _kinds(models, held_out, of_corpus, seed, read, found)),
+        ("Loss on held-out text", lambda: _losses(*of, read, hooks, found)),
         ("What the increments are needed for", lambda: _ablations(*of, found)),
         ("The model" if compare is None else "The models", lambda: _facts(models, hooks)),
         ("How to make this report again", lambda: _again(models, of_corpus, seed, command)),
@@ -129,6 +134,11 @@ def report(
     return [*_cut_views(parts), *([] if held_out else [of_corpus])]
 
 
+def _reader(models: list[HookedPositionTransformer], texts: list[str], bos: bool | None) -> Read:
+    """What reads the texts with a model: once, for the kinds and for the losses."""
+    return cache(lambda number: increments_and_losses(models[number], texts, bos))
+
+
 def _seconds(
     models: list[HookedPositionTransformer], held_out: list[str], bos: bool | None, hooks: Hooks | None
 ) -> float:
@@ -138,8 +148,9 @@ def _seconds(
     seconds = DRAWN
     for model in models:
         documents, batches = windows(model, held_out, None, bos)
-        start, read = perf_counter(), 0
-        with evaluation_mode(model), torch.no_grad():
+        read, sample = 0, first_rows(documents, batches)
+        with evaluation_mode(model), native_blocks(model, sample), torch.no_grad():
+            start = perf_counter()
             for number, batch in enumerate(batches):
                 rows = torch.stack([documents[document][start:stop] for document, start, stop in batch])
                 model(rows)
@@ -160,11 +171,18 @@ def _passes(model: HookedPositionTransformer, held_out: list[str], hooks: Hooks 
     if model.position_config.source == "static":
         return losses
 
+    # Increments are read with the losses.
+
     # Of a share of the documents: the baseline, and in three ways all layers and each, from which a pass goes on.
     layers = model.position_layers
     blocks = int(model.cfg.n_layers)
     ablated = 1 + 3 * sum(blocks - layer for layer in [*layers, min(layers)]) / blocks
-    return 1 + losses + ablated / math.ceil(sum(map(len, held_out)) / ABLATED)
+    return losses + ablated / _one_in(held_out)
+
+
+def _one_in(texts: list[str]) -> int:
+    """Of how many documents one is ablated."""
+    return math.ceil(sum(len(text.encode()) for text in texts) / ABLATED)
 
 
 def _models(
@@ -323,18 +341,18 @@ def _kinds(
     texts: list[str],
     of: str,
     seed: int,
-    bos: bool | None,
+    read: Read,
     found: dict[str, list[str]],
 ) -> Iterator[Piece]:
     if not texts:
         yield _note(of)
         return
-    for model in models:
+    for number, model in enumerate(models):
         if model.position_config.source == "static":
             found["kinds"].append(f"{model.name} has no learned increments, so none differs by kind of token")
             yield _note(f"Every increment of {model.name} is 1: there is nothing to compare.")
             continue
-        table = increments_by_category(model, texts, seed=seed, prepend_bos=bos)
+        table = increments_by_category(model, read(number)[0], seed=seed)
         found["kinds"].append(of_kinds(model.name, table))
         caption = f"{model.name}; {of}. Intervals: 95% of resamples of documents, seed {seed}."
         yield _figure(kinds_chart(table, caption), f"Increments by kind of token and layer, {model.name}")
@@ -353,19 +371,21 @@ def _losses(
     of: str,
     seed: int,
     bos: bool | None,
+    read: Read,
     hooks: Hooks | None,
     found: dict[str, list[str]],
 ) -> Iterator[Piece]:
     if not texts:
         yield _note(of)
         return
+    known = [read(number)[1] for number in range(len(models))]
     try:
-        table = compare_losses(models, texts, seed, hooks=hooks, prepend_bos=bos)
+        table = compare_losses(models, texts, seed, hooks=hooks, prepend_bos=bos, unedited=known)
     except PositionsError as error:
         if not hooks:
             raise
         yield _note(f"The edits are not made for this text, which is measured without them: {error}")
-        table = compare_losses(models, texts, seed, prepend_bos=bos)
+        table = compare_losses(models, texts, seed, unedited=known)
     found["losses"].append(of_losses(table))
     several = len(table) > 1
     rows = []
@@ -400,7 +420,7 @@ def _ablations(
         "Increments at 1.0, at the mean of their row, and given to other tokens of the row. What 1.0 does beyond the "
         "mean is scale, not structure."
     )
-    step = math.ceil(sum(map(len, texts)) / ABLATED)
+    step = _one_in(texts)
     for model in models:
         if model.position_config.source == "static":
             found["ablations"].append(f"ablating increments of {model.name} does nothing, as each of them is 1")

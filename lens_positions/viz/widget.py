@@ -14,7 +14,7 @@ from .explorer.state import read_edit, read_state
 
 
 def explore(model: HookedPositionTransformer, text: str = page.TEXT, edits: Sequence[Mapping[str, Any]] = ()) -> "Any":
-    """A widget to pull tokens apart and see what the model does: in JupyterLab, VS Code, Colab and marimo.
+    """A widget to pull tokens apart and see what the model does: in JupyterLab, and wherever anywidget is shown.
 
     Args:
         model: the model; its edits are hooks of single passes, and nothing of them stays in it.

@@ -115,6 +115,15 @@ def test_help_and_wrong_arguments_of_training_import_no_library():
     assert all(name in said[names.index("experiments measure")] for name in options.RUN_TABLES)
 
 
+@pytest.mark.slow
+def test_the_installed_command_finds_the_study_of_a_checkout():
+    installed = Path(sys.executable).with_name("lens-positions")
+    for words, expected in ((["--help"], "  questions  Answer the four questions."), (["suite", "--help"], "usage: ")):
+        done = subprocess.run([installed, "experiments", *words], cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert expected in done.stdout
+
+
 def test_every_command_is_in_the_overview_once():
     listed = [name for names in app.GROUPS.values() for name in names]
     named = sorted(set(importlib.import_module("lens_positions.cli").__all__) - {"app", "main"})

@@ -26,7 +26,7 @@ from experiments.findings import (
 )
 from experiments.gather import gather, suite_tables
 from experiments.measure import MEASUREMENTS, MeasureConfig, measure
-from experiments.options import GatherConfig
+from experiments.options import WHERE_ASKED, GatherConfig
 from experiments.results import ResultsConfig, write_results
 from experiments.suite import weights_of
 from experiments.tables import read_tables
@@ -79,7 +79,7 @@ def test_every_measurement_is_that_of_its_function(trained):
     assert measure(asked(trained)) == ["per_layer-0"]
     folder = trained / "results" / "per_layer-0"
     done = json.loads((folder / "measured.json").read_text())
-    assert list(done) == [name for name in MEASUREMENTS if name != "english"]  # which is asked for by name
+    assert list(done) == [name for name in MEASUREMENTS if name not in WHERE_ASKED]
     model = measure_module.HookedPositionTransformer.from_pretrained(str(trained / "runs" / "per_layer-0" / "model"))
     found = pd.read_csv(folder / "boundaries.csv")
     lines = ["".join(line) for line in WORDS]
@@ -132,7 +132,30 @@ def test_some_measurements_can_be_asked_for_and_the_rest_come_later(trained):
     described = trained / "results" / "per_layer-0" / "measured.json"
     assert list(json.loads(described.read_text())) == ["kinds", "saturation"]
     measure(asked(trained))
-    assert set(json.loads(described.read_text())) == set(MEASUREMENTS) - {"english"}
+    assert set(json.loads(described.read_text())) == set(MEASUREMENTS) - set(WHERE_ASKED)
+
+
+def test_boundaries_of_a_treebank_are_those_of_its_words(trained, tmp_path):
+    rows = [
+        ["\t".join([str(i), word, *"_" * 7, "SpaceAfter=No"]) for i, word in enumerate(line, 1)] for line in WORDS * 2
+    ]
+    path = tmp_path / "some.conllu"
+    path.write_text("\n\n".join("\n".join(line) for line in rows), encoding="utf-8")
+    assert measure(asked(trained, tables=("treebank",), treebank=(path,))) == ["per_layer-0"]
+    table = pd.read_csv(trained / "results" / "per_layer-0" / "treebank.csv")
+    assert set(table["text"]) == {"some"}
+    model = measure_module.HookedPositionTransformer.from_pretrained(str(trained / "runs" / "per_layer-0" / "model"))
+    expected = boundary_auc(model, ["".join(line) for line in WORDS * 2], WORDS * 2)
+    expected = expected[expected["measure"] == "increment"]["auc"]
+    assert table[table["measure"] == "increment"]["auc"].tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+    path.write_text("\n".join(rows[0]), encoding="utf-8")
+    (trained / "results" / "per_layer-0" / "measured.json").unlink()
+    measure(asked(trained, tables=("treebank",), treebank=(path,)))
+    refused = json.loads((trained / "results" / "per_layer-0" / "measured.json").read_text())["treebank"]["refused"]
+    assert (
+        refused == "1 of the lines have gaps between Chinese characters; expected 3 or more, to fit a probe on others."
+    )
+    assert {"probe", "probe, labels shuffled"} < set(table["measure"])
 
 
 def test_the_loss_on_other_writers_english_is_that_of_each_document(trained):
@@ -162,6 +185,8 @@ def test_an_interruption_keeps_the_measurements_that_are_done(trained, monkeypat
     [
         (["measure", "--only", "shared-7"], "has no scored run 'shared-7'"),
         (["measure", "--only", "static-0"], "no scored run with increments"),
+        (["measure", "--tables", "treebank"], "asked for without a text; expected --treebank FILE.conllu"),
+        (["measure", "--tables", "treebank", "--treebank", "nowhere"], "nowhere could not be read"),
         (["measure", "--tables", "colours"], "there is no measurement 'colours'; expected some of boundaries, kinds"),
     ],
 )
@@ -367,6 +392,29 @@ def test_boundaries_are_judged_within_tokens_over_seeds(results, by_seed, verdic
     assert found.verdict == verdict
     assert "0.445 to 0.555" in found.control
     assert "0.750" in found.control
+
+
+def test_boundaries_in_other_peoples_text_are_told_beside_them(results):
+    for seed in SEEDS:
+        of_layers(results, "per_layer", seed, KNOWING)
+        rows = [
+            {"measure": measure, "layer": layer, "within": value}
+            for measure, values in {
+                "increment": (0.9, 0.45 - seed / 100, 0.51),  # what layer 0 orders is not asked
+                "probe": (0.5, 0.75, 0.8),
+                "increment, labels shuffled": (0.5, 0.501, 0.499),
+                "probe, labels shuffled": (0.5, 0.502, 0.5),
+            }.items()
+            for layer, value in enumerate(values)
+        ]
+        path = results / f"results/tiny/per_layer-{seed}/treebank.csv"
+        pd.DataFrame(rows).assign(n=1234, boundaries=40, lines=7, text="some treebank").to_csv(path, index=False)
+    found = word_boundaries(tiny_of(results))
+    told = next(block for block in found.blocks if isinstance(block, str) and "other people" in block)
+    assert "some treebank: 1,234 gaps in 7 sentences" in told
+    assert "of increments 0.060 (0.035 to 0.085), by seed 0.050, 0.060, 0.070" in told
+    assert "0.300 (0.300 to 0.300)" in told
+    assert found.files[-1].endswith("treebank.csv")
 
 
 def test_boundaries_that_were_not_measured_within_tokens_are_untested(results):

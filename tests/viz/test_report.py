@@ -73,9 +73,9 @@ def test_it_says_at_the_start_how_long_it_will_take(folders, monkeypatch, tmp_pa
     assert parts == [said]
     assert re.fullmatch(r"about \d+ (seconds|minutes) on this machine: the report", said[0])
 
-    # A pass for kinds, one for losses, one before ablations; and in three ways from layers 0 and 1 of two, and both.
-    assert report_module._passes(model, texts, None) == 1 + 1 + 1 + 3 * (2 + 1 + 2) / 2
-    assert report_module._passes(model, texts, lp.ablate(model)) == 2 + 1 + 1 + 3 * (2 + 1 + 2) / 2
+    # A pass for kinds and losses, one before ablations; and in three ways from layers 0 and 1 of two, and both.
+    assert report_module._passes(model, texts, None) == 1 + 1 + 3 * (2 + 1 + 2) / 2
+    assert report_module._passes(model, texts, lp.ablate(model)) == 2 + 1 + 3 * (2 + 1 + 2) / 2
 
 
 @pytest.fixture(scope="module")

@@ -86,12 +86,21 @@ export function marks(low, high, perUnit, apart) {
 
 // ---- circuitsvis ----------------------------------------------------------------------------------------------------
 
-let made = 0;
-
+// circuitsvis finds its place by an id. Two widgets of a notebook have this script twice, so that counting is not enough.
 export function circuits(parent, component, props) {
-  const id = `lp-explorer-circuits-${made++}`;
-  parent.replaceChildren(html("div", { id }));
-  globalThis.CircuitsVis.render(id, globalThis.CircuitsVis[component], props);
+  const id = `lp-explorer-circuits-${Math.random().toString(36).slice(2)}`;
+  const place = html("div", { id });
+  parent.replaceChildren(place);
+  const render = () => globalThis.CircuitsVis.render(id, globalThis.CircuitsVis[component], props);
+  if (place.isConnected) return render();
+
+  // A notebook shows a widget only when it is made: a place has a size, and an id that is found, from then on.
+  const seen = new ResizeObserver(() => {
+    if (!place.isConnected) return;
+    seen.disconnect();
+    render();
+  });
+  seen.observe(place);
 }
 
 // Lower triangles of whole numbers up to 65535, as engine.py packs them.

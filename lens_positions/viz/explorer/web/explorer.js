@@ -524,7 +524,10 @@ class App {
 
 function theme(root) {
   const holder = document.body.matches(".lp-page") ? document.body : root;
-  const dark = holder.dataset.theme ? holder.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+
+  // One scheme where this page or a notebook has chosen it, and both where the system does.
+  const scheme = getComputedStyle(holder).colorScheme;
+  const dark = scheme.includes("light") ? scheme.includes("dark") && matchMedia("(prefers-color-scheme: dark)").matches : true;
   holder.dataset.theme = dark ? "light" : "dark";
 }
 

@@ -4,12 +4,17 @@ const PATIENCE = 30_000; // milliseconds
 
 function render({ model, el }) {
   const root = document.createElement("div");
+  root.classList.add("lp-notebook");
+  root.addEventListener("keydown", keepKey);
   el.append(root);
   const waiting = new Map();
-  let number = 0;
+
+  // A widget may be shown in several places, and each of them hears every answer.
+  const view = Math.random().toString(36).slice(2);
+  let count = 0;
   const question = (name, state = {}) =>
     new Promise((done, failed) => {
-      const own = ++number;
+      const own = `${view}-${++count}`;
       const late = () => failed(new Error("The kernel does not answer: this is what it said last. Run the cell again."));
       waiting.set(own, { done, failed, timer: setTimeout(late, PATIENCE) });
       model.send({ number: own, question: name, state });
@@ -46,6 +51,13 @@ function render({ model, el }) {
     model.off("msg:custom", answered);
     model.off("change:state", changed);
   };
+}
+
+// Keys that are pressed here are not the notebook's: "d d" would delete the cell, and Ctrl+Z undo an edit of its code as
+// well. Its own shortcuts with Ctrl or Alt, such as to save it or to run the cell, still reach it.
+function keepKey(event) {
+  const shortcut = event.ctrlKey || event.metaKey || event.altKey || (event.shiftKey && event.key === "Enter");
+  if (!shortcut || event.defaultPrevented || /^[zy]$/i.test(event.key)) event.stopPropagation();
 }
 
 export default { render };
