@@ -60,9 +60,11 @@ def edits_of(model, number):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("source", "passes"), [("static", 600), ("per_layer", 600), ("shared", 240), ("frozen", 240)])
+@pytest.mark.parametrize(
+    ("source", "passes"), [("static", 2000), ("per_layer", 2000), ("shared", 240), ("frozen", 240)]
+)
 def test_eight_threads_with_edits_of_their_own_give_what_each_gives_alone_to_the_bit(tiny_model, source, passes):
-    """Hundreds of passes of one model: of every eight, one has no edits and one fills a cache."""
+    """Thousands of passes of one model: of every eight, one has no edits and one fills a cache."""
     model = tiny_model(source=source)
     inputs = [torch.randint(0, 61, (1 + i % 2, 6 + 5 * (i % 3))) for i in range(24)]
     names = ["blocks.1.attn.hook_positions", "blocks.1.attn.hook_pattern", "blocks.1.hook_resid_post"]
