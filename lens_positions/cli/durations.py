@@ -29,7 +29,7 @@ class Duration:
 
 
 DURATIONS = {
-    "ablate": Duration(7, 1.9),
+    "ablate": Duration(7, 1.45),
     "absolute": Duration(20),
     "boundaries": Duration(80),
     "dispersion": Duration(7, 0.77),

@@ -219,7 +219,7 @@ def report(
     Spacing, tokens tinted by increment, attention beside increments, increments by kind of token, loss and ablations.
     Interrupted, it keeps the parts that are done.
 
-    Takes about 40 seconds with a shipped model, more with larger ones.
+    Takes about 20 seconds with a shipped model, more with larger ones.
 
     Args:
         model: a folder, an adapter, the name of a packaged model, or a model of the hub.
