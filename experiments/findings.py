@@ -8,7 +8,7 @@ Reported figures: Long, "How Far Apart Does a Model Think Its Tokens Are?" (2026
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import permutations
 from pathlib import Path
@@ -441,14 +441,10 @@ def word_boundaries(suite: Suite) -> Finding:
         blocks: list[Block] = [_areas_by_layer(everyone), f"{note}."]
         return Finding(title, reported, "untested", sentence, rule, blocks, [suite.results.path("boundaries")])
     above = {seed: table[table["layer"] > 0]["auc"] for seed, table in within.items()}
-    found = over_seeds([float((auc - 0.5).abs().max()) for auc in above.values()])
+    found = _farthest_from_chance(above.values())
     entropy = areas(first, "branching entropy")["auc"].iloc[0]
     ends = f"{min(auc.min() for auc in above.values()):.3f} to {max(auc.max() for auc in above.values()):.3f}"
-    each = ", ".join(f"{value:.3f}" for value in found.values)
-    ours = (
-        f"AUC within a lead byte {ends} over layers and seeds; largest distance from 0.5 {found.text('.3f')}, by seed "
-        f"{each}"
-    )
+    ours = f"AUC within a lead byte {ends} over layers and seeds; largest distance from 0.5 {_each_seed(found)}"
     control = _boundary_control(first, within)
     call = judge(found, KNOWN, KNOWN_A_LITTLE)
     power = f"a distance of {seen(found, KNOWN_A_LITTLE):.3f} would have counted."
@@ -475,6 +471,16 @@ def word_boundaries(suite: Suite) -> Finding:
     )
 
 
+def _farthest_from_chance(areas: Iterable["pd.Series[Any]"]) -> Estimate:
+    """How far the area of some layer lies from 0.5 at most, over seeds; an entry has the areas of one seed."""
+    return over_seeds([float((auc - 0.5).abs().max()) for auc in areas])
+
+
+def _each_seed(found: Estimate) -> str:
+    """The mean over seeds with its interval, and the value of each."""
+    return f"{found.text('.3f')}, by seed {', '.join(f'{value:.3f}' for value in found.values)}"
+
+
 def _boundaries_of_others(suite: Suite) -> list[Block]:
     """What increments and a probe tell of word boundaries in text that others wrote and segmented."""
     tables = suite.tables("per_layer", "treebank")
@@ -482,12 +488,8 @@ def _boundaries_of_others(suite: Suite) -> list[Block]:
         return []
 
     def farthest(measure: str) -> str:
-        each = []
-        for table in tables.values():
-            own = table[(table["measure"] == measure) & (table["layer"] > 0)]
-            each.append(float((own["within"] - 0.5).abs().max()))
-        found = over_seeds(each)
-        return f"{found.text('.3f')}, by seed {', '.join(f'{value:.3f}' for value in found.values)}"
+        of_measure = (table[(table["measure"] == measure) & (table["layer"] > 0)] for table in tables.values())
+        return _each_seed(_farthest_from_chance(own["within"] for own in of_measure))
 
     first = next(iter(tables.values())).iloc[0]
     return [

@@ -20,13 +20,9 @@ best constant of each layer) comes from the training text. Nothing else is tuned
 command.
 """
 
-import json
-import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -44,16 +40,15 @@ from lens_positions.analysis.word_boundaries import (
     gaps_of,
     mutual_information,
 )
-from lens_positions.checkpoint_files import write_whole
 from lens_positions.errors import PositionsError
 from lens_positions.measure.corpus_reader import CorpusIncrements, read_corpus, rows_of, windows
 from lens_positions.measure.metrics import token_losses
 from lens_positions.model import HookedPositionTransformer
 from lens_positions.training.loop import are_bytes
 
-from .gather import read_measured
+from .measured import measure_left
 from .options import CONSTANTS, OF_STATIC, STAGED, WHERE_ASKED, MeasureConfig
-from .suite import commit, is_finished, print_progress, read_results, weights_of
+from .suite import is_finished, print_progress, read_results, weights_of
 
 CHARACTERS = 60_000
 COUNTED_CHARACTERS = 12_000
@@ -199,7 +194,8 @@ def _boundaries(subject: Subject) -> pd.DataFrame:
 
 def _treebank(subject: Subject) -> pd.DataFrame:
     """What increments and a probe of the residual stream tell of word boundaries, in other people's text."""
-    from .questions.probes import gap_states, lead_bytes, probe_areas  # the questions import this module
+    # With the questions come their page and its charts, which no other measurement needs.
+    from .questions.probes import gap_states, lead_bytes, probe_areas
 
     words = subject.text.treebank
     gaps = gaps_of(subject.model, ["".join(line) for line in words], words)
@@ -344,32 +340,3 @@ def _measure(run: Path, folder: Path, text: Text, names: list[str], title: str) 
         if name in names
     }
     measure_left(tables, folder, weights, title)
-
-
-def measure_left(
-    tables: Mapping[str, tuple[Callable[[], pd.DataFrame], str]], folder: Path, weights: dict[str, str], title: str
-) -> None:
-    """Write what is not measured yet of some weights, each table with the command that prints it, and measured.json."""
-    described = folder / "measured.json"
-    done: dict[str, Any] = read_measured(described) if described.exists() else {}
-    for name, (measurement, command) in tables.items():
-        if done.get(name, {}).get("sha256") == weights:
-            continue
-        began = time.monotonic()
-        entry: dict[str, Any] = {"sha256": weights, "command": command}
-        try:
-            table = measurement()
-        except corpora.MissingPackageError:  # says nothing about the model: it is left to where the text is
-            raise
-        except PositionsError as error:  # a measurement that this model does not have
-            (folder / f"{name}.csv").unlink(missing_ok=True)
-            entry |= {"rows": 0, "refused": str(error)}
-        else:
-            csv = table.to_csv(index=False, float_format="%.6g").encode()
-            write_whole(folder / f"{name}.csv", lambda file, csv=csv: file.write(csv))  # type: ignore[misc]
-            entry |= {"rows": len(table)}
-        seconds = time.monotonic() - began
-        done[name] = entry | {"seconds": math.ceil(seconds), "git": commit()}
-        written = (json.dumps(done, indent=2) + "\n").encode()
-        write_whole(described, lambda file, written=written: file.write(written))  # type: ignore[misc]
-        print_progress(f"{title}: {name}, {seconds:.0f} s")

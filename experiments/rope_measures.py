@@ -39,7 +39,7 @@ from lens_positions.interventions import ablate
 from lens_positions.measure.corpus_reader import WINDOW
 from lens_positions.model import HookedPositionTransformer
 
-from .measure import measure_left
+from .measured import measure_left
 from .options import ROPE_VARIANTS, RopeConfig
 from .suite import is_finished
 

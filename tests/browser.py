@@ -55,3 +55,23 @@ def settle(page: Page) -> None:
     page.evaluate(
         "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 50))))"
     )
+
+
+def answered(page: Page) -> None:
+    """Wait until the model of the explorer has answered everything that was asked."""
+    page.wait_for_selector(".lp-explorer[aria-busy=false] .lp-next tbody tr")
+    settle(page)
+
+
+def drag(page: Page, layer: int, token: int, pixels: float) -> None:
+    """Take a token of the explorer with the mouse and carry it so many pixels."""
+    answered(page)
+    node = page.locator(f'.lp-ruler >> nth={layer} >> .lp-token[data-i="{token}"]')
+    node.scroll_into_view_if_needed()
+    box = node.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x + pixels, y, steps=8)
+    page.mouse.up()
+    answered(page)

@@ -28,7 +28,7 @@ from lens_positions.model import HookedPositionTransformer
 from lens_positions.training.schema import RunDescription, read_json
 
 from ..gather import gather
-from ..measure import measure_left
+from ..measured import measure_left
 from ..options import STAGED, GatherConfig, QuestionsConfig
 from ..rope_measures import SMOLLM2
 from ..suite import is_finished, print_progress, read_results, weights_of

@@ -171,9 +171,8 @@ def _passes(model: HookedPositionTransformer, held_out: list[str], hooks: Hooks 
     if model.position_config.source == "static":
         return losses
 
-    # Increments are read with the losses.
-
-    # Of a share of the documents: the baseline, and in three ways all layers and each, from which a pass goes on.
+    # Increments are read with the losses. Of a share of the documents: the baseline, and in three ways all layers and
+    # each, from which a pass goes on.
     layers = model.position_layers
     blocks = int(model.cfg.n_layers)
     ablated = 1 + 3 * sum(blocks - layer for layer in [*layers, min(layers)]) / blocks

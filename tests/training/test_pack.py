@@ -16,7 +16,7 @@ import torch
 
 import lens_positions.training.pack
 from experiments import suite as suite_module
-from experiments.measure import measure_left
+from experiments.measured import measure_left
 from experiments.options import SuiteConfig
 from experiments.suite import heldout_sources, suite
 from lens_positions import PositionModelConfig, corpora

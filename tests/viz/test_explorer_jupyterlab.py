@@ -15,7 +15,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
-from browser import chromium, needs_chromium, settle
+from browser import answered, chromium, drag, needs_chromium, settle
 
 import lens_positions as lp
 
@@ -86,11 +86,6 @@ def wait_for_server(server, folder):
     raise AssertionError((folder / "log").read_text())
 
 
-def answered(page):
-    page.wait_for_selector(".lp-explorer[aria-busy=false] .lp-next tbody tr")
-    settle(page)
-
-
 def in_python(page):
     """What the second cell prints: the widget's text and edits, and what `run_with_hooks` gives with them."""
     answered(page)
@@ -115,19 +110,6 @@ def check(page, edits):
     for i, value in rows:
         assert value == pytest.approx(found["values"][i], abs=1e-4)
     return found["values"]
-
-
-def drag(page, token, pixels):
-    """Take a token of layer 0 with the mouse."""
-    node = page.locator(f'.lp-ruler >> nth=0 >> .lp-token[data-i="{token}"]')
-    node.scroll_into_view_if_needed()
-    box = node.bounding_box()
-    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    page.mouse.move(x, y)
-    page.mouse.down()
-    page.mouse.move(x + pixels, y, steps=8)
-    page.mouse.up()
-    answered(page)
 
 
 def type_keys(page, *keys):
@@ -156,7 +138,7 @@ def test_the_explorer_works_in_jupyterlab(address, tmp_path):
         plain = check(page, [])
 
         # By hand, and back.
-        drag(page, 5, 60)
+        drag(page, 0, 5, 60)
         (edit,) = in_python(page)["edits"]
         assert (edit["kind"], edit["layers"], edit["token"]) == ("gap", [0], 5)
         assert edit["by"] > 1

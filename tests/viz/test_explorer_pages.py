@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from browser import chromium, needs_chromium, settle
+from browser import answered, chromium, drag, needs_chromium, settle
 from tiny_models import drawn_weights
 
 import lens_positions as lp
@@ -72,27 +72,9 @@ def explorer(browser, address, width=1440, height=1000, **options):
     assert [url for url in asked if not url.startswith((own, "data:", "blob:"))] == []
 
 
-def answered(page):
-    """Wait until the model has answered everything that was asked."""
-    page.wait_for_selector(".lp-explorer[aria-busy=false] .lp-next tbody tr")
-    settle(page)
-
-
 def write(page, text):
     page.get_by_label("Text", exact=True).fill(text)
     page.wait_for_selector(".lp-explorer[aria-busy=true]")
-    answered(page)
-
-
-def drag(page, layer, token, pixels):
-    """Take a token with the mouse and carry it so many pixels."""
-    answered(page)
-    box = page.locator(f'.lp-ruler >> nth={layer} >> .lp-token[data-i="{token}"]').bounding_box()
-    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    page.mouse.move(x, y)
-    page.mouse.down()
-    page.mouse.move(x + pixels, y, steps=8)
-    page.mouse.up()
     answered(page)
 
 
