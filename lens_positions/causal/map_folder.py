@@ -172,15 +172,20 @@ def write_shard(folder: Path, number: int, rows: pa.Table, digest: str) -> None:
     """
     buffer = pa.BufferOutputStream()
     pyarrow.parquet.write_table(rows.replace_schema_metadata({DIGEST: digest.encode()}), buffer, compression="zstd")
-    path = folder / SHARD.format(number)
-
-    # What a killed process left of it. One process has this shard, where all of them write end.json at about one time.
-    for left in folder.glob(f".{path.name}.*"):
-        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
     try:
-        _write(path, buffer.getvalue())
+        _write(folder / SHARD.format(number), buffer.getvalue())
     except OSError as error:
         raise _write_error(folder, error) from error
+
+
+def remove_leftovers(folder: Path, processes: tuple[int, int]) -> None:
+    """Remove what killed processes left of the shards of this one, whether those are there by now or not."""
+    # Of its own shards alone: another process may be writing its shards aside at this moment, and all of them end.json.
+    process, count = processes
+    for left in folder.glob(".gaps-*.parquet.*"):
+        number = left.name.removeprefix(".gaps-").partition(".")[0]
+        if number.isdecimal() and int(number) % count == process:
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def write_end(folder: Path, counts: dict[str, int]) -> None:

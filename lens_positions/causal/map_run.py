@@ -25,7 +25,7 @@ from ..errors import PositionsError
 from ..interventions import HeadKind, LayerIndices, finite_number, hook_names, is_static
 from ..model import HookedPositionTransformer
 from ..progress import Counter
-from .map_folder import SHARD, GapMap, begin, digest_of, weights_digest, write_end, write_shard
+from .map_folder import SHARD, GapMap, begin, digest_of, remove_leftovers, weights_digest, write_end, write_shard
 from .map_gradients import Baseline, Gradients, WindowGradients, batches_of, is_offloaded
 from .map_rows import rows_of
 from .map_windows import Window, digest, shards_of, tokens_of
@@ -218,6 +218,7 @@ def _make_shards(
     counter: Counter,
 ) -> None:
     """Make the shards of this process that are not there, and note where the corpus ends."""
+    remove_leftovers(kept.folder, processes)
     process, count = processes
     layers = kept.settings["layers"]
     counts = {"shards": 0, "documents": 0, "gaps": 0}
