@@ -91,7 +91,13 @@ export function circuits(parent, component, props) {
   const id = `lp-explorer-circuits-${Math.random().toString(36).slice(2)}`;
   const place = html("div", { id });
   parent.replaceChildren(place);
-  const render = () => globalThis.CircuitsVis.render(id, globalThis.CircuitsVis[component], props);
+  const render = () => {
+    // It looks in the document alone, not in the shadow tree in which some notebooks keep a widget; once it has found its
+    // place, that may go anywhere.
+    document.body.append(place);
+    globalThis.CircuitsVis.render(id, globalThis.CircuitsVis[component], props);
+    parent.replaceChildren(place);
+  };
   if (place.isConnected) return render();
 
   // A notebook shows a widget only when it is made: a place has a size, and an id that is found, from then on.

@@ -470,7 +470,8 @@ class App {
     update(label, { text: `“${this.text.labels[token]}”` });
     update(where, { text: ` (layer ${layer}, token ${token})` });
     const length = token > 0 ? (at[token] - at[token - 1]).toFixed(2) : "";
-    if (document.activeElement !== gap && gap.value !== length) gap.value = length;
+    // Of the root, as some notebooks keep a widget in a shadow tree, which the document does not look into.
+    if (this.root.getRootNode().activeElement !== gap && gap.value !== length) gap.value = length;
     ends.hidden = this.state.scope !== "range";
     undo.disabled = !this.past.length;
     redo.disabled = !this.future.length;
@@ -525,9 +526,9 @@ class App {
 function theme(root) {
   const holder = document.body.matches(".lp-page") ? document.body : root;
 
-  // One scheme where this page or a notebook has chosen it, and both where the system does.
+  // One scheme where this page or a notebook has chosen it, both where the system does; "normal" is light.
   const scheme = getComputedStyle(holder).colorScheme;
-  const dark = scheme.includes("light") ? scheme.includes("dark") && matchMedia("(prefers-color-scheme: dark)").matches : true;
+  const dark = scheme.includes("dark") && (!scheme.includes("light") || matchMedia("(prefers-color-scheme: dark)").matches);
   holder.dataset.theme = dark ? "light" : "dark";
 }
 
