@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -25,6 +26,10 @@ def pytest_configure(config: pytest.Config) -> None:
         shared = tempfile.TemporaryDirectory(prefix="lens-positions-tests-")
         os.environ["LENS_POSITIONS_TESTS"] = shared.name  # processes started later inherit it
         config.add_cleanup(shared.cleanup)
+
+    # What a shell runs in the background ignores Ctrl+C, and so does all that it starts; tests send it to commands.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     # Where workers run the tests, the process that hands them out has no use for the models: ten seconds of imports.
     if hasattr(config, "workerinput") or config.getoption("dist", "no") == "no":

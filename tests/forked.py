@@ -1,10 +1,11 @@
-"""`lens-positions` as a process of its own, forked from one that has imported everything: no seconds of imports.
+"""Processes that are forked from one that has imported everything: no seconds of imports, and no checks of shapes.
 
-What a test does to it is what it would do to a process that a shell began: send a signal, wait, read what it wrote.
+What a test does to them is what it would do to a process that a shell began: send a signal, wait, read what it wrote.
 """
 
 import multiprocessing
 import os
+import runpy
 import signal
 import sys
 from collections.abc import Callable
@@ -14,13 +15,34 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 
 
-class Command:
-    """A running command line; its standard output and error go to files."""
+def command(words: list[str]) -> None:
+    """`lens-positions` with these words."""
+    from lens_positions.cli import main
 
-    def __init__(self, folder: Path, *words: Any, before: Callable[[], None] | None = None) -> None:
+    sys.exit(main(words))
+
+
+def script(words: list[str]) -> None:
+    """A file of Python, and its arguments."""
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+
+
+class Command:
+    """A running command line, of `lens-positions` or a script; its standard output and error go to files."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *words: Any,
+        work: Callable[[list[str]], object] = command,
+        before: Callable[[], None] | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> None:
         number = len(list(folder.glob("*.stdout")))
         self.paths = [folder / f"{number}.{name}" for name in ("stdout", "stderr")]
-        self.process = server().Process(target=run, args=(self.paths, [str(word) for word in words], before))
+        given = self.paths, work, [str(word) for word in words], before, environment or {}
+        self.process = server().Process(target=run, args=given)
         self.process.start()
 
     def poll(self) -> int | None:
@@ -49,8 +71,15 @@ def server() -> Any:
     return context
 
 
-def run(paths: list[Path], words: list[str], before: Callable[[], None] | None) -> None:
-    """The command, in the child."""
+def run(
+    paths: list[Path],
+    work: Callable[[list[str]], object],
+    words: list[str],
+    before: Callable[[], None] | None,
+    environment: dict[str, str],
+) -> None:
+    """What the child does."""
+    os.environ.update(environment)
     for number, path in enumerate(paths, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     # Those of a process that a shell begins; the server of forks ignores an interrupt.
@@ -58,6 +87,4 @@ def run(paths: list[Path], words: list[str], before: Callable[[], None] | None) 
     if before is not None:
         before()
 
-    from lens_positions.cli import main
-
-    sys.exit(main(words))
+    work(words)

@@ -3,7 +3,7 @@
 jaxtyping's import hook puts `jaxtyping.jaxtyped(typechecker=...)` on every function and class. What that decorator
 makes takes each call apart by `inspect.Signature.bind` and checks the arguments twice, in order to word its errors: two
 fifths of the time of the tests. Here beartype checks a call once, arguments and returned value, within one scope of
-axis names. It compiles a function's checks when the function is first called.
+axis names where there are any. It compiles a function's checks when the function is first called.
 """
 
 import functools
@@ -45,19 +45,33 @@ def jaxtyped(given: Any = None, *, typechecker: Any = None) -> Any:
 
 def checked_at_each_call(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function; a call with arguments or a result of another type or shape raises `jaxtyping.TypeCheckError`."""
-    config, checked = jaxtyping.config, None
+    if not function.__annotations__:
+        return function
+    config, checked, scoped = jaxtyping.config, None, False
 
     @functools.wraps(function)
     def checks(*args: Any, **kwargs: Any) -> Any:
-        nonlocal checked
+        nonlocal checked, scoped
         if config.jaxtyping_disable:
             return function(*args, **kwargs)
         if checked is None:
-            checked = beartype.beartype(with_known_types(function), conf=CONF)
+            known = with_known_types(function)
+            scoped = any(map(has_axes, known.__annotations__.values()))
+            checked = beartype.beartype(known, conf=CONF)
+        if not scoped:
+            return checked(*args, **kwargs)
         with SCOPE:
             return checked(*args, **kwargs)
 
     return checks
+
+
+def has_axes(annotation: Any) -> bool:
+    """Whether there are axes in a type, whose names mean one size throughout a call."""
+    if inspect.isclass(annotation) and issubclass(annotation, jaxtyping.AbstractArray):
+        return True
+    parts = annotation if isinstance(annotation, list) else typing.get_args(annotation)
+    return any(map(has_axes, parts))
 
 
 def with_known_types(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -54,11 +54,11 @@ def of_prompt(found, row):
 def test_gradients_in_padded_batches_are_those_of_each_prompt_alone(source, per_head, gap):
     model = small_model(source, per_head, gap, torch.float64)  # but for cos and sin, which are float32 in any model
     for metric in (causal.loss(), causal.logit_difference(5, 9), causal.log_probability(97, at=1)):
+        alone = [causal.attribution(model, text, metric).double().numpy() for text in TEXTS]
         for size in (1, 30, 500):
             found = causal.attribution(model, TEXTS, metric, tokens_a_batch=size)
-            for row, text in enumerate(TEXTS):
-                alone = causal.attribution(model, text, metric).double().numpy()
-                np.testing.assert_allclose(of_prompt(found, row), alone.ravel(), atol=1e-5 * np.abs(alone).max())
+            for row, values in enumerate(alone):
+                np.testing.assert_allclose(of_prompt(found, row), values.ravel(), atol=1e-5 * np.abs(values).max())
 
 
 @pytest.mark.slow
@@ -88,11 +88,14 @@ def test_mediation_in_batches_is_that_of_each_pair_alone(source, layers):
         {"clean": ["The cat", "A dog ran", "a mouse"], "corrupted": ["The dog", "A cat sat", "a house"]}
     )
     for metric in (causal.logit_difference(5, 9), causal.loss()):
+        alone = [
+            causal.mediation(model, clean, corrupted, metric, layers)["mean"].to_numpy()
+            for clean, corrupted in pairs.itertuples(index=False)
+        ]
         for size in (1, 500):
             found = causal.mediation(model, pairs, metric=metric, layers=layers, tokens_a_batch=size)
-            for row, (clean, corrupted) in enumerate(pairs.itertuples(index=False)):
-                alone = causal.mediation(model, clean, corrupted, metric, layers)["mean"].to_numpy()
-                np.testing.assert_allclose(of_prompt(found, row), alone, atol=1e-5)
+            for row, values in enumerate(alone):
+                np.testing.assert_allclose(of_prompt(found, row), values, atol=1e-5)
     assert set(found.table["n"]) == {3}
 
 

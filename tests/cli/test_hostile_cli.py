@@ -276,11 +276,9 @@ FORKED = """
 import json, os, sys
 
 given = json.loads(sys.argv[1])
-os.environ["HF_HUB_OFFLINE"] = "1"
+import forked_imports
 from lens_positions.cli import main
-import torch
 
-torch.set_num_threads(1)
 for name, case in given["cases"].items():
     sys.stdout.flush()
     child = os.fork()
@@ -331,7 +329,8 @@ def forked(place, tmp_path_factory):
     """How each of CASES ended: its exit status, standard output and standard error; without a home, in the C locale."""
     folder = tmp_path_factory.mktemp("forked")
     kept = {name: os.environ[name] for name in ("PATH", "LENS_POSITIONS_TESTS") if name in os.environ}
-    narrow = {"LC_ALL": "C", "PYTHONUTF8": "0", "COLUMNS": "20", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    narrow = {"LC_ALL": "C", "PYTHONUTF8": "0", "COLUMNS": "20", "OMP_NUM_THREADS": "1"}
+    narrow["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     given = json.dumps({"folder": str(folder), "cases": CASES})
     (folder / "forked.py").write_text(FORKED)
     words = [sys.executable, str(folder / "forked.py"), given]

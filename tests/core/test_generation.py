@@ -245,8 +245,8 @@ def test_two_caches_do_not_meet(tiny_stream):
     for t in range(7, 12):  # turn by turn
         a = continued(model, first, TOKENS[:, t : t + 1])
         b = continued(model, second, TOKENS.flip(1)[:, t : t + 1])
-        assert (a - expected[0][:, t - 7 : t - 6]).abs().max() < 1e-5
-        assert (b - expected[1][:, t - 7 : t - 6]).abs().max() < 1e-5
+        assert (a - expected[0][:, t - 7 : t - 6]).abs().max() < 5e-5
+        assert (b - expected[1][:, t - 7 : t - 6]).abs().max() < 5e-5
 
 
 @pytest.mark.parametrize("source", ["static", "per_layer"])

@@ -1,7 +1,7 @@
 """The explorer as a widget in a live marimo, whose cells run again when the widget changes.
 
-marimo may be installed anywhere on the PATH, or beside this Python, whose packages it is given in either case. It is not
-among the requirements of development, as it would be there for this one test.
+marimo may be installed anywhere on the PATH, or beside this Python, whose packages it is given in either case. It is no
+requirement of development, as it would be there for this one test.
 """
 
 import json
