@@ -160,7 +160,7 @@ def test_the_explorer_works_in_marimo(address, tmp_path):
         type_keys(page, "Control+z", "Control+z")
         check(page, [edit])
 
-        # A number, which nothing overwrites while it is typed.
+        # A number that is typed.
         length = page.locator(".lp-explorer input[type=number]").first
         length.click()
         page.keyboard.press("Control+a")
