@@ -275,10 +275,11 @@ def test_a_kill_at_random_moments_loses_and_repeats_nothing(uninterrupted, tmp_p
     folder, generator = tmp_path / "map", random.Random(0)
     before = 0
     for _ in range(5):
-        process = started(folder)
-        while process.poll() is None and len(list(folder.glob("gaps-*.parquet"))) <= before:
-            time.sleep(0.01)
-        time.sleep(generator.uniform(0, 0.5))
+        # So many shards later, however fast the machine, and somewhere in the next.
+        process, enough = started(folder), before + generator.randrange(6)
+        while process.poll() is None and len(list(folder.glob("gaps-*.parquet"))) <= enough:
+            time.sleep(0.005)
+        time.sleep(generator.uniform(0, 0.05))
         process.send_signal(signal.SIGKILL)
         process.wait()
         # Beside them may be a hidden folder, in which the next shard was being written.
