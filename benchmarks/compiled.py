@@ -101,9 +101,9 @@ def main(options: Options) -> dict[str, Any]:
         for source in SOURCES:
             for dtype in ("float32", "bf16 autocast"):
                 row = {"layers": depth, "source": source, "dtype": dtype, **tried(source, depth, dtype, rows, options)}
+                plain_kept &= torch.allclose(logits(compiled_plain, rows), expected, atol=1e-4)
                 table.append(row)
                 print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-            plain_kept &= torch.allclose(logits(compiled_plain, rows), expected, atol=1e-4)
     found = {
         "command": f"python benchmarks/compiled.py --backend {options.backend}",
         "machine": f"{platform.machine()}, {device_name(options.device)}, torch {torch.__version__}",

@@ -75,3 +75,17 @@ def drag(page: Page, layer: int, token: int, pixels: float) -> None:
     page.mouse.move(x + pixels, y, steps=8)
     page.mouse.up()
     answered(page)
+
+
+def shown(page: Page) -> dict[int, float]:
+    """The log probability after the edits of each candidate of the explorer, by token id."""
+    rows = page.eval_on_selector_all(".lp-next tbody tr", "(all) => all.map((r) => [+r.dataset.id, +r.dataset.after])")
+    return dict(rows)
+
+
+def type_keys(page: Page, *keys: str) -> None:
+    """Press keys on the ruler of the explorer's layer 0."""
+    page.locator(".lp-ruler svg[role=slider]").first.focus()
+    for key in keys:
+        page.keyboard.press(key)
+        answered(page)

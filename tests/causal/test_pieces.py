@@ -264,12 +264,12 @@ def test_four_threads_attribute_with_edits_of_their_own_to_the_bit(source):
 
     alone = [work(i).detach() for i in range(60)]
     with model.hooks(fwd_hooks=look):
-        found = in_threads(work, 120, 4)
-    assert [i for i in range(120) if not torch.equal(found[i], alone[i % 60])] == []
+        found = in_threads(work, 240, 4)
+    assert [i for i in range(240) if not torch.equal(found[i], alone[i % 60])] == []
     assert not torch.equal(alone[0], alone[20])  # of one prompt with different edits
 
     # The function of every thread ran once in each pass with gradients, and once in every other that meets it.
-    assert len(seen) == 120 - sum(i % 5 == 4 and i % 3 == 2 for i in range(120))
+    assert len(seen) == 240 - sum(i % 5 == 4 and i % 3 == 2 for i in range(240))
     assert not any(point._forward_hooks for point in model.hook_dict.values())
     assert not any("forward" in vars(block) for block in model.blocks)
 

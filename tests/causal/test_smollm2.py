@@ -9,7 +9,7 @@ from browser import chromium, needs_chromium, opened
 from tiny_models import SMOLLM2 as NAME
 
 import lens_positions as lp
-from lens_positions import checkpoint, corpora
+from lens_positions import corpora
 from lens_positions.checkpoint import fingerprint, load_base, load_pretrained
 
 TEXT = "The people of the United States have reason to be proud of what they did in the last year, and so has Congress."
@@ -150,10 +150,8 @@ def test_scores_are_the_sum_of_their_frequencies_and_keeping_all_of_them_changes
     assert not torch.equal(model.run_with_hooks(tokens, fwd_hooks=fewer), logits)
 
 
-def test_loaded_by_name_in_bf16_and_bridged(smollm2, base, monkeypatch):
-    """Of the weights that the other tests have, which were read from the package by its name, as that takes long."""
-    package, _, hub = checkpoint.PACKAGED[NAME]
-    monkeypatch.setitem(checkpoint.PACKAGED, NAME, (package, str(smollm2), hub))
+def test_loaded_by_name_in_bf16_and_bridged(base, tokens):
+    """Read from the package, and the weights that the other tests have."""
     model = lp.HookedPositionTransformer.from_pretrained(NAME, dtype=torch.bfloat16)
     assert model.name == NAME
     assert model.cfg.dtype == torch.bfloat16

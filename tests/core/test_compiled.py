@@ -275,13 +275,15 @@ from lens_positions.model import build_model
 TOKENS = torch.randint(0, 256, (1, 8192), generator=torch.Generator().manual_seed(0))
 SIZES = lp.PositionModelConfig(d_model=8, n_layers=1, n_heads=1, d_mlp=8, n_ctx=8192)
 
-# In a tensor, which is an operation of the graph: a hook at the stream would break it. The last call is the layer's.
+# In a tensor, which is an operation of the graph: a hook at the stream would break it.
 kept = torch.empty(1, 8192, dtype=torch.float64)
 rotate = LlamaRotaryEmbedding.forward
 
 
 def keep(self, x, position_ids):
-    if position_ids.shape == kept.shape:
+    # The model's own call has whole numbers, and that of a trial has three tokens.
+    if position_ids.is_floating_point() and position_ids.shape == kept.shape:
+        assert position_ids.dtype == torch.float32, position_ids.dtype
         kept.copy_(position_ids)
     return rotate(self, x, position_ids)
 
@@ -295,6 +297,7 @@ def positions(dtype, increment, source, compiled):
     if source == "frozen":
         model.position_streams.shared_source.table.fill_(increment)
 
+    kept.fill_(torch.nan)
     with torch.no_grad():
         run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
         run(TOKENS, use_cache=False)

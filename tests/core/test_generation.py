@@ -239,14 +239,14 @@ def test_a_pickled_cache_goes_on(tiny_stream):
 
 
 def test_two_caches_do_not_meet(tiny_stream):
-    model = tiny_stream("per_layer")
+    model = tiny_stream("per_layer").double()  # float32 itself may be off by more than is asked for
     first, second = (model(t[:, :7], use_cache=True).past_key_values for t in (TOKENS, TOKENS.flip(1)))
     expected = model(TOKENS).logits[:, 7:], model(TOKENS.flip(1)).logits[:, 7:]
     for t in range(7, 12):  # turn by turn
         a = continued(model, first, TOKENS[:, t : t + 1])
         b = continued(model, second, TOKENS.flip(1)[:, t : t + 1])
-        assert (a - expected[0][:, t - 7 : t - 6]).abs().max() < 5e-5
-        assert (b - expected[1][:, t - 7 : t - 6]).abs().max() < 5e-5
+        assert (a - expected[0][:, t - 7 : t - 6]).abs().max() < 1e-5
+        assert (b - expected[1][:, t - 7 : t - 6]).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("source", ["static", "per_layer"])

@@ -15,7 +15,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
-from browser import answered, chromium, drag, needs_chromium, settle
+from browser import answered, chromium, drag, needs_chromium, settle, shown, type_keys
 
 import lens_positions as lp
 
@@ -105,19 +105,10 @@ def check(page, edits):
     """Python has these edits, and the page shows what the model gives with them."""
     found = in_python(page)
     assert found["edits"] == edits
-    rows = page.eval_on_selector_all(".lp-next tbody tr", "(all) => all.map((r) => [+r.dataset.id, +r.dataset.after])")
-    assert len(rows) >= 8
-    for i, value in rows:
-        assert value == pytest.approx(found["values"][i], abs=1e-4)
+    values = shown(page)
+    assert len(values) >= 8
+    assert values == pytest.approx({i: found["values"][i] for i in values}, abs=1e-4)
     return found["values"]
-
-
-def type_keys(page, *keys):
-    """Press keys on the ruler of layer 0."""
-    page.locator(".lp-ruler svg[role=slider]").first.focus()
-    for key in keys:
-        page.keyboard.press(key)
-        answered(page)
 
 
 def test_the_explorer_works_in_jupyterlab(address, tmp_path):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from browser import answered, chromium, drag, needs_chromium
+from browser import answered, chromium, drag, needs_chromium, shown, type_keys
 
 import lens_positions as lp
 
@@ -111,20 +111,11 @@ def in_python(page, fits):
 def check(page, edits):
     """Python has these edits, and the page shows what the model gives with them."""
     answered(page)
-    values = in_python(page, lambda seen: seen == edits)["values"]
-    rows = page.eval_on_selector_all(".lp-next tbody tr", "(all) => all.map((r) => [+r.dataset.id, +r.dataset.after])")
-    assert len(rows) >= 8
-    for i, value in rows:
-        assert value == pytest.approx(values[i], abs=1e-4)
-    return values
-
-
-def type_keys(page, *keys):
-    """Press keys on the ruler of layer 0."""
-    page.locator(".lp-ruler svg[role=slider]").first.focus()
-    for key in keys:
-        page.keyboard.press(key)
-        answered(page)
+    found = in_python(page, lambda seen: seen == edits)
+    values = shown(page)
+    assert len(values) >= 8
+    assert values == pytest.approx({i: found["values"][i] for i in values}, abs=1e-4)
+    return found["values"]
 
 
 def test_the_explorer_works_in_marimo(address, tmp_path):

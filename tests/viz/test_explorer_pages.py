@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from browser import answered, chromium, drag, needs_chromium, settle
+from browser import answered, chromium, drag, needs_chromium, settle, shown
 from tiny_models import drawn_weights
 
 import lens_positions as lp
@@ -76,12 +76,6 @@ def write(page, text):
     page.get_by_label("Text", exact=True).fill(text)
     page.wait_for_selector(".lp-explorer[aria-busy=true]")
     answered(page)
-
-
-def shown(page):
-    """The log probability after the edits of each candidate, by token id."""
-    rows = page.eval_on_selector_all(".lp-next tbody tr", "(all) => all.map((r) => [+r.dataset.id, +r.dataset.after])")
-    return dict(rows)
 
 
 def state_of(page):
